@@ -1,0 +1,50 @@
+# make test    everything a fresh machine needs, then the tests
+# make bench   the benchmark suite, then a short run of the language model on both backends
+# make lint    formatting, lint and types
+# make clean   removes what was built (make distclean: the environment too)
+
+TORCH ?= 2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= $(shell nproc)
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed-torch-$(TORCH)
+BUILT := build/.built-torch-$(TORCH)
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py
+
+export PYTHONPATH := $(CURDIR)
+
+.PHONY: setup build test bench lint clean distclean
+
+setup: $(STAMP)
+build: $(BUILT)
+
+# torch first and alone; the constraint keeps every later package from replacing it.
+$(STAMP): requirements-dev.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet torch==$(TORCH)
+	echo "torch==$(TORCH)" > $(VENV)/constraints.txt
+	$(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt --requirement requirements-dev.txt
+	touch $@
+
+$(BUILT): $(STAMP) $(SOURCES)
+	MAX_JOBS=$(JOBS) $(PY) setup.py --quiet build_ext --inplace
+	mkdir -p build && touch $@
+
+test: $(BUILT)
+	$(PY) -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
+
+bench: $(BUILT)
+	$(PY) -m benchmarks $(ARGS)
+	$(PY) examples/char_lm.py --compare
+
+lint: $(BUILT)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf build dist fastrnn/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,33 @@
+// Every cell there is, one line each: X(name in Python, C++ type, grad_gates_hh differs from grad_gates_ih).
+// The position in this list is the cell's id (CellId); Python asks cell_info() and repeats nothing.
+#pragma once
+#include "elman.h"
+#include "gru.h"
+#include "lstm.h"
+
+#define FASTRNN_FOR_EACH_CELL(X)                    \
+  X("lstm", ::fastrnn::LSTMCell, false)             \
+  X("gru", ::fastrnn::GRUCell, true)                \
+  X("rnn_tanh", ::fastrnn::ElmanCell<::fastrnn::Tanh>, false) \
+  X("rnn_relu", ::fastrnn::ElmanCell<::fastrnn::Relu>, false)
+
+namespace fastrnn {
+
+struct CellInfo {
+  const char* name;
+  int gates, states, params;
+  // Values per unit and step in the op's `saved`: the cell's own, then the states after the step, h excepted
+  // (h is the output).
+  int saved;
+  bool separate_gates_hh;  // backward returns grad_gates_hh as a tensor of its own
+};
+
+inline constexpr CellInfo kCells[] = {
+#define FASTRNN_CELL_INFO(name, Cell, separate) \
+  {name, Cell::kGates, Cell::kStates, Cell::kParams, Cell::kSaved + Cell::kStates - 1, separate},
+    FASTRNN_FOR_EACH_CELL(FASTRNN_CELL_INFO)
+#undef FASTRNN_CELL_INFO
+};
+inline constexpr int kNumCells = sizeof(kCells) / sizeof(kCells[0]);
+
+}  // namespace fastrnn

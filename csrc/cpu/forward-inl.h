@@ -1,0 +1,214 @@
+// The forward time loop: recurrent product, cell and state of every step in one call. Included once per
+// instruction set.
+
+struct Range {
+  int64_t begin, end;
+};
+inline Range share(int64_t n, int member, int size) { return {n * member / size, n * (member + 1) / size}; }
+
+// Panels of at most `step` vectors that cover `range`: body(first vector, vectors).
+template <class Body>
+FASTRNN_HD void for_each_panel(Range range, int step, Body body) {
+  for (int64_t v = range.begin; v < range.end; v += step)
+    body(v, int(range.end - v < step ? range.end - v : step));
+}
+
+template <class T, class S>
+FASTRNN_HD Vec<T> load_or_zero(const S* p, int64_t offset, int valid) {
+  return p ? Vec<T>(load(p + offset, valid)) : Vec<T>(0);
+}
+
+// A team's workspace. Rows of h and c are padded so that whole vectors can be stored, and by one vector more, which
+// keeps power-of-two sizes from sharing a cache set.
+template <class Cell, class T>
+struct ForwardBuffers {
+  static constexpr int L = Vec<T>::kLanes;
+  int64_t unit_vectors, width_vectors, stride;
+  T *panels_hh, *bias, *panels_hr;
+  T *h[2], *c;  // [B, stride]
+  T* hidden;    // [B, stride]: o tanh(c) before the projection
+
+  ForwardBuffers(const ForwardParams& p, Arena& arena)
+      : unit_vectors(ceil_div(p.hidden, L)), width_vectors(ceil_div(p.width, L)) {
+    stride = (unit_vectors + kMaxVectors) * L;
+    panels_hh = arena.take<T>(unit_vectors * Cell::kGates * L * p.width);
+    bias = arena.take<T>(unit_vectors * Cell::kGates * L);
+    panels_hr = p.weight_hr ? arena.take<T>(width_vectors * L * p.hidden) : nullptr;
+    for (T*& x : h) x = arena.take<T>(p.batch * stride);
+    c = arena.take<T>(p.batch * stride);
+    hidden = p.weight_hr ? arena.take<T>(p.batch * stride) : nullptr;
+  }
+};
+
+template <class Cell, class S>
+class ForwardWorker {
+  using T = typename Compute<S>::type;
+  using V = Vec<T>;
+  static constexpr int L = V::kLanes, G = Cell::kGates, kUnits = kMaxVectors / G;
+  static constexpr bool kHasC = Cell::kStates > 1;
+  static constexpr int kSaved = Cell::kSaved + Cell::kStates - 1;
+
+ public:
+  ForwardWorker(const ForwardParams& params, const Plan& plan, Barrier& barrier, char* workspace, int thread)
+      : p(params), plan(plan), barrier(barrier), team(thread / plan.team_size), member(thread % plan.team_size),
+        arena(workspace), b(params, arena) {
+    const bool all = plan.split_rows;
+    units = all ? Range{0, b.unit_vectors} : share(b.unit_vectors, member, plan.team_size);
+    widths = all ? Range{0, b.width_vectors} : share(b.width_vectors, member, plan.team_size);
+  }
+
+  void run() {
+    for (group = team; group < p.groups; group += plan.teams) {
+      rows = &plan.rows(group, member);
+      reverse = p.reverse[group];
+      pack();
+      start();
+      barrier.wait();
+      for (int64_t s = 0; s < p.steps; ++s) {
+        step(s);
+        if (!plan.split_rows && s + 1 < p.steps) barrier.wait();
+      }
+      barrier.wait();
+    }
+  }
+
+ private:
+  // Panels are shared by the team where rows are split, so each member packs some; else each needs its own alone.
+  template <class Body>
+  void for_each_packed_panel(Range range, int step, Body body) {
+    int64_t index = 0;
+    for_each_panel(range, step, [&](int64_t v, int vectors) {
+      if (!plan.split_rows || index++ % plan.team_size == member) body(v, vectors);
+    });
+  }
+
+  void pack() {
+    const int64_t h = p.hidden, R = p.width;
+    const S* weight = static_cast<const S*>(p.weight_hh) + group * G * h * R;
+    const S* bias = p.bias_hh ? static_cast<const S*>(p.bias_hh) + group * G * h : nullptr;
+    for_each_packed_panel(units, kUnits, [&](int64_t v, int vectors) {
+      pack_rows(weight + v * L * R, R, h, G, vectors, h - v * L, R, b.panels_hh + v * G * L * R);
+      if (bias) pack_rows(bias + v * L, 1, h, G, vectors, h - v * L, 1, b.bias + v * G * L);
+    });
+    if (!p.weight_hr) return;
+    const S* projection = static_cast<const S*>(p.weight_hr) + group * R * h;
+    for_each_packed_panel(widths, kMaxVectors, [&](int64_t v, int vectors) {
+      pack_rows(projection + v * L * h, h, 0, 1, vectors, R - v * L, h, b.panels_hr + v * L * h);
+    });
+  }
+
+  // h_0, c_0 into the workspace; rows without a step end where they start.
+  void start() {
+    const int64_t P = p.groups;
+    for (int64_t i = 0; i < rows->size(); ++i) {
+      const int64_t row = rows->row[i], length = rows->length[i];
+      const bool empty = length == 0;
+      const bool reset = !empty && reset_before(p, group, row, length, reverse ? length - 1 : 0);
+      for (int64_t v = widths.begin; v < widths.end; ++v) {
+        const int64_t j = v * L, at = (row * P + group) * p.width + j;
+        const V h_0 = load(static_cast<const S*>(p.h_0) + at, valid(p.width, j));
+        if (empty) store(static_cast<S*>(p.h_n) + at, h_0, valid(p.width, j));
+        const V h = reset ? load_or_zero<T>(static_cast<const S*>(p.reset_h), at, valid(p.width, j)) : h_0;
+        for (T* x : b.h) store(x + (rows->first + i) * b.stride + j, h);
+      }
+      if constexpr (kHasC)
+        for (int64_t v = units.begin; v < units.end; ++v) {
+          const int64_t j = v * L, at = (row * P + group) * p.hidden + j;
+          const V c_0 = load(static_cast<const S*>(p.c_0) + at, valid(p.hidden, j));
+          if (empty) store(static_cast<S*>(p.c_n) + at, c_0, valid(p.hidden, j));
+          const V c = reset ? load_or_zero<T>(static_cast<const S*>(p.reset_c), at, valid(p.hidden, j)) : c_0;
+          store(b.c + (rows->first + i) * b.stride + j, c);
+        }
+    }
+  }
+
+  void step(int64_t s) {
+    t = reverse ? p.steps - 1 - s : s;
+    h_prev = b.h[s & 1] + rows->first * b.stride;
+    h_next = b.h[(s + 1) & 1] + rows->first * b.stride;
+    const int64_t active = rows->active(t);
+    for_each_panel(units, kUnits, [&](int64_t v, int vectors) {
+      for_each_tile(active, h_prev, b.stride, b.panels_hh + v * G * L * p.width, p.width, vectors * G,
+                    p.bias_hh ? b.bias + v * G * L : nullptr, [&](int64_t first, int count, const T* gates_hh) {
+                      for (int m = 0; m < count; ++m)
+                        for (int n = 0; n < vectors; ++n)
+                          cell(first + m, (v + n) * L, gates_hh + (m * vectors + n) * G * L);
+                    });
+    });
+    if (!p.weight_hr) return;
+    if (!plan.split_rows) barrier.wait();
+    const T* hidden = b.hidden + rows->first * b.stride;
+    for_each_panel(widths, kMaxVectors, [&](int64_t v, int vectors) {
+      for_each_tile(active, hidden, b.stride, b.panels_hr + v * L * p.hidden, p.hidden, vectors,
+                    static_cast<const T*>(nullptr), [&](int64_t first, int count, const T* h) {
+                      for (int m = 0; m < count; ++m)
+                        for (int n = 0; n < vectors; ++n)
+                          store_h(first + m, (v + n) * L, load(h + (m * vectors + n) * L));
+                    });
+    });
+  }
+
+  // One row, units j .. j + L.
+  void cell(int64_t i, int64_t j, const T* gates_hh) {
+    const int64_t row = rows->row[i], h = p.hidden;
+    const int n = valid(h, j);
+    ForwardIn<Cell, V> in;
+    ForwardOut<Cell, V> out;
+    const S* gates_ih =
+        static_cast<const S*>(p.gates_ih) + t * p.gates_ih_stride_t + row * p.gates_ih_stride_b + group * G * h + j;
+    for (int k = 0; k < G; ++k) {
+      in.gates_ih[k] = load(gates_ih + k * h, n);
+      in.gates_hh[k] = load(gates_hh + k * L);
+    }
+    in.state[0] = load(h_prev + i * b.stride + j);
+    T* c = b.c + (rows->first + i) * b.stride + j;
+    if constexpr (kHasC) in.state[1] = load(c);
+    Cell::forward(in, out);
+
+    if (p.saved) {
+      S* saved = static_cast<S*>(p.saved) + ((t * p.batch + row) * p.groups + group) * kSaved * h + j;
+      if constexpr (Cell::kSaved > 0)
+        for (int k = 0; k < Cell::kSaved; ++k) store(saved + k * h, out.saved[k], n);
+      if constexpr (kHasC) store(saved + Cell::kSaved * h, out.state[1], n);
+    }
+    if constexpr (kHasC) {
+      const int64_t at = (row * p.groups + group) * h + j;
+      if (is_last(i)) store(static_cast<S*>(p.c_n) + at, out.state[1], n);
+      store(c, reset_next(i) ? load_or_zero<T>(static_cast<const S*>(p.reset_c), at, n) : out.state[1]);
+    }
+    if (p.weight_hr)
+      store(b.hidden + (rows->first + i) * b.stride + j, out.state[0]);
+    else
+      store_h(i, j, out.state[0]);
+  }
+
+  void store_h(int64_t i, int64_t j, V h) {
+    const int64_t row = rows->row[i], at = (row * p.groups + group) * p.width + j;
+    const int n = valid(p.width, j);
+    store(static_cast<S*>(p.output) + t * p.batch * p.groups * p.width + at, h, n);
+    if (is_last(i)) store(static_cast<S*>(p.h_n) + at, h, n);
+    store(h_next + i * b.stride + j,
+          reset_next(i) ? load_or_zero<T>(static_cast<const S*>(p.reset_h), at, n) : h);
+  }
+
+  bool is_last(int64_t i) const { return t == (reverse ? 0 : rows->length[i] - 1); }
+  bool reset_next(int64_t i) const {
+    return p.resets && !is_last(i) &&
+           reset_before(p, group, rows->row[i], rows->length[i], reverse ? t - 1 : t + 1);
+  }
+  static int valid(int64_t size, int64_t j) { return int(size - j < L ? size - j : L); }
+
+  const ForwardParams& p;
+  const Plan& plan;
+  Barrier& barrier;
+  const int team, member;
+  Arena arena;
+  ForwardBuffers<Cell, T> b;
+  Range units, widths;  // vectors that this thread computes
+
+  int64_t group, t;
+  bool reverse;
+  const Rows* rows;
+  const T* h_prev;
+  T* h_next;
+};

@@ -1,0 +1,146 @@
+// The recurrent product of a few rows with a panel of packed weights. Included once per instruction set.
+//
+// A panel holds `depth` x N vectors: for each k, the weights that input k has for N vectors of outputs. It is read
+// front to back, once per tile of rows, while the tile's M x N sums stay in registers.
+
+// Rows that fit the register file beside N vectors of weights: 32 registers with AVX-512, 16 elsewhere.
+constexpr int kWide = FASTRNN_VECTOR_BYTES == 64;
+constexpr int max_rows(int vectors) {
+  return kWide ? (vectors == 4 ? 6 : 8) : (vectors == 4 ? 3 : vectors == 3 ? 4 : 6);
+}
+constexpr int kMaxVectors = 4;
+
+// out[m][n] = init[n] + sum_k a[m * stride + k] panel[k][n]; init null means 0. out does not alias the rest.
+template <class T, int M, int N>
+__attribute__((noinline)) void product(const T* a, int64_t stride, const T* panel, int64_t depth, const T* init,
+                                       T* out) {
+  using V = Vec<T>;
+  constexpr int L = V::kLanes;
+  // With few sums in flight the chain of additions would wait for itself: interleave U of them over k.
+  constexpr int U = M * N >= 8 ? 1 : M * N >= 4 ? 2 : 4;
+  typename V::Native sum[U][M][N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    const typename V::Native start = init ? load(init + n * L).v : typename V::Native{};
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      sum[0][m][n] = start;
+#pragma GCC unroll 8
+      for (int u = 1; u < U; ++u) sum[u][m][n] = typename V::Native{};
+    }
+  }
+  int64_t k = 0;
+  for (; k + U <= depth; k += U) {
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) {
+      typename V::Native w[N];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) w[n] = load(panel + n * L).v;
+      panel += N * L;
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const typename V::Native x = V(a[m * stride + k + u]).v;
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) sum[u][m][n] += x * w[n];
+      }
+    }
+  }
+  for (; k < depth; ++k, panel += N * L) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[0][m][n] += V(a[m * stride + k]).v * load(panel + n * L).v;
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 8
+      for (int u = 1; u < U; ++u) sum[0][m][n] += sum[u][m][n];
+      store(out + (m * N + n) * L, V(sum[0][m][n]));
+    }
+}
+
+template <class T>
+using Product = void (*)(const T*, int64_t, const T*, int64_t, const T*, T*);
+
+template <class T, int N, int M = 1>
+Product<T> pick_product(int rows) {
+  if constexpr (M < max_rows(N)) {
+    if (rows > M) return pick_product<T, N, M + 1>(rows);
+  }
+  return product<T, M, N>;
+}
+
+// rows in 1..max_rows(vectors), vectors in 1..kMaxVectors
+template <class T>
+Product<T> pick_product(int rows, int vectors) {
+  switch (vectors) {
+    case 1:
+      return pick_product<T, 1>(rows);
+    case 2:
+      return pick_product<T, 2>(rows);
+    case 3:
+      return pick_product<T, 3>(rows);
+    default:
+      return pick_product<T, 4>(rows);
+  }
+}
+
+// Calls body(first_row, M, sums) for tiles of rows a[first .. first + count), sums [M][vectors][lanes]. Tiles are as
+// even as can be, so that no tile is left with a single row.
+template <class T, class Body>
+FASTRNN_HD void for_each_tile(int64_t count, const T* a, int64_t stride, const T* panel, int64_t depth, int vectors,
+                              const T* init, Body body) {
+  alignas(64) T sums[8 * kMaxVectors * Vec<T>::kLanes];
+  const int64_t tiles = ceil_div(count, max_rows(vectors));
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t begin = count * i / tiles, end = count * (i + 1) / tiles;
+    pick_product<T>(int(end - begin), vectors)(a + begin * stride, stride, panel, depth, init, sums);
+    body(begin, int(end - begin), sums);
+  }
+}
+
+// ---- packing: once per call ----
+
+// Outputs are rows of the matrix: panel[k][n][lane] = w[(n * gate_stride + lane) * ld + k] for lane < valid, else 0.
+// Several vectors of units: unit vector v (of `unit_vectors`) of gate g is n = v * gates + g, and starts L rows on.
+template <class S, class T>
+void pack_rows(const S* w, int64_t ld, int64_t gate_stride, int gates, int unit_vectors, int64_t valid, int64_t depth,
+               T* panel) {
+  constexpr int L = Vec<T>::kLanes;
+  const int N = gates * unit_vectors;
+  constexpr int64_t kBlock = 16;  // columns turned at a time: a cache line or less of each row
+  for (int v = 0; v < unit_vectors; ++v)
+    for (int g = 0; g < gates; ++g) {
+      T* out = panel + (v * gates + g) * L;
+      const int lanes = int(valid - v * L < 0 ? 0 : valid - v * L < L ? valid - v * L : L);
+      const S* in = w + (g * gate_stride + v * L) * ld;
+      for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
+        const int64_t k1 = k0 + kBlock < depth ? k0 + kBlock : depth;
+        alignas(64) T turned[kBlock][L] = {};
+        for (int lane = 0; lane < lanes; ++lane) {
+          alignas(64) T line[kBlock];
+          for (int64_t k = k0; k < k1; k += L)
+            store(line + (k - k0), load(in + lane * ld + k, int(k1 - k < L ? k1 - k : L)));
+          for (int64_t k = k0; k < k1; ++k) turned[k - k0][lane] = line[k - k0];
+        }
+        for (int64_t k = k0; k < k1; ++k) store(out + k * N * L, load(turned[k - k0]));
+      }
+    }
+}
+
+// Outputs are columns: panel[k][n][lane] = w[k * ld + n * L + lane], 0 from column `valid` on. Rows come in `blocks`
+// of `rows`, each block followed by zero rows up to `padded`.
+template <class S, class T>
+void pack_columns(const S* w, int64_t ld, int vectors, int64_t valid, int blocks, int64_t rows, int64_t padded,
+                  T* panel) {
+  constexpr int L = Vec<T>::kLanes;
+  for (int block = 0; block < blocks; ++block)
+    for (int64_t k = 0; k < padded; ++k)
+      for (int n = 0; n < vectors; ++n, panel += L) {
+        const int64_t left = k < rows ? valid - n * L : 0;
+        store(panel, Vec<T>(load(w + (block * rows + (k < rows ? k : 0)) * ld + (left > 0 ? n * L : 0),
+                                 int(left < 0 ? 0 : left < L ? left : L))));
+      }
+}

@@ -1,0 +1,101 @@
+// The kernels of one instruction set. Each isa_*.cpp sets FASTRNN_VECTOR_BYTES and FASTRNN_ISA (its namespace and
+// name) and includes this once, after the standard headers and its target pragma: two instruction sets then share
+// no template instance, whose copies the linker would otherwise merge.
+#include "../cells/registry.h"
+#include "plan.h"
+
+namespace fastrnn::cpu::FASTRNN_ISA {
+#include "simd.h"
+
+#include "product-inl.h"
+
+#include "forward-inl.h"
+
+#include "backward-inl.h"
+
+// Calls f.operator()<Cell, S>() for the cell and storage type that p names.
+template <class Cell, class F>
+auto with_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f.template operator()<Cell, double>();
+    case DType::kBFloat16:
+      return f.template operator()<Cell, BFloat16>();
+    case DType::kFloat16:
+      return f.template operator()<Cell, Half>();
+    case DType::kFloat32:
+      break;
+  }
+  return f.template operator()<Cell, float>();
+}
+
+template <class F>
+auto with_cell(const ForwardParams& p, F f) {
+  int id = 0;
+#define FASTRNN_DISPATCH(name, Cell, separate) \
+  if (p.cell == id++) return with_dtype<Cell>(p.dtype, f);
+  FASTRNN_FOR_EACH_CELL(FASTRNN_DISPATCH)
+#undef FASTRNN_DISPATCH
+  return with_dtype<LSTMCell>(p.dtype, f);  // not reached: the binding checks the cell
+}
+
+struct Forward {
+  const ForwardParams& p;
+  const Plan& plan;
+  Barrier& barrier;
+  char* workspace;
+  int thread;
+  template <class Cell, class S>
+  void operator()() const {
+    ForwardWorker<Cell, S>(p, plan, barrier, workspace, thread).run();
+  }
+};
+
+struct Backward {
+  const BackwardParams& p;
+  const Plan& plan;
+  Barrier& barrier;
+  char* workspace;
+  int thread;
+  template <class Cell, class S>
+  void operator()() const {
+    BackwardWorker<Cell, S>(p, plan, barrier, workspace, thread).run();
+  }
+};
+
+template <template <class, class> class Buffers, class Params>
+struct WorkspaceBytes {
+  const Params& p;
+  template <class Cell, class S>
+  int64_t operator()() const {
+    Arena arena;
+    Buffers<Cell, typename Compute<S>::type>(p, arena);
+    return arena.used();
+  }
+};
+
+inline int64_t forward_workspace(const ForwardParams& p) {
+  return with_cell(p, WorkspaceBytes<ForwardBuffers, ForwardParams>{p});
+}
+inline int64_t backward_workspace(const BackwardParams& p) {
+  return with_cell(p, WorkspaceBytes<BackwardBuffers, BackwardParams>{p});
+}
+inline void forward(const ForwardParams& p, const Plan& plan, Barrier& barrier, char* workspace, int thread) {
+  with_cell(p, Forward{p, plan, barrier, workspace, thread});
+}
+inline void backward(const BackwardParams& p, const Plan& plan, Barrier& barrier, char* workspace, int thread) {
+  with_cell(p, Backward{p, plan, barrier, workspace, thread});
+}
+
+}  // namespace fastrnn::cpu::FASTRNN_ISA
+
+#define FASTRNN_STRING(x) #x
+#define FASTRNN_NAME(x) FASTRNN_STRING(x)
+
+namespace fastrnn::cpu {
+const Kernels* FASTRNN_KERNELS() {
+  static const Kernels kernels{FASTRNN_NAME(FASTRNN_ISA), FASTRNN_ISA::forward_workspace,
+                               FASTRNN_ISA::backward_workspace, FASTRNN_ISA::forward, FASTRNN_ISA::backward};
+  return &kernels;
+}
+}  // namespace fastrnn::cpu

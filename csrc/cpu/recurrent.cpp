@@ -1,0 +1,121 @@
+// The CPU recurrence from the outside: choose the instruction set once, plan a call, run it on threads.
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+
+#include "../cells/registry.h"
+#include "../launch.h"
+#include "plan.h"
+
+namespace fastrnn::cpu {
+namespace {
+
+bool supported(const std::string& name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (name == "avx512")
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return name == "baseline";
+}
+
+const Kernels& choose() {
+  const char* wanted = std::getenv("FASTRNN_ISA");
+  for (const Kernels* kernels : {avx512_kernels(), avx2_kernels(), baseline_kernels()})
+    if (kernels && (!wanted || std::string(wanted) == kernels->name) && supported(kernels->name)) return *kernels;
+  throw std::invalid_argument("FASTRNN_ISA: expected avx512, avx2 or baseline, as this CPU and build have them, got " +
+                              std::string(wanted ? wanted : ""));
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+struct Free {
+  void operator()(char* p) const { std::free(p); }
+};
+
+template <class Params>
+void run(const Params& params, int threads, int64_t workspace_bytes,
+         void (*work)(const Params&, const Plan&, Barrier&, char*, int)) {
+  const Plan plan = make_plan(params, threads);
+  const int64_t bytes = round_up(std::max<int64_t>(workspace_bytes, 64), 64);
+  std::unique_ptr<char, Free> workspace(static_cast<char*>(std::aligned_alloc(64, bytes * plan.teams)));
+  if (!workspace) throw std::bad_alloc();
+  std::vector<std::unique_ptr<Barrier>> barriers;
+  for (int i = 0; i < plan.teams; ++i) barriers.push_back(std::make_unique<Barrier>(plan.team_size));
+  const auto one = [&](int thread) {
+    const int team = thread / plan.team_size;
+    work(params, plan, *barriers[team], workspace.get() + team * bytes, thread);
+  };
+  // A single thread enters no parallel region: worker processes made by fork after OpenMP has started must not.
+  if (plan.threads() == 1) return one(0);
+#pragma omp parallel for schedule(static, 1) num_threads(plan.threads())
+  for (int thread = 0; thread < plan.threads(); ++thread) one(thread);
+}
+
+}  // namespace
+
+const char* instruction_set() { return kernels().name; }
+
+Plan make_plan(const ForwardParams& p, int threads) {
+  Plan plan;
+  threads = std::max(threads, 1);
+  plan.teams = static_cast<int>(std::min<int64_t>(threads, p.groups));
+  plan.team_size = threads / plan.teams;
+  // Splitting rows needs no barrier but streams all weights through every core; it pays while they fit beside the
+  // rest in a core's second-level cache and every thread keeps a few tiles of rows.
+  constexpr int64_t kCachedWeights = 512 << 10, kRowsPerThread = 8;
+  const int64_t element = p.dtype == DType::kFloat64 ? 8 : 4;
+  const int64_t weights = (kCells[p.cell].gates * p.hidden * p.width + (p.weight_hr ? p.hidden * p.width : 0)) * element;
+  plan.split_rows = plan.team_size == 1 ||
+                    (weights <= kCachedWeights && p.batch >= kRowsPerThread * plan.team_size);
+  // A step too small to share is dearer with a barrier than without: about 1 us against flops at a few per ns.
+  constexpr int64_t kWorthABarrier = 16 << 10;  // multiply-adds a thread and step
+  if (!plan.split_rows)
+    plan.team_size = static_cast<int>(std::clamp<int64_t>(
+        p.batch * kCells[p.cell].gates * p.hidden * p.width / kWorthABarrier, 1, plan.team_size));
+  if (plan.team_size == 1) plan.split_rows = true;
+
+  plan.shared_lengths = !p.lengths || p.lengths_stride_p == 0;
+  const int members = plan.split_rows ? plan.team_size : 1;
+  std::vector<int64_t> order(p.batch);
+  for (int64_t group = 0; group < (plan.shared_lengths ? 1 : p.groups); ++group) {
+    const auto length = [&](int64_t row) {
+      return p.lengths ? p.lengths[row * p.lengths_stride_b + group * p.lengths_stride_p] : p.steps;
+    };
+    std::iota(order.begin(), order.end(), 0);
+    if (p.lengths)
+      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return length(a) > length(b); });
+    int64_t first = 0;
+    for (int member = 0; member < members; ++member) {
+      Rows rows;
+      rows.first = first;
+      // Every members-th row, so that long and short ones are shared evenly.
+      for (int64_t i = member; i < p.batch; i += members) {
+        rows.row.push_back(order[i]);
+        rows.length.push_back(length(order[i]));
+      }
+      first += rows.size();
+      plan.all_rows.push_back(std::move(rows));
+    }
+  }
+  return plan;
+}
+
+void recurrent_forward(const ForwardParams& params, int threads) {
+  run<ForwardParams>(params, threads, kernels().forward_workspace(params), kernels().forward);
+}
+
+void recurrent_backward(const BackwardParams& params, int threads) {
+  run<BackwardParams>(params, threads, kernels().backward_workspace(params), kernels().backward);
+}
+
+}  // namespace fastrnn::cpu

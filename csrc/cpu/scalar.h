@@ -1,0 +1,25 @@
+// Storage types and constants that every instruction set shares. Plain C++, compiled for the baseline.
+#pragma once
+#include <cstdint>
+
+namespace fastrnn::cpu {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// 1 / k!
+template <class T>
+constexpr T inverse_factorial(int k) {
+  double f = 1;
+  for (int i = 2; i <= k; ++i) f *= i;
+  return T(1 / f);
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace fastrnn::cpu

@@ -1,0 +1,201 @@
+// The SIMD value type that the CPU recurrence gives to the cells. Written with the compiler's vector extension, so
+// one text serves every instruction set; FASTRNN_VECTOR_BYTES says how wide. Included inside each instruction set's
+// own namespace (see isa_*.cpp), never by a .cu file: no include guard and no #include here.
+//
+// Accuracy, measured by tests/test_simd.py over all finite floats and a dense grid of doubles:
+//   exp   <= 2 ulp on [-87.3, 88.3] (double: [-708.3, 709.0]); outside, the value at the end of that range
+//   tanh  <= 3 ulp everywhere
+// NaN in gives NaN out. Denormal inputs need no special mode.
+
+template <class T>
+struct Traits;
+template <>
+struct Traits<float> {
+  using Int = int32_t;
+  typedef float Native __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+  typedef int32_t Bits __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+  typedef uint16_t Half16 __attribute__((vector_size(FASTRNN_VECTOR_BYTES / 2)));  // as many 16-bit lanes
+  static constexpr int kMantissa = 23, kBias = 127, kTerms = 7;
+  static constexpr float kLow = -87.3f, kHigh = 88.3f, kTanhHigh = 20.0f;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723e-6f;
+};
+template <>
+struct Traits<double> {
+  using Int = int64_t;
+  typedef double Native __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+  typedef int64_t Bits __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+  static constexpr int kMantissa = 52, kBias = 1023, kTerms = 13;
+  static constexpr double kLow = -708.3, kHigh = 709.0, kTanhHigh = 40.0;
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLn2High = 0.69314718036912381649, kLn2Low = 1.90821492927058770002e-10;
+};
+
+template <class T>
+struct Vec {
+  static constexpr int kLanes = FASTRNN_VECTOR_BYTES / sizeof(T);
+  using Native = typename Traits<T>::Native;
+  using Bits = typename Traits<T>::Bits;
+  Native v;
+  Vec() = default;
+  FASTRNN_HD Vec(Native x) : v(x) {}
+  // x - 0, since the compiler may not drop x + 0 (it turns -0 into +0).
+  FASTRNN_HD explicit Vec(T x) : v(x - Native{}) {}
+  FASTRNN_HD explicit Vec(int x) : v(T(x) - Native{}) {}
+};
+
+template <class T>
+FASTRNN_HD Vec<T> operator+(Vec<T> a, Vec<T> b) {
+  return a.v + b.v;
+}
+template <class T>
+FASTRNN_HD Vec<T> operator-(Vec<T> a, Vec<T> b) {
+  return a.v - b.v;
+}
+template <class T>
+FASTRNN_HD Vec<T> operator*(Vec<T> a, Vec<T> b) {
+  return a.v * b.v;
+}
+template <class T>
+FASTRNN_HD Vec<T> operator/(Vec<T> a, Vec<T> b) {
+  return a.v / b.v;
+}
+template <class T>
+FASTRNN_HD Vec<T> operator-(Vec<T> a) {
+  return -a.v;
+}
+template <class T>
+FASTRNN_HD Vec<T> where_positive(Vec<T> y, Vec<T> a) {
+  return y.v <= T(0) ? typename Vec<T>::Native{} : a.v;
+}
+
+// exp(x) = 2^n (1 + m) with integer n and m = e^r - 1, |r| <= ln2 / 2, by r's Taylor series, whose first neglected
+// term is below half an ulp of m.
+template <class T>
+FASTRNN_HD void exp_parts(typename Vec<T>::Native x, typename Vec<T>::Native& scale, typename Vec<T>::Native& m) {
+  using Native = typename Vec<T>::Native;
+  using Bits = typename Vec<T>::Bits;
+  using C = Traits<T>;
+  const Native shifted = x * T(1.44269504088896340736) + C::kRound;
+  const Native n = shifted - C::kRound;
+  const Native r = (x - n * C::kLn2High) - n * C::kLn2Low;
+  Native p = Native{} + inverse_factorial<T>(C::kTerms);
+#pragma GCC unroll 16
+  for (int k = C::kTerms - 1; k >= 2; --k) p = p * r + inverse_factorial<T>(k);
+  m = p * r * r + r;
+  // The integer stands in the low bits of `shifted`; moved up it becomes the exponent.
+  scale = (Native)(((Bits)shifted << C::kMantissa) + (typename C::Int(C::kBias) << C::kMantissa));
+}
+
+template <class T>
+FASTRNN_HD Vec<T> exp(Vec<T> a) {
+  using C = Traits<T>;
+  typename Vec<T>::Native x = a.v, scale, m;
+  x = x > C::kHigh ? typename Vec<T>::Native{} + C::kHigh : x;
+  x = x < C::kLow ? typename Vec<T>::Native{} + C::kLow : x;
+  exp_parts<T>(x, scale, m);
+  return scale * m + scale;
+}
+
+// tanh |x| = e / (e + 2) with e = exp(2|x|) - 1, which keeps its relative accuracy near 0.
+template <class T>
+FASTRNN_HD Vec<T> tanh(Vec<T> a) {
+  using Native = typename Vec<T>::Native;
+  using Bits = typename Vec<T>::Bits;
+  using C = Traits<T>;
+  const Bits sign = (Bits)a.v & (Bits)(-Native{});
+  Native y = (Native)((Bits)a.v ^ sign);
+  y = y + y;
+  y = y > C::kTanhHigh * T(2) ? Native{} + C::kTanhHigh * T(2) : y;
+  Native scale, m;
+  exp_parts<T>(y, scale, m);
+  const Native e = scale * m + (scale - T(1));
+  return (Native)((Bits)(e / (e + T(2))) | sign);
+}
+
+// ---- memory: n of the lanes at p; the rest read as 0 and are not written ----
+
+template <class S>
+struct Compute {
+  using type = S;
+};
+template <>
+struct Compute<BFloat16> {
+  using type = float;
+};
+template <>
+struct Compute<Half> {
+  using type = float;
+};
+
+using Half16 = Traits<float>::Half16;
+
+template <class T>
+FASTRNN_HD Vec<T> from_storage(typename Vec<T>::Native x, const T*) {
+  return x;
+}
+FASTRNN_HD Vec<float> from_storage(Half16 x, const BFloat16*) {
+  return (Vec<float>::Native)(__builtin_convertvector(x, Vec<float>::Bits) << 16);
+}
+FASTRNN_HD Vec<float> from_storage(Half16 x, const Half*) {
+  using F = Vec<float>::Native;
+  using I = Vec<float>::Bits;
+  const I bits = __builtin_convertvector(x, I), magnitude = bits & 0x7fff;
+  const F normal = (F)((magnitude << 13) + (112 << 23));
+  const F small = __builtin_convertvector(magnitude, F) * 0x1p-24f;
+  const F special = (F)((magnitude << 13) | 0x7f800000);
+  const F value = magnitude < 0x400 ? small : magnitude >= 0x7c00 ? special : normal;
+  return (F)((I)value | (bits & 0x8000) << 16);
+}
+
+template <class T>
+FASTRNN_HD typename Vec<T>::Native to_storage(Vec<T> x, const T*) {
+  return x.v;
+}
+// Round to nearest even, as torch does.
+FASTRNN_HD Half16 to_storage(Vec<float> x, const BFloat16*) {
+  using I = Vec<float>::Bits;
+  const I bits = (I)x.v;
+  const I rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const I value = x.v != x.v ? I{} + 0x7fc0 : rounded;
+  return __builtin_convertvector(value & 0xffff, Half16);
+}
+FASTRNN_HD Half16 to_storage(Vec<float> x, const Half*) {
+  using F = Vec<float>::Native;
+  using I = Vec<float>::Bits;
+  const I bits = (I)x.v, magnitude = bits & 0x7fffffff;
+  const I normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Adding 0.5 leaves a subnormal's rounded mantissa in the low bits.
+  const I small = (I)((F)magnitude + 0.5f) - 0x3f000000;
+  const I large = magnitude > 0x7f800000 ? I{} + 0x7e00 : I{} + 0x7c00;
+  const I value = magnitude < 0x38800000 ? small : magnitude >= 0x477ff000 ? large : normal;
+  return __builtin_convertvector((value | ((bits >> 16) & 0x8000)) & 0xffff, Half16);
+}
+
+template <class S>
+FASTRNN_HD Vec<typename Compute<S>::type> load(const S* p, int n) {
+  using V = Vec<typename Compute<S>::type>;
+  decltype(to_storage(V(), p)) x{};
+  if (n >= V::kLanes)
+    __builtin_memcpy(&x, p, sizeof x);
+  else
+    for (int k = 0; k < n; ++k) __builtin_memcpy(reinterpret_cast<S*>(&x) + k, p + k, sizeof(S));
+  return from_storage(x, p);
+}
+template <class S>
+FASTRNN_HD Vec<typename Compute<S>::type> load(const S* p) {
+  return load(p, Vec<typename Compute<S>::type>::kLanes);
+}
+
+template <class S, class T>
+FASTRNN_HD void store(S* p, Vec<T> value, int n) {
+  const auto x = to_storage(value, static_cast<const S*>(p));
+  if (n >= Vec<T>::kLanes)
+    __builtin_memcpy(p, &x, sizeof x);
+  else
+    __builtin_memcpy(p, &x, n * sizeof(S));
+}
+template <class S, class T>
+FASTRNN_HD void store(S* p, Vec<T> value) {
+  store(p, value, Vec<T>::kLanes);
+}

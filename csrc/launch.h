@@ -1,0 +1,17 @@
+// The torch-free entry points of the recurrences.
+#pragma once
+#include "params.h"
+
+namespace fastrnn::cpu {
+
+// Runs on at most `threads` OpenMP threads, this one included. Throws std::bad_alloc if the workspace cannot be
+// had; nothing has been written then.
+void recurrent_forward(const ForwardParams& params, int threads);
+void recurrent_backward(const BackwardParams& params, int threads);
+
+// Instruction set of the kernels in use: "avx512", "avx2" or "baseline". Chosen once per process: the best that
+// the CPU has, or what the environment variable FASTRNN_ISA names. Throws std::invalid_argument if that is unknown
+// or not to be had.
+const char* instruction_set();
+
+}  // namespace fastrnn::cpu

@@ -1,0 +1,62 @@
+// What one call of a recurrence works on: plain data, no torch. Shapes stand behind each pointer:
+//   T steps, B batch, P groups (independent recurrences that share the call: directions, heads, members of an
+//   ensemble), G gates and S saved values of the cell, h hidden units of a group, R width of a group's state 0
+//   (R = h, or the projected size where weight_hr is given).
+// All tensors are row-major and contiguous but for the strides given, which count elements.
+// Elements have type `dtype`; lengths are int64 and resets are bytes.
+#pragma once
+#include <cstdint>
+
+namespace fastrnn {
+
+enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+struct ForwardParams {
+  int64_t steps, batch, groups, hidden, width;  // T, B, P, h, R
+  int32_t cell;                                 // index into kCells
+  DType dtype;
+
+  const void* gates_ih;  // [T, B, P*G*h], last dimension contiguous
+  int64_t gates_ih_stride_t, gates_ih_stride_b;
+  const void* weight_hh;  // [P, G*h, R]
+  const void* bias_hh;    // [P, G*h] or null
+  const void* weight_hr;  // [P, R, h] or null: h' = weight_hr (o tanh(c))
+  const void* h_0;        // [B, P*R]
+  const void* c_0;        // [B, P*h], null for cells with one state
+
+  // A row's valid steps: row b of group p at lengths[b * stride_b + p * stride_p]; null means T for all.
+  const int64_t* lengths;
+  int64_t lengths_stride_b, lengths_stride_p;
+  // resets[t, b] (or [t, b, p]): the boundary between steps t-1 and t; nothing is carried across it, in either
+  // direction. The state past it is reset_h, reset_c (null: zeros). Ignored at padded steps.
+  const uint8_t* resets;
+  int64_t resets_stride_t, resets_stride_b, resets_stride_p;
+  const void* reset_h;  // [B, P*R] or null
+  const void* reset_c;  // [B, P*h] or null
+
+  const uint8_t* reverse;  // [P]: 1 where the group runs from the last step to the first
+
+  void* output;  // [T, B, P*R]; already zero where lengths are given
+  void* h_n;     // [B, P*R]
+  void* c_n;     // [B, P*h] or null
+  void* saved;   // [T, B, P*S*h] or null: backward will not follow; already zero where lengths are given
+};
+
+// The forward call's inputs, its output and saved, and:
+struct BackwardParams : ForwardParams {
+  const void* grad_output;  // [T, B, P*R], last dimension contiguous, or null for zeros
+  int64_t grad_output_stride_t, grad_output_stride_b;
+  const void* grad_h_n;  // [B, P*R] or null
+  const void* grad_c_n;  // [B, P*h] or null
+
+  void* grad_gates_ih;   // [T, B, P*G*h]; already zero where lengths are given, like the next two
+  void* grad_gates_hh;   // same shape, or null where the cell's is equal to grad_gates_ih
+  void* grad_projected;  // [T, B, P*R]: the whole gradient of weight_hr's product; null without weight_hr
+  void* grad_h_0;        // [B, P*R]
+  void* grad_c_0;        // [B, P*h] or null
+  // In float32 where dtype is a half type, since a row may have many resets:
+  void* grad_reset_h;  // [B, P*R], already zero, or null where not wanted
+  void* grad_reset_c;  // [B, P*h], already zero, or null
+};
+
+}  // namespace fastrnn

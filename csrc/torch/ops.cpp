@@ -1,0 +1,80 @@
+// The ops' schemas, and their CPU kernels. This is the only place where a schema stands; fastrnn/ops.py gives the
+// same ops their fake, autograd, vmap and autocast behaviour.
+//
+//   T steps, B batch, P groups, G gates, h hidden units a group, R width of state 0 (h, or the projected size),
+//   S saved values (cell_info). Results that do not apply have size 0; none aliases an argument or another result.
+//   lengths [B] or [B, P], any integer dtype; resets bool [T, B] or [T, B, P]; reverse: P values.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include "../cells/registry.h"
+#include "../launch.h"
+#include "prepare.h"
+
+namespace fastrnn {
+namespace {
+
+int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(
+    c10::string_view cell, const Tensor& gates_ih, const Tensor& weight_hh, const OptionalTensor& bias_hh,
+    const OptionalTensor& weight_hr, const Tensor& h_0, const OptionalTensor& c_0, const OptionalTensor& lengths,
+    const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
+    const c10::List<bool>& reverse, bool save) {
+  PreparedForward call = prepare_forward(
+      {cell, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse}, gates_ih, save);
+  if (call.params.batch > 0) cpu::recurrent_forward(call.params, threads());
+  return {call.output, call.h_n, call.c_n, call.saved};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
+    c10::string_view cell, const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+    const OptionalTensor& grad_c_n, const Tensor& weight_hh, const OptionalTensor& weight_hr, const Tensor& h_0,
+    const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
+    const OptionalTensor& reset_h, const OptionalTensor& reset_c, const c10::List<bool>& reverse, const Tensor& output,
+    const Tensor& saved) {
+  PreparedBackward call = prepare_backward(
+      {cell, weight_hh, std::nullopt, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse}, grad_output,
+      grad_h_n, grad_c_n, output, saved);
+  if (call.params.batch > 0) cpu::recurrent_backward(call.params, threads());
+  const auto dtype = output.scalar_type();
+  return {call.grad_gates_ih, call.grad_gates_hh, call.grad_projected,        call.grad_h_0,
+          call.grad_c_0,      call.grad_reset_h.to(dtype), call.grad_reset_c.to(dtype)};
+}
+
+std::vector<std::string> cell_names() {
+  std::vector<std::string> names;
+  for (const CellInfo& cell : kCells) names.emplace_back(cell.name);
+  return names;
+}
+
+std::vector<int64_t> cell_info(c10::string_view cell) {
+  const CellInfo& info = kCells[find_cell(cell)];
+  return {info.gates, info.states, info.saved, info.params, info.separate_gates_hh};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(fastrnn, m) {
+  m.def(
+      "recurrent_forward(str cell, Tensor gates_ih, Tensor weight_hh, Tensor? bias_hh, Tensor? weight_hr, "
+      "Tensor h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, bool[] reverse, "
+      "bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "recurrent_backward(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor weight_hh, "
+      "Tensor? weight_hr, Tensor h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, "
+      "bool[] reverse, Tensor output, Tensor saved) -> (Tensor grad_gates_ih, Tensor grad_gates_hh, "
+      "Tensor grad_projected, Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c)",
+      {at::Tag::pt2_compliant_tag});
+  m.def("cell_names() -> str[]", cell_names);
+  // gates, states, saved, params, 1 if grad_gates_hh is a tensor of its own
+  m.def("cell_info(str cell) -> int[]", cell_info);
+}
+
+TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
+  m.impl("recurrent_forward", forward_cpu);
+  m.impl("recurrent_backward", backward_cpu);
+}
+
+}  // namespace fastrnn

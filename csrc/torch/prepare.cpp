@@ -1,0 +1,244 @@
+#include "prepare.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+
+#include <string>
+
+#include "../cells/registry.h"
+
+namespace fastrnn {
+namespace {
+
+std::string text(at::IntArrayRef sizes) {
+  std::string s = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) s += (i ? ", " : "") + std::to_string(sizes[i]);
+  return s + "]";
+}
+
+struct Dims {
+  int64_t T, B, P, G, h, R, S;
+};
+
+// Checks an op's tensors one by one against the sizes, dtype and device of gates_ih (or output).
+class Door {
+ public:
+  Door(const char* op, const Recurrence& args, const Tensor& reference, const char* reference_name)
+      : op_(op), reference_(reference), reference_name_(reference_name), cell_(find_cell(args.cell)),
+        info_(kCells[cell_]) {
+    switch (reference.scalar_type()) {
+      case at::kFloat: dtype_ = DType::kFloat32; break;
+      case at::kDouble: dtype_ = DType::kFloat64; break;
+      case at::kBFloat16: dtype_ = DType::kBFloat16; break;
+      case at::kHalf: dtype_ = DType::kFloat16; break;
+      default:
+        TORCH_CHECK_TYPE(false, op_, ": ", reference_name,
+                         ": expected float32, float64, bfloat16 or float16, got ", reference.scalar_type());
+    }
+    TORCH_CHECK(reference.dim() == 3, op_, ": ", reference_name, ": expected 3 dimensions, got ",
+                text(reference.sizes()));
+    const Tensor& weight = args.weight_hh;
+    TORCH_CHECK(weight.dim() == 3, op_, ": weight_hh: expected 3 dimensions (groups, gates * hidden, width), got ",
+                text(weight.sizes()));
+    dims_ = {reference.size(0), reference.size(1), weight.size(0), info_.gates, weight.size(1) / info_.gates,
+             weight.size(2), info_.saved};
+    TORCH_CHECK(dims_.P > 0 && dims_.h > 0 && dims_.R > 0 && weight.size(1) == info_.gates * dims_.h, op_,
+                ": weight_hh: expected (groups, ", info_.gates, " * hidden, width) with every size above 0, got ",
+                text(weight.sizes()));
+    TORCH_CHECK(info_.states > 1 || !args.weight_hr, op_, ": weight_hr: expected none for cell '", info_.name,
+                "', got a tensor");
+    TORCH_CHECK(args.weight_hr || dims_.R == dims_.h, op_, ": weight_hh: expected [", dims_.P, ", ", weight.size(1),
+                ", ", dims_.h, "] without weight_hr, got ", text(weight.sizes()));
+    TORCH_CHECK(static_cast<int64_t>(args.reverse.size()) == dims_.P, op_, ": reverse: expected ", dims_.P,
+                " values (groups), got ", args.reverse.size());
+    TORCH_CHECK(args.c_0.has_value() == (info_.states > 1), op_, ": c_0: expected ",
+                info_.states > 1 ? "a tensor" : "none", " for cell '", info_.name, "', got ",
+                args.c_0 ? "a tensor" : "none");
+  }
+
+  const Dims& dims() const { return dims_; }
+  const CellInfo& info() const { return info_; }
+  std::vector<Tensor> keep;
+
+  void floating(const char* name, const Tensor& x, at::IntArrayRef expected) const {
+    TORCH_CHECK(x.sizes() == expected, op_, ": ", name, ": expected ", text(expected), ", got ", text(x.sizes()));
+    TORCH_CHECK(x.scalar_type() == reference_.scalar_type(), op_, ": ", name, ": expected dtype ",
+                reference_.scalar_type(), " (that of ", reference_name_, "), got ", x.scalar_type());
+    device(name, x);
+  }
+
+  // Checked, contiguous, kept alive; null for an absent tensor.
+  const void* read(const char* name, const OptionalTensor& x, at::IntArrayRef expected) {
+    if (!x) return nullptr;
+    floating(name, *x, expected);
+    keep.push_back(x->contiguous());
+    return keep.back().const_data_ptr();
+  }
+
+  // The same where only the last dimension must be contiguous: strides of the first two are returned.
+  const void* read_strided(const char* name, const OptionalTensor& x, at::IntArrayRef expected, int64_t& stride_t,
+                           int64_t& stride_b) {
+    if (!x) return nullptr;
+    floating(name, *x, expected);
+    keep.push_back(x->stride(2) == 1 || x->size(2) == 1 ? *x : x->contiguous());
+    stride_t = keep.back().stride(0);
+    stride_b = keep.back().stride(1);
+    return keep.back().const_data_ptr();
+  }
+
+  void fill(const Recurrence& args, ForwardParams& p, std::vector<uint8_t>& reverse) {
+    const auto [T, B, P, G, h, R, S] = dims_;
+    p.steps = T;
+    p.batch = B;
+    p.groups = P;
+    p.hidden = h;
+    p.width = R;
+    p.cell = cell_;
+    p.dtype = dtype_;
+    p.weight_hh = read("weight_hh", args.weight_hh, {P, G * h, R});
+    p.bias_hh = read("bias_hh", args.bias_hh, {P, G * h});
+    p.weight_hr = read("weight_hr", args.weight_hr, {P, R, h});
+    p.h_0 = read("h_0", args.h_0, {B, P * R});
+    p.c_0 = read("c_0", args.c_0, {B, P * h});
+    for (const bool r : args.reverse) reverse.push_back(r);
+    p.reverse = reverse.data();
+    lengths(args, p);
+    resets(args, p);
+  }
+
+  Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, reference_.options()); }
+  Tensor zeros(at::IntArrayRef sizes) const { return at::zeros(sizes, reference_.options()); }
+  Tensor absent() const { return empty({0}); }
+  // Zero where a kernel with lengths will not write.
+  Tensor result(at::IntArrayRef sizes, bool padded) const { return padded ? zeros(sizes) : empty(sizes); }
+  Tensor accumulator(at::IntArrayRef sizes) const {
+    const bool half = dtype_ == DType::kBFloat16 || dtype_ == DType::kFloat16;
+    return at::zeros(sizes, half ? reference_.options().dtype(at::kFloat) : reference_.options());
+  }
+
+ private:
+  void device(const char* name, const Tensor& x) const {
+    TORCH_CHECK(x.device() == reference_.device(), op_, ": ", name, ": expected device ", reference_.device(),
+                " (that of ", reference_name_, "), got ", x.device());
+  }
+
+  void lengths(const Recurrence& args, ForwardParams& p) {
+    if (!args.lengths) return;
+    const Tensor& x = *args.lengths;
+    TORCH_CHECK_TYPE(at::isIntegralType(x.scalar_type(), /*includeBool=*/false), op_,
+                     ": lengths: expected an integer dtype, got ", x.scalar_type());
+    TORCH_CHECK(x.dim() >= 1 && x.dim() <= 2 && x.size(0) == dims_.B && (x.dim() == 1 || x.size(1) == dims_.P), op_,
+                ": lengths: expected [", dims_.B, "] or [", dims_.B, ", ", dims_.P, "] (batch, groups), got ",
+                text(x.sizes()));
+    keep.push_back(x.to(reference_.device(), at::kLong).contiguous());
+    p.lengths = keep.back().const_data_ptr<int64_t>();
+    p.lengths_stride_b = x.dim() == 1 ? 1 : dims_.P;
+    p.lengths_stride_p = x.dim() == 1 ? 0 : 1;
+    if (!reference_.is_cpu()) return;  // a look at the values would wait for the device; kernels clamp them
+    for (int64_t i = 0; i < x.numel(); ++i)
+      TORCH_CHECK_VALUE(p.lengths[i] >= 0 && p.lengths[i] <= dims_.T, op_, ": lengths: expected values in [0, ",
+                        dims_.T, "], got ", p.lengths[i], " at index ", i);
+  }
+
+  void resets(const Recurrence& args, ForwardParams& p) {
+    const auto [T, B, P, G, h, R, S] = dims_;
+    TORCH_CHECK(args.resets || !(args.reset_h || args.reset_c), op_, ": ", args.reset_h ? "reset_h" : "reset_c",
+                ": expected none without resets, got a tensor");
+    TORCH_CHECK(info_.states > 1 || !args.reset_c, op_, ": reset_c: expected none for cell '", info_.name,
+                "', got a tensor");
+    if (!args.resets) return;
+    const Tensor& x = *args.resets;
+    TORCH_CHECK_TYPE(x.scalar_type() == at::kBool, op_, ": resets: expected dtype bool, got ", x.scalar_type());
+    TORCH_CHECK(x.dim() >= 2 && x.dim() <= 3 && x.size(0) == T && x.size(1) == B && (x.dim() == 2 || x.size(2) == P),
+                op_, ": resets: expected [", T, ", ", B, "] or [", T, ", ", B, ", ", P, "], got ", text(x.sizes()));
+    device("resets", x);
+    keep.push_back(x);
+    p.resets = static_cast<const uint8_t*>(x.const_data_ptr());
+    p.resets_stride_t = x.stride(0);
+    p.resets_stride_b = x.stride(1);
+    p.resets_stride_p = x.dim() == 2 ? 0 : x.stride(2);
+    p.reset_h = read("reset_h", args.reset_h, {B, P * R});
+    p.reset_c = read("reset_c", args.reset_c, {B, P * h});
+  }
+
+  const char* op_;
+  const Tensor& reference_;
+  const char* reference_name_;
+  const int cell_;
+  const CellInfo& info_;
+  DType dtype_;
+  Dims dims_;
+};
+
+void* data_or_null(const Tensor& x) { return x.numel() ? x.mutable_data_ptr() : nullptr; }
+
+}  // namespace
+
+int find_cell(std::string_view name) {
+  std::string names;
+  for (int i = 0; i < kNumCells; ++i) {
+    if (name == kCells[i].name) return i;
+    names += (i ? ", " : "") + std::string(kCells[i].name);
+  }
+  TORCH_CHECK_VALUE(false, "cell: expected one of ", names, ", got '", std::string(name), "'");
+}
+
+PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save) {
+  Door door("recurrent_forward", args, gates_ih, "gates_ih");
+  const auto [T, B, P, G, h, R, S] = door.dims();
+  PreparedForward out;
+  ForwardParams& p = out.params;
+  door.fill(args, p, out.reverse);
+  p.gates_ih = door.read_strided("gates_ih", gates_ih, {T, B, P * G * h}, p.gates_ih_stride_t, p.gates_ih_stride_b);
+  const bool padded = p.lengths != nullptr, c = door.info().states > 1;
+  out.output = door.result({T, B, P * R}, padded);
+  out.h_n = door.empty({B, P * R});
+  out.c_n = c ? door.empty({B, P * h}) : door.absent();
+  out.saved = save ? door.result({T, B, P * S * h}, padded) : door.absent();
+  p.output = data_or_null(out.output);
+  p.h_n = data_or_null(out.h_n);
+  p.c_n = data_or_null(out.c_n);
+  p.saved = data_or_null(out.saved);
+  out.keep = std::move(door.keep);
+  return out;
+}
+
+PreparedBackward prepare_backward(const Recurrence& args, const OptionalTensor& grad_output,
+                                  const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n, const Tensor& output,
+                                  const Tensor& saved) {
+  Door door("recurrent_backward", args, output, "output");
+  const auto [T, B, P, G, h, R, S] = door.dims();
+  PreparedBackward out;
+  BackwardParams& p = out.params;
+  door.fill(args, p, out.reverse);
+  const bool padded = p.lengths != nullptr, c = door.info().states > 1;
+  TORCH_CHECK(c || !grad_c_n, "recurrent_backward: grad_c_n: expected none for cell '", door.info().name,
+              "', got a tensor");
+  p.grad_output = door.read_strided("grad_output", grad_output, {T, B, P * R}, p.grad_output_stride_t,
+                                    p.grad_output_stride_b);
+  p.grad_h_n = door.read("grad_h_n", grad_h_n, {B, P * R});
+  p.grad_c_n = door.read("grad_c_n", grad_c_n, {B, P * h});
+  p.output = const_cast<void*>(door.read("output", output, {T, B, P * R}));
+  p.saved = const_cast<void*>(door.read("saved", saved, {T, B, P * S * h}));
+
+  out.grad_gates_ih = door.result({T, B, P * G * h}, padded);
+  out.grad_gates_hh = door.info().separate_gates_hh ? door.result({T, B, P * G * h}, padded) : door.absent();
+  out.grad_projected = args.weight_hr ? door.result({T, B, P * R}, padded) : door.absent();
+  out.grad_h_0 = door.empty({B, P * R});
+  out.grad_c_0 = c ? door.empty({B, P * h}) : door.absent();
+  out.grad_reset_h = args.reset_h ? door.accumulator({B, P * R}) : door.absent();
+  out.grad_reset_c = args.reset_c ? door.accumulator({B, P * h}) : door.absent();
+  p.grad_gates_ih = data_or_null(out.grad_gates_ih);
+  p.grad_gates_hh = data_or_null(out.grad_gates_hh);
+  p.grad_projected = data_or_null(out.grad_projected);
+  p.grad_h_0 = data_or_null(out.grad_h_0);
+  p.grad_c_0 = data_or_null(out.grad_c_0);
+  p.grad_reset_h = data_or_null(out.grad_reset_h);
+  p.grad_reset_c = data_or_null(out.grad_reset_c);
+  out.keep = std::move(door.keep);
+  return out;
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,50 @@
+// The door: every check of an op's arguments and every allocation of its results. What passes here, kernels take
+// as given. Devices share this file; only what runs afterwards differs.
+#pragma once
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "../params.h"
+
+namespace fastrnn {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// The arguments that both ops share, in schema order; shapes as in params.h, with P groups in one batch of calls.
+struct Recurrence {
+  std::string_view cell;
+  Tensor weight_hh;
+  OptionalTensor bias_hh, weight_hr;
+  Tensor h_0;
+  OptionalTensor c_0, lengths, resets, reset_h, reset_c;
+  c10::List<bool> reverse;
+};
+
+struct PreparedForward {
+  ForwardParams params{};
+  Tensor output, h_n, c_n, saved;  // an absent one has size 0
+  std::vector<Tensor> keep;        // inputs as the kernel reads them
+  std::vector<uint8_t> reverse;
+};
+
+struct PreparedBackward {
+  BackwardParams params{};
+  Tensor grad_gates_ih, grad_gates_hh, grad_projected, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c;
+  std::vector<Tensor> keep;
+  std::vector<uint8_t> reverse;
+};
+
+PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save);
+PreparedBackward prepare_backward(const Recurrence& args, const OptionalTensor& grad_output,
+                                  const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n, const Tensor& output,
+                                  const Tensor& saved);
+
+// The position of a cell in kCells; throws ValueError naming the cells there are.
+int find_cell(std::string_view name);
+
+}  // namespace fastrnn

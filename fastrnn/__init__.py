@@ -1,0 +1,38 @@
+"""fastrnn: fused LSTM, GRU and Elman networks for PyTorch, drop-in for torch.nn's."""
+
+import torch
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"fastrnn's extension module does not load under torch {torch.__version__}: it must be built against the "
+        "torch version that it runs with (pip install --no-build-isolation .)"
+    ) from error
+
+from . import autograd as _autograd  # noqa: F401  (gives the ops their derivatives)
+from . import functional
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+__version__ = "0.1.0"
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "build_info",
+    "functional",
+    "instruction_set",
+]
+
+
+def build_info() -> dict[str, str | None]:
+    """How the extension was built: torch and compiler versions, CUDA architectures (None without CUDA)."""
+    return _C.build_info()
+
+
+def instruction_set() -> str:
+    """The instruction set of the CPU kernels in use: 'avx512', 'avx2' or 'baseline' (see FASTRNN_ISA)."""
+    return _C.instruction_set()

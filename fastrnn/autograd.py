@@ -1,0 +1,226 @@
+"""Derivatives of the two ops: one kernel of our own at the Autograd key of each.
+
+The kernel decides, in this order:
+
+1. an argument has a forward tangent at this level: run the composite of reference.py, which torch differentiates;
+2. grad mode is on and an argument requires grad: make a node; its backward calls ``recurrent_backward``, an op again,
+   and forms the weight gradients with ATen;
+3. else: on to the kernels below.
+
+``recurrent_backward`` has the same kernel. Its own backward, that is double backward, is lazy: torch.func runs every
+first backward with grad mode on, so the first backward must stay the fused op even when a graph of it is asked for.
+``saved`` is an ordinary result for that reason: its gradient arises only here and takes the composite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+
+from . import reference
+from .ops import CELLS, library, recurrent_backward, recurrent_forward
+
+Grads = tuple[Tensor | None, ...]
+
+
+def _composite_forward(*args: Any) -> tuple[Tensor, ...]:
+    return reference.forward(*args[:-1])
+
+
+class _Rule(NamedTuple):
+    """An op and how it is differentiated."""
+
+    op: Any
+    composite: Callable[..., tuple[Tensor, ...]]
+    pullback: Callable[[list[Any], Sequence[Tensor], Sequence[bool], Grads], Grads]
+    reads: frozenset[int]  # arguments that the pullback looks at
+    keeps: tuple[int, ...]  # results that the pullback looks at
+
+
+def _pull_forward(args: list[Any], results: Sequence[Tensor], needed: Sequence[bool], grads: Grads) -> Grads:
+    cell, _, weight_hh, _, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, _ = args
+    output, saved = results
+    grad_output, grad_h_n, grad_c_n, grad_saved = grads
+    states = (h_0, c_0, lengths, resets, reset_h, reset_c, reverse)
+    given = (
+        cell,
+        grad_output,
+        grad_h_n,
+        grad_c_n if c_0 is not None else None,
+        weight_hh,
+        weight_hr,
+        *states,
+    )
+    if grad_saved is None:
+        pulled = recurrent_backward(*given, output, saved)
+    else:
+        pulled = reference.backward(*given, output, saved, grad_saved)
+    grad_gates_ih, grad_gates_hh, grad_projected, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c = pulled
+    if not CELLS[cell].separate_gates_hh:
+        grad_gates_hh = grad_gates_ih
+
+    def when(index: int, grad: Callable[[], Tensor]) -> Tensor | None:
+        return grad() if needed[index] else None
+
+    P = weight_hh.shape[0]
+    return (
+        None,
+        when(1, lambda: grad_gates_ih),
+        when(2, lambda: _grad_weight_hh(grad_gates_hh, output, h_0, lengths, resets, reset_h, reverse)),
+        when(3, lambda: grad_gates_hh.sum((0, 1)).reshape(P, -1)),
+        when(4, lambda: _grad_weight(grad_projected, reference.lstm_hidden(saved, P))),
+        when(5, lambda: grad_h_0),
+        when(6, lambda: grad_c_0),
+        None,
+        None,
+        when(9, lambda: grad_reset_h),
+        when(10, lambda: grad_reset_c),
+        None,
+        None,
+    )
+
+
+def _grad_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """sum over T, B of grad[t, b, p, :] x[t, b, p, :]^T: [P, m, n] from [T, B, P*m] and [T, B, P, n]."""
+    # reshape throughout, for legacy vmap (is_grads_batched=True) has no rule for flatten and unflatten
+    P, n = x.shape[2:]
+    if P == 1:
+        return (grad.reshape(-1, grad.shape[2]).t() @ x.reshape(-1, n))[None]
+    rows = grad.reshape(-1, P, grad.shape[2] // P)
+    return torch.bmm(rows.permute(1, 2, 0), x.reshape(-1, P, n).transpose(0, 1))
+
+
+def _grad_weight_hh(
+    grad_gates_hh: Tensor,
+    output: Tensor,
+    h_0: Tensor,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_h: Tensor | None,
+    reverse: Sequence[bool],
+) -> Tensor:
+    """[P, G*h, R]: every step's gate gradients times the state before it."""
+    P, T = len(reverse), output.shape[0]
+    if lengths is not None or resets is not None or P > 4:
+        return _grad_weight(grad_gates_hh, reference.previous_h(output, h_0, lengths, resets, reset_h, reverse))
+    # The states before are the outputs one step on, so views of both serve and nothing is copied.
+    weights = []
+    for p, backwards in enumerate(reverse):
+        grad, h, first = _group(grad_gates_hh, p, P), _group(output, p, P), _group(h_0, p, P)
+        start, later, before = (T - 1, grad[:-1], h[1:]) if backwards else (0, grad[1:], h[:-1])
+        weight = grad[start].t() @ first
+        if T > 1:
+            weight = weight + later.reshape(-1, later.shape[2]).t() @ before.reshape(-1, before.shape[2])
+        weights.append(weight)
+    return torch.stack(weights)
+
+
+def _group(x: Tensor, p: int, groups: int) -> Tensor:
+    n = x.shape[-1] // groups
+    return x if groups == 1 else x.narrow(-1, p * n, n)
+
+
+def _pull_backward(args: list[Any], results: Sequence[Tensor], needed: Sequence[bool], grads: Grads) -> Grads:
+    which = [i for i, need in enumerate(needed) if need]
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        full = list(args)
+        for i, value in zip(which, values, strict=True):
+            full[i] = value
+        return reference.backward(*full)
+
+    # torch.func.vjp and not torch.autograd.grad, which gives silent zeros once a functorch level has ended.
+    primals, pull = torch.func.vjp(
+        function,  # type: ignore[misc]
+        *(args[i] for i in which),
+    )
+    pulled = iter(pull(tuple(torch.zeros_like(y) if g is None else g for y, g in zip(primals, grads, strict=True))))
+    return tuple(next(pulled) if need else None for need in needed)
+
+
+_FORWARD = _Rule(
+    recurrent_forward,
+    _composite_forward,
+    _pull_forward,
+    frozenset((0, 2, 4, 5, 6, 7, 8, 9, 10, 11)),
+    (0, 3),  # output and saved; h_n and c_n stay free for in-place use
+)
+_BACKWARD = _Rule(recurrent_backward, reference.backward, _pull_backward, frozenset(range(15)), ())
+
+
+class _Recurrent(torch.autograd.Function):
+    """The one node type, for either op."""
+
+    @staticmethod
+    def forward(ctx: Any, rule: _Rule, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
+        # Function.forward runs with both grad modes off, but a functorch level below this one must see them on.
+        with (
+            torch.enable_grad(),
+            forward_ad._set_fwd_grad_enabled(True),
+            torch._C._AutoDispatchBelowAutograd(),
+        ):
+            results = rule.op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        ctx.set_materialize_grads(False)
+        ctx.rule = rule
+        read = [a if i in rule.reads else None for i, a in enumerate(args)]
+        ctx.plain = [None if isinstance(a, Tensor) else a for a in read]
+        ctx.places = [i for i, a in enumerate(read) if isinstance(a, Tensor)]
+        ctx.save_for_backward(*(read[i] for i in ctx.places), *(results[i] for i in rule.keeps))
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Grads:
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        args, tensors = list(ctx.plain), ctx.saved_tensors
+        for i, x in zip(ctx.places, tensors, strict=False):
+            args[i] = x
+        results = tensors[len(ctx.places) :]
+        return (None, None, *ctx.rule.pullback(args, results, ctx.needs_input_grad[2:], grads))
+
+
+class _RecurrentLevel(torch.autograd.function._SingleLevelFunction):
+    """The same node at one functorch level: what functorch itself makes of an autograd.Function."""
+
+    forward = staticmethod(_Recurrent.forward)
+    backward = staticmethod(_Recurrent.backward)
+
+
+def _has_tangent(args: Sequence[Any]) -> bool:
+    if forward_ad._current_level < 0:
+        # Graphs that dynamo made enter dual levels without this global: look at functorch's own stack.
+        if not torch._C._are_functorch_transforms_active():
+            return False
+        top = torch._C._functorch.peek_interpreter_stack()
+        if top.key() != torch._C._functorch.TransformType.Jvp:
+            return False
+    return any(
+        isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x, level=0).tangent is not None
+        for x in args
+    )
+
+
+def _autograd_kernel(rule: _Rule) -> Callable[..., Any]:
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if _has_tangent(args):
+            return rule.composite(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            if rule is _FORWARD:
+                args = (*args[:-1], True)  # save: only here is it known that backward may follow
+            if not torch._C._are_functorch_transforms_active():
+                return _Recurrent.apply(rule, keyset, *args)
+            with enable_single_level_autograd_function():
+                return _RecurrentLevel.apply(rule, keyset, *args)  # type: ignore[attr-defined]
+        with torch._C._AutoDispatchBelowAutograd():
+            return rule.op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return kernel
+
+
+library.impl("recurrent_forward", _autograd_kernel(_FORWARD), "Autograd", with_keyset=True)
+library.impl("recurrent_backward", _autograd_kernel(_BACKWARD), "Autograd", with_keyset=True)

@@ -1,0 +1,249 @@
+"""Recurrent networks as functions of their weights.
+
+Everything that is not sequential happens here, in ordinary ATen: the input projection of all steps and directions
+is one product, directions are groups of one call of the op, layers and dropout come around it. See ``modules.py``
+for the same with parameters.
+
+Letters: T steps, B batch, I input features, H hidden units, R output width of a direction (H, or the projected size),
+D directions, L layers, G gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops import CELLS, recurrent_forward
+
+
+class LayerWeights(NamedTuple):
+    """The parameters of one layer in one direction, with torch.nn's names, shapes and gate order."""
+
+    weight_ih: Tensor  # [G*H, I]
+    weight_hh: Tensor  # [G*H, R]
+    bias_ih: Tensor | None = None  # [G*H]
+    bias_hh: Tensor | None = None  # [G*H]
+    weight_hr: Tensor | None = None  # [R, H], LSTM only
+
+
+States = tuple[Tensor, ...]  # (h,) or (h, c)
+
+
+def lstm(
+    input: Tensor,
+    state: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Sequence[LayerWeights]],
+    *,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Multi-layer, uni- or bidirectional LSTM (Hochreiter & Schmidhuber 1997; equations of ``torch.nn.LSTM``).
+
+    Args:
+        input: [T, B, I], float32, float64, bfloat16 or float16.
+        state: ``(h_0, c_0)``, [L*D, B, R] and [L*D, B, H]; ``None`` for zeros.
+        weights: ``weights[layer][direction]``; one direction, or two of which the second runs in reverse.
+        dropout: probability that an output of any layer but the last is zeroed, when ``training``.
+        lengths: integer [B]: row b has the steps 0 .. lengths[b] - 1. The output is 0 behind them, and the final state
+            is the one after the last of them (the initial one where there are none).
+        resets: bool [T, B]: where True at t, nothing is carried between steps t-1 and t, in either direction; the state
+            is ``reset_state`` instead.
+        reset_state: like ``state``; ``None`` for zeros. Needs ``resets``.
+
+    Returns:
+        output [T, B, D*R] and ``(h_n, c_n)``, shaped like ``state``.
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit; T is 0.
+        ValueError, TypeError: lengths out of range or not integers; resets not bool.
+    """
+    output, states = _network("lstm", input, state, weights, dropout, training, lengths, resets, reset_state)
+    return output, (states[0], states[1])
+
+
+def gru(
+    input: Tensor,
+    state: Tensor | None,
+    weights: Sequence[Sequence[LayerWeights]],
+    *,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Multi-layer, uni- or bidirectional GRU (Cho et al. 2014; equations of ``torch.nn.GRU``).
+
+    Arguments, result and errors as in :func:`lstm`, with the state a single tensor [L*D, B, H].
+    """
+    output, states = _network("gru", input, _one(state), weights, dropout, training, lengths, resets, _one(reset_state))
+    return output, states[0]
+
+
+def rnn(
+    input: Tensor,
+    state: Tensor | None,
+    weights: Sequence[Sequence[LayerWeights]],
+    *,
+    nonlinearity: str = "tanh",
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Multi-layer, uni- or bidirectional Elman network (Elman 1990), ``nonlinearity`` 'tanh' or 'relu'.
+
+    Arguments, result and errors as in :func:`lstm`, with the state a single tensor [L*D, B, H].
+    """
+    output, states = _network(
+        _elman(nonlinearity),
+        input,
+        _one(state),
+        weights,
+        dropout,
+        training,
+        lengths,
+        resets,
+        _one(reset_state),
+    )
+    return output, states[0]
+
+
+def lstm_cell(input: Tensor, state: tuple[Tensor, Tensor], weights: LayerWeights) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM: input [B, I], state ``(h, c)`` of [B, H] each; returns the state after the step."""
+    h, c = _cell("lstm", input, state, weights)
+    return h, c
+
+
+def gru_cell(input: Tensor, state: Tensor, weights: LayerWeights) -> Tensor:
+    """One step of a GRU: input [B, I], state [B, H]; returns the state after the step."""
+    return _cell("gru", input, (state,), weights)[0]
+
+
+def rnn_cell(input: Tensor, state: Tensor, weights: LayerWeights, nonlinearity: str = "tanh") -> Tensor:
+    """One step of an Elman network: input [B, I], state [B, H]; returns the state after the step."""
+    return _cell(_elman(nonlinearity), input, (state,), weights)[0]
+
+
+def _one(state: Tensor | None) -> States | None:
+    return None if state is None else (state,)
+
+
+def _elman(nonlinearity: str) -> str:
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
+    return f"rnn_{nonlinearity}"
+
+
+def _cell(cell: str, input: Tensor, states: States, weights: LayerWeights) -> States:
+    h, *c = states
+    gates_ih = F.linear(input, weights.weight_ih, weights.bias_ih)[None]
+    _, h_n, c_n, _ = _recurrence(cell, gates_ih, [weights], (h, *c), None, None, None)
+    return h_n, c_n
+
+
+def _recurrence(
+    cell: str,
+    gates_ih: Tensor,
+    weights: Sequence[LayerWeights],
+    states: States,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_states: States | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op, with one group a direction. gates_ih [T, B, D*G*H]; states [B, D*n]."""
+
+    def stacked(name: str) -> Tensor | None:
+        parts = [getattr(w, name) for w in weights]
+        if parts[0] is None:
+            return None
+        return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+
+    h, *c = states
+    fresh = reset_states or ()
+    return recurrent_forward(
+        cell,
+        gates_ih,
+        stacked("weight_hh"),
+        stacked("bias_hh"),
+        stacked("weight_hr"),
+        h,
+        c[0] if c else None,
+        lengths,
+        resets,
+        fresh[0] if fresh else None,
+        fresh[1] if len(fresh) > 1 else None,
+        [direction == 1 for direction in range(len(weights))],
+        False,
+    )
+
+
+def _network(
+    cell: str,
+    input: Tensor,
+    states: States | None,
+    weights: Sequence[Sequence[LayerWeights]],
+    dropout: float,
+    training: bool,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_states: States | None,
+) -> tuple[Tensor, States]:
+    if input.dim() != 3:
+        raise RuntimeError(f"input: expected 3 dimensions (T, B, I), got {list(input.shape)}")
+    if input.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    D = len(weights[0])
+    for name, given in (("state", states), ("reset_state", reset_states)):
+        if given is not None and len(given) != CELLS[cell].states:
+            raise RuntimeError(f"{name}: expected {CELLS[cell].states} tensors for {cell}, got {len(given)}")
+
+    def of_layer(states: States | None, layer: int) -> States | None:
+        return None if states is None else tuple(_fold(s[layer * D : (layer + 1) * D]) for s in states)
+
+    finals: list[States] = []
+    output = input
+    for layer, layer_weights in enumerate(weights):
+        if layer > 0 and dropout > 0 and training:
+            output = F.dropout(output, dropout, training=True)
+        gates_ih = _project(output, layer_weights)
+        start = of_layer(states, layer)
+        if start is None:
+            first = layer_weights[0]
+            widths = (first.weight_hh.shape[1], first.weight_hh.shape[0] // CELLS[cell].gates)
+            start = tuple(gates_ih.new_zeros(input.shape[1], D * n) for n in widths[: CELLS[cell].states])
+        output, h_n, c_n, _ = _recurrence(
+            cell, gates_ih, layer_weights, start, lengths, resets, of_layer(reset_states, layer)
+        )
+        finals.append(tuple(_unfold(s, D) for s in (h_n, c_n)[: CELLS[cell].states]))
+    if len(finals) == 1:
+        return output, finals[0]
+    return output, tuple(torch.cat(each) for each in zip(*finals, strict=True))
+
+
+def _project(input: Tensor, weights: Sequence[LayerWeights]) -> Tensor:
+    """W_ih x + b_ih for all steps and directions at once: [T, B, D*G*H]."""
+    if len(weights) == 1:
+        return F.linear(input, weights[0].weight_ih, weights[0].bias_ih)
+    biases = [w.bias_ih for w in weights if w.bias_ih is not None]
+    return F.linear(input, torch.cat([w.weight_ih for w in weights]), torch.cat(biases) if biases else None)
+
+
+def _fold(state: Tensor) -> Tensor:
+    """[D, B, n] -> [B, D*n]"""
+    return state[0] if state.shape[0] == 1 else state.transpose(0, 1).flatten(1)
+
+
+def _unfold(state: Tensor, directions: int) -> Tensor:
+    """[B, D*n] -> [D, B, n]"""
+    if directions == 1:
+        return state.unsqueeze(0)
+    return state.unflatten(1, (directions, -1)).transpose(0, 1).contiguous()

@@ -1,0 +1,368 @@
+"""The recurrence in plain PyTorch: a loop over time, any float dtype, any device, differentiable to any order.
+
+This is the readable oracle that every kernel is tested against, and what forward-mode AD and double backward run. It
+is the one deliberate second copy of the formulas in ``csrc/cells``. Half types are computed in float32.
+
+Letters: T steps, B batch, P groups, G gates, h hidden units of a group, R width of a group's state 0 (h, or the
+projected size), S saved values. Results that do not apply have size 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+States = tuple[Tensor, ...]
+
+
+class Cell(NamedTuple):
+    """The pointwise half of a step. All tensors are [B, P, h]; sequences run over gates, states or saved values."""
+
+    gates: int
+    saved: int  # the cell's own values, without the states
+    states: int
+    # (gates_ih, gates_hh, states before) -> (states after, saved values)
+    forward: Callable[[States, States, States], tuple[States, States]]
+    # (saved, states before, states after, grad of states after, grad of saved or None)
+    # -> (grad_gates_ih, grad_gates_hh, grad of states before, without the recurrent product's part)
+    backward: Callable[[States, States, States, States, States | None], tuple[States, States, States]]
+
+
+def _lstm_forward(gates_ih: States, gates_hh: States, states: States) -> tuple[States, States]:
+    i, f, g, o = (a + b for a, b in zip(gates_ih, gates_hh, strict=True))
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    c = f * states[1] + i * g
+    return (o * c.tanh(), c), (i, f, g, o)
+
+
+def _lstm_backward(
+    saved: States, states_prev: States, states: States, grads: States, grad_saved: States | None
+) -> tuple[States, States, States]:
+    i, f, g, o = saved
+    tanh_c = states[1].tanh()
+    grad_c = grads[1] + grads[0] * o * (1 - tanh_c * tanh_c)
+    pulled = [grad_c * g, grad_c * states_prev[1], grad_c * i, grads[0] * tanh_c]
+    if grad_saved is not None:
+        pulled = [a + b for a, b in zip(pulled, grad_saved, strict=True)]
+    gates = (
+        pulled[0] * i * (1 - i),
+        pulled[1] * f * (1 - f),
+        pulled[2] * (1 - g * g),
+        pulled[3] * o * (1 - o),
+    )
+    return gates, gates, (torch.zeros_like(grads[0]), grad_c * f)
+
+
+def _gru_forward(gates_ih: States, gates_hh: States, states: States) -> tuple[States, States]:
+    r = (gates_ih[0] + gates_hh[0]).sigmoid()
+    z = (gates_ih[1] + gates_hh[1]).sigmoid()
+    n = (gates_ih[2] + r * gates_hh[2]).tanh()
+    return (n + z * (states[0] - n),), (r, z, n, gates_hh[2])
+
+
+def _gru_backward(
+    saved: States, states_prev: States, states: States, grads: States, grad_saved: States | None
+) -> tuple[States, States, States]:
+    r, z, n, n_hh = saved
+    extra = grad_saved if grad_saved is not None else (0, 0, 0, 0)
+    grad_n = (grads[0] * (1 - z) + extra[2]) * (1 - n * n)
+    grad_r = (grad_n * n_hh + extra[0]) * r * (1 - r)
+    grad_z = (grads[0] * (states_prev[0] - n) + extra[1]) * z * (1 - z)
+    return (grad_r, grad_z, grad_n), (grad_r, grad_z, grad_n * r + extra[3]), (grads[0] * z,)
+
+
+def _elman(activation: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> Cell:
+    def forward(gates_ih: States, gates_hh: States, states: States) -> tuple[States, States]:
+        return (activation(gates_ih[0] + gates_hh[0]),), ()
+
+    def backward(
+        saved: States, states_prev: States, states: States, grads: States, grad_saved: States | None
+    ) -> tuple[States, States, States]:
+        gates = (grads[0] * slope(states[0]),)
+        return gates, gates, (torch.zeros_like(grads[0]),)
+
+    return Cell(1, 0, 1, forward, backward)
+
+
+CELLS = {
+    "lstm": Cell(4, 4, 2, _lstm_forward, _lstm_backward),
+    "gru": Cell(3, 4, 1, _gru_forward, _gru_backward),
+    "rnn_tanh": _elman(torch.tanh, lambda y: 1 - y * y),
+    "rnn_relu": _elman(torch.relu, lambda y: (~(y <= 0)).to(y.dtype)),
+}
+
+
+class _Walk:
+    """What both passes share: the order in which each row of each group meets its steps.
+
+    Step k of the walk is time ``index[k]``: k itself, or length - 1 - k for groups that run in reverse. In the walk's
+    order every group runs forward, so the loops know no direction.
+    """
+
+    def __init__(
+        self,
+        T: int,
+        B: int,
+        P: int,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        reverse: Sequence[bool],
+        device: torch.device,
+    ) -> None:
+        steps = torch.arange(T, device=device)[:, None, None]
+        self.valid: Tensor | None = None  # [T, B, P]
+        self.index: Tensor | None = None  # [T, B, P], where some group is reversed
+        self.resets: Tensor | None = None  # [T, B, P]: a reset on entering step k of the walk
+        ends: Tensor | int = T
+        if lengths is not None:
+            ends = (lengths if lengths.dim() == 2 else lengths[:, None]).to(device)
+            self.valid = (steps < ends).expand(T, B, P)
+        backwards = torch.tensor(list(reverse), device=device)
+        if any(reverse):
+            inside = (steps < ends) & backwards
+            self.index = torch.where(inside, ends - 1 - steps, steps).expand(T, B, P)
+        if resets is not None:
+            resets = (resets if resets.dim() == 3 else resets[..., None]).expand(T, B, P)
+            if self.index is not None:
+                # Entering time t from t + 1 crosses the boundary that resets[t + 1] stands for.
+                shifted = torch.cat([resets[1:], torch.zeros_like(resets[:1])])
+                entered = shifted.gather(0, self.index) & (steps > 0)
+                resets = torch.where(backwards, entered, resets)
+            self.resets = resets if self.valid is None else resets & self.valid
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, B, P, n] from time's order into the walk's, or back: the order is its own inverse."""
+        if self.index is None:
+            return x
+        return x.gather(0, self.index[..., None].expand(x.shape))
+
+    def restart(self, k: int, states: States, fresh: States) -> States:
+        if self.resets is None:
+            return states
+        at = self.resets[k][..., None]
+        return tuple(torch.where(at, b, a) for a, b in zip(states, fresh, strict=True))
+
+    def previous(self, sequence: Tensor, start: Tensor, fresh: Tensor) -> Tensor:
+        """The state before each step of the walk: sequence [T, B, P, n] holds those after, start [B, P, n]."""
+        before = torch.cat([start[None], sequence[:-1]])
+        return before if self.resets is None else torch.where(self.resets[..., None], fresh, before)
+
+
+def _stack(steps: list[Tensor], like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.stack(steps) if steps else like.new_zeros(0, *shape)
+
+
+def _saved_width(cell: str, gates_hidden: int) -> int:
+    rule = CELLS[cell]
+    return (rule.saved + rule.states - 1) * (gates_hidden // rule.gates)
+
+
+def _absent(x: Tensor) -> Tensor:
+    return x.new_zeros(0)
+
+
+def _states(dtype: torch.dtype, P: int, h: Tensor, c: Tensor | None) -> States:
+    return tuple(x.to(dtype).reshape(x.shape[0], P, x.shape[1] // P) for x in (h, c) if x is not None)
+
+
+def _fresh(states: States, reset_h: Tensor | None, reset_c: Tensor | None) -> States:
+    given = (reset_h, reset_c)
+    return tuple(
+        torch.zeros_like(s) if r is None else r.to(s.dtype).reshape(s.shape)
+        for s, r in zip(states, given, strict=False)
+    )
+
+
+def forward(
+    cell: str,
+    gates_ih: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    reverse: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``recurrent_forward`` without its ``save``.
+
+    gates_ih [T, B, P*G*h]; weight_hh [P, G*h, R]; bias_hh [P, G*h]; weight_hr [P, R, h]; h_0 and reset_h [B, P*R];
+    c_0 and reset_c [B, P*h]; lengths [B] or [B, P]; resets [T, B] or [T, B, P]; reverse: P flags.
+    Returns output [T, B, P*R], h_n [B, P*R], c_n [B, P*h], saved [T, B, P*S*h].
+    """
+    dtype, wide = gates_ih.dtype, torch.promote_types(gates_ih.dtype, torch.float32)
+    T, B, _ = gates_ih.shape
+    P, Gh, _ = weight_hh.shape
+    rule = CELLS[cell]
+    walk = _Walk(T, B, P, lengths, resets, reverse, gates_ih.device)
+    gates = gates_ih.to(wide).reshape(T, B, P, Gh)
+    if walk.valid is not None:  # what stands in the padding must not reach a derivative either
+        gates = torch.where(walk.valid[..., None], gates, 0)
+    gates = walk(gates)
+    weight = weight_hh.to(wide)
+    states = _states(wide, P, h_0, c_0)
+    fresh = _fresh(states, reset_h, reset_c)
+    outputs: list[Tensor] = []
+    kept: list[Tensor] = []
+    for k in range(T):
+        states = walk.restart(k, states, fresh)
+        gates_hh = torch.einsum("bpr,pgr->bpg", states[0], weight)
+        if bias_hh is not None:
+            gates_hh = gates_hh + bias_hh.to(wide)
+        after, values = rule.forward(gates[k].chunk(rule.gates, -1), gates_hh.chunk(rule.gates, -1), states)
+        if weight_hr is not None:
+            after = (torch.einsum("bph,prh->bpr", after[0], weight_hr.to(wide)), *after[1:])
+        record = torch.cat([*values, *after[1:], after[0][..., :0]], -1)
+        output = after[0]
+        if walk.valid is not None:
+            valid = walk.valid[k][..., None]
+            output, record = torch.where(valid, output, 0), torch.where(valid, record, 0)
+            after = tuple(torch.where(valid, a, b) for a, b in zip(after, states, strict=True))
+        states = after
+        outputs.append(output)
+        kept.append(record)
+    R, width = weight_hh.shape[2], _saved_width(cell, Gh)
+    output = walk(_stack(outputs, gates, (B, P, R))).reshape(T, B, P * R)
+    saved = walk(_stack(kept, gates, (B, P, width))).reshape(T, B, P * width)
+    c_n = states[1].flatten(1) if len(states) > 1 else _absent(gates)
+    return output.to(dtype), states[0].flatten(1).to(dtype), c_n.to(dtype), saved.to(dtype)
+
+
+def backward(
+    cell: str,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    reverse: Sequence[bool],
+    output: Tensor,
+    saved: Tensor,
+    grad_saved: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``recurrent_backward``, from forward's output and saved, and differentiable in its turn.
+
+    ``grad_saved`` [T, B, P*S*h] is the gradient of ``saved``, which only arises when a backward pass is differentiated.
+    Returns the gradients of gates_ih [T, B, P*G*h], gates_hh (same shape; absent where equal), of the projection's
+    result [T, B, P*R] (absent without weight_hr), h_0, c_0, reset_h, reset_c.
+    """
+    dtype, wide = output.dtype, torch.promote_types(output.dtype, torch.float32)
+    T, B, _ = output.shape
+    P, Gh, R = weight_hh.shape
+    rule = CELLS[cell]
+    h = Gh // rule.gates
+    walk = _Walk(T, B, P, lengths, resets, reverse, output.device)
+    weight = weight_hh.to(wide)
+    start = _states(wide, P, h_0, c_0)
+    fresh = _fresh(start, reset_h, reset_c)
+
+    def sequence(x: Tensor) -> Tensor:
+        return walk(x.to(wide).reshape(T, B, P, x.shape[-1] // P))
+
+    def split(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The cell's own values and the states but h, each [T, B, P, h], out of [T, B, P*S*h]."""
+        pieces = [x.narrow(-1, k * h, h) for k in range(rule.saved + rule.states - 1)]
+        return pieces[: rule.saved], pieces[rule.saved :]
+
+    values, states = split(sequence(saved))
+    after = [sequence(output), *states]
+    grad_values: list[Tensor] | None = None
+    grad_states: list[Tensor] = []
+    if grad_saved is not None:
+        grad_saved = sequence(grad_saved)
+        if walk.valid is not None:
+            grad_saved = torch.where(walk.valid[..., None], grad_saved, 0)
+        grad_values, grad_states = split(grad_saved)
+    before = [walk.previous(*x) for x in zip(after, start, fresh, strict=True)]
+    grad_outputs = None if grad_output is None else sequence(grad_output)
+
+    grads = tuple(
+        torch.zeros_like(s) if g is None else g.to(wide).reshape(s.shape)
+        for s, g in zip(start, (grad_h_n, grad_c_n), strict=False)
+    )
+    grad_fresh = tuple(torch.zeros_like(s) for s in start)
+    gates_ih: list[Tensor] = []
+    gates_hh: list[Tensor] = []
+    projected: list[Tensor] = []
+    for k in reversed(range(T)):
+        held = None
+        here = grads if grad_outputs is None else (grads[0] + grad_outputs[k], *grads[1:])
+        if walk.valid is not None:  # padded steps hand the state's gradient on untouched
+            valid = walk.valid[k][..., None]
+            held = tuple(torch.where(valid, 0, g) for g in grads)
+            here = tuple(torch.where(valid, g, 0) for g in here)
+        if grad_states:
+            here = (here[0], *(g + e[k] for g, e in zip(here[1:], grad_states, strict=True)))
+        if weight_hr is not None:
+            projected.append(here[0])
+            here = (torch.einsum("bpr,prh->bph", here[0], weight_hr.to(wide)), *here[1:])
+        grad_ih, grad_hh, grads = rule.backward(
+            tuple(v[k] for v in values),
+            tuple(v[k] for v in before),
+            tuple(v[k] for v in after),
+            here,
+            None if grad_values is None else tuple(v[k] for v in grad_values),
+        )
+        gates_ih.append(torch.cat(grad_ih, -1))
+        gates_hh.append(torch.cat(grad_hh, -1))
+        recurrent = torch.einsum("bpg,pgr->bpr", gates_hh[-1], weight)
+        # The projection's input is pointwise in c alone: what the cell passes to h belongs to the unprojected case.
+        grads = (recurrent if weight_hr is not None else grads[0] + recurrent, *grads[1:])
+        if held is not None:
+            grads = tuple(a + b for a, b in zip(grads, held, strict=True))
+        if walk.resets is not None:
+            at = walk.resets[k][..., None]
+            grad_fresh = tuple(f + torch.where(at, g, 0) for f, g in zip(grad_fresh, grads, strict=True))
+            grads = tuple(torch.where(at, 0, g) for g in grads)
+
+    def collect(steps: list[Tensor], width: int) -> Tensor:
+        return walk(_stack(steps[::-1], after[0], (B, P, width))).reshape(T, B, P * width).to(dtype)
+
+    def state(grads: States, which: int, wanted: bool = True) -> Tensor:
+        return grads[which].flatten(1).to(dtype) if wanted and which < len(grads) else _absent(output)
+
+    return (
+        collect(gates_ih, Gh),
+        collect(gates_hh, Gh) if cell == "gru" else _absent(output),
+        collect(projected, R) if weight_hr is not None else _absent(output),
+        state(grads, 0),
+        state(grads, 1),
+        state(grad_fresh, 0, reset_h is not None),
+        state(grad_fresh, 1, reset_c is not None),
+    )
+
+
+def lstm_hidden(saved: Tensor, groups: int) -> Tensor:
+    """o * tanh(c), what an LSTM's projection multiplies: [T, B, P, h] from saved [T, B, P*5*h]."""
+    T, B, n = saved.shape
+    _, _, _, o, c = saved.reshape(T, B, groups, 5, n // groups // 5).unbind(3)
+    return o * c.tanh()
+
+
+def previous_h(
+    output: Tensor,
+    h_0: Tensor,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_h: Tensor | None,
+    reverse: Sequence[bool],
+) -> Tensor:
+    """State 0 before each step, in time's order [T, B, P, R]: what grad_gates_hh is multiplied with for weight_hh."""
+    T, B, _ = output.shape
+    P = len(reverse)
+    walk = _Walk(T, B, P, lengths, resets, reverse, output.device)
+    start = h_0.reshape(B, P, h_0.shape[1] // P)
+    fresh = torch.zeros_like(start) if reset_h is None else reset_h.reshape(start.shape)
+    return walk(walk.previous(walk(output.reshape(T, B, P, start.shape[-1])), start, fresh))
