@@ -12,6 +12,7 @@ would put torch's headers on their include path. Only csrc/torch/ sees those.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def ninja_path(path: Path) -> str:
 
 def ninja_word(word: str) -> str:
     """For a command line, which ninja hands to the shell."""
-    return ("'" + word + "'" if set(word) & set(" ;&()$\"\\") else word).replace("$", "$$")
+    return shlex.quote(word).replace("$", "$$")
 
 
 def extension() -> CppExtension:
