@@ -9,6 +9,9 @@ namespace fastrnn::cpu {
 void recurrent_forward(const ForwardParams& params, int threads);
 void recurrent_backward(const BackwardParams& params, int threads);
 
+// The matrix products around a recurrence, by its own micro-kernel. The same terms.
+void gemm(const GemmParams& params, int threads);
+
 // Instruction set of the kernels in use: "avx512", "avx2" or "baseline". Chosen once per process: the best that
 // the CPU has, or what the environment variable FASTRNN_ISA names. Throws std::invalid_argument if that is unknown
 // or not to be had.

@@ -59,4 +59,16 @@ struct BackwardParams : ForwardParams {
   void* grad_reset_c;  // [B, P*h], already zero, or null
 };
 
+// out = op(a) op(b) + bias, where op transposes or not; float32 or float64.
+struct GemmParams {
+  int64_t m, n, k;
+  DType dtype;
+  const void* a;  // [m, k], or [k, m] where transpose_a; rows a_stride elements apart
+  const void* b;  // [k, n], or [n, k] where transpose_b; rows b_stride elements apart
+  const void* bias;  // [n] or null
+  int64_t a_stride, b_stride;
+  bool transpose_a, transpose_b;
+  void* out;  // [m, n], contiguous
+};
+
 }  // namespace fastrnn

@@ -24,6 +24,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 
 from . import reference
 from .ops import CELLS, library, recurrent_backward, recurrent_forward
+from .products import transposed_product
 
 Grads = tuple[Tensor | None, ...]
 
@@ -90,7 +91,7 @@ def _grad_weight(grad: Tensor, x: Tensor) -> Tensor:
     # reshape throughout, for legacy vmap (is_grads_batched=True) has no rule for flatten and unflatten
     P, n = x.shape[2:]
     if P == 1:
-        return (grad.reshape(-1, grad.shape[2]).t() @ x.reshape(-1, n))[None]
+        return transposed_product(grad.reshape(-1, grad.shape[2]), x.reshape(-1, n))[None]
     rows = grad.reshape(-1, P, grad.shape[2] // P)
     return torch.bmm(rows.permute(1, 2, 0), x.reshape(-1, P, n).transpose(0, 1))
 
@@ -106,16 +107,24 @@ def _grad_weight_hh(
 ) -> Tensor:
     """[P, G*h, R]: every step's gate gradients times the state before it."""
     P, T = len(reverse), output.shape[0]
-    if lengths is not None or resets is not None or P > 4:
+    if resets is not None or P > 4:
         return _grad_weight(grad_gates_hh, reference.previous_h(output, h_0, lengths, resets, reset_h, reverse))
-    # The states before are the outputs one step on, so views of both serve and nothing is copied.
+    # The states before are the outputs one step on, so views of both serve and nothing is copied: at padded steps both
+    # are 0. What is left is each row's first step, whose state before is h_0.
     weights = []
     for p, backwards in enumerate(reverse):
         grad, h, first = _group(grad_gates_hh, p, P), _group(output, p, P), _group(h_0, p, P)
-        start, later, before = (T - 1, grad[:-1], h[1:]) if backwards else (0, grad[1:], h[:-1])
-        weight = grad[start].t() @ first
+        later, before = (grad[:-1], h[1:]) if backwards else (grad[1:], h[:-1])
+        # -1 and not T - 1: indexing with a symbolic size would fix it
+        start = grad[-1 if backwards else 0]
+        if backwards and lengths is not None:
+            ends = (lengths if lengths.dim() == 1 else lengths[:, p]).to(grad.device, torch.int64)
+            ends = (ends - 1).clamp(min=0)[None, :, None]
+            start = grad.gather(0, ends.expand(1, -1, grad.shape[2]))[0]
+        weight = start.t() @ first
         if T > 1:
-            weight = weight + later.reshape(-1, later.shape[2]).t() @ before.reshape(-1, before.shape[2])
+            rows = later.reshape(-1, later.shape[2]), before.reshape(-1, before.shape[2])
+            weight = weight + transposed_product(*rows)
         weights.append(weight)
     return torch.stack(weights)
 

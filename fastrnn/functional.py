@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ops import CELLS, recurrent_forward
+from .products import linear
 
 
 class LayerWeights(NamedTuple):
@@ -232,9 +233,9 @@ def _network(
 def _project(input: Tensor, weights: Sequence[LayerWeights]) -> Tensor:
     """W_ih x + b_ih for all steps and directions at once: [T, B, D*G*H]."""
     if len(weights) == 1:
-        return F.linear(input, weights[0].weight_ih, weights[0].bias_ih)
+        return linear(input, weights[0].weight_ih, weights[0].bias_ih)
     biases = [w.bias_ih for w in weights if w.bias_ih is not None]
-    return F.linear(input, torch.cat([w.weight_ih for w in weights]), torch.cat(biases) if biases else None)
+    return linear(input, torch.cat([w.weight_ih for w in weights]), torch.cat(biases) if biases else None)
 
 
 def _fold(state: Tensor) -> Tensor:

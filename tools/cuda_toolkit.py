@@ -78,10 +78,10 @@ class Toolkit:
 def candidates(environment: Mapping[str, str]) -> Iterator[str]:
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if environment.get(name):
-            nvcc = Path(environment[name]) / "bin" / "nvcc"
-            if not nvcc.is_file():
+            inside = Path(environment[name]) / "bin" / "nvcc"
+            if not inside.is_file():
                 raise ToolkitError(f"{name}={environment[name]}: there is no bin/nvcc in it")
-            yield str(nvcc)
+            yield str(inside)
     for nvcc in (shutil.which("nvcc", path=environment.get("PATH")), "/usr/local/cuda/bin/nvcc"):
         if nvcc and Path(nvcc).is_file():
             yield nvcc

@@ -115,6 +115,9 @@ struct Kernels {
   int64_t (*backward_workspace)(const BackwardParams&);
   void (*forward)(const ForwardParams&, const Plan&, Barrier&, char* workspace, int thread);
   void (*backward)(const BackwardParams&, const Plan&, Barrier&, char* workspace, int thread);
+  // The workspace is one thread's own.
+  int64_t (*gemm_workspace)(const GemmParams&);
+  void (*gemm)(const GemmParams&, char* workspace, int thread, int threads);
 };
 
 const Kernels* baseline_kernels();

@@ -144,3 +144,19 @@ void pack_columns(const S* w, int64_t ld, int vectors, int64_t valid, int blocks
                                  int(left < 0 ? 0 : left < L ? left : L))));
       }
 }
+
+// to[i * to_stride + k] = from[k * stride + i] for k < depth, i < rows.
+template <class T>
+void turn(const T* from, int64_t stride, int64_t depth, int64_t rows, T* to, int64_t to_stride) {
+  constexpr int L = Vec<T>::kLanes;
+  for (int64_t k0 = 0; k0 < depth; k0 += L) {
+    const int64_t count = depth - k0 < L ? depth - k0 : L;
+    for (int64_t i0 = 0; i0 < rows; i0 += L) {
+      const int valid = int(rows - i0 < L ? rows - i0 : L);
+      alignas(64) T block[L][L];
+      for (int64_t k = 0; k < count; ++k) store(block[k], load(from + (k0 + k) * stride + i0, valid));
+      for (int i = 0; i < valid; ++i)
+        for (int64_t k = 0; k < count; ++k) to[(i0 + i) * to_stride + k0 + k] = block[k][i];
+    }
+  }
+}

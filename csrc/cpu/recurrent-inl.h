@@ -13,6 +13,8 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 
 #include "backward-inl.h"
 
+#include "gemm-inl.h"
+
 // Calls f.operator()<Cell, S>() for the cell and storage type that p names.
 template <class Cell, class F>
 auto with_dtype(DType dtype, F f) {
@@ -87,6 +89,16 @@ inline void backward(const BackwardParams& p, const Plan& plan, Barrier& barrier
   with_cell(p, Backward{p, plan, barrier, workspace, thread});
 }
 
+inline int64_t gemm_workspace(const GemmParams& p) {
+  Arena arena;
+  p.dtype == DType::kFloat64 ? void(GemmBuffers<double>(p, arena)) : void(GemmBuffers<float>(p, arena));
+  return arena.used();
+}
+inline void gemm(const GemmParams& p, char* workspace, int thread, int threads) {
+  p.dtype == DType::kFloat64 ? gemm_worker<double>(p, workspace, thread, threads)
+                             : gemm_worker<float>(p, workspace, thread, threads);
+}
+
 }  // namespace fastrnn::cpu::FASTRNN_ISA
 
 #define FASTRNN_STRING(x) #x
@@ -95,7 +107,8 @@ inline void backward(const BackwardParams& p, const Plan& plan, Barrier& barrier
 namespace fastrnn::cpu {
 const Kernels* FASTRNN_KERNELS() {
   static const Kernels kernels{FASTRNN_NAME(FASTRNN_ISA), FASTRNN_ISA::forward_workspace,
-                               FASTRNN_ISA::backward_workspace, FASTRNN_ISA::forward, FASTRNN_ISA::backward};
+                               FASTRNN_ISA::backward_workspace, FASTRNN_ISA::forward, FASTRNN_ISA::backward,
+                               FASTRNN_ISA::gemm_workspace, FASTRNN_ISA::gemm};
   return &kernels;
 }
 }  // namespace fastrnn::cpu

@@ -42,23 +42,35 @@ struct Free {
   void operator()(char* p) const { std::free(p); }
 };
 
+using Memory = std::unique_ptr<char, Free>;
+
+Memory allocate(int64_t bytes) {
+  Memory memory(static_cast<char*>(std::aligned_alloc(64, bytes)));
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
+
+// Runs one(thread) for each of `threads` threads at once.
+template <class One>
+void parallel(int threads, One one) {
+  // A single thread enters no parallel region: worker processes made by fork after OpenMP has started must not.
+  if (threads == 1) return one(0);
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+  for (int thread = 0; thread < threads; ++thread) one(thread);
+}
+
 template <class Params>
 void run(const Params& params, int threads, int64_t workspace_bytes,
          void (*work)(const Params&, const Plan&, Barrier&, char*, int)) {
   const Plan plan = make_plan(params, threads);
   const int64_t bytes = round_up(std::max<int64_t>(workspace_bytes, 64), 64);
-  std::unique_ptr<char, Free> workspace(static_cast<char*>(std::aligned_alloc(64, bytes * plan.teams)));
-  if (!workspace) throw std::bad_alloc();
+  const Memory workspace = allocate(bytes * plan.teams);
   std::vector<std::unique_ptr<Barrier>> barriers;
   for (int i = 0; i < plan.teams; ++i) barriers.push_back(std::make_unique<Barrier>(plan.team_size));
-  const auto one = [&](int thread) {
+  parallel(plan.threads(), [&](int thread) {
     const int team = thread / plan.team_size;
     work(params, plan, *barriers[team], workspace.get() + team * bytes, thread);
-  };
-  // A single thread enters no parallel region: worker processes made by fork after OpenMP has started must not.
-  if (plan.threads() == 1) return one(0);
-#pragma omp parallel for schedule(static, 1) num_threads(plan.threads())
-  for (int thread = 0; thread < plan.threads(); ++thread) one(thread);
+  });
 }
 
 }  // namespace
@@ -116,6 +128,17 @@ void recurrent_forward(const ForwardParams& params, int threads) {
 
 void recurrent_backward(const BackwardParams& params, int threads) {
   run<BackwardParams>(params, threads, kernels().backward_workspace(params), kernels().backward);
+}
+
+void gemm(const GemmParams& params, int threads) {
+  constexpr int64_t kWorthAThread = 1 << 16;  // multiply-adds
+  threads = static_cast<int>(
+      std::clamp<int64_t>(params.m * params.n * params.k / kWorthAThread, 1, std::max(threads, 1)));
+  const int64_t bytes = round_up(std::max<int64_t>(kernels().gemm_workspace(params), 64), 64);
+  const Memory workspace = allocate(bytes * threads);
+  parallel(threads, [&](int thread) {
+    kernels().gemm(params, workspace.get() + thread * bytes, thread, threads);
+  });
 }
 
 }  // namespace fastrnn::cpu

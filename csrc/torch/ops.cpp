@@ -42,6 +42,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
           call.grad_c_0,      call.grad_reset_h.to(dtype), call.grad_reset_c.to(dtype)};
 }
 
+Tensor gemm_cpu(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool transpose_a, bool transpose_b) {
+  PreparedGemm call = prepare_gemm(a, b, bias, transpose_a, transpose_b);
+  if (call.out.numel() > 0) cpu::gemm(call.params, threads());
+  return call.out;
+}
+
 std::vector<std::string> cell_names() {
   std::vector<std::string> names;
   for (const CellInfo& cell : kCells) names.emplace_back(cell.name);
@@ -67,6 +73,10 @@ TORCH_LIBRARY(fastrnn, m) {
       "bool[] reverse, Tensor output, Tensor saved) -> (Tensor grad_gates_ih, Tensor grad_gates_hh, "
       "Tensor grad_projected, Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c)",
       {at::Tag::pt2_compliant_tag});
+  // op(a) op(b) + bias on matrices, op transposing or not; float32 and float64. No derivative of its own: fastrnn's
+  // autograd calls it where none is asked for.
+  m.def("gemm(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
   m.def("cell_names() -> str[]", cell_names);
   // gates, states, saved, params, 1 if grad_gates_hh is a tensor of its own
   m.def("cell_info(str cell) -> int[]", cell_info);
@@ -75,6 +85,7 @@ TORCH_LIBRARY(fastrnn, m) {
 TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("recurrent_forward", forward_cpu);
   m.impl("recurrent_backward", backward_cpu);
+  m.impl("gemm", gemm_cpu);
 }
 
 }  // namespace fastrnn

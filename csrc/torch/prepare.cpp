@@ -241,4 +241,41 @@ PreparedBackward prepare_backward(const Recurrence& args, const OptionalTensor& 
   return out;
 }
 
+PreparedGemm prepare_gemm(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool transpose_a,
+                          bool transpose_b) {
+  TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "gemm: a and b: expected 2 dimensions each, got ", text(a.sizes()), " and ",
+              text(b.sizes()));
+  const auto dtype = a.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "gemm: a: expected float32 or float64, got ", dtype);
+  PreparedGemm call;
+  GemmParams& p = call.params;
+  p.dtype = dtype == at::kDouble ? DType::kFloat64 : DType::kFloat32;
+  p.transpose_a = transpose_a;
+  p.transpose_b = transpose_b;
+  p.m = a.size(transpose_a ? 1 : 0);
+  p.k = a.size(transpose_a ? 0 : 1);
+  p.n = b.size(transpose_b ? 0 : 1);
+  TORCH_CHECK(b.size(transpose_b ? 1 : 0) == p.k, "gemm: b: expected ", p.k, " in dimension ", transpose_b ? 1 : 0,
+              " (as a has), got ", text(b.sizes()));
+  TORCH_CHECK(!bias || bias->sizes() == at::IntArrayRef{p.n}, "gemm: bias: expected [", p.n, "], got ",
+              text(bias->sizes()));
+  const auto matrix = [&](const char* name, const Tensor& x) -> const Tensor& {
+    TORCH_CHECK(x.scalar_type() == dtype && x.device() == a.device(), "gemm: ", name, ": expected ", dtype, " on ",
+                a.device(), " (as a is), got ", x.scalar_type(), " on ", x.device());
+    // Rows may lie apart but must not overlap, and each must be contiguous.
+    const bool rows = x.dim() == 1 ? x.stride(0) == 1 : x.stride(1) == 1 && x.stride(0) >= x.size(1);
+    call.keep.push_back(rows ? x : x.contiguous());
+    return call.keep.back();
+  };
+  const Tensor kept_a = matrix("a", a), kept_b = matrix("b", b);
+  p.a = kept_a.const_data_ptr();
+  p.a_stride = kept_a.stride(0);
+  p.b = kept_b.const_data_ptr();
+  p.b_stride = kept_b.stride(0);
+  p.bias = bias ? matrix("bias", *bias).const_data_ptr() : nullptr;
+  call.out = at::empty({p.m, p.n}, a.options());
+  p.out = call.out.mutable_data_ptr();
+  return call;
+}
+
 }  // namespace fastrnn

@@ -44,6 +44,15 @@ PreparedBackward prepare_backward(const Recurrence& args, const OptionalTensor& 
                                   const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n, const Tensor& output,
                                   const Tensor& saved);
 
+struct PreparedGemm {
+  GemmParams params{};
+  Tensor out;
+  std::vector<Tensor> keep;
+};
+
+PreparedGemm prepare_gemm(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool transpose_a,
+                          bool transpose_b);
+
 // The position of a cell in kCells; throws ValueError naming the cells there are.
 int find_cell(std::string_view name);
 
