@@ -52,7 +52,7 @@ struct BackwardParams : ForwardParams {
   void* grad_gates_ih;   // [T, B, P*G*h]; already zero where lengths are given, like the next two
   void* grad_gates_hh;   // same shape, or null where the cell's is equal to grad_gates_ih
   void* grad_projected;  // [T, B, P*R]: the whole gradient of weight_hr's product; null without weight_hr
-  void* grad_h_0;        // [B, P*R]
+  void* grad_h_0;        // [B, P*R], or null: neither it nor grad_c_0 is wanted, and the last product is saved
   void* grad_c_0;        // [B, P*h] or null
   // In float32 where dtype is a half type, since a row may have many resets:
   void* grad_reset_h;  // [B, P*R], already zero, or null where not wanted

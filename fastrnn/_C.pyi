@@ -1,4 +1,15 @@
 """The extension module: importing it registers the ops."""
 
+from typing import Any
+
 def instruction_set() -> str: ...
 def build_info() -> dict[str, str | None]: ...
+def cpu_plan(
+    cell: int, dtype: str, T: int, B: int, P: int, h: int, R: int, projected: bool, threads: int
+) -> dict[str, Any]: ...
+
+# Only in builds with CUDA kernels.
+def cuda_plan(
+    cell: int, dtype: str, T: int, B: int, P: int, h: int, R: int, projected: bool, lengths: bool, resets: bool,
+    backward: bool, tf32: bool, multiprocessors: int, compute_capability: int, shared_per_block: int,
+) -> dict[str, Any]: ...  # fmt: skip

@@ -57,10 +57,11 @@ def _pull_forward(args: list[Any], results: Sequence[Tensor], needed: Sequence[b
         weight_hr,
         *states,
     )
+    initial = needed[5] or needed[6]
     if grad_saved is None:
-        pulled = recurrent_backward(*given, output, saved)
+        pulled = recurrent_backward(*given, output, saved, initial)
     else:
-        pulled = reference.backward(*given, output, saved, grad_saved)
+        pulled = reference.backward(*given, output, saved, initial, grad_saved)
     grad_gates_ih, grad_gates_hh, grad_projected, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c = pulled
     if not CELLS[cell].separate_gates_hh:
         grad_gates_hh = grad_gates_ih
@@ -126,7 +127,7 @@ def _grad_weight_hh(
             rows = later.reshape(-1, later.shape[2]), before.reshape(-1, before.shape[2])
             weight = weight + transposed_product(*rows)
         weights.append(weight)
-    return torch.stack(weights)
+    return torch.stack(weights) if P > 1 else weights[0][None]
 
 
 def _group(x: Tensor, p: int, groups: int) -> Tensor:
@@ -159,7 +160,7 @@ _FORWARD = _Rule(
     frozenset((0, 2, 4, 5, 6, 7, 8, 9, 10, 11)),
     (0, 3),  # output and saved; h_n and c_n stay free for in-place use
 )
-_BACKWARD = _Rule(recurrent_backward, reference.backward, _pull_backward, frozenset(range(15)), ())
+_BACKWARD = _Rule(recurrent_backward, reference.backward, _pull_backward, frozenset(range(16)), ())
 
 
 class _Recurrent(torch.autograd.Function):

@@ -11,7 +11,7 @@ D directions, L layers, G gates.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,9 +63,9 @@ def lstm(
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; T is 0.
-        ValueError, TypeError: lengths out of range or not integers; resets not bool.
+        ValueError, TypeError: lengths out of range or not integers; resets not bool; a state that is no pair.
     """
-    output, states = _network("lstm", input, state, weights, dropout, training, lengths, resets, reset_state)
+    output, states = _checked("lstm", input, state, weights, dropout, training, lengths, resets, reset_state)
     return output, (states[0], states[1])
 
 
@@ -84,7 +84,7 @@ def gru(
 
     Arguments, result and errors as in :func:`lstm`, with the state a single tensor [L*D, B, H].
     """
-    output, states = _network("gru", input, _one(state), weights, dropout, training, lengths, resets, _one(reset_state))
+    output, states = _checked("gru", input, state, weights, dropout, training, lengths, resets, reset_state)
     return output, states[0]
 
 
@@ -104,38 +104,152 @@ def rnn(
 
     Arguments, result and errors as in :func:`lstm`, with the state a single tensor [L*D, B, H].
     """
-    output, states = _network(
-        _elman(nonlinearity),
-        input,
-        _one(state),
-        weights,
-        dropout,
-        training,
-        lengths,
-        resets,
-        _one(reset_state),
-    )
+    cell = _elman(nonlinearity)
+    output, states = _checked(cell, input, state, weights, dropout, training, lengths, resets, reset_state)
     return output, states[0]
 
 
 def lstm_cell(input: Tensor, state: tuple[Tensor, Tensor], weights: LayerWeights) -> tuple[Tensor, Tensor]:
     """One step of an LSTM: input [B, I], state ``(h, c)`` of [B, H] each; returns the state after the step."""
-    h, c = _cell("lstm", input, state, weights)
+    h, c = _cell("lstm", input, given_states("lstm", "state", state), weights)
     return h, c
 
 
 def gru_cell(input: Tensor, state: Tensor, weights: LayerWeights) -> Tensor:
     """One step of a GRU: input [B, I], state [B, H]; returns the state after the step."""
-    return _cell("gru", input, (state,), weights)[0]
+    return _cell("gru", input, given_states("gru", "state", state), weights)[0]
 
 
 def rnn_cell(input: Tensor, state: Tensor, weights: LayerWeights, nonlinearity: str = "tanh") -> Tensor:
     """One step of an Elman network: input [B, I], state [B, H]; returns the state after the step."""
-    return _cell(_elman(nonlinearity), input, (state,), weights)[0]
+    cell = _elman(nonlinearity)
+    return _cell(cell, input, given_states(cell, "state", state), weights)[0]
 
 
-def _one(state: Tensor | None) -> States | None:
-    return None if state is None else (state,)
+# ---- the door: what callers pass, checked before anything runs; modules.py uses it too ----
+
+
+def given_states(cell: str, name: str, state: Any) -> States:
+    """A state as callers pass it, a tensor or for an LSTM a pair, as a tuple."""
+    count = CELLS[cell].states
+    states = (state,) if count == 1 else state
+    if isinstance(states, (tuple, list)) and len(states) == count and all(isinstance(x, Tensor) for x in states):
+        return tuple(states)
+    wanted = "a tensor" if count == 1 else "a pair of tensors (h, c)"
+    got = type(state).__name__
+    if isinstance(state, (tuple, list)):
+        got += f" of {[type(x).__name__ for x in state]}"
+    raise TypeError(f"{name}: expected {wanted}, got {got}")
+
+
+def given_lengths(lengths: Any, input: Tensor) -> tuple[Tensor, Tensor]:
+    """lengths as int64 on the device of input [T, B, I], and the input with zeros in its padding.
+
+    The recurrence ignores the padding, but a NaN there would reach weight_ih's gradient through 0 * NaN.
+    """
+    T, B, _ = input.shape
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths: expected an integer tensor [{B}], got {type(lengths).__name__}")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
+    if tuple(lengths.shape) != (B,):
+        raise RuntimeError(f"lengths: expected [{B}] (batch), got {list(lengths.shape)}")
+    if lengths.is_meta and not input.is_meta:
+        raise RuntimeError(f"lengths: expected a device with data, as {input.device}, got meta")
+    lengths = lengths.to(input.device, torch.int64)
+    steps = torch.arange(T, device=input.device)[:, None]
+    return lengths, torch.where((steps < lengths)[..., None], input, 0)
+
+
+def check_resets(resets: Any, reset_state: Any, expected: Sequence[int], device: torch.device) -> None:
+    if resets is None:
+        if reset_state is not None:
+            raise ValueError("reset_state: expected None without resets, got a state")
+        return
+    if not isinstance(resets, Tensor):
+        raise TypeError(f"resets: expected a bool tensor {list(expected)}, got {type(resets).__name__}")
+    if resets.dtype != torch.bool:
+        raise TypeError(f"resets: expected dtype torch.bool, got {resets.dtype}")
+    if tuple(resets.shape) != tuple(expected):
+        raise RuntimeError(f"resets: expected {list(expected)}, got {list(resets.shape)}")
+    if resets.device != device:
+        raise RuntimeError(f"resets: expected device {device} (that of input), got {resets.device}")
+
+
+def _check_weights(cell: str, input: Tensor, weights: Sequence[Sequence[LayerWeights]]) -> None:
+    gates, width = CELLS[cell].gates, input.shape[2]
+    cast = torch._C._is_any_autocast_enabled()
+    for layer in weights:
+        first = layer[0]
+        for name, matrix in zip(LayerWeights._fields[:2], first[:2], strict=True):
+            if not isinstance(matrix, Tensor) or matrix.dim() != 2:
+                came = list(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
+                raise RuntimeError(f"{name}: expected a tensor of 2 dimensions, got {came}")
+        R = first.weight_hh.shape[1]
+        H = R if first.weight_hr is None else first.weight_hr.shape[-1]
+        shapes = ((gates * H, width), (gates * H, R), (gates * H,), (gates * H,), (R, H))
+        for w in layer:
+            for name, x, shape, as_first in zip(LayerWeights._fields, w, shapes, first, strict=True):
+                if (x is None) != (as_first is None):
+                    wanted, got = ("None", "a tensor") if as_first is None else ("a tensor", "None")
+                    raise RuntimeError(f"{name}: expected {wanted}, as in the first direction, got {got}")
+                if x is None:
+                    continue
+                if tuple(x.shape) != shape:
+                    raise RuntimeError(f"{name}: expected {list(shape)}, got {list(x.shape)}")
+                if x.dtype != input.dtype and not cast:
+                    raise RuntimeError(f"{name}: expected {input.dtype} (that of input), got {x.dtype}")
+                if x.device != input.device:
+                    raise RuntimeError(f"{name}: expected device {input.device} (that of input), got {x.device}")
+        width = len(layer) * R
+
+
+def _checked(
+    cell: str,
+    input: Tensor,
+    state: Any,
+    weights: Sequence[Sequence[LayerWeights]],
+    dropout: float,
+    training: bool,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_state: Any,
+) -> tuple[Tensor, States]:
+    """What the public forms share: all checks, then the layers."""
+    _check_input(input)
+    T, B, _ = input.shape
+    _check_weights(cell, input, weights)
+    check_resets(resets, reset_state, (T, B), input.device)
+    w = weights[0][0]
+    sizes = (w.weight_hh.shape[1], w.weight_hh.shape[0] // CELLS[cell].gates)
+
+    def states(name: str, state: Any) -> States | None:
+        if state is None:
+            return None
+        found = given_states(cell, name, state)
+        for i, (x, size) in enumerate(zip(found, sizes, strict=False)):
+            expected = [len(weights) * len(weights[0]), B, size]
+            if list(x.shape) != expected:
+                which = f"{name}[{i}]" if len(found) > 1 else name
+                raise RuntimeError(
+                    f"{which}: expected {expected} (layers * directions, batch, width), got {list(x.shape)}"
+                )
+        return found
+
+    start, fresh = states("state", state), states("reset_state", reset_state)
+    if lengths is not None:
+        lengths, input = given_lengths(lengths, input)
+    return _network(cell, input, start, weights, dropout, training, lengths, resets, fresh)
+
+
+def _check_input(input: Tensor) -> None:
+    if input.dim() != 3:
+        raise RuntimeError(f"input: expected 3 dimensions (T, B, I), got {list(input.shape)}")
+    if input.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+
+# ---- the layers ----
 
 
 def _elman(nonlinearity: str) -> str:
@@ -198,14 +312,8 @@ def _network(
     resets: Tensor | None,
     reset_states: States | None,
 ) -> tuple[Tensor, States]:
-    if input.dim() != 3:
-        raise RuntimeError(f"input: expected 3 dimensions (T, B, I), got {list(input.shape)}")
-    if input.shape[0] == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    _check_input(input)
     D = len(weights[0])
-    for name, given in (("state", states), ("reset_state", reset_states)):
-        if given is not None and len(given) != CELLS[cell].states:
-            raise RuntimeError(f"{name}: expected {CELLS[cell].states} tensors for {cell}, got {len(given)}")
 
     def of_layer(states: States | None, layer: int) -> States | None:
         return None if states is None else tuple(_fold(s[layer * D : (layer + 1) * D]) for s in states)

@@ -25,6 +25,22 @@ def _permute(x: Tensor, permutation: Tensor | None) -> Tensor:
     return x if permutation is None else x.index_select(1, permutation)
 
 
+def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
+    """Torch's packing routines trust these, down to writes past the end of their memory."""
+    if torch.compiler.is_compiling():
+        return
+    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or not batch_sizes.is_cpu:
+        raise RuntimeError(
+            "batch_sizes: expected a 1-D tensor of int64 on the CPU, "
+            f"got {list(batch_sizes.shape)} of {batch_sizes.dtype} on {batch_sizes.device}"
+        )
+    falling = len(batch_sizes) > 0 and not (batch_sizes[1:] > batch_sizes[:-1]).any() and batch_sizes[-1] >= 0
+    if not falling or batch_sizes.sum() != rows:
+        raise RuntimeError(
+            f"batch_sizes: expected sizes that do not grow and sum to {rows} (rows of data), got {batch_sizes}"
+        )
+
+
 class _Recurrent(RNNBase):
     """What LSTM, GRU and RNN share. States are tuples here: (h,) or (h, c)."""
 
@@ -92,21 +108,27 @@ class _Recurrent(RNNBase):
     def _run(
         self,
         input: Tensor | PackedSequence,
-        states: States | None,
+        hx: Any,
         lengths: Tensor | None,
         resets: Tensor | None,
-        reset_states: States | None,
+        reset_state: Any,
     ) -> tuple[Tensor | PackedSequence, States]:
+        states, reset_states = (
+            None if state is None else functional.given_states(self.mode.lower(), name, state)
+            for name, state in (("hx", hx), ("reset_state", reset_state))
+        )
         if isinstance(input, PackedSequence):
-            if lengths is not None or resets is not None:
-                name = "lengths" if lengths is not None else "resets"
-                raise ValueError(f"{name}: expected None with a PackedSequence, got a tensor")
+            for name, given in (("lengths", lengths), ("resets", resets), ("reset_state", reset_state)):
+                if given is not None:
+                    raise ValueError(f"{name}: expected None with a PackedSequence, got {type(given).__name__}")
             return self._run_packed(input, states)
         if input.dim() not in (2, 3):
             tensor = " tensor" if self.mode.startswith("RNN") else ""
             raise ValueError(f"{self._kind()}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
         batched = input.dim() == 3
         self._check_ranks(states, batched)
+        self._check_ranks(reset_states, batched)
+        functional.check_resets(resets, reset_state, input.shape[:-1], input.device)
         batch_dim = 0 if self.batch_first else 1
         if not batched:
             input = input.unsqueeze(batch_dim)
@@ -118,16 +140,14 @@ class _Recurrent(RNNBase):
             if lengths is not None:
                 raise ValueError("lengths: expected None with unbatched input, got a tensor")
         self.check_input(input, None)
-        for given in (states, reset_states):
-            if given is not None:
-                self._check_states(input, given, None)
+        for each in (states, reset_states):
+            if each is not None:
+                self._check_states(input, each, None)
         if self.batch_first:
             input = input.transpose(0, 1)
             resets = None if resets is None else resets.transpose(0, 1)
         if lengths is not None:
-            # The recurrence ignores the padding, but a NaN there would reach weight_ih's gradient through 0 * NaN.
-            steps = torch.arange(input.shape[0], device=input.device)[:, None]
-            input = torch.where((steps < lengths.to(input.device))[..., None], input, 0)
+            lengths, input = functional.given_lengths(lengths, input)
         output, finals = self._network(input, states, lengths=lengths, resets=resets, reset_states=reset_states)
         if self.batch_first:
             output = output.transpose(0, 1)
@@ -138,9 +158,10 @@ class _Recurrent(RNNBase):
     def _run_packed(self, input: PackedSequence, states: States | None) -> tuple[PackedSequence, States]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         self.check_input(data, batch_sizes)
+        _check_batch_sizes(batch_sizes, data.shape[0])
         if states is not None:
-            states = tuple(_permute(x, sorted_indices) for x in states)
             self._check_states(data, states, batch_sizes)
+            states = tuple(_permute(x, sorted_indices) for x in states)
         padded, lengths = torch._VF._pad_packed_sequence(  # type: ignore[attr-defined]
             data, batch_sizes, False, 0.0, batch_sizes.shape[0]
         )
@@ -179,8 +200,7 @@ class _SingleState(_Recurrent):
 
         Returns output [T, B, D*H], laid out like the input, and h_n [L*D, B, H].
         """
-        one = functional._one
-        output, finals = self._run(input, one(hx), lengths, resets, one(reset_state))
+        output, finals = self._run(input, hx, lengths, resets, reset_state)
         return output, finals[0]
 
 
@@ -232,17 +252,7 @@ class LSTM(_Recurrent):
 
         Returns output [T, B, D*R], laid out like the input, and ``(h_n, c_n)``.
         """
-        for name, state in (("hx", hx), ("reset_state", reset_state)):
-            if state is not None and (not isinstance(state, (tuple, list)) or len(state) != 2):
-                got = f"{len(state)} tensors" if isinstance(state, (tuple, list)) else type(state).__name__
-                raise TypeError(f"{name}: expected a pair of tensors (h, c), got {got}")
-        output, finals = self._run(
-            input,
-            None if hx is None else tuple(hx),
-            lengths,
-            resets,
-            None if reset_state is None else tuple(reset_state),
-        )
+        output, finals = self._run(input, hx, lengths, resets, reset_state)
         return output, (finals[0], finals[1])
 
 
@@ -275,8 +285,9 @@ class _Cell(RNNCellBase):
     def _weights(self) -> LayerWeights:
         return LayerWeights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
 
-    def _step(self, cell: str, input: Tensor, states: States | None) -> States:
+    def _step(self, cell: str, input: Tensor, hx: Any) -> States:
         kind = type(self).__name__
+        states = None if hx is None else functional.given_states(cell, "hx", hx)
         if input.dim() not in (1, 2):
             raise ValueError(f"{kind}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         for i, state in enumerate(states or ()):
@@ -315,7 +326,7 @@ class LSTMCell(_Cell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """input [B, I] or [I]; hx ``(h, c)``, each [B, H] or [H], or None. Returns ``(h', c')``."""
-        h, c = self._step("lstm", input, None if hx is None else tuple(hx))
+        h, c = self._step("lstm", input, hx)
         return h, c
 
 
@@ -329,7 +340,7 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input [B, I] or [I]; hx [B, H] or [H], or None. Returns h'."""
-        return self._step("gru", input, functional._one(hx))[0]
+        return self._step("gru", input, hx)[0]
 
 
 class RNNCell(_Cell):
@@ -353,4 +364,4 @@ class RNNCell(_Cell):
         """input [B, I] or [I]; hx [B, H] or [H], or None. Returns h'."""
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self._step(f"rnn_{self.nonlinearity}", input, functional._one(hx))[0]
+        return self._step(f"rnn_{self.nonlinearity}", input, hx)[0]

@@ -32,43 +32,123 @@ CELLS: dict[str, CellInfo] = {
 }
 
 
-# ---- shapes and dtypes without data ----
+# ---- calls without data: the checks of csrc/torch/prepare.cpp again, for graphs never reach those, and the shapes ----
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class _Door:
+    """Checks the arguments of a call whose first tensor is `reference`, as the kernels' door does."""
+
+    def __init__(self, op: str, cell: str, name: str, reference: Tensor, weight_hh: Tensor, args: dict[str, Any]):
+        if cell not in CELLS:
+            raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
+        self.op, self.name, self.reference, self.info = op, name, reference, CELLS[cell]
+        if reference.dtype not in _DTYPES:
+            raise TypeError(f"{op}: {name}: expected float32, float64, bfloat16 or float16, got {reference.dtype}")
+        self.sized(name, reference, reference.dim() == 3, "3 dimensions")
+        gates, second = self.info.gates, self.info.states > 1
+        self.sized("weight_hh", weight_hh, weight_hh.dim() == 3, "3 dimensions (groups, gates * hidden, width)")
+        self.T, self.B, _ = reference.shape
+        self.P, self.Gh, self.R = weight_hh.shape
+        self.h = self.Gh // gates
+        whole = self.P > 0 and self.h > 0 and self.R > 0 and self.Gh == gates * self.h
+        self.sized("weight_hh", weight_hh, whole, f"(groups, {gates} * hidden, width) with every size above 0")
+        given = {k for k, x in args.items() if x is not None}
+        for unwanted in {"weight_hr", "c_0", "reset_c", "grad_c_n"} & given if not second else ():
+            raise RuntimeError(f"{op}: {unwanted}: expected none for cell '{cell}', got a tensor")
+        for unwanted in {"reset_h", "reset_c"} & given if "resets" not in given else ():
+            raise RuntimeError(f"{op}: {unwanted}: expected none without resets, got a tensor")
+        if second and "c_0" not in given:
+            raise RuntimeError(f"{op}: c_0: expected a tensor for cell '{cell}', got none")
+        if len(args["reverse"]) != self.P:
+            raise RuntimeError(f"{op}: reverse: expected {self.P} values (groups), got {len(args['reverse'])}")
+        if "weight_hr" not in given:
+            self.sized("weight_hh", weight_hh, self.h == self.R, f"[{self.P}, {self.Gh}, {self.h}] without weight_hr")
+        self.masks(args.get("lengths"), args.get("resets"))
+        B, P, Gh, h, R = self.B, self.P, self.Gh, self.h, self.R
+        sizes = {"weight_hh": (P, Gh, R), "bias_hh": (P, Gh), "weight_hr": (P, R, h)}
+        sizes |= dict.fromkeys(("h_0", "reset_h", "grad_h_n"), (B, P * R))
+        sizes |= dict.fromkeys(("c_0", "reset_c", "grad_c_n"), (B, P * h))
+        sizes |= dict.fromkeys(("output", "grad_output"), (self.T, B, P * R))
+        sizes |= {"gates_ih": (self.T, B, P * Gh), "saved": (self.T, B, P * self.info.saved * h)}
+        for argument, x in ({"weight_hh": weight_hh, name: reference} | args).items():
+            if isinstance(x, Tensor) and argument in sizes:
+                self.floating(argument, x, sizes[argument])
+
+    def sized(self, name: str, x: Tensor, good: Any, expected: str) -> None:
+        torch._check(good, lambda: f"{self.op}: {name}: expected {expected}, got {list(x.shape)}")
+
+    def placed(self, name: str, x: Tensor) -> None:
+        if x.device != self.reference.device:
+            raise RuntimeError(
+                f"{self.op}: {name}: expected device {self.reference.device} (that of {self.name}), got {x.device}"
+            )
+
+    def floating(self, name: str, x: Tensor, expected: tuple[int, ...]) -> None:
+        self.sized(name, x, x.dim() == len(expected), str(list(expected)))
+        for got, want in zip(x.shape, expected, strict=True):
+            self.sized(name, x, got == want, str(list(expected)))
+        if x.dtype != self.reference.dtype:
+            raise RuntimeError(
+                f"{self.op}: {name}: expected dtype {self.reference.dtype} (that of {self.name}), got {x.dtype}"
+            )
+        self.placed(name, x)
+
+    def masks(self, lengths: Tensor | None, resets: Tensor | None) -> None:
+        T, B, P = self.T, self.B, self.P
+        if lengths is not None:
+            if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+                raise TypeError(f"{self.op}: lengths: expected an integer dtype, got {lengths.dtype}")
+            fits = lengths.shape in ((B,), (B, P))
+            self.sized("lengths", lengths, fits, f"[{B}] or [{B}, {P}] (batch, groups)")
+            if lengths.is_meta:
+                self.placed("lengths", lengths)
+        if resets is not None:
+            if resets.dtype != torch.bool:
+                raise TypeError(f"{self.op}: resets: expected dtype bool, got {resets.dtype}")
+            fits = resets.shape in ((T, B), (T, B, P))
+            self.sized("resets", resets, fits, f"[{T}, {B}] or [{T}, {B}, {P}]")
+            self.placed("resets", resets)
 
 
 @torch.library.register_fake("fastrnn::recurrent_forward", lib=library)
 def _(
     cell, gates_ih, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, save
 ):  # fmt: skip
-    T, B, _ = gates_ih.shape
-    P, Gh, R = weight_hh.shape
-    info = CELLS[cell]
-    h = Gh // info.gates
+    args = dict(
+        bias_hh=bias_hh, weight_hr=weight_hr, h_0=h_0, c_0=c_0, lengths=lengths, resets=resets, reset_h=reset_h,
+        reset_c=reset_c, reverse=reverse,
+    )  # fmt: skip
+    d = _Door("recurrent_forward", cell, "gates_ih", gates_ih, weight_hh, args)
+    empty = gates_ih.new_empty
     return (
-        gates_ih.new_empty(T, B, P * R),
-        gates_ih.new_empty(B, P * R),
-        gates_ih.new_empty(B, P * h) if c_0 is not None else gates_ih.new_empty(0),
-        gates_ih.new_empty(T, B, P * info.saved * h) if save else gates_ih.new_empty(0),
+        empty(d.T, d.B, d.P * d.R),
+        empty(d.B, d.P * d.R),
+        empty(d.B, d.P * d.h) if c_0 is not None else empty(0),
+        empty(d.T, d.B, d.P * d.info.saved * d.h) if save else empty(0),
     )
 
 
 @torch.library.register_fake("fastrnn::recurrent_backward", lib=library)
 def _(
     cell, grad_output, grad_h_n, grad_c_n, weight_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c,
-    reverse, output, saved,
+    reverse, output, saved, initial=True,
 ):  # fmt: skip
-    T, B, _ = output.shape
-    P, Gh, R = weight_hh.shape
-    info = CELLS[cell]
-    h = Gh // info.gates
-    absent = 0
+    args = dict(
+        grad_output=grad_output, grad_h_n=grad_h_n, grad_c_n=grad_c_n, weight_hr=weight_hr, h_0=h_0, c_0=c_0,
+        lengths=lengths, resets=resets, reset_h=reset_h, reset_c=reset_c, reverse=reverse, saved=saved,
+    )  # fmt: skip
+    d = _Door("recurrent_backward", cell, "output", output, weight_hh, args)
+    empty = output.new_empty
     return (
-        output.new_empty(T, B, P * Gh),
-        output.new_empty(T, B, P * Gh) if info.separate_gates_hh else output.new_empty(absent),
-        output.new_empty(T, B, P * R) if weight_hr is not None else output.new_empty(absent),
-        output.new_empty(B, P * R),
-        output.new_empty(B, P * h) if c_0 is not None else output.new_empty(absent),
-        output.new_empty(B, P * R) if reset_h is not None else output.new_empty(absent),
-        output.new_empty(B, P * h) if reset_c is not None else output.new_empty(absent),
+        empty(d.T, d.B, d.P * d.Gh),
+        empty(d.T, d.B, d.P * d.Gh) if d.info.separate_gates_hh else empty(0),
+        empty(d.T, d.B, d.P * d.R) if weight_hr is not None else empty(0),
+        empty(d.B, d.P * d.R) if initial else empty(0),
+        empty(d.B, d.P * d.h) if initial and c_0 is not None else empty(0),
+        empty(d.B, d.P * d.R) if reset_h is not None else empty(0),
+        empty(d.B, d.P * d.h) if reset_c is not None else empty(0),
     )
 
 
@@ -101,6 +181,9 @@ def _mask_into_groups(x: Tensor, dim: int | None, n: int, kind: str, groups: int
 def _vmap_rule(op: Callable[..., tuple[Tensor, ...]], kinds: str, results: str) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         n = info.batch_size
+        # torch leaves out trailing arguments that have their default value
+        in_dims = (*in_dims, *(None for _ in kinds[len(in_dims) :]))
+        args = (*args, *(True for _ in kinds[len(args) :]))
         into_groups = any(k == "w" and d is not None for k, d in zip(kinds, in_dims, strict=True))
         places = _INTO_GROUPS if into_groups else _INTO_BATCH
         groups = len(args[kinds.index("d")])
@@ -128,7 +211,7 @@ torch.library.register_vmap(
     "fastrnn::recurrent_forward", _vmap_rule(recurrent_forward, "-swwwvvlrvvd-", "svvs"), lib=library
 )
 torch.library.register_vmap(
-    "fastrnn::recurrent_backward", _vmap_rule(recurrent_backward, "-svvwwvvlrvvdss", "sssvvvv"), lib=library
+    "fastrnn::recurrent_backward", _vmap_rule(recurrent_backward, "-svvwwvvlrvvdss-", "sssvvvv"), lib=library
 )
 
 

@@ -250,13 +250,14 @@ def backward(
     reverse: Sequence[bool],
     output: Tensor,
     saved: Tensor,
+    initial: bool = True,
     grad_saved: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``recurrent_backward``, from forward's output and saved, and differentiable in its turn.
 
     ``grad_saved`` [T, B, P*S*h] is the gradient of ``saved``, which only arises when a backward pass is differentiated.
     Returns the gradients of gates_ih [T, B, P*G*h], gates_hh (same shape; absent where equal), of the projection's
-    result [T, B, P*R] (absent without weight_hr), h_0, c_0, reset_h, reset_c.
+    result [T, B, P*R] (absent without weight_hr), h_0, c_0 (absent unless ``initial``), reset_h, reset_c.
     """
     dtype, wide = output.dtype, torch.promote_types(output.dtype, torch.float32)
     T, B, _ = output.shape
@@ -337,8 +338,8 @@ def backward(
         collect(gates_ih, Gh),
         collect(gates_hh, Gh) if cell == "gru" else _absent(output),
         collect(projected, R) if weight_hr is not None else _absent(output),
-        state(grads, 0),
-        state(grads, 1),
+        state(grads, 0, initial),
+        state(grads, 1, initial),
         state(grad_fresh, 0, reset_h is not None),
         state(grad_fresh, 1, reset_c is not None),
     )

@@ -195,9 +195,7 @@ def test_interrupted_write_keeps_the_old_checkpoint(
     run(text, "--backend torch --checkpoint", path, "--resume")
 
 
-def test_damaged_checkpoints_are_refused(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_checkpoints_are_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "lm.pt"
     resume = ["--backend torch --checkpoint", path, "--resume"]
     run(text, "--backend torch --checkpoint", path, "--steps", 5)
@@ -216,9 +214,7 @@ def test_damaged_checkpoints_are_refused(
     run(text, *resume)
 
 
-def test_checkpoint_of_another_run_is_refused(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpoint_of_another_run_is_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "lm.pt"
     run(text, "--backend torch --checkpoint", path, "--steps", 5)
     resume = ["--backend torch --checkpoint", path, "--resume"]
@@ -269,9 +265,7 @@ def test_bad_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "--text: expected at least 68 characters" in error_of(capsys, path)
 
 
-def test_existing_checkpoint_is_not_overwritten(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_existing_checkpoint_is_not_overwritten(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "lm.pt"
     path.write_text("precious")
     assert "--checkpoint: expected a new file, or --resume" in error_of(capsys, text, "--checkpoint", path)

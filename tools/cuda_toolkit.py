@@ -16,8 +16,15 @@ from pathlib import Path
 
 DEFAULT_ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
 OLDEST_ARCH = 80  # the mma and cp.async wrappers of device_cuda.cuh
-# The kernels see csrc/ and the toolkit, never torch: they compile in seconds, for any torch.
-NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas")
+# The kernels see csrc/ and the toolkit, never torch: they compile in seconds, for any torch. Relaxed constexpr, because
+# kernels ask the constexpr functions of headers that are plain C++ (tiles.h); without it such a kernel becomes a trap.
+NVCC_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas",
+)
 # What ATen/cuda/CUDAContextLight.h includes; a toolkit may lack the last four, and pip's CUDA libraries have them.
 ATEN_NEEDS = ("cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h", "cusparse.h", "cusolverDn.h")
 

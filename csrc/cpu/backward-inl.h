@@ -42,6 +42,8 @@ class BackwardWorker {
     const bool all = plan.split_rows;
     units = all ? Range{0, b.unit_vectors} : share(b.unit_vectors, member, plan.team_size);
     widths = all ? Range{0, b.width_vectors} : share(b.width_vectors, member, plan.team_size);
+    // Rows of the weights serve as panels where whole vectors of them, of the right type, can be read.
+    packed = plan.pack || sizeof(S) != sizeof(T) || p.hidden % L != 0 || p.width % L != 0;
   }
 
   void run() {
@@ -52,7 +54,9 @@ class BackwardWorker {
       start();
       barrier.wait();
       running = 0;
-      for (int64_t s = 0; s <= p.steps; ++s) {
+      // The step after the last one is there for the initial state's gradient, or a reset's at the first step.
+      const int64_t steps = p.grad_h_0 || p.resets ? p.steps + 1 : p.steps;
+      for (int64_t s = 0; s < steps; ++s) {
         step(s);
         if (!plan.split_rows) barrier.wait();
       }
@@ -70,6 +74,7 @@ class BackwardWorker {
   }
 
   void pack() {
+    if (!packed) return;
     const int64_t h = p.hidden, R = p.width;
     const S* weight = static_cast<const S*>(p.weight_hh) + group * G * h * R;
     for_each_packed_panel(widths, [&](int64_t v, int vectors) {
@@ -83,8 +88,20 @@ class BackwardWorker {
     });
   }
 
+  struct Panel {
+    const T* weights;
+    int64_t stride;
+  };
+  // Vectors v .. of the columns of a [P, rows, columns] weight: packed, or where they lie.
+  Panel panel_of(const void* weight, int64_t rows, int64_t columns, const T* packs, int64_t depth, int64_t v,
+                 int vectors) const {
+    if (packed) return {packs + v * L * depth, vectors * L};
+    return {static_cast<const T*>(weight) + group * rows * columns + v * L, columns};
+  }
+
   // Rows without a step pass their gradients through.
   void start() {
+    if (!p.grad_h_0) return;
     for (int64_t i = rows->active(0); i < rows->size(); ++i) {
       for (int64_t v = widths.begin; v < widths.end; ++v) {
         const int64_t j = v * L, at = (rows->row[i] * p.groups + group) * p.width + j;
@@ -117,16 +134,17 @@ class BackwardWorker {
           for (int n = 0; n < vectors; ++n)
             state_gradient(first + m, (v + n) * L, V(sums ? load(sums + (m * vectors + n) * L) : V(0)));
       };
-      for_each_tile(was_running, static_cast<const T*>(from), b.gates_stride,
-                    b.panels_hh + v * L * b.gates_padded * G, b.gates_padded * G, vectors,
-                    static_cast<const T*>(nullptr), body);
+      const Panel panel = panel_of(p.weight_hh, G * p.hidden, p.width, b.panels_hh, b.gates_padded * G, v, vectors);
+      for_each_tile(was_running, static_cast<const T*>(from), b.gates_stride, panel.weights, panel.stride,
+                    b.gates_padded * G, vectors, static_cast<const T*>(nullptr), body);
       for (int64_t i = was_running; i < count; ++i) body(i, 1, nullptr);
     });
     if (!p.weight_hr) return;
     if (!plan.split_rows) barrier.wait();
     for_each_panel(units, kMaxVectors, [&](int64_t v, int vectors) {
-      for_each_tile(count, static_cast<const T*>(b.grad_h + rows->first * b.stride), b.stride,
-                    b.panels_hr + v * L * p.width, p.width, vectors, static_cast<const T*>(nullptr),
+      const Panel panel = panel_of(p.weight_hr, p.width, p.hidden, b.panels_hr, p.width, v, vectors);
+      for_each_tile(count, static_cast<const T*>(b.grad_h + rows->first * b.stride), b.stride, panel.weights,
+                    panel.stride, p.width, vectors, static_cast<const T*>(nullptr),
                     [&](int64_t first, int rows_in_tile, const T* sums) {
                       for (int m = 0; m < rows_in_tile; ++m)
                         for (int n = 0; n < vectors; ++n)
@@ -149,9 +167,9 @@ class BackwardWorker {
         grad = V(0);
       }
     }
-    if (i >= running)
-      store(static_cast<S*>(p.grad_h_0) + at, grad, n);
-    else if (p.grad_output)
+    if (i >= running) {
+      if (p.grad_h_0) store(static_cast<S*>(p.grad_h_0) + at, grad, n);
+    } else if (p.grad_output)
       grad = grad + load(static_cast<const S*>(p.grad_output) + t * p.grad_output_stride_t +
                              row * p.grad_output_stride_b + group * p.width + j,
                          n);
@@ -181,7 +199,7 @@ class BackwardWorker {
           grad_c = V(0);
         }
       }
-      if (i >= running) store(static_cast<S*>(p.grad_c_0) + at, grad_c, n);
+      if (i >= running && p.grad_c_0) store(static_cast<S*>(p.grad_c_0) + at, grad_c, n);
       in.grad_state[1] = grad_c;
     }
     if (i >= running) return;
@@ -237,7 +255,7 @@ class BackwardWorker {
 
   int64_t group, t, t_from;       // t_from: the time whose gate gradients are multiplied
   int64_t running, was_running;   // rows with a step at t, at t_from
-  bool reverse;
+  bool reverse, packed;
   const Rows* rows;
   const T* from;
   T* to;

@@ -84,16 +84,17 @@ class ForwardWorker {
 
   void pack() {
     const int64_t h = p.hidden, R = p.width;
-    const S* weight = static_cast<const S*>(p.weight_hh) + group * G * h * R;
-    const S* bias = p.bias_hh ? static_cast<const S*>(p.bias_hh) + group * G * h : nullptr;
+    weight_hh = static_cast<const S*>(p.weight_hh) + group * G * h * R;
+    bias_hh = p.bias_hh ? static_cast<const S*>(p.bias_hh) + group * G * h : nullptr;
+    weight_hr = p.weight_hr ? static_cast<const S*>(p.weight_hr) + group * R * h : nullptr;
+    if (!plan.pack) return;
     for_each_packed_panel(units, kUnits, [&](int64_t v, int vectors) {
-      pack_rows(weight + v * L * R, R, h, G, vectors, h - v * L, R, b.panels_hh + v * G * L * R);
-      if (bias) pack_rows(bias + v * L, 1, h, G, vectors, h - v * L, 1, b.bias + v * G * L);
+      pack_rows(weight_hh + v * L * R, R, h, G, vectors, h - v * L, R, b.panels_hh + v * G * L * R);
+      if (bias_hh) pack_rows(bias_hh + v * L, 1, h, G, vectors, h - v * L, 1, b.bias + v * G * L);
     });
-    if (!p.weight_hr) return;
-    const S* projection = static_cast<const S*>(p.weight_hr) + group * R * h;
+    if (!weight_hr) return;
     for_each_packed_panel(widths, kMaxVectors, [&](int64_t v, int vectors) {
-      pack_rows(projection + v * L * h, h, 0, 1, vectors, R - v * L, h, b.panels_hr + v * L * h);
+      pack_rows(weight_hr + v * L * h, h, 0, 1, vectors, R - v * L, h, b.panels_hr + v * L * h);
     });
   }
 
@@ -128,23 +129,31 @@ class ForwardWorker {
     h_next = b.h[(s + 1) & 1] + rows->first * b.stride;
     const int64_t active = rows->active(t);
     for_each_panel(units, kUnits, [&](int64_t v, int vectors) {
-      for_each_tile(active, h_prev, b.stride, b.panels_hh + v * G * L * p.width, p.width, vectors * G,
-                    p.bias_hh ? b.bias + v * G * L : nullptr, [&](int64_t first, int count, const T* gates_hh) {
-                      for (int m = 0; m < count; ++m)
-                        for (int n = 0; n < vectors; ++n)
-                          cell(first + m, (v + n) * L, gates_hh + (m * vectors + n) * G * L);
-                    });
+      const auto cells = [&](int64_t first, int count, const T* gates_hh) {
+        for (int m = 0; m < count; ++m)
+          for (int n = 0; n < vectors; ++n) cell(first + m, (v + n) * L, gates_hh + (m * vectors + n) * G * L);
+      };
+      if (plan.pack)
+        for_each_tile(active, h_prev, b.stride, b.panels_hh + v * G * L * p.width, vectors * G * L, p.width,
+                      vectors * G, bias_hh ? b.bias + v * G * L : nullptr, cells);
+      else
+        for_each_dot_tile(active, h_prev, b.stride, weight_hh + v * L * p.width, p.width, p.hidden, G, vectors,
+                          p.hidden - v * L, p.width, bias_hh ? bias_hh + v * L : nullptr, cells);
     });
-    if (!p.weight_hr) return;
+    if (!weight_hr) return;
     if (!plan.split_rows) barrier.wait();
     const T* hidden = b.hidden + rows->first * b.stride;
     for_each_panel(widths, kMaxVectors, [&](int64_t v, int vectors) {
-      for_each_tile(active, hidden, b.stride, b.panels_hr + v * L * p.hidden, p.hidden, vectors,
-                    static_cast<const T*>(nullptr), [&](int64_t first, int count, const T* h) {
-                      for (int m = 0; m < count; ++m)
-                        for (int n = 0; n < vectors; ++n)
-                          store_h(first + m, (v + n) * L, load(h + (m * vectors + n) * L));
-                    });
+      const auto states = [&](int64_t first, int count, const T* h) {
+        for (int m = 0; m < count; ++m)
+          for (int n = 0; n < vectors; ++n) store_h(first + m, (v + n) * L, load(h + (m * vectors + n) * L));
+      };
+      if (plan.pack)
+        for_each_tile(active, hidden, b.stride, b.panels_hr + v * L * p.hidden, vectors * L, p.hidden, vectors,
+                      static_cast<const T*>(nullptr), states);
+      else
+        for_each_dot_tile(active, hidden, b.stride, weight_hr + v * L * p.hidden, p.hidden, 0, 1, vectors,
+                          p.width - v * L, p.hidden, static_cast<const S*>(nullptr), states);
     });
   }
 
@@ -176,7 +185,7 @@ class ForwardWorker {
       if (is_last(i)) store(static_cast<S*>(p.c_n) + at, out.state[1], n);
       store(c, reset_next(i) ? load_or_zero<T>(static_cast<const S*>(p.reset_c), at, n) : out.state[1]);
     }
-    if (p.weight_hr)
+    if (weight_hr)
       store(b.hidden + (rows->first + i) * b.stride + j, out.state[0]);
     else
       store_h(i, j, out.state[0]);
@@ -209,6 +218,7 @@ class ForwardWorker {
   int64_t group, t;
   bool reverse;
   const Rows* rows;
+  const S *weight_hh, *bias_hh, *weight_hr;  // the group's
   const T* h_prev;
   T* h_next;
 };

@@ -48,7 +48,7 @@ void gemm_worker(const GemmParams& p, char* workspace, int thread, int threads) 
         const T* a_block = p.transpose_a ? buffers.rows : a + m0 * p.a_stride + k0;
         for_each_panel(block, kMaxVectors, [&](int64_t v, int n) {
           for_each_tile(rows, a_block, p.transpose_a ? buffers.a_stride : p.a_stride,
-                        static_cast<const T*>(buffers.panels + (v - v0) * L * kBlockK), depth, n,
+                        static_cast<const T*>(buffers.panels + (v - v0) * L * kBlockK), n * L, depth, n,
                         static_cast<const T*>(nullptr), [&](int64_t first, int count, const T* sums) {
                           for (int i = 0; i < count; ++i)
                             for (int q = 0; q < n; ++q) {

@@ -73,6 +73,7 @@ struct Rows {
 struct Plan {
   int teams, team_size;
   bool split_rows;
+  bool pack;                   // weights are packed first; a short call reads them as they lie
   bool shared_lengths;         // all groups have the same
   std::vector<Rows> all_rows;  // [groups or 1][members or 1]
 

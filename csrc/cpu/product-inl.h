@@ -1,7 +1,8 @@
 // The recurrent product of a few rows with a panel of packed weights. Included once per instruction set.
 //
 // A panel holds `depth` x N vectors: for each k, the weights that input k has for N vectors of outputs. It is read
-// front to back, once per tile of rows, while the tile's M x N sums stay in registers.
+// front to back, once per tile of rows, while the tile's M x N sums stay in registers. Calls too short to repay the
+// packing read the weights as they lie.
 
 // Rows that fit the register file beside N vectors of weights: 32 registers with AVX-512, 16 elsewhere.
 constexpr int kWide = FASTRNN_VECTOR_BYTES == 64;
@@ -10,10 +11,11 @@ constexpr int max_rows(int vectors) {
 }
 constexpr int kMaxVectors = 4;
 
-// out[m][n] = init[n] + sum_k a[m * stride + k] panel[k][n]; init null means 0. out does not alias the rest.
+// out[m][n] = init[n] + sum_k a[m * stride + k] panel[k * panel_stride + n * L]; init null means 0. out does not alias
+// the rest. A packed panel has panel_stride = N * L.
 template <class T, int M, int N>
-__attribute__((noinline)) void product(const T* a, int64_t stride, const T* panel, int64_t depth, const T* init,
-                                       T* out) {
+__attribute__((noinline)) void product(const T* a, int64_t stride, const T* panel, int64_t panel_stride, int64_t depth,
+                                       const T* init, T* out) {
   using V = Vec<T>;
   constexpr int L = V::kLanes;
   // With few sums in flight the chain of additions would wait for itself: interleave U of them over k.
@@ -36,7 +38,7 @@ __attribute__((noinline)) void product(const T* a, int64_t stride, const T* pane
       typename V::Native w[N];
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) w[n] = load(panel + n * L).v;
-      panel += N * L;
+      panel += panel_stride;
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const typename V::Native x = V(a[m * stride + k + u]).v;
@@ -45,7 +47,7 @@ __attribute__((noinline)) void product(const T* a, int64_t stride, const T* pane
       }
     }
   }
-  for (; k < depth; ++k, panel += N * L) {
+  for (; k < depth; ++k, panel += panel_stride) {
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
@@ -62,7 +64,7 @@ __attribute__((noinline)) void product(const T* a, int64_t stride, const T* pane
 }
 
 template <class T>
-using Product = void (*)(const T*, int64_t, const T*, int64_t, const T*, T*);
+using Product = void (*)(const T*, int64_t, const T*, int64_t, int64_t, const T*, T*);
 
 template <class T, int N, int M = 1>
 Product<T> pick_product(int rows) {
@@ -90,14 +92,99 @@ Product<T> pick_product(int rows, int vectors) {
 // Calls body(first_row, M, sums) for tiles of rows a[first .. first + count), sums [M][vectors][lanes]. Tiles are as
 // even as can be, so that no tile is left with a single row.
 template <class T, class Body>
-FASTRNN_HD void for_each_tile(int64_t count, const T* a, int64_t stride, const T* panel, int64_t depth, int vectors,
-                              const T* init, Body body) {
+FASTRNN_HD void for_each_tile(int64_t count, const T* a, int64_t stride, const T* panel, int64_t panel_stride,
+                              int64_t depth, int vectors, const T* init, Body body) {
   alignas(64) T sums[8 * kMaxVectors * Vec<T>::kLanes];
   const int64_t tiles = ceil_div(count, max_rows(vectors));
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t begin = count * i / tiles, end = count * (i + 1) / tiles;
-    pick_product<T>(int(end - begin), vectors)(a + begin * stride, stride, panel, depth, init, sums);
+    pick_product<T>(int(end - begin), vectors)(a + begin * stride, stride, panel, panel_stride, depth, init,
+                                                 sums);
     body(begin, int(end - begin), sums);
+  }
+}
+
+// ---- the same from weights that are not packed: outputs are rows, so vectors run along k and lanes are summed ----
+
+constexpr int kDotRows = 4, kDotOutputs = 4;
+
+// out[m * out_stride + n] = sum_k a[m * stride + k] w[n * ld + k]
+template <class T, class S, int M, int N>
+__attribute__((noinline)) void dot(const T* a, int64_t stride, const S* w, int64_t ld, int64_t depth, T* out,
+                                   int64_t out_stride) {
+  using V = Vec<T>;
+  constexpr int L = V::kLanes;
+  V sum[M][N];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sum[m][n] = V(0);
+  const auto add = [&](int64_t k, int lanes) {
+    V x[M];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) x[m] = load(a + m * stride + k, lanes);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const V weight = load(w + n * ld + k, lanes);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) sum[m][n] = sum[m][n] + x[m] * weight;
+    }
+  };
+  int64_t k = 0;
+  for (; k + L <= depth; k += L) add(k, L);
+  if (k < depth) add(k, int(depth - k));
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      alignas(64) T lanes[L];
+      store(lanes, sum[m][n]);
+      for (int half = L / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+      out[m * out_stride + n] = lanes[0];
+    }
+}
+
+template <class T, class S, int N>
+void dot(int rows, const T* a, int64_t stride, const S* w, int64_t ld, int64_t depth, T* out, int64_t out_stride) {
+  switch (rows) {
+    case 1:
+      return dot<T, S, 1, N>(a, stride, w, ld, depth, out, out_stride);
+    case 2:
+      return dot<T, S, 2, N>(a, stride, w, ld, depth, out, out_stride);
+    case 3:
+      return dot<T, S, 3, N>(a, stride, w, ld, depth, out, out_stride);
+    default:
+      return dot<T, S, 4, N>(a, stride, w, ld, depth, out, out_stride);
+  }
+}
+
+// for_each_tile without packing. The outputs are those that pack_rows (below) would lay out as [n][lane]; bias points
+// at the first of them and has the same gate_stride.
+template <class T, class S, class Body>
+void for_each_dot_tile(int64_t count, const T* a, int64_t stride, const S* w, int64_t ld, int64_t gate_stride,
+                       int gates, int unit_vectors, int64_t valid, int64_t depth, const S* bias, Body body) {
+  constexpr int L = Vec<T>::kLanes;
+  alignas(64) T sums[kDotRows * kMaxVectors * L];
+  const int outputs = gates * unit_vectors * L;
+  for (int64_t first = 0; first < count; first += kDotRows) {
+    const int rows = int(count - first < kDotRows ? count - first : kDotRows);
+    for (int v = 0; v < unit_vectors; ++v)
+      for (int g = 0; g < gates; ++g) {
+        const int lanes = int(valid - v * L < L ? valid - v * L : L);
+        const int64_t at = g * gate_stride + v * L;
+        T* to = sums + (v * gates + g) * L;
+        int i = 0;
+        for (; i + kDotOutputs <= lanes; i += kDotOutputs)
+          dot<T, S, kDotOutputs>(rows, a + first * stride, stride, w + (at + i) * ld, ld, depth, to + i, outputs);
+        for (; i < lanes; ++i)
+          dot<T, S, 1>(rows, a + first * stride, stride, w + (at + i) * ld, ld, depth, to + i, outputs);
+        for (int m = 0; m < rows; ++m) {
+          for (int j = lanes; j < L; ++j) to[m * outputs + j] = 0;
+          if (bias) store(to + m * outputs, load(to + m * outputs) + load(bias + at, lanes));
+        }
+      }
+    body(first, rows, static_cast<const T*>(sums));
   }
 }
 

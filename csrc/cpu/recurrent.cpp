@@ -96,6 +96,10 @@ Plan make_plan(const ForwardParams& p, int threads) {
         p.batch * kCells[p.cell].gates * p.hidden * p.width / kWorthABarrier, 1, plan.team_size));
   if (plan.team_size == 1) plan.split_rows = true;
 
+  // Packing costs about as much as this many products with a row.
+  constexpr int64_t kRowsWorthPacking = 24;
+  plan.pack = p.steps * p.batch >= kRowsWorthPacking;
+
   plan.shared_lengths = !p.lengths || p.lengths_stride_p == 0;
   const int members = plan.split_rows ? plan.team_size : 1;
   std::vector<int64_t> order(p.batch);

@@ -1,19 +1,112 @@
-// The Python module fastrnn._C: importing it registers the ops; its own functions tell how it was built.
+// The Python module fastrnn._C: importing it registers the ops; its own functions tell how it was built and which
+// kernel a call would take (fastrnn/info.py prints that).
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../cells/registry.h"
+#include "../cpu/plan.h"
 #include "../launch.h"
+#if defined(FASTRNN_CUDA_ARCHS)
+#include "../cuda/launch.h"
+#endif
+
+namespace {
+
+namespace py = pybind11;
+using fastrnn::DType;
+
+// A call without its data. Planners look at sizes, and at which pointers are there, never behind one.
+struct Call {
+  fastrnn::BackwardParams params{};
+  std::vector<uint8_t> reverse;
+
+  Call(int cell, const std::string& dtype, int64_t T, int64_t B, int64_t P, int64_t h, int64_t R, bool projected,
+       bool lengths, bool resets) {
+    static constexpr std::pair<const char*, DType> kNames[] = {{"float32", DType::kFloat32},
+                                                               {"float64", DType::kFloat64},
+                                                               {"bfloat16", DType::kBFloat16},
+                                                               {"float16", DType::kFloat16}};
+    if (cell < 0 || cell >= fastrnn::kNumCells) throw std::invalid_argument("cell: no such id");
+    if (T < 1 || B < 1 || P < 1 || h < 1 || R < 1) throw std::invalid_argument("sizes: expected all above 0");
+    params.steps = T;
+    params.batch = B;
+    params.groups = P;
+    params.hidden = h;
+    params.width = R;
+    params.cell = cell;
+    bool known = false;
+    for (const auto& [name, value] : kNames)
+      if (dtype == name) params.dtype = value, known = true;
+    if (!known) throw std::invalid_argument("dtype: expected float32, float64, bfloat16 or float16, got " + dtype);
+    static const int64_t present[1] = {0};
+    params.gates_ih = params.weight_hh = params.bias_hh = params.h_0 = present;
+    params.gates_ih_stride_b = P * fastrnn::kCells[cell].gates * h;
+    params.gates_ih_stride_t = B * params.gates_ih_stride_b;
+    if (fastrnn::kCells[cell].states > 1) params.c_0 = present;
+    if (projected) params.weight_hr = present;
+    if (lengths) params.lengths = present, params.lengths_stride_b = 1;
+    if (resets) params.resets = reinterpret_cast<const uint8_t*>(present);
+    reverse.assign(P, 0);
+    params.reverse = reverse.data();
+  }
+};
+
+py::dict cpu_plan(int cell, const std::string& dtype, int64_t T, int64_t B, int64_t P, int64_t h, int64_t R,
+                  bool projected, int threads) {
+  const Call call(cell, dtype, T, B, P, h, R, projected, /*lengths=*/false, /*resets=*/false);
+  const fastrnn::cpu::Plan plan = fastrnn::cpu::make_plan(call.params, threads);
+  py::dict out;
+  out["threads"] = plan.threads();
+  out["teams"] = plan.teams;
+  out["team_size"] = plan.team_size;
+  out["split"] = plan.team_size == 1 ? "none" : plan.split_rows ? "rows" : "units";
+  return out;
+}
+
+#if defined(FASTRNN_CUDA_ARCHS)
+py::dict cuda_plan(int cell, const std::string& dtype, int64_t T, int64_t B, int64_t P, int64_t h, int64_t R,
+                   bool projected, bool lengths, bool resets, bool backward, bool tf32, int multiprocessors,
+                   int compute_capability, int64_t shared_per_block) {
+  const Call call(cell, dtype, T, B, P, h, R, projected, lengths, resets);
+  const fastrnn::cuda::Choice choice = fastrnn::cuda::choose(
+      call.params, backward, {multiprocessors, compute_capability, shared_per_block}, tf32);
+  static constexpr const char* kTiers[] = {"step", "resident", "grid", "cluster"};
+  py::dict out;
+  out["tier"] = kTiers[static_cast<int>(choice.tier)];
+  out["description"] = choice.description ? choice.description : "";
+  out["rows"] = choice.rows;
+  out["units"] = choice.units;
+  out["variant"] = choice.variant;
+  out["tf32"] = choice.tf32;
+  out["blocks"] = choice.blocks;
+  out["threads"] = choice.threads;
+  out["shared_bytes"] = choice.shared;
+  out["workspace_bytes"] = fastrnn::cuda::workspace_bytes(call.params, choice, backward);
+  return out;
+}
+#endif
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", &fastrnn::cpu::instruction_set);
+  m.def("cpu_plan", &cpu_plan);
+#if defined(FASTRNN_CUDA_ARCHS)
+  m.def("cuda_plan", &cuda_plan);
+#endif
   m.def("build_info", [] {
-    pybind11::dict info;
+    py::dict info;
     info["torch"] = TORCH_VERSION;
     info["compiler"] = __VERSION__;
 #if defined(FASTRNN_CUDA_ARCHS)
     info["cuda_archs"] = FASTRNN_CUDA_ARCHS;
 #else
-    info["cuda_archs"] = pybind11::none();
+    info["cuda_archs"] = py::none();
 #endif
     return info;
   });

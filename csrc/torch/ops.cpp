@@ -3,6 +3,7 @@
 //
 //   T steps, B batch, P groups, G gates, h hidden units a group, R width of state 0 (h, or the projected size),
 //   S saved values (cell_info). Results that do not apply have size 0; none aliases an argument or another result.
+//   initial: are the gradients of h_0 and c_0 wanted?
 //   lengths [B] or [B, P], any integer dtype; resets bool [T, B] or [T, B, P]; reverse: P values.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -32,10 +33,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     const OptionalTensor& grad_c_n, const Tensor& weight_hh, const OptionalTensor& weight_hr, const Tensor& h_0,
     const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
     const OptionalTensor& reset_h, const OptionalTensor& reset_c, const c10::List<bool>& reverse, const Tensor& output,
-    const Tensor& saved) {
+    const Tensor& saved, bool initial) {
   PreparedBackward call = prepare_backward(
       {cell, weight_hh, std::nullopt, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse}, grad_output,
-      grad_h_n, grad_c_n, output, saved);
+      grad_h_n, grad_c_n, output, saved, initial);
   if (call.params.batch > 0) cpu::recurrent_backward(call.params, threads());
   const auto dtype = output.scalar_type();
   return {call.grad_gates_ih, call.grad_gates_hh, call.grad_projected,        call.grad_h_0,
@@ -70,7 +71,7 @@ TORCH_LIBRARY(fastrnn, m) {
   m.def(
       "recurrent_backward(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor weight_hh, "
       "Tensor? weight_hr, Tensor h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, "
-      "bool[] reverse, Tensor output, Tensor saved) -> (Tensor grad_gates_ih, Tensor grad_gates_hh, "
+      "bool[] reverse, Tensor output, Tensor saved, bool initial=True) -> (Tensor grad_gates_ih, Tensor grad_gates_hh, "
       "Tensor grad_projected, Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c)",
       {at::Tag::pt2_compliant_tag});
   // op(a) op(b) + bias on matrices, op transposing or not; float32 and float64. No derivative of its own: fastrnn's

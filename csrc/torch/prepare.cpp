@@ -207,7 +207,7 @@ PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, 
 
 PreparedBackward prepare_backward(const Recurrence& args, const OptionalTensor& grad_output,
                                   const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n, const Tensor& output,
-                                  const Tensor& saved) {
+                                  const Tensor& saved, bool initial) {
   Door door("recurrent_backward", args, output, "output");
   const auto [T, B, P, G, h, R, S] = door.dims();
   PreparedBackward out;
@@ -226,8 +226,8 @@ PreparedBackward prepare_backward(const Recurrence& args, const OptionalTensor& 
   out.grad_gates_ih = door.result({T, B, P * G * h}, padded);
   out.grad_gates_hh = door.info().separate_gates_hh ? door.result({T, B, P * G * h}, padded) : door.absent();
   out.grad_projected = args.weight_hr ? door.result({T, B, P * R}, padded) : door.absent();
-  out.grad_h_0 = door.empty({B, P * R});
-  out.grad_c_0 = c ? door.empty({B, P * h}) : door.absent();
+  out.grad_h_0 = initial ? door.empty({B, P * R}) : door.absent();
+  out.grad_c_0 = initial && c ? door.empty({B, P * h}) : door.absent();
   out.grad_reset_h = args.reset_h ? door.accumulator({B, P * R}) : door.absent();
   out.grad_reset_c = args.reset_c ? door.accumulator({B, P * h}) : door.absent();
   p.grad_gates_ih = data_or_null(out.grad_gates_ih);

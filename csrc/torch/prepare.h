@@ -42,7 +42,7 @@ struct PreparedBackward {
 PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save);
 PreparedBackward prepare_backward(const Recurrence& args, const OptionalTensor& grad_output,
                                   const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n, const Tensor& output,
-                                  const Tensor& saved);
+                                  const Tensor& saved, bool initial);
 
 struct PreparedGemm {
   GemmParams params{};

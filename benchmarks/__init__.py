@@ -1,0 +1,1 @@
+"""Benchmarks of fastrnn against its peers: `python -m benchmarks --help`; the method is in README.md."""

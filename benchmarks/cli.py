@@ -1,0 +1,189 @@
+"""The command line: which rows, how, and where the results go."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.cases import SUITES, Row, Suite, select
+
+if TYPE_CHECKING:  # these load torch; pinning has to be set before that
+    from benchmarks.peers import Peer
+    from benchmarks.results import Result, Settings
+
+PROGRAM = "python -m benchmarks"
+OK, FAILURES, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def regular_expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+    return text
+
+
+def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if value <= 0:
+            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+def run_parser() -> argparse.ArgumentParser:
+    suites = "\n".join(f"  {name:10} {suite.description}" for name, suite in SUITES.items())
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} [run]",
+        description="fastrnn against its peers, paired, here and now. The method is in benchmarks/README.md.",
+        epilog=f"suites:\n{suites}\n\nexit status: 1 after an error or mismatch, 2 for a wrong command line",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--suite", nargs="+", choices=list(SUITES), help="default: quick; with --filter, all of them")
+    add("--filter", metavar="REGEX", type=regular_expression, help="only rows whose id it is found in")
+    add("--list", action="store_true", help="print the ids of the rows and stop")
+    add("--ours", metavar="KEY", default="fastrnn", help="our side; `torch` times torch.nn against itself")
+    add("--peer", metavar="KEY", nargs="+", help="default: the suite's peers")
+    add("--threads", type=positive(int), metavar="N", help="default: torch's own choice")
+    add("--rounds", type=positive(int), metavar="N", default=16, help="pairs per row, made even; default 16")
+    add("--budget", type=positive(float), metavar="S", help="seconds of timing per row; default: the suite's")
+    add("--min-sample", type=positive(float), metavar="MS", default=20.0, help="shortest sample; default 20")
+    add("--tie", type=positive(float), metavar="X", default=0.20, help="gaps below it are ties; default 0.2")
+    add("--noisy", type=positive(float), metavar="X", default=0.20, help="wider are noisy; default 0.2")
+    add("--seed", type=int, default=0, help="of weights and inputs; default 0")
+    add("--json", type=Path, metavar="FILE", help="write everything, samples included")
+    add("--markdown", type=Path, metavar="FILE", help="write the tables")
+    add("--no-pin", action="store_true", help="do not restart with OMP_PROC_BIND and OMP_PLACES set")
+    return parser
+
+
+def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The command (`run` when none is named) and its arguments."""
+    return (argv[0], list(argv[1:])) if argv and argv[0] in COMMANDS else ("run", list(argv))
+
+
+def rerun_command(row: Row, settings: Settings) -> str:
+    """Reruns exactly this row: ids are found in any suite and hold no special characters."""
+    command = f"{PROGRAM} --filter '^{row.id}$' --threads {settings.threads}"
+    if row.kind == "timing":
+        command += f" --rounds {settings.rounds}"
+        command += "" if settings.budget_s is None else f" --budget {settings.budget_s:g}"
+        own = (
+            (settings.min_sample_s * 1e3, 20.0, "min-sample"),
+            (settings.tie, 0.2, "tie"),
+            (settings.noisy, 0.2, "noisy"),
+        )
+        command += "".join(f" --{name} {value:g}" for value, default, name in own if abs(value - default) > 1e-9)
+    if settings.seed:
+        command += f" --seed {settings.seed}"
+    return command if settings.ours == "fastrnn" else f"{command} --ours {settings.ours}"
+
+
+def run_rows(
+    chosen: dict[Row, Suite], peers: dict[str, Peer], settings: Settings, progress: Progress | None = None
+) -> list[Result]:
+    """One result per row, in the order given, whatever happens in a row; fewer only after Ctrl-C."""
+    from benchmarks.accuracy import run_accuracy
+    from benchmarks.measure import run_timing
+    from benchmarks.results import Result
+
+    runners = {"timing": run_timing, "accuracy": run_accuracy}
+    results: list[Result] = []
+    ours = peers[settings.ours]
+    task = progress.add_task("", total=len(chosen)) if progress else None
+    try:
+        for row, suite in chosen.items():
+            if progress and task is not None:
+                progress.update(task, description=row.id)
+            theirs = peers[row.peer]
+            own = settings if settings.budget_s is not None else replace(settings, budget_s=suite.budget_s)
+            what = (row.case, row.mode)
+            reason = theirs.missing() or theirs.supports(*what) or ours.supports(*what)
+            result = Result(row, "skipped", reason) if reason else runners[row.kind](row, ours, theirs, own)
+            result.command = rerun_command(row, own)
+            results.append(result)
+            if progress and task is not None:
+                progress.advance(task)
+    except KeyboardInterrupt:
+        pass
+    return results
+
+
+def run(argv: Sequence[str], peers: dict[str, Peer] | None = None) -> int:
+    """`python -m benchmarks run`; `peers` replaces the registry in tests. Returns the exit status."""
+    parser = run_parser()
+    options = parser.parse_args(argv)
+    chosen = select(options.suite, options.filter, options.peer)
+    if not chosen:
+        parser.error(f"no row's id matches {options.filter!r}; see --list --suite {' '.join(SUITES)}")
+    if options.list:
+        print("\n".join(row.id for row in chosen))
+        return OK
+
+    import torch
+
+    from benchmarks import machine, report
+    from benchmarks.peers import PEERS
+    from benchmarks.results import Document, Settings
+
+    if peers is None:
+        peers = PEERS
+    for key in (options.ours, *(row.peer for row in chosen)):
+        if key not in peers:
+            parser.error(f"unknown contestant {key!r}; there are {', '.join(peers)}")
+    if reason := peers[options.ours].missing():
+        parser.error(reason)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    settings = Settings(
+        ours=options.ours,
+        threads=torch.get_num_threads(),
+        rounds=options.rounds + options.rounds % 2,
+        budget_s=options.budget,
+        min_sample_s=options.min_sample * 1e-3,
+        tie=options.tie,
+        noisy=options.noisy,
+        seed=options.seed,
+    )
+    facts = machine.machine_facts(settings.threads)
+    errors = Console(stderr=True)
+    if facts["cpu"]["load_average_1min"] > 0.5 * (facts["cpu"]["logical_cores"] or 1):
+        errors.print(f"load average {facts['cpu']['load_average_1min']}: other work is running, expect noise")
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        results = run_rows(chosen, peers, settings, progress)
+    files = {str(file): file.name for file in (options.json, options.markdown) if file}
+    command = shlex.join([*PROGRAM.split(), *(files.get(argument, argument) for argument in argv)])
+    document = Document.build(results, settings, facts, command, planned=len(chosen))
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=170)
+    report.print_report(document.data, console)
+    if options.json:
+        document.save(options.json)
+    if options.markdown:
+        options.markdown.write_text(report.markdown(document.data))
+    if not document.data["complete"]:
+        return INTERRUPTED
+    return FAILURES if document.failed else OK
+
+
+COMMANDS = {"run": run}
+
+
+def main(argv: Sequence[str]) -> int:
+    command, arguments = split_command(argv)
+    return COMMANDS[command](arguments)

@@ -1,0 +1,170 @@
+"""Contestants: who can run a case, behind one small interface. fastrnn is one of them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from benchmarks.cases import Case
+from benchmarks.data import Data, module_arguments
+
+
+@dataclass
+class Prepared:
+    """A case made ready by one contestant: nothing but `step` is timed, and `results` runs that same step."""
+
+    step: Callable[[], object]
+    results: Callable[[], dict[str, Tensor]]  # torch.nn's names and layouts, see named_results
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered once around many steps
+    synchronize: Callable[[], None] = lambda: None  # waits for the device; ends every sample
+
+
+class Peer(Protocol):
+    key: str  # in row ids and options: letters and digits
+    title: str
+
+    def missing(self) -> str | None:
+        """Why it cannot be used here, None if it can. Never raises."""
+
+    def version(self) -> str: ...
+
+    def supports(self, case: Case, mode: str) -> str | None:
+        """Why it has no such case, None if it has. A reason given here makes a skipped row, not an error."""
+
+    def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
+        """Converts weights and inputs to its own form (untimed). `data` is a private copy."""
+
+
+class ModulePeer:
+    """Anything with torch.nn's classes under torch.nn's names."""
+
+    def __init__(self, key: str, title: str, import_name: str, version_of: str | None = None) -> None:
+        self.key, self.title = key, title
+        self._import_name, self._version_of = import_name, version_of or import_name
+
+    @property
+    def namespace(self) -> ModuleType:
+        return importlib.import_module(self._import_name)
+
+    def missing(self) -> str | None:
+        try:
+            has_layers = hasattr(self.namespace, "LSTM")
+        except Exception as error:  # a broken build raises more than ImportError
+            return f"{self._import_name} cannot be imported: {error}"
+        return None if has_layers else f"{self._import_name} has no LSTM: not built or not installed"
+
+    def version(self) -> str:
+        return str(getattr(importlib.import_module(self._version_of), "__version__", "unknown"))
+
+    def supports(self, case: Case, mode: str) -> str | None:
+        return None
+
+    def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
+        module = getattr(self.namespace, case.cell)(**module_arguments(case))
+        module.load_state_dict(data.weights)
+        return prepare_module(module, case, mode, data)
+
+
+def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -> Prepared:
+    """Steps of a module called like torch.nn's. Packing is done here, outside the timed step."""
+    training = mode == "train"
+    module.train(training)
+    sequence: Tensor | PackedSequence = data.input  # [T, B, I]
+    grad_outputs = list(data.grad_outputs)
+    if data.lengths is not None:
+        packed = pack_padded_sequence(data.input, data.lengths, enforce_sorted=False)
+        grads = [pack_padded_sequence(grad, data.lengths, enforce_sorted=False) for grad in grad_outputs]
+        leaf = packed.data.detach()  # [sum(lengths), I]
+        sequence = repack(packed, leaf)
+        grad_outputs = [grad.data for grad in grads]
+    else:
+        leaf = data.input
+    state: Any = None
+    if data.state is not None:
+        state = data.state if case.cell.startswith("LSTM") else data.state[0]
+    arguments = (sequence,) if state is None else (sequence, state)
+
+    if not training:
+
+        def forward() -> Any:
+            return module(*arguments)
+
+        def forward_results() -> dict[str, Tensor]:
+            with torch.inference_mode():
+                return named_results(case, forward())
+
+        return Prepared(forward, forward_results, context=torch.inference_mode)
+
+    parameters = dict(module.named_parameters())
+    leaf.requires_grad_()
+    states = dict(zip(("h_0", "c_0"), data.state or (), strict=False)) if case.is_cell else {}
+    for tensor in states.values():
+        tensor.requires_grad_()
+    leaves = {"input": leaf, **states, **parameters}
+    weights = list(parameters.values())
+
+    def train() -> Any:
+        for tensor in leaves.values():
+            tensor.grad = None
+        result = module(*arguments)
+        torch.autograd.backward(gradient_targets(case, result), grad_outputs)
+        increment_version(weights)  # as an optimizer's update: what was derived from old weights is stale
+        return result
+
+    def train_results() -> dict[str, Tensor]:
+        named = named_results(case, train())
+        for name, tensor in leaves.items():
+            if tensor.grad is None:
+                raise AssertionError(f"no gradient reached {name}")
+            named[f"grad_{name}"] = tensor.grad
+        if isinstance(sequence, PackedSequence):
+            named["grad_input"] = unpack(repack(sequence, named["grad_input"]))
+        return {name: tensor.detach().clone() for name, tensor in named.items()}
+
+    return Prepared(train, train_results)
+
+
+def gradient_targets(case: Case, result: Any) -> list[Tensor]:
+    """What backward starts from: a layer's output (its final states get no gradient), a cell's h (and c)."""
+    if case.is_cell:
+        return list(result) if isinstance(result, tuple) else [result]
+    output = result[0]
+    return [output.data if isinstance(output, PackedSequence) else output]
+
+
+def named_results(case: Case, result: Any) -> dict[str, Tensor]:
+    """output [T, B, O] (padded with zeros), h_n, c_n; for a cell h, c. Gradients are added as grad_<name>."""
+    if case.is_cell:
+        states = result if isinstance(result, tuple) else (result,)
+        return dict(zip(("h", "c"), states, strict=False))
+    output, states = result
+    states = states if isinstance(states, tuple) else (states,)
+    if isinstance(output, PackedSequence):
+        output = unpack(output)
+    elif case.shortest:
+        raise AssertionError("a PackedSequence came in but none came out")
+    return {"output": output, **dict(zip(("h_n", "c_n"), states, strict=False))}
+
+
+def repack(packed: PackedSequence, values: Tensor) -> PackedSequence:
+    """`values` [sum(lengths), ...] under the lengths and order of `packed`."""
+    return PackedSequence(values, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+
+
+def unpack(packed: PackedSequence) -> Tensor:
+    return pad_packed_sequence(packed)[0]
+
+
+PEERS: dict[str, Peer] = {
+    "fastrnn": ModulePeer("fastrnn", "fastrnn", "fastrnn"),
+    "torch": ModulePeer("torch", "torch.nn", "torch.nn", version_of="torch"),
+}

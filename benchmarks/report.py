@@ -1,0 +1,201 @@
+"""Tables for people, from the document of a run (fresh or loaded): terminal and Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.results import FAILED, VERDICTS
+
+STYLES = {"error": "bold red", "mismatch": "bold red", "loss": "red", "tie": "yellow", "win": "green"}
+TIMING_HEADER = ("row", "verdict", "ratio", "95% interval (pairs)", "ours", "theirs", "note")
+ACCURACY_HEADER = (
+    "row", "verdict", "ours out", "theirs out", "ours grad", "theirs grad", "of allowed", "note",
+)  # fmt: skip
+
+
+def seconds(value: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if value * factor >= 1 or unit == "µs":
+            return f"{value * factor:.3g} {unit}" if value * factor < 1000 else f"{value * factor:.0f} {unit}"
+    raise AssertionError
+
+
+def time_cell(side: dict[str, Any]) -> str:
+    """Median, and the interquartile range as a part of it."""
+    spread = side["spread"]
+    return f"{seconds(spread['median'])} ({(spread['q3'] - spread['q1']) / spread['median']:.0%})"
+
+
+def notes(row: dict[str, Any]) -> str:
+    parts = [row["message"]] if row["message"] else []
+    timing, accuracy = row["timing"], row["accuracy"]
+    if timing and timing["noisy"]:
+        ratio = timing["ratio"]
+        width = (ratio["high"] - ratio["low"]) / ratio["median"]
+        parts.append(f"noisy: interval {width:.0%} wide, other work {timing['other_work']:.0%}")
+        if ratio["coverage"] < 0.95:
+            parts.append(f"it covers only {ratio['coverage']:.0%}")
+    if accuracy and accuracy["theirs_missing"]:
+        parts.append(f"no such run of the peer: {accuracy['theirs_missing']}")
+    return "; ".join(parts)
+
+
+def row_verdict(row: dict[str, Any]) -> str:
+    if row["status"] == "ok" and row["timing"]:
+        return row["timing"]["verdict"]
+    return row["status"]
+
+
+def timing_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    timing = row["timing"]
+    if not timing:
+        return (row["id"], row_verdict(row), "", "", "", "", notes(row))
+    ratio = timing["ratio"]
+    return (
+        row["id"],
+        row_verdict(row) + ("?" if timing["noisy"] else ""),
+        f"{ratio['median']:.2f}",
+        f"{ratio['low']:.2f} to {ratio['high']:.2f} ({ratio['count']})",
+        time_cell(timing["ours"]),
+        time_cell(timing["theirs"]),
+        notes(row),
+    )
+
+
+def accuracy_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    accuracy = row["accuracy"]
+    if not accuracy:
+        return (row["id"], row_verdict(row), "", "", "", "", "", notes(row))
+    ours, theirs = accuracy["ours"], accuracy["theirs"] or {}
+
+    def both(key: str) -> tuple[str, str]:
+        return f"{ours[key]:.1e}", f"{theirs[key]:.1e}" if theirs else "none"
+
+    share = f"{accuracy['worst_error'] / accuracy['worst_allowed']:.0%} ({accuracy['worst']})"
+    return (row["id"], row_verdict(row), *both("outputs"), *both("gradients"), share, notes(row))
+
+
+KINDS = {"timing": (TIMING_HEADER, timing_cells), "accuracy": (ACCURACY_HEADER, accuracy_cells)}
+
+
+def method_lines(document: dict[str, Any]) -> list[str]:
+    """What a reader must know before any number."""
+    settings, machine = document["settings"], document["machine"]
+    environment, software = machine["environment"], machine["software"]
+    pinning = " ".join(f"{name}={environment.get(name, 'unset')}" for name in ("OMP_PROC_BIND", "OMP_PLACES"))
+    cpu = machine["cpu"]
+    noise = re.compile(r" \(Git Hash \w+\)|-Product Build \d+|\(R\)| for Intel.* applications|.* usage: ")
+    build = ", ".join(noise.sub("", line) for line in software["torch_libraries"])
+    ours = settings["ours"]
+    kinds = {row["kind"] for row in document["rows"]}
+    lines = [
+        f"{cpu['model']}, {cpu['physical_cores']} cores, {settings['threads']} threads, {pinning}; "
+        f"load average at the start {cpu['load_average_1min']}",
+        f"torch {software['torch']} ({build}), fastrnn {software['fastrnn'] or 'not there'}, {machine['date']}",
+    ]
+    if "timing" in kinds:
+        lines += [
+            f"ratio = the peer's time / {ours}'s time, paired: above 1 {ours} is faster. "
+            "Whole layers or cells: the input GEMM is included, packing and weight loading are not.",
+            f"tie: the interval holds 1 or the gap is under {settings['tie']:.0%}. "
+            f"noisy: the interval is wider than {settings['noisy']:.0%} of the ratio, "
+            f"or other work took more than {settings['busy']:.0%} of the cores; such a verdict has a "
+            "question mark. Times: median (interquartile range).",
+        ]
+    if "accuracy" in kinds:
+        lines += [
+            "accuracy: largest error against torch.nn in float64, over the tensor's largest value. "
+            "Allowed for each tensor: twice the peer's error plus one rounding unit of the dtype."
+        ]
+    if not document["complete"]:
+        lines.append(f"INCOMPLETE: {len(document['rows'])} of {document['planned_rows']} rows were run.")
+    return lines
+
+
+def summary_line(document: dict[str, Any]) -> str:
+    summary = document["summary"]
+    counts = {name: summary["verdicts"][name] for name in VERDICTS}
+    counts |= {name: count for name, count in summary["statuses"].items() if name != "ok"}
+    names = {"loss": "losses", "tie": "ties", "win": "wins", "error": "errors", "mismatch": "mismatches"}
+    text = ", ".join(f"{count} {names.get(name, name)}" for name, count in counts.items())
+    return f"{len(document['rows'])} rows: {text}; {summary['noisy']} noisy"
+
+
+def family_cells(mean: dict[str, Any]) -> tuple[str, ...]:
+    ratio = "none" if mean["ratio"] is None else f"{mean['ratio']:.2f}"
+    counts = [str(mean[name]) for name in ("rows", *VERDICTS, "noisy", "left_out")]
+    return (mean["family"], mean["mode"], mean["peer"], ratio, *counts)
+
+
+FAMILY_HEADER = (
+    "family",
+    "mode",
+    "peer",
+    "geometric mean",
+    "rows",
+    "losses",
+    "ties",
+    "wins",
+    "noisy",
+    "left out",
+)
+
+
+def rerun_commands(document: dict[str, Any]) -> list[str]:
+    """Commands of the rows that ask for a second look."""
+    return [row["command"] for row in document["rows"] if row["status"] in FAILED or row_verdict(row) == "loss"]
+
+
+def print_report(document: dict[str, Any], console: Console) -> None:
+    for line in method_lines(document):
+        console.print(Text(line, style="dim"))
+    for kind, (header, cells) in KINDS.items():
+        rows = [row for row in document["rows"] if row["kind"] == kind]
+        if rows:
+            styles = [STYLES.get(row_verdict(row), "") for row in rows]
+            console.print(build_table(header, zip(map(cells, rows), styles, strict=True)))
+    families = document["summary"]["families"]
+    if families:
+        console.print(build_table(FAMILY_HEADER, ((family_cells(mean), "") for mean in families)))
+    console.print(summary_line(document))
+    if 2 * document["summary"]["noisy"] > len(document["rows"]):
+        console.print("Most rows are noisy: these numbers are no evidence. Run again when nothing else runs.")
+    if commands := rerun_commands(document):
+        console.print("Failures and losses again:")
+        for command in commands:
+            console.print(Text(f"  {command}"), soft_wrap=True)
+
+
+def build_table(header: Iterable[str], rows: Iterable[tuple[tuple[str, ...], str]]) -> Table:
+    table = Table(header_style="bold", pad_edge=False)
+    for name in header:
+        table.add_column(name, no_wrap=name in ("row", "ratio"), overflow="fold")
+    for cells, style in rows:
+        table.add_row(*(Text(cell, style=style if index == 1 else "") for index, cell in enumerate(cells)))
+    return table
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    lines = [list(header)]
+    lines += [["---"] * len(lines[0]), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def markdown(document: dict[str, Any]) -> str:
+    lines = ["# Benchmarks", "", f"`{document['command']}`", ""]
+    lines += [*(f"- {line}" for line in method_lines(document)), ""]
+    lines += [summary_line(document), ""]
+    if families := document["summary"]["families"]:
+        lines += [*markdown_table(FAMILY_HEADER, map(family_cells, families)), ""]
+    for kind, (header, cells) in KINDS.items():
+        rows = [row for row in document["rows"] if row["kind"] == kind]
+        if rows:
+            lines += [*markdown_table(header, map(cells, rows)), ""]
+    lines += ["Any row again: `python -m benchmarks --filter '^ROW$'`.", ""]
+    return "\n".join(lines)
