@@ -490,7 +490,8 @@ def prepare(args: argparse.Namespace) -> tuple[Corpus, dict[str, Trainer], torch
     """Checks everything, builds the trainers and says what is going to run."""
     device = check_options(args)
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # full float32 in both
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # full float32 in both
     text = read_text(args.text, args.max_chars)
     corpus = make_corpus(text, args)
     args.prompt = text[0] if args.prompt is None else args.prompt

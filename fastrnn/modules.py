@@ -304,6 +304,8 @@ class _Cell(RNNCellBase):
             zeros = input.new_zeros(input.size(0), self.hidden_size)
             states = (zeros, zeros) if cell == "lstm" else (zeros,)
         for i, state in enumerate(states):
+            if state.dim() != 2:
+                raise RuntimeError(f"Expected 2D hidden{i} (batch x hidden_size), but got {state.dim()}D tensor")
             if state.size(0) != input.size(0):
                 raise RuntimeError(
                     f"Input batch size {input.size(0)} doesn't match hidden{i} batch size {state.size(0)}"

@@ -63,8 +63,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Where the input is a transposed [B, T, I], so is the result: nothing is copied.
     """
+    # _plain first: a comparison of sizes would put a guard into a graph
+    if not _plain(input, weight, bias) or input.dtype != weight.dtype or input.numel() == 0:
+        return F.linear(input, weight, bias)
     T, B, width = input.shape
-    if T * B < _FEWEST_ROWS or not _plain(input, weight, bias) or input.dtype != weight.dtype:
+    if T * B < _FEWEST_ROWS:
         return F.linear(input, weight, bias)
     batch_major = not input.is_contiguous() and input.transpose(0, 1).is_contiguous()
     rows = (input.transpose(0, 1) if batch_major else input).reshape(T * B, width)
@@ -77,14 +80,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def transposed_product(a: Tensor, b: Tensor) -> Tensor:
     """a^T b: [m, n] from [rows, m] and [rows, n]."""
-    if a.shape[0] < _FEWEST_ROWS or torch.is_grad_enabled() or not _plain(a, b):
+    if torch.is_grad_enabled() or not _plain(a, b) or a.shape[0] < _FEWEST_ROWS:
         return a.t() @ b
     return _gemm(a, b, None, True, False)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a b: [rows, n] from [rows, m] and [m, n]."""
-    if a.shape[0] < _FEWEST_ROWS or torch.is_grad_enabled() or not _plain(a, b):
+    if torch.is_grad_enabled() or not _plain(a, b) or a.shape[0] < _FEWEST_ROWS:
         return a @ b
     return _gemm(a, b, None, False, False)
 

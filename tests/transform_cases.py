@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ CELL_NAMES = tuple(CELLS)
 
 
 # ---- calls of the op ----
+
+_ARGUMENTS = ["gates_ih", "weight_hh", "bias_hh", "weight_hr", "h_0", "c_0", "lengths", "resets", "reset_h", "reset_c"]
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,7 @@ class Case:
     def arguments(self, *given: Any) -> tuple[Any, ...]:
         """The op's arguments, without `save`."""
         named: dict[str, Any] = self.tensors | dict(zip(self.tensors, given, strict=False))
-        order = (
-            *("gates_ih", "weight_hh", "bias_hh", "weight_hr", "h_0", "c_0"),
-            *("lengths", "resets", "reset_h", "reset_c"),
-        )
-        return (self.cell, *(named.get(name) for name in order), list(self.reverse))
+        return (self.cell, *map(named.get, _ARGUMENTS), list(self.reverse))
 
     def fused(self, *given: Any) -> tuple[Tensor, ...]:
         """output, h_n and, for cells that have it, c_n by the op."""
@@ -77,14 +76,13 @@ def make_case(
     resets: str = "",
     reset_state: bool = False,
     requires_grad: bool = True,
-    dtype: torch.dtype = torch.float64,
 ) -> Case:
-    """Random arguments. `lengths` and `resets` are "", or "rows" or "groups": what has a value of its own."""
+    """Random arguments in float64. `lengths` and `resets` are "", or "rows" or "groups": what has its own values."""
     P, G, R = len(reverse), CELLS[cell].gates, projection or h
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int, scale: float = 0.7) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=dtype) * scale
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
 
     relu = cell == "rnn_relu"  # small recurrent weights and large gates keep its argument off the kink
     scale = 0.1 if relu else 0.7
@@ -103,10 +101,10 @@ def make_case(
         for name in states:
             tensors[f"reset_{name}"] = normal(B, P * widths[name])
     tensors = {name: x.requires_grad_(requires_grad) for name, x in tensors.items()}
-    if lengths:  # among them the whole sequence, and with more than two none of it
-        count = B if lengths == "rows" else B * P
-        values = (T - torch.arange(count) * (T - 1)) % (T + 1)
-        tensors["lengths"] = values if lengths == "rows" else values.reshape(B, P)
+    if lengths:
+        shape = (B,) if lengths == "rows" else (B, P)
+        count = math.prod(shape)
+        tensors["lengths"] = torch.tensor([T, 1, 0, T - 1]).repeat(count)[:count].reshape(shape)
     if resets:
         shape = (T, B) if resets == "rows" else (T, B, P)
         tensors["resets"] = torch.rand(shape, generator=generator) < 0.4

@@ -79,7 +79,9 @@ class Toolkit:
         host = os.environ.get("CXX")
         bin_dir = ["-ccbin", shlex.split(host)[0]] if host else []
         gencode = [flag for arch in archs for flag in arch.gencode]
-        return [self.nvcc, *NVCC_FLAGS, *bin_dir, f"-I{include}", *gencode, *flags]
+        # A third of the size. Drivers of CUDA 12.4 and newer read it.
+        packed = ["--compress-mode=size"] if self.version >= (12, 8) else []
+        return [self.nvcc, *NVCC_FLAGS, *packed, *bin_dir, f"-I{include}", *gencode, *flags]
 
 
 def candidates(environment: Mapping[str, str]) -> Iterator[str]:

@@ -1,4 +1,6 @@
 // The CPU recurrence from the outside: choose the instruction set once, plan a call, run it on threads.
+#include <omp.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -50,27 +52,38 @@ Memory allocate(int64_t bytes) {
   return memory;
 }
 
-// Runs one(thread) for each of `threads` threads at once.
-template <class One>
-void parallel(int threads, One one) {
-  // A single thread enters no parallel region: worker processes made by fork after OpenMP has started must not.
-  if (threads == 1) return one(0);
-#pragma omp parallel for schedule(static, 1) num_threads(threads)
-  for (int thread = 0; thread < threads; ++thread) one(thread);
-}
-
 template <class Params>
-void run(const Params& params, int threads, int64_t workspace_bytes,
-         void (*work)(const Params&, const Plan&, Barrier&, char*, int)) {
-  const Plan plan = make_plan(params, threads);
+using Work = void (*)(const Params&, const Plan&, Barrier&, char*, int);
+
+// Runs the plan, or nothing: false if OpenMP has fewer threads than it needs (OMP_THREAD_LIMIT, OMP_DYNAMIC), which
+// would leave the others waiting at a barrier.
+template <class Params>
+bool run(const Params& params, const Plan& plan, int64_t workspace_bytes, Work<Params> work) {
   const int64_t bytes = round_up(std::max<int64_t>(workspace_bytes, 64), 64);
   const Memory workspace = allocate(bytes * plan.teams);
   std::vector<std::unique_ptr<Barrier>> barriers;
   for (int i = 0; i < plan.teams; ++i) barriers.push_back(std::make_unique<Barrier>(plan.team_size));
-  parallel(plan.threads(), [&](int thread) {
+  const auto one = [&](int thread) {
     const int team = thread / plan.team_size;
     work(params, plan, *barriers[team], workspace.get() + team * bytes, thread);
-  });
+  };
+  // A single thread enters no parallel region: worker processes made by fork after OpenMP has started must not.
+  if (plan.threads() == 1) return one(0), true;
+  bool complete = true;
+#pragma omp parallel num_threads(plan.threads())
+  {
+    if (omp_get_num_threads() == plan.threads())
+      one(omp_get_thread_num());
+    else if (omp_get_thread_num() == 0)
+      complete = false;
+  }
+  return complete;
+}
+
+template <class Params>
+void run(const Params& params, int threads, int64_t workspace_bytes, Work<Params> work) {
+  if (!run(params, make_plan(params, threads), workspace_bytes, work))
+    run(params, make_plan(params, 1), workspace_bytes, work);
 }
 
 }  // namespace
@@ -140,9 +153,10 @@ void gemm(const GemmParams& params, int threads) {
       std::clamp<int64_t>(params.m * params.n * params.k / kWorthAThread, 1, std::max(threads, 1)));
   const int64_t bytes = round_up(std::max<int64_t>(kernels().gemm_workspace(params), 64), 64);
   const Memory workspace = allocate(bytes * threads);
-  parallel(threads, [&](int thread) {
-    kernels().gemm(params, workspace.get() + thread * bytes, thread, threads);
-  });
+  const auto one = [&](int thread) { kernels().gemm(params, workspace.get() + thread * bytes, thread, threads); };
+  if (threads == 1) return one(0);
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+  for (int thread = 0; thread < threads; ++thread) one(thread);
 }
 
 }  // namespace fastrnn::cpu
