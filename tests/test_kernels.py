@@ -138,15 +138,17 @@ def test_lengths_and_resets(cell, projected, lengths, resets, reverse):
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
 def test_threads(cell, projected, threads):
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        # few rows and many units (units are split), many rows and few units (rows are), more and fewer groups
-        for B, P, h in [(3, 1, 129), (64, 1, 16), (2, 4, 40), (40, 2, 65), (7, 3, 100)]:
-            lengths = "rows" if B % 2 == 0 else ""
-            check(Case(cell, 3, B, P, h, projected, lengths, "state"), seed=B)
-    finally:
-        torch.set_num_threads(before)
+    splits = set()
+    # few rows and many units (units are split), many rows and few units (rows are), more and fewer groups
+    for B, P, h in [(3, 1, 200), (96, 1, 48), (2, 4, 100), (40, 2, 65), (7, 3, 100)]:
+        lengths = "rows" if B % 2 == 0 else ""
+        check(Case(cell, 30, B, P, h, projected, lengths, "state"), seed=B)
+        number = list(ops.CELLS).index(cell)
+        plan = ops._C.cpu_plan(number, "float64", 30, B, P, h, projected or h, bool(projected), threads)
+        splits.add((plan["split"], plan["threads"] > 1))
+    if threads == 2 and not projected:
+        assert {("units", True), ("rows", True), ("none", True)} <= splits, "every way to split must have been taken"
 
 
 @pytest.mark.parametrize("cell", ops.CELLS)
@@ -279,8 +281,8 @@ def test_fewer_threads_than_asked_for():
     script = (
         "from tests.test_kernels import *\n"
         "torch.set_num_threads(3)\n"
-        "check(Case('lstm', 4, 3, 1, 129))\n"
-        "check(Case('gru', 4, 3, 2, 65))\n"
+        "check(Case('lstm', 40, 3, 1, 129))\n"
+        "check(Case('gru', 90, 3, 2, 65))\n"
     )
     for limit in ({"OMP_THREAD_LIMIT": "1"}, {"OMP_THREAD_LIMIT": "2"}):
         done = subprocess.run([sys.executable, "-c", script], env=os.environ | limit, timeout=120, cwd=ROOT)

@@ -92,7 +92,11 @@ const char* instruction_set() { return kernels().name; }
 
 Plan make_plan(const ForwardParams& p, int threads) {
   Plan plan;
-  threads = std::max(threads, 1);
+  // Waking a thread costs some microseconds, and as much as the call if its core is busy: short calls stay on one.
+  constexpr int64_t kWorthAThread = 1 << 20;  // multiply-adds a thread and call
+  const int64_t products = p.batch * kCells[p.cell].gates * p.hidden * p.width;  // a group and step
+  threads = static_cast<int>(
+      std::clamp<int64_t>(p.steps * p.groups * products / kWorthAThread, 1, std::max(threads, 1)));
   plan.teams = static_cast<int>(std::min<int64_t>(threads, p.groups));
   plan.team_size = threads / plan.teams;
   // Splitting rows needs no barrier but streams all weights through every core; it pays while they fit beside the
@@ -105,8 +109,7 @@ Plan make_plan(const ForwardParams& p, int threads) {
   // A step too small to share is dearer with a barrier than without: about 1 us against flops at a few per ns.
   constexpr int64_t kWorthABarrier = 16 << 10;  // multiply-adds a thread and step
   if (!plan.split_rows)
-    plan.team_size = static_cast<int>(std::clamp<int64_t>(
-        p.batch * kCells[p.cell].gates * p.hidden * p.width / kWorthABarrier, 1, plan.team_size));
+    plan.team_size = static_cast<int>(std::clamp<int64_t>(products / kWorthABarrier, 1, plan.team_size));
   if (plan.team_size == 1) plan.split_rows = true;
 
   // Packing costs about as much as this many products with a row.
