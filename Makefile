@@ -1,6 +1,8 @@
 # make test    everything a fresh machine needs, then the tests
 # make bench   the benchmark suite, then a short run of the language model on both backends
 # make lint    formatting, lint and types
+# make check-cuda       compiles the kernels for every architecture; registers, spills, disassembly (needs nvcc)
+# make test-cuda-build  the whole extension against torch's CUDA build, in an environment of its own (6 GB)
 # make clean   removes what was built (make distclean: the environment too)
 
 TORCH ?= 2.13.0
@@ -14,7 +16,7 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -na
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup build test bench lint clean distclean
+.PHONY: setup build test bench lint check-cuda test-cuda-build clean distclean
 
 setup: $(STAMP)
 build: $(BUILT)
@@ -42,6 +44,12 @@ lint: $(BUILT)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+check-cuda: $(STAMP)
+	$(PY) tools/check_cuda.py $(ARGS)
+
+test-cuda-build:
+	tools/test_cuda_build.sh $(ARGS)
 
 clean:
 	rm -rf build dist fastrnn/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -1,0 +1,57 @@
+"""Every cell, dtype and pass once at small sizes, forward and backward: what compute-sanitizer runs.
+
+python -m benchmarks.gpu.small [--device cuda]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+
+from fastrnn import ops
+
+# (T, B, P, h): one tile and less, several tiles and groups, more units than one multiprocessor holds, odd sizes
+SIZES = ((3, 1, 1, 5), (4, 9, 2, 33), (3, 5, 1, 200), (2, 33, 1, 130))
+
+
+def run(device: torch.device, cell: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> None:
+    T, B, P, h = size
+    gates, states = ops.CELLS[cell].gates, ops.CELLS[cell].states
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device).mul(0.3).to(dtype)
+
+    lengths = torch.randint(0, T + 1, (B,)).to(device)
+    resets = (torch.rand(T, B) < 0.3).to(device)
+    h_0, c_0 = normal(B, P * h), normal(B, P * h) if states > 1 else None
+    weight_hh = normal(P, gates * h, h)
+    shared = (h_0, c_0, lengths, resets, None, None, [p % 2 == 1 for p in range(P)])
+    output, h_n, c_n, saved = ops.recurrent_forward(
+        cell, normal(T, B, P * gates * h), weight_hh, normal(P, gates * h), None, *shared, True
+    )
+    grad_c_n = torch.ones_like(c_n) if states > 1 else None
+    grads = ops.recurrent_backward(
+        cell, torch.ones_like(output), torch.ones_like(h_n), grad_c_n, weight_hh, None, *shared, output, saved
+    )
+    assert all(x.isfinite().all() for x in (output, h_n, c_n, *grads))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cuda")
+    device = torch.device(parser.parse_args(argv).device)
+    torch.manual_seed(0)
+    for cell, dtype, size in product(ops.CELLS, (torch.float32, torch.bfloat16, torch.float16), SIZES):
+        run(device, cell, dtype, size)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print("small sizes: done")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+// Grid tier, forward: see grid.cuh. All gates of a unit lie in one block, and what a (row, unit) carries stays in
+// a register of its owner. The state before step k travels with tag k + 1 in buffer k & 1; the initial one too.
+#include "grid_product.cuh"
+
+namespace fastrnn::cuda {
+namespace {
+
+template <class Cell, class S, class Product>
+__global__ void __launch_bounds__(tiles::kGridThreads, 1)
+    grid_forward_kernel(Call<ForwardParams> p, GridShape s, uint64_t* workspace) {
+  constexpr int G = Cell::kGates, N = Product::kValues;
+  const int group = p.first_group + int(blockIdx.z), first_unit = int(blockIdx.x) * s.units;
+  const GridShared shared(dev::dynamic_shared(), s);
+  sort_rows(p, s, group, shared);
+
+  Product product(s, shared);
+  product.load(grid_packed(workspace, s));
+  dev::sync_block();
+
+  const GridOwner o = grid_owner(p, s, shared);
+  const auto publish = [&](int k, const float(&h)[N]) {
+    dev::store_relaxed(grid_words(workspace, s, k) + Product::word_of(s, o.position, 0, o.unit),
+                       tagged(uint32_t(k) + 1, Product::encode(h)));
+  };
+  float carried[N], h[N];
+  Pack<S, G> gates[N];
+  Pack<float, G> bias[N];
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    carried[n] = h[n] = 0.f;
+    load_bias<Cell, S>(p, group, n < o.units ? o.unit + n : s.hidden, bias[n]);
+    load_gates<Cell, S>(p, o.row, 0, n < o.units ? o.unit + n : s.hidden, gates[n]);
+    if (n >= o.units) continue;
+    const bool reset = reset_before(p, o.row, 0);
+    h[n] = start_h<S>(p, o.row, o.unit + n, reset);
+    carried[n] = start_carried<Cell, S>(p, o.row, o.unit + n, reset, h[n]);
+  }
+  if (o.units && o.row.running(0)) publish(0, h);
+  dev::sync_warp();
+
+  const int steps = shared.length[0];
+  int running = s.rows;
+  for (int k = 0; k < steps; ++k) {
+    while (shared.length[running - 1] <= k) --running;
+    const uint8_t reset_next = reset_before(p, o.row, k + 1);
+    float* sums = k & 1 ? shared.sums_odd : shared.sums_even;
+    product.multiply(grid_words(workspace, s, k), uint32_t(k) + 1, running, sums);
+    Pack<S, G> gates_next[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+      load_gates<Cell, S>(p, o.row, k + 1, n < o.units ? o.unit + n : s.hidden, gates_next[n]);
+    dev::sync_block();
+    if (o.units && o.row.running(k)) {
+      float z[G][N];
+      grid_sums(sums, s, o.position, o.unit - first_unit, z);
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        if (n >= o.units) continue;
+        Pack<float, G> gates_hh;
+#pragma unroll
+        for (int g = 0; g < G; ++g) gates_hh[g] = z[g][n] + bias[n][g];
+        h[n] = forward_step<Cell, S>(p, o.row, k, o.unit + n, gates[n], gates_hh, reset_next, carried[n]);
+      }
+      if (o.row.running(k + 1)) publish(k + 1, h);
+    }
+    dev::sync_warp();  // no lane waits for a word before its own warp's are out
+#pragma unroll
+    for (int n = 0; n < N; ++n) gates[n] = gates_next[n];
+  }
+}
+
+}  // namespace
+
+int grid_forward(const ForwardParams& params, const Choice& choice, void* workspace, void* stream) {
+  if (!check_sizes(params)) return int(dev::kInvalidValue);
+  const GridShape s = grid_shape(params, choice, false);
+  if (!grid_takes(params, s)) return int(dev::kInvalidValue);
+  return for_each_launch(params, [&](const Call<ForwardParams>& call) {
+    return with_cell(call.cell, [&](auto cell) {
+      using Cell = typename decltype(cell)::type;
+      constexpr int G = Cell::kGates;
+      if (s.half)
+        return with_half(call.dtype, [&](auto type) {
+          using S = typename decltype(type)::type;
+          return launch_grid(grid_forward_kernel<Cell, S, MmaProduct<S, G, 1>>, call, s, workspace, stream);
+        });
+      if (s.mma)
+        return launch_grid(grid_forward_kernel<Cell, float, MmaProduct<float, G, 1>>, call, s, workspace, stream);
+      return launch_grid(grid_forward_kernel<Cell, float, FfmaProduct<32, 1>>, call, s, workspace, stream);
+    });
+  });
+}
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,47 @@
+// Chooses the tier of a call and hands calls to their tiers.
+#include "launch.h"
+
+#include "common.cuh"
+
+namespace fastrnn::cuda {
+
+Choice choose(const ForwardParams& params, bool backward, const Device& device, bool allow_tf32) {
+  Choice choice{};
+  if (check_sizes(params) && params.batch > 0 && params.steps > 0) {
+    if (resident_choice(params, backward, device, &choice)) return choice;
+    if (grid_choice(params, backward, device, allow_tf32, &choice)) return choice;
+  }
+  choice = Choice{};
+  choice.tier = Tier::kStep;
+  choice.tf32 = allow_tf32 && params.dtype == DType::kFloat32;
+  choice.description = "per-step: a cuBLAS product and a pointwise kernel a step";
+  return choice;
+}
+
+int64_t workspace_bytes(const ForwardParams& params, const Choice& choice, bool backward) {
+  return choice.tier == Tier::kGrid ? grid_workspace_bytes(params, choice, backward) : 0;
+}
+
+int64_t workspace_zeroed_bytes(const ForwardParams& params, const Choice& choice, bool backward) {
+  return choice.tier == Tier::kGrid ? grid_workspace_zeroed_bytes(params, choice, backward) : 0;
+}
+
+int recurrent_forward(const ForwardParams& params, const Choice& choice, void* workspace, void* stream) {
+  if (!check_sizes(params)) return int(dev::kInvalidValue);
+  switch (choice.tier) {
+    case Tier::kResident: return resident_forward(params, choice, stream);
+    case Tier::kGrid: return grid_forward(params, choice, workspace, stream);
+    default: return int(dev::kInvalidValue);
+  }
+}
+
+int recurrent_backward(const BackwardParams& params, const Choice& choice, void* workspace, void* stream) {
+  if (!check_sizes(params)) return int(dev::kInvalidValue);
+  switch (choice.tier) {
+    case Tier::kResident: return resident_backward(params, choice, stream);
+    case Tier::kGrid: return grid_backward(params, choice, workspace, stream);
+    default: return int(dev::kInvalidValue);
+  }
+}
+
+}  // namespace fastrnn::cuda

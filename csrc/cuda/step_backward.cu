@@ -1,0 +1,91 @@
+// Per-step tier, backward: what stands between the products of a time loop (launch.h says in which order).
+#include "step.cuh"
+
+namespace fastrnn::cuda {
+
+// With weight_hr: the gradient of state 0 in every column, which the projection's transpose multiplies.
+template <class S>
+__global__ void __launch_bounds__(tiles::kStepThreads)
+    step_backward_projected_kernel(Call<BackwardParams> p, StepBuffers b, int k) {
+  for_each_row(p, [&](const Row& r, int j) {
+    if (j >= p.width || !r.running(k)) return;
+    const int64_t at = in_buffer(p, r, p.width, j);
+    const Wide<S> later = r.last(k) ? Wide<S>(0) : load<Wide<S>>(b.recurrent, at);
+    const bool crossed = reset_before(p, r, k + 1);
+    const Wide<S> grad = backward_h<S>(p, r, k, j, later, crossed, load_grad_output<S>(p, r, k, j));
+    store<S>(p.grad_projected, r.place(p, k) * p.width + j, grad);
+    store<S>(b.grad_h, at, grad);
+  });
+}
+
+// One step of every unit.
+template <class Cell, class S>
+__global__ void __launch_bounds__(tiles::kStepThreads)
+    step_backward_kernel(Call<BackwardParams> p, StepBuffers b, int k) {
+  constexpr int G = Cell::kGates;
+  using V = Wide<S>;
+  for_each_row(p, [&](const Row& r, int j) {
+    if (j >= p.hidden || !r.running(k)) return;
+    BackwardLoads<Cell, S> loads;
+    load_backward<Cell, S>(p, r, k, j, reset_before(p, r, k), loads);
+    const bool crossed = reset_before(p, r, k + 1);
+    const int64_t at = in_buffer(p, r, p.hidden, j);
+    V now = r.last(k) ? V(0) : load<V>(b.carried, at);
+    Pack<V, G> grad_gates;
+    if (p.weight_hr) {
+      backward_cell<Cell, S>(p, r, k, j, loads, load<V>(b.grad_hidden, at), crossed, now, grad_gates);
+    } else {
+      const V recurrent = r.last(k) ? V(0) : load<V>(b.recurrent, at);
+      backward_step<Cell, S>(p, r, k, j, loads, recurrent, crossed, now, grad_gates);
+    }
+    store<V>(b.carried, at, now);
+#pragma unroll
+    for (int g = 0; g < G; ++g)
+      store<S>(b.grad_gates, in_buffer(p, r, G * p.hidden, g * p.hidden + j), grad_gates[g]);
+  });
+}
+
+// grad_h_0 and grad_c_0. Columns up to the larger of h and R.
+template <class Cell, class S>
+__global__ void __launch_bounds__(tiles::kStepThreads)
+    finish_backward_kernel(Call<BackwardParams> p, StepBuffers b) {
+  using V = Wide<S>;
+  for_each_row(p, [&](const Row& r, int j) {
+    const bool crossed = reset_before(p, r, 0);
+    const bool stepped = r.length > 0;
+    const V carried = stepped && j < p.hidden ? load<V>(b.carried, in_buffer(p, r, p.hidden, j)) : V(0);
+    const V recurrent = stepped && j < p.width ? load<V>(b.recurrent, in_buffer(p, r, p.width, j)) : V(0);
+    if (j < p.width) finish_h<S>(p, r, j, Cell::kStates == 1 ? recurrent + carried : recurrent, crossed);
+    if (j < p.hidden) finish_carried<Cell, S>(p, r, j, carried, crossed);
+  });
+}
+
+int step_backward_projected(const BackwardParams& p, int64_t k, const StepBuffers& b, void* stream) {
+  return with_dtype(p.dtype, [&](auto storage) {
+    using S = typename decltype(storage)::type;
+    return launch_rows(step_backward_projected_kernel<S>, p, p.width, stream, b, int(k));
+  });
+}
+
+int step_backward(const BackwardParams& p, int64_t k, const StepBuffers& b, void* stream) {
+  return with_cell(p.cell, [&](auto cell) {
+    return with_dtype(p.dtype, [&](auto storage) {
+      using Cell = typename decltype(cell)::type;
+      using S = typename decltype(storage)::type;
+      return launch_rows(step_backward_kernel<Cell, S>, p, p.hidden, stream, b, int(k));
+    });
+  });
+}
+
+int finish_backward(const BackwardParams& p, const StepBuffers& b, void* stream) {
+  return with_cell(p.cell, [&](auto cell) {
+    return with_dtype(p.dtype, [&](auto storage) {
+      using Cell = typename decltype(cell)::type;
+      using S = typename decltype(storage)::type;
+      const int64_t n = p.hidden > p.width ? p.hidden : p.width;
+      return launch_rows(finish_backward_kernel<Cell, S>, p, n, stream, b);
+    });
+  });
+}
+
+}  // namespace fastrnn::cuda

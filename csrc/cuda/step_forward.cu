@@ -1,0 +1,88 @@
+// Per-step tier, forward: what stands between the products of a time loop (launch.h says in which order).
+#include "step.cuh"
+
+namespace fastrnn::cuda {
+
+// h_0, c_0 or what a reset puts there, into h and carried. Columns up to the larger of h and R.
+template <class Cell, class S>
+__global__ void __launch_bounds__(tiles::kStepThreads) start_forward_kernel(Call<ForwardParams> p, StepBuffers b) {
+  for_each_row(p, [&](const Row& r, int j) {
+    const bool reset = reset_before(p, r, 0);
+    Wide<S> h = 0;
+    if (j < p.width) {
+      h = start_h<S>(p, r, j, reset);
+      store<S>(b.h, in_buffer(p, r, p.width, j), h);
+    }
+    if (j < p.hidden)
+      store<Wide<S>>(b.carried, in_buffer(p, r, p.hidden, j), start_carried<Cell, S>(p, r, j, reset, h));
+  });
+}
+
+// One step of every unit.
+template <class Cell, class S>
+__global__ void __launch_bounds__(tiles::kStepThreads)
+    step_forward_kernel(Call<ForwardParams> p, StepBuffers b, int k) {
+  constexpr int G = Cell::kGates;
+  using V = Wide<S>;
+  for_each_row(p, [&](const Row& r, int j) {
+    if (j >= p.hidden || !r.running(k)) return;
+    Pack<S, G> gates_ih;
+    Pack<V, G> gates_hh;
+    load_gates<Cell, S>(p, r, k, j, gates_ih);
+    load_bias<Cell, S>(p, r.group, j, gates_hh);
+#pragma unroll
+    for (int g = 0; g < G; ++g)
+      gates_hh[g] += load<V>(b.gates_hh, in_buffer(p, r, G * p.hidden, g * p.hidden + j));
+    const bool reset_next = reset_before(p, r, k + 1);
+    V* carried = static_cast<V*>(b.carried) + in_buffer(p, r, p.hidden, j);
+    V now = *carried;
+    if (p.weight_hr)
+      store<S>(b.hidden, in_buffer(p, r, p.hidden, j),
+               forward_cell<Cell, S>(p, r, k, j, gates_ih, gates_hh, reset_next, now));
+    else
+      store<S>(b.h, in_buffer(p, r, p.width, j),
+               forward_step<Cell, S>(p, r, k, j, gates_ih, gates_hh, reset_next, now));
+    *carried = now;
+  });
+}
+
+// State 0 of every column, from the projection.
+template <class S>
+__global__ void __launch_bounds__(tiles::kStepThreads)
+    step_forward_projected_kernel(Call<ForwardParams> p, StepBuffers b, int k) {
+  for_each_row(p, [&](const Row& r, int j) {
+    if (j >= p.width || !r.running(k)) return;
+    const int64_t at = in_buffer(p, r, p.width, j);
+    store<S>(b.h, at, store_h<S>(p, r, k, j, load<Wide<S>>(b.projected, at), reset_before(p, r, k + 1)));
+  });
+}
+
+int start_forward(const ForwardParams& p, const StepBuffers& b, void* stream) {
+  return with_cell(p.cell, [&](auto cell) {
+    return with_dtype(p.dtype, [&](auto storage) {
+      using Cell = typename decltype(cell)::type;
+      using S = typename decltype(storage)::type;
+      const int64_t n = p.hidden > p.width ? p.hidden : p.width;
+      return launch_rows(start_forward_kernel<Cell, S>, p, n, stream, b);
+    });
+  });
+}
+
+int step_forward(const ForwardParams& p, int64_t k, const StepBuffers& b, void* stream) {
+  return with_cell(p.cell, [&](auto cell) {
+    return with_dtype(p.dtype, [&](auto storage) {
+      using Cell = typename decltype(cell)::type;
+      using S = typename decltype(storage)::type;
+      return launch_rows(step_forward_kernel<Cell, S>, p, p.hidden, stream, b, int(k));
+    });
+  });
+}
+
+int step_forward_projected(const ForwardParams& p, int64_t k, const StepBuffers& b, void* stream) {
+  return with_dtype(p.dtype, [&](auto storage) {
+    using S = typename decltype(storage)::type;
+    return launch_rows(step_forward_projected_kernel<S>, p, p.width, stream, b, int(k));
+  });
+}
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,184 @@
+// The ops' CUDA kernels: the same door as the CPU (prepare.h), then one launch on the current stream, or the
+// per-step tier's loop. Nothing here waits for the device, and all of it can be captured in a CUDA graph.
+#include <ATen/Context.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/cuda/CUDAContextLight.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "../cells/registry.h"
+#include "../cuda/launch.h"
+#include "prepare.h"
+
+namespace fastrnn {
+namespace {
+
+cuda::Device current_device() {
+  const cudaDeviceProp* d = at::cuda::getCurrentDeviceProperties();
+  return {d->multiProcessorCount, d->major * 10 + d->minor, static_cast<int64_t>(d->sharedMemPerBlockOptin)};
+}
+
+// The switch that at::bmm obeys too (torch.backends.cuda.matmul). allowTF32CuBLAS() says the same but throws
+// where a program has used both of torch's ways to set it.
+bool allow_tf32() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
+void raise_if(int error, const char* op, const ForwardParams& p, const char* kernel) {
+  TORCH_CHECK(error == 0, op, ": ", cudaGetErrorString(static_cast<cudaError_t>(error)), " in '", kernel,
+              "' for cell '", kCells[p.cell].name, "' with ", p.steps, " steps, batch ", p.batch, ", ", p.groups,
+              " groups, hidden size ", p.hidden, ", width ", p.width);
+}
+
+// Scratch tensors of one call, shapes as in launch.h.
+struct Scratch {
+  at::TensorOptions narrow, wide;
+  explicit Scratch(const Tensor& like)
+      : narrow(like.options()),
+        wide(like.options().dtype(like.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)) {}
+  Tensor in_dtype(at::IntArrayRef sizes) const { return at::empty(sizes, narrow); }
+  Tensor in_wide(at::IntArrayRef sizes) const { return at::empty(sizes, wide); }
+};
+
+// out [P, B, m] = x [P, B, n] @ weight [P, n, m]; cuBLAS accumulates half types in float32 and here gives that.
+void product(Tensor& out, const Tensor& x, const Tensor& weight) {
+  if (out.scalar_type() == x.scalar_type())
+    at::bmm_out(out, x, weight);
+  else
+    at::bmm_out(out, x, weight, out.scalar_type());
+}
+
+void forward_per_step(const ForwardParams& p, const Tensor& weight_hh, const OptionalTensor& weight_hr,
+                      void* stream, const char* kernel) {
+  constexpr const char* kOp = "recurrent_forward";
+  const int64_t P = p.groups, B = p.batch, h = p.hidden, R = p.width, G = kCells[p.cell].gates;
+  const Scratch scratch(weight_hh);
+  const Tensor weight = weight_hh.transpose(1, 2);
+  Tensor state = scratch.in_dtype({P, B, R}), gates_hh = scratch.in_wide({P, B, G * h}),
+         carried = scratch.in_wide({P, B, h});
+  Tensor hidden, projected, projection;
+  cuda::StepBuffers b{};
+  b.h = state.mutable_data_ptr();
+  b.gates_hh = gates_hh.const_data_ptr();
+  b.carried = carried.mutable_data_ptr();
+  if (weight_hr) {
+    projection = weight_hr->transpose(1, 2);
+    hidden = scratch.in_dtype({P, B, h});
+    projected = scratch.in_wide({P, B, R});
+    b.hidden = hidden.mutable_data_ptr();
+    b.projected = projected.const_data_ptr();
+  }
+  raise_if(cuda::start_forward(p, b, stream), kOp, p, kernel);
+  for (int64_t k = 0; k < p.steps; ++k) {
+    product(gates_hh, state, weight);
+    raise_if(cuda::step_forward(p, k, b, stream), kOp, p, kernel);
+    if (!weight_hr) continue;
+    product(projected, hidden, projection);
+    raise_if(cuda::step_forward_projected(p, k, b, stream), kOp, p, kernel);
+  }
+}
+
+void backward_per_step(const BackwardParams& p, const Tensor& weight_hh, const OptionalTensor& weight_hr,
+                       void* stream, const char* kernel) {
+  constexpr const char* kOp = "recurrent_backward";
+  const int64_t P = p.groups, B = p.batch, h = p.hidden, R = p.width, G = kCells[p.cell].gates;
+  const bool finish = p.grad_h_0 || p.resets;
+  const Scratch scratch(weight_hh);
+  Tensor grad_gates = scratch.in_dtype({P, B, G * h}), recurrent = scratch.in_wide({P, B, R}),
+         carried = scratch.in_wide({P, B, h});
+  Tensor grad_h, grad_hidden;
+  cuda::StepBuffers b{};
+  b.grad_gates = grad_gates.mutable_data_ptr();
+  b.recurrent = recurrent.const_data_ptr();
+  b.carried = carried.mutable_data_ptr();
+  if (weight_hr) {
+    grad_h = scratch.in_dtype({P, B, R});
+    grad_hidden = scratch.in_wide({P, B, h});
+    b.grad_h = grad_h.mutable_data_ptr();
+    b.grad_hidden = grad_hidden.const_data_ptr();
+  }
+  for (int64_t k = p.steps - 1; k >= 0; --k) {
+    if (weight_hr) {
+      raise_if(cuda::step_backward_projected(p, k, b, stream), kOp, p, kernel);
+      product(grad_hidden, grad_h, *weight_hr);
+    }
+    raise_if(cuda::step_backward(p, k, b, stream), kOp, p, kernel);
+    if (k > 0 || finish) product(recurrent, grad_gates, weight_hh);
+  }
+  if (finish) raise_if(cuda::finish_backward(p, b, stream), kOp, p, kernel);
+}
+
+// Bytes for one launch, those cleared that have to be.
+Tensor workspace(const ForwardParams& p, const cuda::Choice& choice, bool backward, const Tensor& like) {
+  const int64_t zeroed = cuda::workspace_zeroed_bytes(p, choice, backward);
+  Tensor bytes = at::empty({cuda::workspace_bytes(p, choice, backward)}, like.options().dtype(at::kByte));
+  if (zeroed) bytes.narrow(0, 0, zeroed).zero_();
+  return bytes;
+}
+
+OptionalTensor contiguous(const OptionalTensor& x) { return x ? OptionalTensor(x->contiguous()) : x; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(
+    c10::string_view cell, const Tensor& gates_ih, const Tensor& weight_hh, const OptionalTensor& bias_hh,
+    const OptionalTensor& weight_hr, const Tensor& h_0, const OptionalTensor& c_0, const OptionalTensor& lengths,
+    const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
+    const c10::List<bool>& reverse, bool save) {
+  const at::AutoDispatchBelowADInplaceOrView below;  // the products' out= tensors meet no autograd
+  const c10::cuda::CUDAGuard guard(gates_ih.device());
+  PreparedForward call = prepare_forward(
+      {cell, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse}, gates_ih, save);
+  const ForwardParams& p = call.params;
+  if (p.batch > 0) {
+    const cuda::Choice choice = cuda::choose(p, false, current_device(), allow_tf32());
+    void* stream = c10::cuda::getCurrentCUDAStream().stream();
+    if (choice.tier == cuda::Tier::kStep) {
+      forward_per_step(p, weight_hh, weight_hr, stream, choice.description);
+    } else {
+      const Tensor scratch = workspace(p, choice, false, gates_ih);
+      raise_if(cuda::recurrent_forward(p, choice, scratch.data_ptr(), stream), "recurrent_forward", p,
+               choice.description);
+    }
+  }
+  return {call.output, call.h_n, call.c_n, call.saved};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
+    c10::string_view cell, const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+    const OptionalTensor& grad_c_n, const Tensor& weight_hh, const OptionalTensor& weight_hr, const Tensor& h_0,
+    const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
+    const OptionalTensor& reset_h, const OptionalTensor& reset_c, const c10::List<bool>& reverse,
+    const Tensor& output, const Tensor& saved, bool initial) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const c10::cuda::CUDAGuard guard(output.device());
+  PreparedBackward call = prepare_backward(
+      {cell, weight_hh, std::nullopt, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse},
+      grad_output, grad_h_n, grad_c_n, output, saved, initial);
+  const BackwardParams& p = call.params;
+  if (p.batch > 0) {
+    const cuda::Choice choice = cuda::choose(p, true, current_device(), allow_tf32());
+    void* stream = c10::cuda::getCurrentCUDAStream().stream();
+    if (choice.tier == cuda::Tier::kStep) {
+      backward_per_step(p, weight_hh.contiguous(), contiguous(weight_hr), stream, choice.description);
+    } else {
+      const Tensor scratch = workspace(p, choice, true, output);
+      raise_if(cuda::recurrent_backward(p, choice, scratch.data_ptr(), stream), "recurrent_backward", p,
+               choice.description);
+    }
+  }
+  const auto dtype = output.scalar_type();
+  return {call.grad_gates_ih, call.grad_gates_hh, call.grad_projected,        call.grad_h_0,
+          call.grad_c_0,      call.grad_reset_h.to(dtype), call.grad_reset_c.to(dtype)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {
+  m.impl("recurrent_forward", forward_cuda);
+  m.impl("recurrent_backward", backward_cuda);
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,495 @@
+"""The ops and modules on a GPU: against reference.py and torch.nn in float64 on the CPU, and what only a GPU can show
+(graphs, streams, blocks that wait for each other). Skipped where torch sees no GPU or the build has no CUDA kernels.
+
+FASTRNN_TEST_DEVICE=cpu runs the same tests on the CPU's kernels, as a check of the tests themselves.
+"""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastrnn
+from fastrnn import info, ops, reference
+from tests.test_kernels import (
+    BACKWARD_NAMES,
+    FORWARD_NAMES,
+    TOLERANCE,
+    Case,
+    assert_near,
+    backward_arguments,
+    cells_with_projection,
+    double,
+)
+
+DEVICE = torch.device(os.environ.get("FASTRNN_TEST_DEVICE", "cuda"))
+ON_GPU = DEVICE.type == "cuda"
+if ON_GPU and not torch.cuda.is_available():
+    pytest.skip("torch sees no GPU", allow_module_level=True)
+if ON_GPU and not info.has_cuda_kernels():
+    pytest.skip("built without CUDA kernels", allow_module_level=True)
+
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+HALVES = (torch.bfloat16, torch.float16)
+CELLS = tuple(ops.CELLS)
+# Per cell and dtype, on any GPU of 8.0 or newer: (T, B, P, h) that fit one multiprocessor, that spread over many, and
+# that take a product per step.
+SIZES = {
+    "resident": ((5, 3, 1, 32), (4, 17, 2, 96), (3, 1, 1, 128), (2, 64, 1, 64)),
+    "grid": ((5, 4, 1, 256), (4, 17, 1, 512), (3, 2, 2, 200), (3, 32, 1, 384)),
+    "step": ((3, 2, 1, 2500), (2, 600, 3, 40), (2, 1, 1, 3072)),
+}
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """float32 means float32 here, for torch.nn and for us."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def moved(x, device=DEVICE):
+    return x.to(device) if isinstance(x, torch.Tensor) else x
+
+
+def plan(case, backward=False, tf32=False):
+    """The choice of the dispatch table for this GPU."""
+    call = info.Call(
+        case.cell, str(case.dtype).removeprefix("torch."), case.T, case.B, case.P, case.h, case.projected or case.h,
+        bool(case.lengths), bool(case.resets),
+    )  # fmt: skip
+    return info.cuda_choice(call, info.present_gpu(), backward, tf32)
+
+
+def run(case, seed=0, device=DEVICE):
+    """(results of forward, results of backward, what backward was called with), on the device."""
+    arguments = {k: moved(v, device) for k, v in case.arguments(seed).items()}
+    out = ops.recurrent_forward(*arguments.values(), True)
+    cpu_results = [moved(x, "cpu") for x in (out[0], out[3])]
+    pulled = backward_arguments(case.arguments(seed), *cpu_results, seed)
+    grads = ops.recurrent_backward(*(moved(x, device) for x in pulled))
+    return out, grads, pulled
+
+
+def check(case, seed=0):
+    """Both passes against reference.py in float64 on the CPU."""
+    out, grads, pulled = run(case, seed)
+    assert all(x.device.type == DEVICE.type for x in (*out, *grads))
+    want = reference.forward(*map(double, case.arguments(seed).values()))
+    tolerance = TOLERANCE[case.dtype]
+    assert_near([x.cpu() for x in out], want, tolerance, FORWARD_NAMES, case)
+    wide = [double(x) for x in pulled]
+    wide[-2], wide[-1] = want[0], want[3]
+    assert_near([x.cpu() for x in grads], reference.backward(*wide), 10 * tolerance, BACKWARD_NAMES, case)
+
+
+# ---- against the reference ----
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
+def test_odd_sizes(cell, projected, dtype):
+    for T, B, h in product((1, 5), (1, 3, 17), (1, 3, 17, 129)):
+        if projected < h:
+            check(Case(cell, T, B, 1 + (B + h) % 3, h, projected, dtype=dtype), seed=T * B + h)
+
+
+@pytest.mark.parametrize("tier", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_tier(cell, dtype, tier):
+    for i, (T, B, P, h) in enumerate(SIZES[tier]):
+        if not ON_GPU:
+            h = min(h, 40)
+        check(Case(cell, T, B, P, h, dtype=dtype), seed=i)
+
+
+@needs_gpu
+def test_every_tier_is_reached():
+    """By the sizes above, in both passes, on a GPU that has the room."""
+    reached = Counter()
+    for cell, dtype, sizes in product(CELLS, (torch.float32, *HALVES), SIZES.values()):
+        for T, B, P, h in sizes:
+            for backward in (False, True):
+                reached[plan(Case(cell, T, B, P, h, dtype=dtype), backward)["tier"], backward] += 1
+    if info.present_gpu().multiprocessors < 100:
+        pytest.skip(f"a small GPU: its table reaches {dict(reached)}")
+    for tier, backward in product(SIZES, (False, True)):
+        assert reached[tier, backward], (tier, backward, reached)
+
+
+@pytest.mark.parametrize("reverse", ["none", "all", "alternate"])
+@pytest.mark.parametrize("resets", ["", "zeros", "state", "groups"])
+@pytest.mark.parametrize("lengths", ["", "rows", "groups"])
+@pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
+def test_lengths_and_resets(cell, projected, lengths, resets, reverse):
+    sizes = [(6, 3, 2, 17), (4, 9, 1, 256), (3, 17, 2, 100)] if ON_GPU else [(6, 3, 2, 17)]
+    for (T, B, P, h), dtype in product(sizes, (torch.float32, torch.bfloat16)):
+        check(Case(cell, T, B, P, h, projected, lengths, resets, reverse, dtype), seed=T + B)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_steps_and_no_rows(cell):
+    for T, B in [(0, 3), (4, 0), (0, 0)]:
+        for dtype in (torch.float32, torch.bfloat16):
+            check(Case(cell, T, B, 2, 5, 0, "rows", "state", dtype=dtype))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_absent_gradients_and_strides(cell):
+    case = Case(cell, 4, 3, 2, 33, dtype=torch.float32)
+    arguments = {k: moved(v) for k, v in case.arguments().items()} | {"bias_hh": None}
+    out = ops.recurrent_forward(*arguments.values(), True)
+    wide = torch.zeros(4, 3, 2 * out[0].shape[2], device=DEVICE)[:, :, ::2]  # not even the last is contiguous
+    full = [moved(x) for x in backward_arguments(case.arguments(), out[0].cpu(), out[3].cpu())]
+    full[1] = wide.copy_(full[1])
+    want = ops.recurrent_backward(full[0], full[1].contiguous(), *full[2:])
+    assert all(map(torch.equal, ops.recurrent_backward(*full), want))
+    for missing in product((False, True), repeat=3):
+        some = list(full)
+        for i, gone in enumerate(missing, start=1):
+            some[i] = None if gone else some[i]
+        grads = ops.recurrent_backward(*some)
+        expected = reference.backward(*(double(moved(x, "cpu")) for x in some))
+        assert_near([g.cpu() for g in grads], expected, 4e-5, BACKWARD_NAMES, (case, missing))
+
+
+@pytest.mark.parametrize("lengths", ["", "rows"])
+@pytest.mark.parametrize("resets", ["", "state"])
+def test_gradients_of_the_initial_state_may_be_left_out(lengths, resets):
+    for h, dtype in product((33, 256), (torch.float32, torch.bfloat16)):
+        _, want, pulled = run(Case("lstm", 4, 5, 2, h, 0, lengths, resets, dtype=dtype))
+        got = ops.recurrent_backward(*map(moved, pulled), False)
+        for name, a, b in zip(BACKWARD_NAMES, got, want, strict=True):
+            assert a.numel() == 0 if name in ("grad_h_0", "grad_c_0") else torch.equal(a, b), name
+
+
+@needs_gpu
+def test_lengths_out_of_range_are_clamped():
+    """A look at their values would wait for the device."""
+    arguments = {k: moved(v) for k, v in Case("gru", 4, 3, 1, 33, 0, "rows", dtype=torch.float32).arguments().items()}
+    wild = ops.recurrent_forward(*(arguments | {"lengths": torch.tensor([-2, 9, 3], device=DEVICE)}).values(), True)
+    tame = ops.recurrent_forward(*(arguments | {"lengths": torch.tensor([0, 4, 3], device=DEVICE)}).values(), True)
+    assert all(map(torch.equal, wild, tame))
+
+
+@needs_gpu
+def test_tf32_only_where_torch_allows_it():
+    case = Case("lstm", 4, 16, 1, 512, dtype=torch.float32)
+    want = reference.forward(*map(double, case.arguments().values()))[0]
+
+    def error():
+        return (run(case)[0][0].double().cpu() - want).abs().max().item()
+
+    assert error() < 4e-6
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    assert error() < 5e-3
+
+
+def test_offsets_beyond_31_bits():
+    """The last steps of a long call equal those of a call on the tail alone."""
+    case = Case("rnn_tanh", 3, 1, 1, 8, dtype=torch.float32)
+    arguments = {k: moved(v) for k, v in case.arguments().items()}
+    step = 1 << 16  # elements from step to step
+    T = (1 << 31) // step + 5
+    if ON_GPU and torch.cuda.mem_get_info()[0] < 16 << 30:
+        pytest.skip("needs 16 GB of GPU memory")
+    if not ON_GPU:
+        T = 50
+    gates = torch.empty((T - 1) * step + 8, device=DEVICE).as_strided((T, 1, 8), (step, 8, 1)).zero_()
+    gates[-3:] = arguments["gates_ih"]
+    out = ops.recurrent_forward(*(arguments | {"gates_ih": gates}).values(), False)
+    tail = arguments | {"gates_ih": gates[-3:].contiguous(), "h_0": out[0][-4]}
+    assert (out[0][-3:] - ops.recurrent_forward(*tail.values(), False)[0]).abs().max().item() < 1e-6
+
+
+# ---- against torch.nn ----
+
+
+@dataclass(frozen=True)
+class Net:
+    kind: str
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+    options: tuple = ()  # of the constructor
+    packed: bool = False
+
+    def module(self, namespace, dtype, device):
+        return getattr(namespace, self.kind)(self.I, self.H, dtype=dtype, device=device, **dict(self.options))
+
+    def results(self, module, dtype, device):
+        """Outputs and every gradient, from the same random numbers whatever the dtype and device."""
+        generator = torch.Generator().manual_seed(1)
+        input = torch.randn(self.T, self.B, self.I, generator=generator).to(self.rounding).to(device, dtype)
+        lengths = torch.randint(1, self.T + 1, (self.B,), generator=generator)
+        input.requires_grad_()
+        output, state = module(pack_padded_sequence(input, lengths, enforce_sorted=False) if self.packed else input)
+        output = output.data if self.packed else output
+        finals = state if isinstance(state, tuple) else (state,)
+        total = 0.0
+        for x in (output, *finals):
+            weight = torch.randn(x.shape, generator=generator).to(self.rounding).to(device, dtype)
+            total = total + (x * weight).sum()
+        total.backward()
+        named = {"output": output, **{f"final {i}": x for i, x in enumerate(finals)}, "grad input": input.grad}
+        named |= {f"grad {name}": p.grad for name, p in module.named_parameters()}
+        return {name: x.detach().double().cpu() for name, x in named.items()}
+
+    rounding = torch.bfloat16  # weights and inputs every dtype has
+
+
+NETS = [
+    Net("LSTM", 12, 5, 24, 64),
+    Net("LSTM", 10, 16, 128, 256),
+    Net("LSTM", 8, 64, 128, 512),
+    Net("LSTM", 8, 6, 40, 72, (("bidirectional", True), ("num_layers", 2))),
+    Net("LSTM", 8, 6, 40, 300, (("bidirectional", True),)),
+    Net("LSTM", 9, 8, 32, 96, packed=True),
+    Net("LSTM", 6, 4, 24, 64, (("proj_size", 16),)),
+    Net("GRU", 12, 5, 24, 64),
+    Net("GRU", 10, 16, 128, 512),
+    Net("GRU", 8, 6, 40, 256, (("bidirectional", True), ("num_layers", 2))),
+    Net("GRU", 9, 8, 32, 256, packed=True),
+    Net("RNN", 12, 5, 24, 128),
+    Net("RNN", 10, 16, 64, 512, (("nonlinearity", "relu"),)),
+    Net("RNN", 9, 8, 32, 96, (("bidirectional", True),), packed=True),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("net", NETS, ids=str)
+def test_as_exact_as_torch_nn(net, dtype):
+    """Our error against float64 is at most twice torch.nn's own on the same device, plus rounding.
+
+    Rounding: 4 units of a half type, 32 of the wide ones, whose sums over T * B rows show.
+    """
+    if not ON_GPU:
+        net = replace(net, H=min(net.H, 32), I=8, options=tuple((k, v) for k, v in net.options if k != "proj_size"))
+    torch.manual_seed(0)
+    exact = net.module(nn, torch.float64, "cpu")
+    with torch.no_grad():
+        for parameter in exact.parameters():
+            parameter.copy_(parameter.to(net.rounding))
+    truth = net.results(exact, torch.float64, "cpu")
+    found = {}
+    for namespace in (fastrnn, nn):
+        module = net.module(namespace, dtype, DEVICE)
+        module.load_state_dict(exact.state_dict())
+        found[namespace] = net.results(module, dtype, DEVICE)
+    rounding = torch.finfo(dtype).eps * (4 if dtype in HALVES else 32)
+    for name, want in truth.items():
+        scale = max(want.abs().max().item(), 1e-3)
+        ours, theirs = ((found[n][name] - want).abs().max().item() / scale for n in (fastrnn, nn))
+        assert ours <= 2 * theirs + rounding, f"{name}: {ours:.2e}, torch.nn {theirs:.2e}"
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_gradcheck(cell):
+    arguments = {k: moved(v) for k, v in Case(cell, 3, 2, 2, 3, 0, "rows", "state").arguments().items()}
+    names = [k for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+
+    def call(*values):
+        given = arguments | dict(zip(names, values, strict=True))
+        return ops.recurrent_forward(*given.values(), False)[: ops.CELLS[cell].states + 1]
+
+    assert torch.autograd.gradcheck(call, [arguments[k].requires_grad_() for k in names])
+
+
+def test_autocast():
+    torch.manual_seed(0)
+    module = fastrnn.LSTM(32, 128, device=DEVICE)
+    input = torch.randn(6, 5, 32, device=DEVICE)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        output, _ = module(input)
+    assert output.dtype == torch.bfloat16
+    assert (output.float() - module(input)[0]).abs().max().item() < 3e-2
+    output.float().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
+# ---- repeats, graphs, streams ----
+
+REPEATED = [
+    Case("lstm", 9, 33, 2, 65, 0, "rows", "state", dtype=torch.float32),
+    Case("gru", 30, 16, 1, 512, dtype=torch.bfloat16),
+    Case("lstm", 30, 8, 2, 256, 0, "rows", dtype=torch.float16),
+    Case("rnn_tanh", 12, 5, 1, 384, dtype=torch.float32),
+    Case("gru", 5, 4, 1, 40, 0, "", "zeros", dtype=torch.float64),
+]
+
+
+def ready(case, seed=0):
+    """Forward and backward as one call on arguments that stay where they are."""
+    arguments = {k: moved(v) for k, v in case.arguments(seed).items()}
+    out = ops.recurrent_forward(*arguments.values(), True)
+    pulled = [moved(x) for x in backward_arguments(case.arguments(seed), out[0].cpu(), out[3].cpu(), seed)]
+
+    def call():
+        out = ops.recurrent_forward(*arguments.values(), True)
+        return (*out, *ops.recurrent_backward(*pulled[:-2], out[0], out[3]))
+
+    return arguments, call
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("case", REPEATED, ids=str)
+def test_bitwise_repeatable(case):
+    _, call = ready(case)
+    first = call()
+    for _ in range(20 if ON_GPU else 2):
+        assert same(first, call())
+
+
+@pytest.mark.parametrize("case", REPEATED, ids=str)
+def test_many_launches(case):
+    """Launches follow each other without a pause, on fresh inputs: nothing of one is seen by the next."""
+    calls = [ready(case, seed)[1] for seed in range(4)]
+    first = [call() for call in calls]
+    rounds = 50 if ON_GPU else 2
+    later = [[call() for call in calls] for _ in range(rounds)]
+    for results in later:
+        assert all(same(a, b) for a, b in zip(first, results, strict=True))
+
+
+def test_launches_keep_no_memory():
+    if not ON_GPU:
+        pytest.skip("needs a GPU")
+    _, call = ready(REPEATED[1])
+    call()
+    before = torch.cuda.memory_allocated()
+    for _ in range(50):
+        call()
+    assert torch.cuda.memory_allocated() == before
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", REPEATED, ids=str)
+def test_graph_replays_with_new_inputs(case):
+    arguments, call = ready(case)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    for seed in (1, 2, 3):
+        fresh = case.arguments(seed)
+        for name, x in arguments.items():
+            if isinstance(x, torch.Tensor) and name not in ("lengths",):
+                x.copy_(fresh[name])
+        for x in results:
+            x.fill_(torch.nan)
+        graph.replay()
+        assert same(results, call())
+
+
+@needs_gpu
+def test_training_step_as_a_graph():
+    torch.manual_seed(0)
+    module = fastrnn.LSTM(64, 256, device=DEVICE)
+    input = torch.randn(20, 8, 64, device=DEVICE)
+
+    def step():
+        output, _ = module(input)
+        return (output, *torch.autograd.grad(output.square().sum(), list(module.parameters())))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    input.copy_(torch.randn_like(input))
+    graph.replay()
+    assert same(results, step())
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", REPEATED, ids=str)
+def test_runs_on_the_current_stream(case):
+    """Behind what the stream still has to do: were it on another, it would read the old input."""
+    arguments, call = ready(case)
+    arguments["gates_ih"].mul_(0.5)
+    want = call()
+    arguments["gates_ih"].mul_(2)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)
+        arguments["gates_ih"].mul_(0.5)
+        got = call()
+    side.synchronize()
+    assert same(got, want)
+
+
+@needs_gpu
+def test_two_streams_at_once():
+    """Blocks that wait for each other must find room beside another launch's, or wait for it: never half of each."""
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    calls = [ready(case)[1] for case in (REPEATED[1], REPEATED[2], REPEATED[3])]
+    want = [call() for call in calls]
+    torch.cuda.synchronize()
+    got = []
+    for _ in range(30):
+        for stream, call in zip(streams, calls, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(call())
+    torch.cuda.synchronize()
+    assert all(same(x, want[i % 3]) for i, x in enumerate(got))
+
+
+@needs_gpu
+def test_another_device_than_the_current():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    for case in REPEATED:
+        here, there = (run(case, device=torch.device("cuda", i)) for i in (0, 1))
+        assert torch.cuda.current_device() == 0
+        assert all(x.device.index == 1 for x in (*there[0], *there[1]))
+        assert same([x.cpu() for x in (*here[0], *here[1])], [x.cpu() for x in (*there[0], *there[1])])
+
+
+@needs_gpu
+def test_arguments_of_two_devices_are_refused():
+    arguments = Case("lstm", 3, 2, 1, 16, dtype=torch.float32).arguments()
+    mixed = {k: moved(v) for k, v in arguments.items()} | {"weight_hh": arguments["weight_hh"]}
+    with pytest.raises(RuntimeError, match="weight_hh: expected device cuda:0"):
+        ops.recurrent_forward(*mixed.values(), True)
+    check(Case("lstm", 3, 2, 1, 16, dtype=torch.float32))
+
+
+@needs_gpu
+def test_moves_with_the_module():
+    """A module made on the CPU gives there and on the GPU the same, but for rounding."""
+    torch.manual_seed(0)
+    module = fastrnn.GRU(12, 100, num_layers=2, bidirectional=True)
+    input = torch.randn(7, 4, 12)
+    want, _ = module(input)
+    got, _ = module.to(DEVICE)(input.to(DEVICE))
+    assert (got.cpu() - want).abs().max().item() < 1e-5
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiles(dtype):
+    module = fastrnn.LSTM(16, 96, device=DEVICE, dtype=dtype)
+    input = torch.randn(5, 3, 16, device=DEVICE, dtype=dtype)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(input)[0], module(input)[0])

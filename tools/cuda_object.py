@@ -1,0 +1,171 @@
+"""One CUDA source compiled for one architecture with no torch on the include path, and what came of it: registers and
+spills as ptxas prints them, opcodes as cuobjdump does. Used by tools/check_cuda.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cuda_toolkit import Arch, Toolkit, ToolkitError, find_tool
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+CACHE = ROOT / "build" / "cuda-check"
+
+
+@dataclass
+class Kernel:
+    """What ptxas and the disassembly say of one kernel for one architecture."""
+
+    name: str
+    registers: int = 0
+    shared: int = 0  # static, bytes
+    stack: int = 0
+    spill_stores: int = 0
+    spill_loads: int = 0
+    opcodes: Counter[str] = field(default_factory=Counter)  # empty without a disassembler
+
+    def count(self, pattern: str) -> int:
+        return sum(n for opcode, n in self.opcodes.items() if re.match(pattern, opcode))
+
+
+@dataclass
+class Object:
+    """One file compiled for one architecture."""
+
+    source: str
+    arch: str
+    seconds: float  # of the compilation, also where it comes from the cache
+    bytes: int
+    log: str
+    kernels: list[Kernel]
+
+
+def demangle(names: Sequence[str], toolkit: Toolkit | None = None) -> dict[str, str]:
+    """Mangled -> "step_kernel<LSTMCell, float>": no return type, arguments, or namespaces of ours."""
+    tool = find_tool("cu++filt", toolkit) or find_tool("c++filt")
+    if not tool or not names:
+        return {name: name for name in names}
+    done = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True)
+    return {name: shorten(full) for name, full in zip(names, done.stdout.splitlines(), strict=True)}
+
+
+def shorten(full: str) -> str:
+    name, depth = full.removeprefix("void "), 0
+    for i, letter in enumerate(name):
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "(" and depth == 0 and i > 0 and not name.startswith("(anonymous", i):
+            name = name[:i]
+            break
+    return re.sub(r"\b(?:fastrnn|cuda|dev|mutants)::|\(anonymous namespace\)::", "", name)
+
+
+def parse_ptxas(log: str) -> dict[str, Kernel]:
+    """By mangled name, from the output of -Xptxas -v."""
+    kernels: dict[str, Kernel] = {}
+    current: Kernel | None = None
+    for line in log.splitlines():
+        if entry := re.search(r"Compiling entry function '(\S+)'", line):
+            current = kernels[entry[1]] = Kernel(entry[1])
+        elif re.search(r"Function properties for (\S+)", line):
+            current = kernels.get(line.split()[-1])  # None: a device function that was not inlined
+        elif current and (
+            frame := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)
+        ):
+            current.stack, current.spill_stores, current.spill_loads = map(int, frame.groups())
+        elif current and (used := re.search(r"Used (\d+) registers", line)):
+            current.registers = int(used[1])
+            shared = re.search(r"(\d+) bytes smem", line)
+            current.shared = int(shared[1]) if shared else 0
+    return kernels
+
+
+def parse_sass(lines: Iterable[str]) -> dict[str, Counter[str]]:
+    """Opcodes by mangled name, from the output of cuobjdump -sass."""
+    functions: dict[str, Counter[str]] = {}
+    current: Counter[str] = Counter()
+    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+    for line in lines:
+        if "Function :" in line:
+            current = functions.setdefault(line.split()[-1], Counter())
+        elif match := instruction.match(line):
+            current[match[1]] += 1
+    return functions
+
+
+def disassemble(path: Path, cuobjdump: str, nvdisasm: str) -> dict[str, Counter[str]]:
+    search = os.pathsep.join([str(Path(nvdisasm).parent), os.environ.get("PATH", "")])
+    command = [cuobjdump, "-sass", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PATH": search}) as run:
+        assert run.stdout is not None
+        functions = parse_sass(run.stdout)
+    if run.returncode:
+        raise ToolkitError(f"cuobjdump -sass failed on {path.name}")
+    return functions
+
+
+def headers_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def compile_object(source: Path, arch: Arch, toolkit: Toolkit, headers: str) -> Object:
+    """Compiles, or takes from build/cuda-check what was compiled from the same bytes. Raises ToolkitError."""
+    command = toolkit.command([Arch(arch.number, arch.suffix)], CSRC, "-Xptxas=-v")
+    told = "\0".join([headers, str(toolkit.version), *command]).encode()
+    stem = CACHE / f"{source.stem}-{arch.name}-{hashlib.sha256(told + source.read_bytes()).hexdigest()[:16]}"
+    target, record = stem.with_suffix(".o"), stem.with_suffix(".json")
+    if not record.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        partial = stem.with_suffix(f".{os.getpid()}.o")
+        hidden = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")  # no other way to a torch header either
+        environment = {k: v for k, v in os.environ.items() if k not in hidden}
+        start = time.perf_counter()
+        done = subprocess.run(
+            [*command, "-c", str(source), "-o", str(partial)], capture_output=True, text=True, env=environment
+        )
+        seconds = time.perf_counter() - start
+        if done.returncode:
+            said = "\n".join((done.stdout + done.stderr).splitlines()[:20])
+            raise ToolkitError(f"{source.name} does not compile for {arch.name}:\n{said}")
+        partial.rename(target)
+        record.write_text(json.dumps({"seconds": seconds, "log": done.stdout + done.stderr, "opcodes": {}}))
+    made = json.loads(record.read_text())
+    cuobjdump, nvdisasm = find_tool("cuobjdump", toolkit), find_tool("nvdisasm", toolkit)
+    if not made["opcodes"] and cuobjdump and nvdisasm:
+        made["opcodes"] = disassemble(target, cuobjdump, nvdisasm)
+        record.write_text(json.dumps(made))
+    kernels = parse_ptxas(made["log"])
+    names = demangle(list(kernels), toolkit)
+    for mangled, kernel in kernels.items():
+        kernel.name = names[mangled]
+        kernel.opcodes = Counter(made["opcodes"].get(mangled, {}))
+    return Object(source.name, arch.name, made["seconds"], target.stat().st_size, made["log"], list(kernels.values()))
+
+
+def compile_all(
+    sources: Sequence[Path], archs: Sequence[Arch], toolkit: Toolkit, jobs: int
+) -> tuple[list[Object], list[str]]:
+    """The objects, and what the compiler said of those that there are not."""
+    headers = headers_digest()
+    objects, errors = [], []
+    with ThreadPoolExecutor(jobs) as pool:
+        pending = [pool.submit(compile_object, s, arch, toolkit, headers) for s in sources for arch in archs]
+        for each in pending:
+            try:
+                objects.append(each.result())
+            except ToolkitError as error:
+                errors.append(str(error))
+    return objects, errors
