@@ -97,6 +97,8 @@ def graphs(contest: Contest, device: torch.device) -> tuple[Call, Call]:
 
 
 def allow_tf32(allowed: bool) -> None:
+    if not torch.cuda.is_available():  # a rehearsal: the switches have no effect, and may be locked
+        return
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
