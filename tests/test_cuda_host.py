@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from fastrnn import ops, reference
-from tests.test_kernels import BACKWARD_NAMES, FORWARD_NAMES, Case, assert_near, backward_arguments, double
+from tests.accuracy import assert_as_exact, plain_backward, plain_forward
+from tests.test_kernels import BACKWARD_NAMES, FORWARD_NAMES, Case, backward_arguments, double
 
 HERE = Path(__file__).resolve().parent / "hostbuild"
 sys.path.insert(0, str(HERE))
@@ -26,9 +27,6 @@ pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of params.h
 HALF = (torch.bfloat16, torch.float16)
-# Errors relative to 1 + the largest value, as assert_near has it: rounding afresh in each of at most 6 steps.
-FORWARD_TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
-BACKWARD_TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 CELLS = list(ops.CELLS)
 ADDRESSES = (
     "gates_ih", "weight_hh", "bias_hh", "weight_hr", "h_0", "c_0", "lengths", "resets", "reset_h", "reset_c",
@@ -221,22 +219,27 @@ class Step:
 class Whole:
     """A tier that runs all steps in one launch.
 
-    tiles(case, backward) lists the choices (tier, rows, units, variant, tf32) to run a case with, none where it does
-    not take the case; full_sizes(dtype) the hidden sizes that fill its tiles.
+    tiles(case, backward) lists the choices, as launchers.cpp has them, to run a case with, none where it does not
+    take the case; full_sizes(dtype) the hidden sizes that fill its tiles.
     """
 
-    def run(self, call, backward, tile):
-        library = call.cuda.library
-        choice = (ctypes.c_int64 * 8)(*tile)
+    def run(self, call, backward, tile, workspace=None):
+        library, choice = call.cuda.library, (ctypes.c_int64 * 8)(*tile)
+        if workspace is None:  # as whoever had the memory left it
+            workspace = self.workspace(call, backward, tile)
+        launch = library.cuda_backward if backward else library.cuda_forward
+        error = launch(call.sizes, call.addresses, choice, workspace)
+        assert error == 0, error
+
+    def workspace(self, call, backward, tile):
+        library, choice = call.cuda.library, (ctypes.c_int64 * 8)(*tile)
         size = (ctypes.c_int64 * 2)()
         library.cuda_workspace(call.sizes, call.addresses, backward, choice, size)
         workspace = call.cuda.empty(size[0], "workspace") if size[0] else ctypes.c_void_p()
         if size[1]:
             ctypes.memset(workspace, 0, size[1])
             library.emu_define(workspace, ctypes.c_size_t(size[1]))
-        launch = library.cuda_backward if backward else library.cuda_forward
-        error = launch(call.sizes, call.addresses, choice, workspace)
-        assert error == 0, error
+        return workspace
 
 
 class Resident(Whole):
@@ -249,10 +252,32 @@ class Resident(Whole):
             most = 176  # shared memory holds no more, beside the gradients of 4 gates
         if case.projected or case.h > most:
             return []
-        return [(1, rows, 0, 0, 0) for rows in ((8,) if case.dtype in HALF else (1, 4))]
+        return [(1, rows, *[0] * 6) for rows in ((8,) if case.dtype in HALF else (1, 4))]
 
 
-TIERS = {"step": Step(), "resident": Resident()}
+class Grid(Whole):
+    """Some three blocks for a group's units and two tiles of rows; float32 exact and as TF32. What else is its own
+    stands in test_cuda_host_grid.py."""
+
+    def full_sizes(self, dtype):
+        return (129,)
+
+    def tiles(self, case, backward):
+        if case.projected or case.dtype == torch.float64 or not case.B:
+            return []
+        half, gates, tiles = case.dtype in HALF, ops.CELLS[case.cell].gates, []
+        for tf32 in (False,) if half else (False, True):
+            values, most = 2 if half else 1, 16 if half or tf32 else 8 if backward else 32 // gates
+            units = min(most, -(-case.h // (3 * values)) * values)
+            words = -(-units // values)
+            rows = min(-(-case.B // 2), 256 // words)
+            threads = max(64, -(-rows * words // 32) * 32)
+            if -(-case.h // units) * -(-case.B // rows) * case.P <= 60:  # what the emulator holds at once
+                tiles.append((2, rows, units, 0, tf32, 0, threads, 0))
+        return tiles
+
+
+TIERS = {"step": Step(), "resident": Resident(), "grid": Grid()}
 
 
 def run_forward(cuda, tier, tile, arguments, save=True):
@@ -287,17 +312,23 @@ class Problem:
 
     def check(self, cuda, tier):
         """Both passes with every tile that the tier has for the case; how many runs that were."""
-        runs = 0
-        want_back = reference.backward(*map(double, self.back))
-        for tile in tier.tiles(self.case, False):
+        forward, backward = tier.tiles(self.case, False), tier.tiles(self.case, True)
+        for tile in forward:
+            plain = plain_forward(self.arguments.values(), is_tf32(tile))
             got = self.run(cuda, tier, tile, False)
-            assert_near(got, self.want, FORWARD_TOLERANCE[self.case.dtype], FORWARD_NAMES, (self.case, tile))
-            runs += 1
-        for tile in tier.tiles(self.case, True):
-            got = self.run(cuda, tier, tile, True)
-            assert_near(got, want_back, BACKWARD_TOLERANCE[self.case.dtype], BACKWARD_NAMES, (self.case, tile))
-            runs += 1
-        return runs
+            assert_as_exact(got, self.want, plain, self.case.dtype, FORWARD_NAMES, (self.case, tile))
+        for tile in backward:
+            check_backward(self.run(cuda, tier, tile, True), self.back, tile, self.case)
+        return len(forward) + len(backward)
+
+
+def is_tf32(tile):
+    return bool(tile and tile[4])
+
+
+def check_backward(got, back, tile, case):
+    want = reference.backward(*map(double, back))
+    assert_as_exact(got, want, plain_backward(back, is_tf32(tile)), case.dtype, BACKWARD_NAMES, (case, tile))
 
 
 each_tier = pytest.mark.parametrize("tier", TIERS.values(), ids=TIERS)
@@ -310,7 +341,7 @@ LENGTHS, RESETS, REVERSE = ("", "rows", "groups"), ("", "zeros", "state", "group
 @each_dtype
 @each_cell
 def test_odd_sizes(cuda, tier, cell, projected, dtype):
-    for i, (B, h) in enumerate(product((1, 3, 17), (1, 3, 17, 33))):
+    for i, (B, h) in enumerate([*product((1, 3, 17), (1, 3, 17, 33)), (129, 3), (1, 129)]):
         case = Case(cell, 3, B, 1 + i % 3, h, projected, LENGTHS[i % 3], RESETS[i % 4], REVERSE[i // 3 % 3], dtype)
         cuda.schedule(i % 8, seed=i, races=h < 33)
         Problem(case, seed=i).check(cuda, tier)
@@ -388,9 +419,7 @@ def test_absent_arguments(cuda, tier, cell, projected, dtype):
             back = [*problem.back, i != 4]
             if i < 4:  # 0: none is missing
                 back[1:4] = [None if i == k else x for k, x in enumerate(back[1:4], start=1)]
-            want = reference.backward(*map(double, back))
-            got = run_backward(cuda, tier, tile, back)
-            assert_near(got, want, BACKWARD_TOLERANCE[dtype], BACKWARD_NAMES, (case, i))
+            check_backward(run_backward(cuda, tier, tile, back), back, tile, case)
         assert runs or not tier.tiles(case, False)
 
 

@@ -1,17 +1,19 @@
-"""The grid tier of the CUDA recurrence, run by the host build, against reference.py in float64."""
+"""What the grid tier of the CUDA recurrence has to itself, run by the host build: its exchange, its workspace, its
+tiles. What it shares with other tiers is tested in test_cuda_host.py.
+"""
 
 import ctypes
 import shutil
 import sys
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastrnn import ops, reference
-from tests.test_kernels import BACKWARD_NAMES, FORWARD_NAMES, Case, assert_near, backward_arguments, double
+from tests.accuracy import assert_as_exact, plain_backward, plain_forward
+from tests.test_kernels import BACKWARD_NAMES, FORWARD_NAMES, Case, backward_arguments, double
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "hostbuild"))
 from host import Emulator
@@ -27,9 +29,6 @@ SOURCES = [
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 INVALID_VALUE, TOO_LARGE = 1, 720
 
-# of values around 1, against float64 from the same rounded inputs: mma rounds the exchanged state and gradients, and
-# results are rounded to the type
-TOLERANCE = {"float32": 4e-6, "tf32": 3e-3, "bfloat16": 2e-2, "float16": 3e-3}
 KINDS = {
     "float32": (torch.float32, False), "tf32": (torch.float32, True),
     "bfloat16": (torch.bfloat16, False), "float16": (torch.float16, False),
@@ -175,14 +174,21 @@ class Grid(Emulator):
 
     def check(self, case, tile, seed=0):
         """Both passes on fresh inputs; the kernels' findings are the caller's to look at."""
-        forward, backward = problem(case, seed)
-        tolerance = TOLERANCE["tf32" if tile.tf32 else str(case.dtype).split(".")[1]]
-        got = self.forward(forward[0], tile)
+        self.check_forward(case, tile, seed)
+        self.check_backward(case, tile, seed)
+
+    def check_forward(self, case, tile, seed=0, workspace=None):
+        (arguments, want), _ = problem(case, seed)
+        got = self.forward(arguments, tile, workspace=workspace)
         assert got is not None, (case, tile, self.error)
-        assert_near(got, forward[1], tolerance, FORWARD_NAMES, (case, tile))
-        got = self.backward(backward[0], tile)
+        plain = plain_forward(arguments.values(), tile.tf32)
+        assert_as_exact(got, want, plain, case.dtype, FORWARD_NAMES, (case, tile))
+
+    def check_backward(self, case, tile, seed=0, workspace=None):
+        _, (call, want) = problem(case, seed)
+        got = self.backward(call, tile, workspace=workspace)
         assert got is not None, (case, tile, self.error)
-        assert_near(got, backward[1], 3 * tolerance, BACKWARD_NAMES, (case, tile))
+        assert_as_exact(got, want, plain_backward(call, tile.tf32), case.dtype, BACKWARD_NAMES, (case, tile))
 
 
 PROBLEMS = {}
@@ -213,32 +219,6 @@ def tile_for(case, kind, blocks=3, tiles=2, threads=64):
     while rows * -(-units // even) > threads:
         rows, threads = (rows, threads * 2) if threads < 256 else (rows - 1, threads)
     return Tile(units, rows, threads, tf32)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cell", ops.CELLS)
-def test_odd_sizes(grid, cell, kind):
-    """One schedule each; several blocks, tiles of rows and groups."""
-    for i, (B, h) in enumerate([(1, 1), (3, 5), (5, 3), (17, 17), (1, 33), (9, 33), (2, 129)]):
-        case = Case(cell, 3, B, 1 + i % 3, h, dtype=KINDS[kind][0])
-        grid.schedule(2 + i % 5, seed=i, races=h < 100)
-        grid.reset()
-        grid.check(case, tile_for(case, kind, blocks=3 + h // 33, tiles=1 + i % 2), seed=i)
-        assert grid.findings() == []
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cell", ops.CELLS)
-def test_lengths_and_resets(grid, cell, kind):
-    """Rows are sorted by length inside; some have none, tiles too; resets with and without a state."""
-    masks = [("rows", ""), ("groups", ""), ("", "zeros"), ("", "groups"), ("rows", "state"), ("groups", "groups")]
-    for i, ((lengths, resets), reverse) in enumerate(product(masks, ("alternate", "all"))):
-        T, B, P, h = [(4, 5, 2, 5), (3, 17, 1, 6), (5, 3, 3, 3), (2, 9, 2, 7)][i % 4]
-        case = Case(cell, T, B, P, h, 0, lengths, resets, reverse, KINDS[kind][0])
-        grid.schedule(i % 8, seed=i)
-        grid.reset()
-        grid.check(case, tile_for(case, kind, blocks=2, tiles=1 + i % 3), seed=i)
-        assert grid.findings() == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -307,63 +287,12 @@ def test_uncleared_workspace(grid, kind):
         workspace = None
         for seed, T in enumerate([3, 3, 2, 1, 2, 5, 3]):
             case = replace(base, T=T)
-            forward, backward = problem(case, seed)
             if workspace is None:
-                p, _ = grid.params(forward[0], case.dtype)
+                p, _ = grid.params(problem(case, seed)[0][0], case.dtype)
                 p.batch = case.B
                 workspace = grid.workspace(p, True, tile)  # backward's is the larger
-            got = grid.forward(forward[0], tile, workspace=workspace)
-            assert_near(got, forward[1], TOLERANCE[kind], FORWARD_NAMES, case)
-            got = grid.backward(backward[0], tile, workspace=workspace)
-            assert_near(got, backward[1], 3 * TOLERANCE[kind], BACKWARD_NAMES, case)
-        assert grid.findings() == []
-
-
-@pytest.mark.parametrize("cell", ops.CELLS)
-def test_few_steps_and_absent_arguments(grid, cell):
-    for i, (T, dtype) in enumerate(product((0, 1, 2), (torch.float32, torch.bfloat16))):
-        case = Case(cell, T, 3, 2, 5, 0, "rows" if i % 2 else "", "state", dtype=dtype)
-        tile = tile_for(case, "float32" if dtype == torch.float32 else "bfloat16", tiles=2)
-        tolerance = TOLERANCE[str(dtype).split(".")[1]]
-        grid.schedule(i % 8, seed=i)
-        grid.reset()
-        grid.check(case, tile)
-        arguments = case.arguments(1) | {"bias_hh": None}
-        want = reference.forward(*map(double, arguments.values()))
-        got = grid.forward(arguments, tile, save=False)
-        assert_near(got[:3], want[:3], tolerance, FORWARD_NAMES[:3], case)
-        call = backward_arguments(arguments, want[0].to(dtype), want[3].to(dtype))
-        for missing in [(1, 2, 3), (1,), (2, 3)]:
-            some = [None if k in missing else x for k, x in enumerate(call)]
-            want_back = reference.backward(*map(double, some))
-            assert_near(grid.backward(some, tile), want_back, 3 * tolerance, BACKWARD_NAMES, (case, missing))
-        assert grid.findings() == []
-
-
-def test_strides_and_special_values(grid):
-    """gates_ih and grad_output need not be contiguous; a NaN stays in its row."""
-    for kind in KINDS:
-        case = Case("lstm", 3, 9, 1, 6, dtype=KINDS[kind][0])
-        tile = tile_for(case, kind, tiles=1)
-        grid.schedule(0, seed=1)
-        grid.reset()
-        forward, _backward = problem(case, 0)
-        want = grid.forward(forward[0], tile)
-        x = forward[0]["gates_ih"].transpose(0, 1).contiguous()
-        swapped = grid.upload(x, "gates_ih")
-        p, _ = grid.params(forward[0], case.dtype)
-        T, B, width = forward[0]["gates_ih"].shape
-        p.steps, p.batch, p.gates_ih = T, B, swapped
-        p.gates_ih_stride_t, p.gates_ih_stride_b = width, T * width
-        results = [grid.result(p, n, w.shape, w.dtype, False) for n, w in zip(FORWARD_NAMES, want, strict=True)]
-        got = grid.finish(p, False, tile, None, results)
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-        spoilt = forward[0]["gates_ih"].clone()
-        spoilt[1, 4, 2] = float("nan")
-        got = grid.forward(forward[0] | {"gates_ih": spoilt}, tile)
-        others = [b for b in range(case.B) if b != 4]
-        assert got[0][1:, 4].isnan().any() and torch.equal(got[0][:, others], want[0][:, others])
+            grid.check_forward(case, tile, seed, workspace)
+            grid.check_backward(case, tile, seed, workspace)
         assert grid.findings() == []
 
 

@@ -137,6 +137,9 @@ FASTRNN_DEV void store_release(uint32_t* p, uint32_t v) {
 // between two looks at a word in a spin loop; no nanosleep, whose granularity is longer than a step
 FASTRNN_DEV void spin_pause() {}
 
+// ends the launch with an error that stays with the process's context: for debug builds
+FASTRNN_DEV void trap() { asm volatile("trap;"); }
+
 // ---- tensor cores: d [16, 8] += a [16, K] * b [K, 8], fp32 accumulation ----
 // With g = lane / 4 and q = lane % 4, a lane holds
 //   d[i]: row g + 8 (i / 2), column 2 q + i % 2

@@ -211,6 +211,7 @@ void store_relaxed(uint32_t* p, uint32_t v);
 void store_release(uint64_t* p, uint64_t v);
 void store_release(uint32_t* p, uint32_t v);
 void spin_pause();
+void trap();
 
 // ---- tensor cores ----
 

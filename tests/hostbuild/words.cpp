@@ -218,4 +218,6 @@ void spin_pause() {
   t.ticket = 0;
 }
 
+void trap() { emu::stop("trap", emu::line_of(FASTRNN_PC) + ": trap"); }
+
 }  // namespace fastrnn::dev
