@@ -237,6 +237,22 @@ def test_kernels(source):
     assert compare([made], table, version) == []
 
 
+@needs_nvcc
+def test_bounded_spins_compile(tmp_path):
+    """The debug build's trap; a whole kernel of it takes 10 s more."""
+    source = tmp_path / "bounded.cu"
+    source.write_text(
+        "#define FASTRNN_BOUNDED_SPINS 16777216\n"
+        '#include "cuda/grid.cuh"\n'
+        "__global__ void waits_kernel(const uint64_t* words, uint32_t* out) {\n"
+        "  fastrnn::cuda::await(words, [](int n) { return n * 32; }, 15u, 1u, false,\n"
+        "                       *reinterpret_cast<uint32_t(*)[4]>(out));\n"
+        "}\n"
+    )
+    (kernel,) = cuda_object.compile_object(source, ARCH, TOOLKIT, cuda_object.headers_digest()).kernels
+    assert not kernel.opcodes or kernel.opcodes["BPT.TRAP"] > 0, kernel.opcodes
+
+
 def test_command_line_without_nvcc(tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools/check_cuda.py")],

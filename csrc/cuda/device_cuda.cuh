@@ -296,10 +296,16 @@ inline Error device_info(DeviceInfo* info) {
 // what a kernel may use without asking for more
 constexpr size_t kDefaultShared = 48 << 10;
 
+// Lets every launch of the kernel on this device have all the shared memory that there is, not this launch its share:
+// the limit is the kernel's, and another thread may stand between setting it and its own, larger launch.
 template <class... P>
 Error allow_shared(void (*kernel)(P...), size_t shared) {
   if (shared <= kDefaultShared) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  DeviceInfo info{};
+  Error e = device_info(&info);
+  if (e == cudaSuccess)
+    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(info.shared_per_block));
+  return e;
 }
 
 // how many blocks of this shape the current device holds at once
