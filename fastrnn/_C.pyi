@@ -11,5 +11,5 @@ def cpu_plan(
 # Only in builds with CUDA kernels.
 def cuda_plan(
     cell: int, dtype: str, T: int, B: int, P: int, h: int, R: int, projected: bool, lengths: bool, resets: bool,
-    backward: bool, tf32: bool, multiprocessors: int, compute_capability: int, shared_per_block: int,
+    backward: bool, tf32: bool, multiprocessors: int, compute_capability: int, shared_per_block: int, tier: str,
 ) -> dict[str, Any]: ...  # fmt: skip

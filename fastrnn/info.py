@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -102,15 +103,16 @@ def cpu_choice(call: Call, threads: int) -> dict[str, Any]:
     return {"instruction_set": fastrnn.instruction_set(), **_C.cpu_plan(*call.sizes(), threads)}
 
 
-def cuda_choice(call: Call, gpu: Gpu, backward: bool, tf32: bool) -> dict[str, Any]:
-    """The tier and tile that the CUDA dispatch table gives.
+def cuda_choice(call: Call, gpu: Gpu, backward: bool, tf32: bool, tier: str = "") -> dict[str, Any]:
+    """The tier and tile that the CUDA dispatch table gives, or the tile of the tier that is named.
 
     Raises:
         RuntimeError: the extension was built without CUDA kernels.
+        ValueError: there is no such tier, or it cannot run the call.
     """
     if not has_cuda_kernels():
         raise RuntimeError("this build has no CUDA kernels (build_info()['cuda_archs'] is None)")
-    return _C.cuda_plan(*call.sizes(), call.lengths, call.resets, backward, tf32, *gpu)
+    return _C.cuda_plan(*call.sizes(), call.lengths, call.resets, backward, tf32, *gpu, tier)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -158,11 +160,12 @@ def describe(options: argparse.Namespace) -> dict[str, Any] | None:
         told["cpu"] = cpu_choice(call, options.threads or torch.get_num_threads())
     if options.device == "cuda" or (options.device is None and has_cuda_kernels()):
         gpu = GPUS[options.gpu] if options.gpu else present_gpu() or GPUS["h100"]
+        tier = os.environ.get("FASTRNN_CUDA_TIER", "")
         assumed = options.gpu or (None if present_gpu() else "h100")
         told["cuda"] = {
             "gpu": {"assumed": assumed, **gpu._asdict()},
-            "forward": cuda_choice(call, gpu, False, options.tf32),
-            "backward": cuda_choice(call, gpu, True, options.tf32),
+            "forward": cuda_choice(call, gpu, False, options.tf32, tier),
+            "backward": cuda_choice(call, gpu, True, options.tf32, tier),
         }
     return told
 

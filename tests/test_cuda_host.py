@@ -423,6 +423,19 @@ def test_absent_arguments(cuda, tier, cell, projected, dtype):
         assert runs or not tier.tiles(case, False)
 
 
+@pytest.mark.parametrize("tier", ["resident", "grid"])
+def test_the_last_product_is_saved(cuda, tier):
+    """Where nobody wants the initial state's gradient, backward ends with step 0 (params.h)."""
+    case, tier = Case("lstm", 2, 3, 1, 9, dtype=torch.float32), TIERS[tier]
+    problem, (tile, *_) = Problem(case), tier.tiles(case, True)
+    cuda.schedule(0, 1)
+    accesses = []
+    for initial in (True, False):
+        run_backward(cuda, tier, tile, [*problem.back, initial])
+        accesses.append(sum(cuda.stats()[1:]))
+    assert accesses[1] < 0.85 * accesses[0], accesses
+
+
 @each_tier
 def test_strided_arguments(cuda, tier):
     """gates_ih and grad_output keep their strides of time and batch; masks keep all of theirs."""
@@ -520,6 +533,44 @@ def test_choice(cuda, backward):
     assert chosen(big) == [RESIDENT, 4]
     assert chosen(big, capability=80, shared=166912) == [RESIDENT, 1]
     assert chosen(big, capability=89, shared=101376)[0] != RESIDENT
+
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+
+@pytest.mark.parametrize(("tier", "forward", "backward", "case"), [
+    ("step", True, True, Case("lstm", 2, 3, 1, 8, 5, dtype=F64)),
+    ("step", True, True, Case("gru", 0, 3, 2, 300, dtype=BF16)),
+    ("step", False, False, Case("gru", 2, 0, 1, 8, dtype=F32)),
+    ("resident", True, True, Case("lstm", 0, 500, 2, 128, dtype=F32)),
+    ("resident", False, False, Case("lstm", 2, 3, 1, 129, dtype=F32)),
+    ("resident", True, False, Case("lstm", 2, 3, 1, 192, dtype=BF16)),
+    ("resident", True, True, Case("gru", 2, 3, 1, 192, dtype=BF16)),
+    ("resident", False, False, Case("gru", 2, 3, 1, 193, dtype=BF16)),
+    ("resident", False, False, Case("gru", 2, 3, 1, 8, dtype=F64)),
+    ("resident", False, False, Case("lstm", 2, 3, 1, 8, 5, dtype=F32)),
+    ("grid", True, True, Case("lstm", 1, 3, 2, 1, dtype=F32)),
+    ("grid", True, True, Case("rnn_relu", 0, 129, 1, 17, dtype=BF16)),
+    ("grid", True, True, Case("gru", 8, 32, 1, 1056, dtype=BF16)),  # the table says: too much to exchange
+    ("grid", False, False, Case("gru", 2, 3, 1, 2200, dtype=BF16)),
+    ("grid", False, False, Case("lstm", 2, 3, 1, 8, dtype=F64)),
+    ("grid", False, False, Case("lstm", 2, 3, 1, 8, 5, dtype=F32)),
+    ("cluster", False, False, Case("lstm", 2, 3, 1, 8, dtype=F32)),
+    ("no such tier", False, False, Case("lstm", 2, 3, 1, 8, dtype=F32)),
+], ids=str)  # fmt: skip
+def test_a_tier_by_name(cuda, tier, forward, backward, case):
+    """What FASTRNN_CUDA_TIER asks: what it can run it runs, worth it or not; what it cannot is refused."""
+    cuda.reset()
+    T, B, P, h, R = case.T, case.B, case.P, case.h, case.projected or case.h
+    numbers = [T, B, P, h, R, CELLS.index(case.cell), DTYPES.index(case.dtype), *[0] * 9]
+    places = dict.fromkeys(ADDRESSES) | {"weight_hr": 1 if case.projected else None}  # looked at, never behind
+    for back, want in ((False, forward), (True, backward)):
+        choice = (ctypes.c_int64 * 8)()
+        taken = cuda.library.cuda_choose_from(
+            (ctypes.c_int64 * 16)(*numbers), (ctypes.c_void_p * 25)(*places.values()), tier.encode(), back, 132, 90,
+            ctypes.c_int64(232448), choice)  # fmt: skip
+        assert bool(taken) == want, back
+        assert not taken or (choice[0] == list(TIERS).index(tier) and choice[7] <= 232448)
 
 
 def test_choice_says_what_it_is(cuda):

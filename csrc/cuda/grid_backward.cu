@@ -24,10 +24,10 @@ __global__ void __launch_bounds__(tiles::kGridThreads, 1)
   for (int n = 0; n < N; ++n) carried[n] = 0.f;
 
   // Step -1 finishes: its product, over the gate gradients of step 0, goes to grad_h_0.
-  const int steps = shared.length[0];
+  const int steps = shared.length[0], end = finish_wanted(p) ? -1 : 0;
   int running = 0;  // rows with a step k + 1, then with a step k
   uint8_t crossed = 0, reset = reset_before(p, o.row, steps - 1);  // on entering steps k + 1 and k
-  for (int k = steps - 1; k >= -1; --k) {
+  for (int k = steps - 1; k >= end; --k) {
     const int before = running;
     while (running < s.rows && shared.length[running] > k) ++running;
     BackwardLoads<Cell, S> loads[N];

@@ -79,12 +79,15 @@ int prepare_grid(const ForwardParams& p, int first_group, int groups, const Grid
   return s.half ? with_half(p.dtype, run) : run(Type<float>{});
 }
 
-bool grid_choice(const ForwardParams& p, bool backward, const Device& device, bool allow_tf32, Choice* choice) {
-  if (!check_sizes(p) || p.dtype == DType::kFloat64 || p.weight_hr || p.steps < 2) return false;
+bool grid_choice(const ForwardParams& p, bool backward, const Device& device, bool allow_tf32, bool forced,
+                 Choice* choice) {
+  if (!check_sizes(p) || p.dtype == DType::kFloat64 || p.weight_hr) return false;
   if (p.groups > kGroupsPerLaunch || p.batch > tiles::kGridBatch || device.compute_capability < 80) return false;
   const bool half = tiles::is_half(p.dtype), tf32 = allow_tf32 && p.dtype == DType::kFloat32;
   GridShape s{kCells[p.cell].gates, int32_t(p.hidden), int32_t(p.batch), 0, 0, 0, backward, half || tf32, half};
   if (!tiles::grid_fit(s, p.groups, device.multiprocessors, device.shared_per_block)) return false;
+  // One step has nothing to exchange, and a product of cuBLAS is spread as well.
+  if (!forced && (p.steps < 2 || s.exchanged_bytes() > tiles::kGridExchangeBytes)) return false;
   *choice = Choice{Tier::kGrid,
                    s.rows,
                    s.units,

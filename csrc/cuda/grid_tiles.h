@@ -102,7 +102,7 @@ struct GridShape {
 };
 
 // Fills in units and rows: as many tiles of rows as find multiprocessors, since every block reads all of its rows'
-// states from the exchange each step. False where the tier cannot run the call there, or should not.
+// states from the exchange each step. False where the tier cannot run the call there.
 constexpr bool grid_fit(GridShape& s, int64_t groups, int multiprocessors, int64_t shared_per_block) {
   s.threads = kGridThreads;
   s.units = s.most_units();
@@ -112,8 +112,7 @@ constexpr bool grid_fit(GridShape& s, int64_t groups, int multiprocessors, int64
   const int step = s.mma ? 8 : 4;  // what rows cost is counted in these
   const int tiles = free_tiles < s.batch ? int(free_tiles) : s.batch;
   s.rows = grid_ceil_div(grid_ceil_div(s.batch, tiles), step) * step;
-  return s.rows <= kGridRows && s.valid() && s.shared_bytes() <= shared_per_block &&
-         s.exchanged_bytes() <= kGridExchangeBytes;
+  return s.rows <= kGridRows && s.valid() && s.shared_bytes() <= shared_per_block;
 }
 
 }  // namespace fastrnn::cuda::tiles

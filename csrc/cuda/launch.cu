@@ -1,21 +1,44 @@
 // Chooses the tier of a call and hands calls to their tiers.
 #include "launch.h"
 
+#include <cstring>
+
 #include "common.cuh"
 
 namespace fastrnn::cuda {
+
+Tier find_tier(const char* name) {
+  int tier = 0;
+  while (tier < int(Tier::kCluster) && std::strcmp(name, kTierNames[tier]) != 0) ++tier;
+  return Tier(tier);
+}
+
+static Choice step_choice(const ForwardParams& params, bool allow_tf32) {
+  Choice choice{};
+  choice.tier = Tier::kStep;
+  choice.tf32 = allow_tf32 && params.dtype == DType::kFloat32;
+  choice.description = "per-step: a cuBLAS product and a pointwise kernel a step";
+  return choice;
+}
 
 Choice choose(const ForwardParams& params, bool backward, const Device& device, bool allow_tf32) {
   Choice choice{};
   if (check_sizes(params) && params.batch > 0 && params.steps > 0) {
     if (resident_choice(params, backward, device, &choice)) return choice;
-    if (grid_choice(params, backward, device, allow_tf32, &choice)) return choice;
+    if (grid_choice(params, backward, device, allow_tf32, false, &choice)) return choice;
   }
-  choice = Choice{};
-  choice.tier = Tier::kStep;
-  choice.tf32 = allow_tf32 && params.dtype == DType::kFloat32;
-  choice.description = "per-step: a cuBLAS product and a pointwise kernel a step";
-  return choice;
+  return step_choice(params, allow_tf32);
+}
+
+bool choose_from(Tier tier, const ForwardParams& params, bool backward, const Device& device, bool allow_tf32,
+                 Choice* choice) {
+  if (!check_sizes(params) || params.batch < 1) return false;
+  switch (tier) {
+    case Tier::kStep: return *choice = step_choice(params, allow_tf32), true;
+    case Tier::kResident: return resident_choice(params, backward, device, choice);
+    case Tier::kGrid: return grid_choice(params, backward, device, allow_tf32, true, choice);
+    default: return false;
+  }
 }
 
 int64_t workspace_bytes(const ForwardParams& params, const Choice& choice, bool backward) {

@@ -16,6 +16,8 @@ struct Device {
 };
 
 enum class Tier : int32_t { kStep, kResident, kGrid, kCluster };
+inline constexpr const char* kTierNames[] = {"step", "resident", "grid", "cluster"};
+Tier find_tier(const char* name);  // kCluster, which runs nothing yet, for any other name
 
 // What runs one call. Only `tier`, `rows`, `units`, `variant` and `tf32` steer a launcher; the rest is what
 // follows from them, for people to read.
@@ -33,6 +35,9 @@ struct Choice {
 
 // The tier and tile of a call (tiles.h). Never fails: what no other tier takes goes to kStep.
 Choice choose(const ForwardParams& params, bool backward, const Device& device, bool allow_tf32);
+// The same from one tier alone, worth it or not. False where it cannot run the call.
+bool choose_from(Tier tier, const ForwardParams& params, bool backward, const Device& device, bool allow_tf32,
+                 Choice* choice);
 
 // Scratch of one launch, 256-byte aligned. Its first workspace_zeroed_bytes must be zero when the kernel starts;
 // nothing is kept from launch to launch. 0 for kStep, whose buffers are StepBuffers.
@@ -79,13 +84,13 @@ int finish_backward(const BackwardParams& params, const StepBuffers& buffers, vo
 
 // ---- the other tiers, as choose() and recurrent_* call them ----
 //
-// *_choice fills `choice` and returns true if the tier can run the call on that device.
+// *_choice fills `choice` and returns true if the tier can run the call on that device and, unless `forced`, should.
 
 bool resident_choice(const ForwardParams& params, bool backward, const Device& device, Choice* choice);
 int resident_forward(const ForwardParams& params, const Choice& choice, void* stream);
 int resident_backward(const BackwardParams& params, const Choice& choice, void* stream);
 
-bool grid_choice(const ForwardParams& params, bool backward, const Device& device, bool allow_tf32,
+bool grid_choice(const ForwardParams& params, bool backward, const Device& device, bool allow_tf32, bool forced,
                  Choice* choice);
 int64_t grid_workspace_bytes(const ForwardParams& params, const Choice& choice, bool backward);
 int64_t grid_workspace_zeroed_bytes(const ForwardParams& params, const Choice& choice, bool backward);

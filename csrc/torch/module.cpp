@@ -71,13 +71,18 @@ py::dict cpu_plan(int cell, const std::string& dtype, int64_t T, int64_t B, int6
 #if defined(FASTRNN_CUDA_ARCHS)
 py::dict cuda_plan(int cell, const std::string& dtype, int64_t T, int64_t B, int64_t P, int64_t h, int64_t R,
                    bool projected, bool lengths, bool resets, bool backward, bool tf32, int multiprocessors,
-                   int compute_capability, int64_t shared_per_block) {
+                   int compute_capability, int64_t shared_per_block, const std::string& tier) {
   const Call call(cell, dtype, T, B, P, h, R, projected, lengths, resets);
-  const fastrnn::cuda::Choice choice = fastrnn::cuda::choose(
-      call.params, backward, {multiprocessors, compute_capability, shared_per_block}, tf32);
-  static constexpr const char* kTiers[] = {"step", "resident", "grid", "cluster"};
+  const fastrnn::cuda::Device device{multiprocessors, compute_capability, shared_per_block};
+  fastrnn::cuda::Choice choice{};
+  if (tier.empty()) {
+    choice = fastrnn::cuda::choose(call.params, backward, device, tf32);
+  } else if (!fastrnn::cuda::choose_from(fastrnn::cuda::find_tier(tier.c_str()), call.params, backward, device, tf32,
+                                         &choice)) {
+    throw std::invalid_argument("tier: '" + tier + "' is none, or cannot run this call");
+  }
   py::dict out;
-  out["tier"] = kTiers[static_cast<int>(choice.tier)];
+  out["tier"] = fastrnn::cuda::kTierNames[static_cast<int>(choice.tier)];
   out["description"] = choice.description ? choice.description : "";
   out["rows"] = choice.rows;
   out["units"] = choice.units;

@@ -9,6 +9,9 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <cstdlib>
+#include <string>
+
 #include "../cells/registry.h"
 #include "../cuda/launch.h"
 #include "prepare.h"
@@ -28,10 +31,27 @@ bool allow_tf32() {
          at::Float32Precision::TF32;
 }
 
+std::string described(const ForwardParams& p) {
+  return c10::str("cell '", kCells[p.cell].name, "' with ", p.steps, " steps, batch ", p.batch, ", ", p.groups,
+                  " groups, hidden size ", p.hidden, ", width ", p.width);
+}
+
 void raise_if(int error, const char* op, const ForwardParams& p, const char* kernel) {
-  TORCH_CHECK(error == 0, op, ": ", cudaGetErrorString(static_cast<cudaError_t>(error)), " in '", kernel,
-              "' for cell '", kCells[p.cell].name, "' with ", p.steps, " steps, batch ", p.batch, ", ", p.groups,
-              " groups, hidden size ", p.hidden, ", width ", p.width);
+  TORCH_CHECK(error == 0, op, ": ", cudaGetErrorString(static_cast<cudaError_t>(error)), " in '", kernel, "' for ",
+              described(p));
+}
+
+// The table's choice, or the tier that the environment variable FASTRNN_CUDA_TIER names: for tests and measurements.
+cuda::Choice choose(const char* op, const ForwardParams& p, bool backward) {
+  const char* name = std::getenv("FASTRNN_CUDA_TIER");
+  if (!name || !*name) return cuda::choose(p, backward, current_device(), allow_tf32());
+  const cuda::Tier tier = cuda::find_tier(name);
+  TORCH_CHECK_VALUE(tier != cuda::Tier::kCluster, "FASTRNN_CUDA_TIER: expected step, resident or grid, got '", name,
+                    "'");
+  cuda::Choice choice{};
+  TORCH_CHECK_NOT_IMPLEMENTED(cuda::choose_from(tier, p, backward, current_device(), allow_tf32(), &choice), op,
+                              ": FASTRNN_CUDA_TIER=", name, " cannot run ", described(p), " on this device");
+  return choice;
 }
 
 // Scratch tensors of one call, shapes as in launch.h.
@@ -128,15 +148,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(
     const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
     const c10::List<bool>& reverse, bool save) {
   const at::AutoDispatchBelowADInplaceOrView below;  // the products' out= tensors meet no autograd
+  TORCH_CHECK(gates_ih.is_cuda(), "recurrent_forward: gates_ih: expected a CUDA device, as that of another argument, got ",
+              gates_ih.device());
   const c10::cuda::CUDAGuard guard(gates_ih.device());
   PreparedForward call = prepare_forward(
       {cell, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse}, gates_ih, save);
   const ForwardParams& p = call.params;
   if (p.batch > 0) {
-    const cuda::Choice choice = cuda::choose(p, false, current_device(), allow_tf32());
+    const cuda::Choice choice = choose("recurrent_forward", p, false);
     void* stream = c10::cuda::getCurrentCUDAStream().stream();
     if (choice.tier == cuda::Tier::kStep) {
-      forward_per_step(p, weight_hh, weight_hr, stream, choice.description);
+      forward_per_step(p, weight_hh.contiguous(), contiguous(weight_hr), stream, choice.description);
     } else {
       const Tensor scratch = workspace(p, choice, false, gates_ih);
       raise_if(cuda::recurrent_forward(p, choice, scratch.data_ptr(), stream), "recurrent_forward", p,
@@ -153,13 +175,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda
     const OptionalTensor& reset_h, const OptionalTensor& reset_c, const c10::List<bool>& reverse,
     const Tensor& output, const Tensor& saved, bool initial) {
   const at::AutoDispatchBelowADInplaceOrView below;
+  TORCH_CHECK(output.is_cuda(),
+              "recurrent_backward: output: expected a CUDA device, as that of another argument, got ", output.device());
   const c10::cuda::CUDAGuard guard(output.device());
   PreparedBackward call = prepare_backward(
       {cell, weight_hh, std::nullopt, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse},
       grad_output, grad_h_n, grad_c_n, output, saved, initial);
   const BackwardParams& p = call.params;
   if (p.batch > 0) {
-    const cuda::Choice choice = cuda::choose(p, true, current_device(), allow_tf32());
+    const cuda::Choice choice = choose("recurrent_backward", p, true);
     void* stream = c10::cuda::getCurrentCUDAStream().stream();
     if (choice.tier == cuda::Tier::kStep) {
       backward_per_step(p, weight_hh.contiguous(), contiguous(weight_hr), stream, choice.description);

@@ -36,7 +36,7 @@ FASTRNN_EXPORT int grid_test_run(const BackwardParams* p, bool backward, int uni
 FASTRNN_EXPORT int grid_test_choice(const BackwardParams* p, bool backward, int multiprocessors, bool allow_tf32,
                                     int64_t numbers[5]) {
   cuda::Choice choice{};
-  if (!cuda::grid_choice(*p, backward, {multiprocessors, 90, 232448}, allow_tf32, &choice)) return 0;
+  if (!cuda::grid_choice(*p, backward, {multiprocessors, 90, 232448}, allow_tf32, false, &choice)) return 0;
   const int64_t values[] = {choice.units, choice.rows, choice.threads, choice.blocks, choice.shared};
   for (int i = 0; i < 5; ++i) numbers[i] = values[i];
   return 1;
