@@ -98,3 +98,17 @@ def test_cuda_choice_is_told(capsys):
     told = json.loads(out.out)["cuda"]
     assert status == 0 and told["gpu"]["assumed"] == "h100" and told["gpu"]["compute_capability"] == 90
     assert {"tier", "description"} <= told["forward"].keys() & told["backward"].keys()
+
+
+@needs_cuda_build
+def test_a_tier_is_named(capsys, monkeypatch):
+    asked = ("--device", "cuda", "--gpu", "h100", "--dtype", "bfloat16", "--hidden", "128")
+    for tier in ("step", "resident", "grid"):
+        monkeypatch.setenv("FASTRNN_CUDA_TIER", tier)
+        status, out = run(capsys, *asked)
+        told = json.loads(out.out)["cuda"]
+        assert status == 0 and told["forward"]["tier"] == told["backward"]["tier"] == tier
+    for tier, more in (("grid", ["--proj", "8"]), ("fast", [])):
+        monkeypatch.setenv("FASTRNN_CUDA_TIER", tier)
+        status, out = run(capsys, *asked, *more)
+        assert status == 2 and f"'{tier}' is none, or cannot run this call" in out.err
