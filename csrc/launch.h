@@ -7,6 +7,8 @@ namespace fastrnn::cpu {
 // Runs on at most `threads` OpenMP threads, this one included. Throws std::bad_alloc if the workspace cannot be
 // had; nothing has been written then.
 void recurrent_forward(const ForwardParams& params, int threads);
+// The same with the projection inside; params.gates_ih is not read.
+void layer_forward(const ForwardParams& params, const ProjectionParams& projection, int threads);
 void recurrent_backward(const BackwardParams& params, int threads);
 
 // The matrix products around a recurrence, by its own micro-kernel. The same terms.

@@ -42,6 +42,16 @@ struct ForwardParams {
   void* saved;   // [T, B, P*S*h] or null: backward will not follow; already zero where lengths are given
 };
 
+// What gates_ih is made of where a layer's call makes it itself, a few steps at a time, instead of being given it:
+// gates_ih = weight_ih input + bias_ih.
+struct ProjectionParams {
+  int64_t size;       // I
+  const void* input;  // [T, B, I], last dimension contiguous
+  int64_t input_stride_t, input_stride_b;
+  const void* weight;  // [P, G*h, I]
+  const void* bias;    // [P, G*h] or null
+};
+
 // The forward call's inputs, its output and saved, and:
 struct BackwardParams : ForwardParams {
   const void* grad_output;  // [T, B, P*R], last dimension contiguous, or null for zeros

@@ -43,7 +43,7 @@ class _Rule(NamedTuple):
     keeps: tuple[int, ...]  # results that the pullback looks at
 
 
-def _pull_forward(args: list[Any], results: Sequence[Tensor], needed: Sequence[bool], grads: Grads) -> Grads:
+def pull_forward(args: list[Any], results: Sequence[Tensor], needed: Sequence[bool], grads: Grads) -> Grads:
     cell, _, weight_hh, _, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, _ = args
     output, saved = results
     grad_output, grad_h_n, grad_c_n, grad_saved = grads
@@ -156,7 +156,7 @@ def _pull_backward(args: list[Any], results: Sequence[Tensor], needed: Sequence[
 _FORWARD = _Rule(
     recurrent_forward,
     _composite_forward,
-    _pull_forward,
+    pull_forward,
     frozenset((0, 2, 4, 5, 6, 7, 8, 9, 10, 11)),
     (0, 3),  # output and saved; h_n and c_n stay free for in-place use
 )

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import layer as fused
 from .ops import CELLS, recurrent_forward
-from .products import linear
 
 
 class LayerWeights(NamedTuple):
@@ -259,9 +259,11 @@ def _elman(nonlinearity: str) -> str:
 
 
 def _cell(cell: str, input: Tensor, states: States, weights: LayerWeights) -> States:
-    h, *c = states
-    gates_ih = F.linear(input, weights.weight_ih, weights.bias_ih)[None]
-    _, h_n, c_n, _ = _recurrence(cell, gates_ih, [weights], (h, *c), None, None, None)
+    if fused.fits(input, [weights], states, ()):
+        _, h_n, c_n = fused.layer(cell, input[None], [weights], states, None, None, None)
+    else:
+        gates_ih = F.linear(input, weights.weight_ih, weights.bias_ih)[None]
+        _, h_n, c_n, _ = _recurrence(cell, gates_ih, [weights], states, None, None, None)
     return h_n, c_n
 
 
@@ -323,15 +325,17 @@ def _network(
     for layer, layer_weights in enumerate(weights):
         if layer > 0 and dropout > 0 and training:
             output = F.dropout(output, dropout, training=True)
-        gates_ih = _project(output, layer_weights)
-        start = of_layer(states, layer)
+        start, fresh = of_layer(states, layer), of_layer(reset_states, layer)
         if start is None:
             first = layer_weights[0]
             widths = (first.weight_hh.shape[1], first.weight_hh.shape[0] // CELLS[cell].gates)
-            start = tuple(gates_ih.new_zeros(input.shape[1], D * n) for n in widths[: CELLS[cell].states])
-        output, h_n, c_n, _ = _recurrence(
-            cell, gates_ih, layer_weights, start, lengths, resets, of_layer(reset_states, layer)
-        )
+            start = tuple(output.new_zeros(input.shape[1], D * n) for n in widths[: CELLS[cell].states])
+        if fused.fits(output, layer_weights, (*start, *(fresh or ())), (lengths, resets)):
+            output, h_n, c_n = fused.layer(cell, output, layer_weights, start, lengths, resets, fresh)
+        else:
+            gates_ih = _project(output, layer_weights)
+            start = tuple(x.to(gates_ih.dtype) for x in start) if states is None else start
+            output, h_n, c_n, _ = _recurrence(cell, gates_ih, layer_weights, start, lengths, resets, fresh)
         finals.append(tuple(_unfold(s, D) for s in (h_n, c_n)[: CELLS[cell].states]))
     if len(finals) == 1:
         return output, finals[0]
@@ -341,9 +345,9 @@ def _network(
 def _project(input: Tensor, weights: Sequence[LayerWeights]) -> Tensor:
     """W_ih x + b_ih for all steps and directions at once: [T, B, D*G*H]."""
     if len(weights) == 1:
-        return linear(input, weights[0].weight_ih, weights[0].bias_ih)
+        return F.linear(input, weights[0].weight_ih, weights[0].bias_ih)
     biases = [w.bias_ih for w in weights if w.bias_ih is not None]
-    return linear(input, torch.cat([w.weight_ih for w in weights]), torch.cat(biases) if biases else None)
+    return F.linear(input, torch.cat([w.weight_ih for w in weights]), torch.cat(biases) if biases else None)
 
 
 def _fold(state: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from itertools import product
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from fastrnn import products
 
@@ -61,50 +60,30 @@ def test_gemm_opcheck():
         torch.library.opcheck(gemm, (a, b, torch.randn(4), turn_a, turn_b))
 
 
-@pytest.mark.parametrize("batch_major", [False, True])
-@pytest.mark.parametrize("needed", list(product((False, True), repeat=3)), ids=str)
-def test_linear_equals_atens(needed, batch_major):
-    x = torch.randn(5, 20, 7, dtype=torch.float64)
-    x = x.transpose(0, 1) if batch_major else x
-    inputs = [x, torch.randn(9, 7, dtype=torch.float64), torch.randn(9, dtype=torch.float64)]
-    leaves = [i.detach().requires_grad_(n) for i, n in zip(inputs, needed, strict=True)]
-    got, want = products.linear(*leaves), F.linear(*leaves)
-    torch.testing.assert_close(got, want)
-    assert got.requires_grad == any(needed)
-    if batch_major:
-        assert got.transpose(0, 1).is_contiguous()
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    if wanted:
-        weight = torch.randn_like(want)
-        torch.testing.assert_close(torch.autograd.grad(got, wanted, weight), torch.autograd.grad(want, wanted, weight))
-
-
-def test_linear_higher_derivatives():
-    x = torch.randn(4, 9, 3, dtype=torch.float64, requires_grad=True)
-    w = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    b = torch.randn(2, dtype=torch.float64, requires_grad=True)
-    assert x.shape[0] * x.shape[1] >= products._FEWEST_ROWS
-    torch.autograd.gradcheck(products.linear, (x, w, b))
-    torch.autograd.gradgradcheck(products.linear, (x, w, b))
-    direction = torch.randn_like(x)
-    got = torch.func.jvp(lambda x: products.linear(x, w, b), (x,), (direction,))
-    torch.testing.assert_close(got, torch.func.jvp(lambda x: F.linear(x, w, b), (x,), (direction,)))
+@pytest.mark.parametrize("rows", [1, 31, 32, 100])
+def test_products(rows):
+    a, b, c = (torch.randn(*shape, dtype=torch.float64) for shape in ((rows, 5), (rows, 17), (5, 3)))
+    torch.testing.assert_close(products.transposed_product(a, b), a.t() @ b, rtol=0, atol=1e-13)
+    torch.testing.assert_close(products.product(a, c), a @ c, rtol=0, atol=1e-13)
 
 
 def test_own_kernel_is_taken_where_it_can_be(monkeypatch):
     calls = []
     monkeypatch.setattr(products, "_gemm", lambda *args: calls.append(args) or gemm(*args))
-    x, w = torch.randn(8, 8, 3), torch.randn(5, 3, requires_grad=True)
-    products.linear(x, w, None).sum().backward()
-    assert len(calls) == 2  # forward and the weight's gradient; the input needs none
+    a, b, w = torch.randn(64, 5), torch.randn(64, 3), torch.randn(5, 3, requires_grad=True)
+    with torch.no_grad():
+        products.transposed_product(a, b)
+        products.product(a, w)
+    assert len(calls) == 2
     calls.clear()
     for unusual in (
-        lambda: products.linear(x[:2, :2], w, None),
-        lambda: products.linear(x.bfloat16(), w.bfloat16(), None),
-        lambda: torch.func.vmap(lambda x: products.linear(x, w, None))(x.expand(2, 8, 8, 3)),
-        lambda: torch.func.grad(lambda w: products.linear(x, w, None).sum())(w.detach()),
+        lambda: products.product(a, w),  # a graph is wanted
+        lambda: products.transposed_product(a[:8], b[:8]),
+        lambda: products.transposed_product(a.bfloat16(), b.bfloat16()),
+        lambda: torch.func.vmap(products.transposed_product)(a.expand(2, 64, 5), b.expand(2, 64, 3)),
+        lambda: torch.func.grad(lambda w: products.product(a, w).sum())(w.detach()),
     ):
         unusual()
     with torch.autocast("cpu", torch.bfloat16):
-        assert products.linear(x, w, None).dtype == torch.bfloat16
+        assert products.transposed_product(a, b).dtype == torch.bfloat16
     assert not calls

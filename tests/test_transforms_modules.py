@@ -18,14 +18,13 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fastrnn.ops import recurrent_forward
-
 from .transform_cases import (
     assert_close,
     calls_of,
     count_calls,
     every_module,
     final_states,
+    layer_forward,
     loss_of,
     make_module,
     modules_by_reference,
@@ -165,7 +164,7 @@ def test_selective_checkpoint(kind: str):
     module, x = make_module(kind), _input()
 
     def policy(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-        keep = op is recurrent_forward
+        keep = op is layer_forward
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
-from fastrnn import functional, products, reference
+from fastrnn import functional, layer, products, reference
 from fastrnn.ops import CELLS, recurrent_backward, recurrent_forward
+
+layer_forward = torch.ops.fastrnn.layer_forward.default
 
 Function = Callable[..., Any]
 CELL_NAMES = tuple(CELLS)
@@ -201,7 +203,8 @@ def modules_by_reference() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(functional, "recurrent_forward", by_reference)
-        patch.setattr(products, "_plain", lambda *tensors: False)
+        patch.setattr(layer, "fits", lambda *call: False)
+        patch.setattr(products, "_has_gemm", lambda *tensors: False)
         yield
     assert calls, "the modules did not take the reference"
 
@@ -243,7 +246,7 @@ def count_calls() -> Iterator[collections.Counter[str]]:
     steps of the reference, seen at its cells, so that it does not matter who holds its functions.
     """
     seen: collections.Counter[str] = collections.Counter()
-    kernels = {recurrent_forward: "forward", recurrent_backward: "backward"}
+    kernels = {recurrent_forward: "forward", layer_forward: "forward", recurrent_backward: "backward"}
 
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -43,7 +43,7 @@ class BackwardWorker {
     units = all ? Range{0, b.unit_vectors} : share(b.unit_vectors, member, plan.team_size);
     widths = all ? Range{0, b.width_vectors} : share(b.width_vectors, member, plan.team_size);
     // Rows of the weights serve as panels where whole vectors of them, of the right type, can be read.
-    packed = plan.pack || sizeof(S) != sizeof(T) || p.hidden % L != 0 || p.width % L != 0;
+    packed = plan.pack_hh || sizeof(S) != sizeof(T) || p.hidden % L != 0 || p.width % L != 0;
   }
 
   void run() {

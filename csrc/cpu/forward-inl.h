@@ -12,6 +12,15 @@ FASTRNN_HD void for_each_panel(Range range, int step, Body body) {
   for (int64_t v = range.begin; v < range.end; v += step)
     body(v, int(range.end - v < step ? range.end - v : step));
 }
+// There and back in turn: what a cache still holds of the last time is then met first.
+template <class Body>
+FASTRNN_HD void for_each_panel_zigzag(Range range, int step, int64_t time, Body body) {
+  const int64_t panels = ceil_div(range.end - range.begin, step);
+  for (int64_t i = 0; i < panels; ++i) {
+    const int64_t v = range.begin + (time & 1 ? panels - 1 - i : i) * step;
+    body(v, int(range.end - v < step ? range.end - v : step));
+  }
+}
 
 template <class T, class S>
 FASTRNN_HD Vec<T> load_or_zero(const S* p, int64_t offset, int valid) {
@@ -27,8 +36,14 @@ struct ForwardBuffers {
   T *panels_hh, *bias, *panels_hr;
   T *h[2], *c;  // [B, stride]
   T* hidden;    // [B, stride]: o tanh(c) before the projection
+  // Of a chunk of steps, where gates_ih are made here. A step's rows follow the step's before it.
+  int64_t chunk_rows, input_stride;
+  T *panels_ih, *bias_ih;
+  T* input;     // [chunk_rows, input_stride]
+  T* gates_ih;  // [panels][chunk_rows][a panel's vectors]
+  int64_t* chunk_row;  // [team_size, chunk]: where each step's rows start in the chunk
 
-  ForwardBuffers(const ForwardParams& p, Arena& arena)
+  ForwardBuffers(const ForwardParams& p, const ProjectionParams* projection, const Plan& plan, Arena& arena)
       : unit_vectors(ceil_div(p.hidden, L)), width_vectors(ceil_div(p.width, L)) {
     stride = (unit_vectors + kMaxVectors) * L;
     panels_hh = arena.take<T>(unit_vectors * Cell::kGates * L * p.width);
@@ -37,6 +52,14 @@ struct ForwardBuffers {
     for (T*& x : h) x = arena.take<T>(p.batch * stride);
     c = arena.take<T>(p.batch * stride);
     hidden = p.weight_hr ? arena.take<T>(p.batch * stride) : nullptr;
+    if (!projection) return;
+    chunk_rows = plan.chunk * p.batch;
+    input_stride = round_up(projection->size, L) + L;
+    panels_ih = arena.take<T>(unit_vectors * Cell::kGates * L * projection->size);
+    bias_ih = arena.take<T>(unit_vectors * Cell::kGates * L);
+    input = arena.take<T>(chunk_rows * input_stride);
+    gates_ih = arena.take<T>(chunk_rows * unit_vectors * Cell::kGates * L);
+    chunk_row = arena.take<int64_t>(plan.team_size * plan.chunk);
   }
 };
 
@@ -49,9 +72,10 @@ class ForwardWorker {
   static constexpr int kSaved = Cell::kSaved + Cell::kStates - 1;
 
  public:
-  ForwardWorker(const ForwardParams& params, const Plan& plan, Barrier& barrier, char* workspace, int thread)
-      : p(params), plan(plan), barrier(barrier), team(thread / plan.team_size), member(thread % plan.team_size),
-        arena(workspace), b(params, arena) {
+  ForwardWorker(const ForwardParams& params, const ProjectionParams* projection, const Plan& plan, Barrier& barrier,
+                char* workspace, int thread)
+      : p(params), projection(projection), plan(plan), barrier(barrier), team(thread / plan.team_size),
+        member(thread % plan.team_size), arena(workspace), b(params, projection, plan, arena) {
     const bool all = plan.split_rows;
     units = all ? Range{0, b.unit_vectors} : share(b.unit_vectors, member, plan.team_size);
     widths = all ? Range{0, b.width_vectors} : share(b.width_vectors, member, plan.team_size);
@@ -65,6 +89,7 @@ class ForwardWorker {
       start();
       barrier.wait();
       for (int64_t s = 0; s < p.steps; ++s) {
+        if (projection && s % plan.chunk == 0) project(s, s + plan.chunk < p.steps ? s + plan.chunk : p.steps);
         step(s);
         if (!plan.split_rows && s + 1 < p.steps) barrier.wait();
       }
@@ -87,15 +112,29 @@ class ForwardWorker {
     weight_hh = static_cast<const S*>(p.weight_hh) + group * G * h * R;
     bias_hh = p.bias_hh ? static_cast<const S*>(p.bias_hh) + group * G * h : nullptr;
     weight_hr = p.weight_hr ? static_cast<const S*>(p.weight_hr) + group * R * h : nullptr;
-    if (!plan.pack) return;
+    const int64_t I = projection ? projection->size : 0;
+    weight_ih = projection ? static_cast<const S*>(projection->weight) + group * G * h * I : nullptr;
+    bias_ih = projection && projection->bias ? static_cast<const S*>(projection->bias) + group * G * h : nullptr;
     for_each_packed_panel(units, kUnits, [&](int64_t v, int vectors) {
-      pack_rows(weight_hh + v * L * R, R, h, G, vectors, h - v * L, R, b.panels_hh + v * G * L * R);
-      if (bias_hh) pack_rows(bias_hh + v * L, 1, h, G, vectors, h - v * L, 1, b.bias + v * G * L);
+      if (plan.pack_hh) {
+        pack_rows(weight_hh + v * L * R, R, h, G, vectors, h - v * L, R, b.panels_hh + v * G * L * R);
+        if (bias_hh) pack_rows(bias_hh + v * L, 1, h, G, vectors, h - v * L, 1, b.bias + v * G * L);
+      }
+      if (projection && plan.pack_ih) {
+        if (!plan.pack_late) pack_ih(v, vectors, b.panels_ih + v * G * L * I);
+        if (bias_ih) pack_rows(bias_ih + v * L, 1, h, G, vectors, h - v * L, 1, b.bias_ih + v * G * L);
+      }
     });
+    if (!plan.pack_hh) return;
     if (!weight_hr) return;
     for_each_packed_panel(widths, kMaxVectors, [&](int64_t v, int vectors) {
       pack_rows(weight_hr + v * L * h, h, 0, 1, vectors, R - v * L, h, b.panels_hr + v * L * h);
     });
+  }
+
+  void pack_ih(int64_t v, int vectors, T* panel) {
+    const int64_t I = projection->size;
+    pack_rows(weight_ih + v * L * I, I, p.hidden, G, vectors, p.hidden - v * L, I, panel);
   }
 
   // h_0, c_0 into the workspace; rows without a step end where they start.
@@ -123,17 +162,71 @@ class ForwardWorker {
     }
   }
 
+  int64_t time_of(int64_t s) const { return reverse ? p.steps - 1 - s : s; }
+
+  // gates_ih of the steps begin .. end, of this thread's rows and units. Where units are split the team shares the
+  // chunk's input: each member brings a part, and no step may be under way that still reads the last one's gates.
+  void project(int64_t begin, int64_t end) {
+    const int64_t I = projection->size, mine = plan.chunk * rows->first;
+    T* input = b.input + mine * b.input_stride;
+    int64_t count = 0;
+    for (int64_t s = begin; s < end; ++s) {
+      const int64_t t = time_of(s), active = rows->active(t);
+      chunk_row(s) = count;
+      const Range part = plan.split_rows ? Range{0, active} : share(active, member, plan.team_size);
+      for (int64_t i = part.begin; i < part.end; ++i) {
+        const S* from = static_cast<const S*>(projection->input) + t * projection->input_stride_t +
+                        rows->row[i] * projection->input_stride_b;
+        T* to = input + (count + i) * b.input_stride;
+        for (int64_t k = 0; k < I; k += L) store(to + k, V(load(from + k, valid(I, k))));
+      }
+      count += active;
+    }
+    if (!plan.split_rows) barrier.wait();
+    for_each_panel(units, kUnits, [&](int64_t v, int vectors) {
+      const int N = vectors * G;
+      T* out = chunk_panel(v, N);
+      if (plan.pack_ih) {
+        T* panel = b.panels_ih + (plan.pack_late ? units.begin : v) * G * L * I;
+        if (plan.pack_late) pack_ih(v, vectors, panel);
+        const int64_t tiles = ceil_div(count, max_rows(N));
+        for (int64_t i = 0; i < tiles; ++i) {
+          const int64_t first = count * i / tiles, last = count * (i + 1) / tiles;
+          pick_product<T>(int(last - first), N)(input + first * b.input_stride, b.input_stride,
+                                                panel, N * L, I,
+                                                bias_ih ? b.bias_ih + v * G * L : nullptr, out + first * N * L);
+        }
+      } else
+        for_each_dot_tile(count, static_cast<const T*>(input), b.input_stride, weight_ih + v * L * I, I, p.hidden, G,
+                          vectors, p.hidden - v * L, I, bias_ih ? bias_ih + v * L : nullptr,
+                          [&](int64_t first, int rows_in_tile, const T* sums) {
+                            for (int m = 0; m < rows_in_tile * N; ++m)
+                              store(out + (first * N + m) * L, load(sums + m * L));
+                          });
+    });
+  }
+
+  int64_t& chunk_row(int64_t s) { return b.chunk_row[member * plan.chunk + s % plan.chunk]; }
+  // Where a panel's gates of the chunk begin; N vectors a row.
+  T* chunk_panel(int64_t v, int N) {
+    return b.gates_ih + v * G * L * b.chunk_rows + plan.chunk * rows->first * N * L;
+  }
+
   void step(int64_t s) {
-    t = reverse ? p.steps - 1 - s : s;
+    t = time_of(s);
     h_prev = b.h[s & 1] + rows->first * b.stride;
     h_next = b.h[(s + 1) & 1] + rows->first * b.stride;
     const int64_t active = rows->active(t);
-    for_each_panel(units, kUnits, [&](int64_t v, int vectors) {
+    for_each_panel_zigzag(units, kUnits, s, [&](int64_t v, int vectors) {
+      const T* gates_ih =
+          projection ? chunk_panel(v, vectors * G) + chunk_row(s) * vectors * G * L : nullptr;
       const auto cells = [&](int64_t first, int count, const T* gates_hh) {
         for (int m = 0; m < count; ++m)
-          for (int n = 0; n < vectors; ++n) cell(first + m, (v + n) * L, gates_hh + (m * vectors + n) * G * L);
+          for (int n = 0; n < vectors; ++n)
+            cell(first + m, (v + n) * L, gates_hh + (m * vectors + n) * G * L,
+                 gates_ih ? gates_ih + ((first + m) * vectors + n) * G * L : nullptr);
       };
-      if (plan.pack)
+      if (plan.pack_hh)
         for_each_tile(active, h_prev, b.stride, b.panels_hh + v * G * L * p.width, vectors * G * L, p.width,
                       vectors * G, bias_hh ? b.bias + v * G * L : nullptr, cells);
       else
@@ -143,12 +236,12 @@ class ForwardWorker {
     if (!weight_hr) return;
     if (!plan.split_rows) barrier.wait();
     const T* hidden = b.hidden + rows->first * b.stride;
-    for_each_panel(widths, kMaxVectors, [&](int64_t v, int vectors) {
+    for_each_panel_zigzag(widths, kMaxVectors, s, [&](int64_t v, int vectors) {
       const auto states = [&](int64_t first, int count, const T* h) {
         for (int m = 0; m < count; ++m)
           for (int n = 0; n < vectors; ++n) store_h(first + m, (v + n) * L, load(h + (m * vectors + n) * L));
       };
-      if (plan.pack)
+      if (plan.pack_hh)
         for_each_tile(active, hidden, b.stride, b.panels_hr + v * L * p.hidden, vectors * L, p.hidden, vectors,
                       static_cast<const T*>(nullptr), states);
       else
@@ -157,18 +250,20 @@ class ForwardWorker {
     });
   }
 
-  // One row, units j .. j + L.
-  void cell(int64_t i, int64_t j, const T* gates_hh) {
+  // One row, units j .. j + L. made: its gates_ih, [G][L], or null where they were given.
+  void cell(int64_t i, int64_t j, const T* gates_hh, const T* made) {
     const int64_t row = rows->row[i], h = p.hidden;
     const int n = valid(h, j);
     ForwardIn<Cell, V> in;
     ForwardOut<Cell, V> out;
-    const S* gates_ih =
-        static_cast<const S*>(p.gates_ih) + t * p.gates_ih_stride_t + row * p.gates_ih_stride_b + group * G * h + j;
-    for (int k = 0; k < G; ++k) {
-      in.gates_ih[k] = load(gates_ih + k * h, n);
-      in.gates_hh[k] = load(gates_hh + k * L);
+    if (made)
+      for (int k = 0; k < G; ++k) in.gates_ih[k] = load(made + k * L);
+    else {
+      const S* gates_ih =
+          static_cast<const S*>(p.gates_ih) + t * p.gates_ih_stride_t + row * p.gates_ih_stride_b + group * G * h + j;
+      for (int k = 0; k < G; ++k) in.gates_ih[k] = load(gates_ih + k * h, n);
     }
+    for (int k = 0; k < G; ++k) in.gates_hh[k] = load(gates_hh + k * L);
     in.state[0] = load(h_prev + i * b.stride + j);
     T* c = b.c + (rows->first + i) * b.stride + j;
     if constexpr (kHasC) in.state[1] = load(c);
@@ -208,6 +303,7 @@ class ForwardWorker {
   static int valid(int64_t size, int64_t j) { return int(size - j < L ? size - j : L); }
 
   const ForwardParams& p;
+  const ProjectionParams* const projection;
   const Plan& plan;
   Barrier& barrier;
   const int team, member;
@@ -218,7 +314,7 @@ class ForwardWorker {
   int64_t group, t;
   bool reverse;
   const Rows* rows;
-  const S *weight_hh, *bias_hh, *weight_hr;  // the group's
+  const S *weight_hh, *bias_hh, *weight_hr, *weight_ih, *bias_ih;  // the group's
   const T* h_prev;
   T* h_next;
 };

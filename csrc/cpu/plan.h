@@ -73,8 +73,10 @@ struct Rows {
 struct Plan {
   int teams, team_size;
   bool split_rows;
-  bool pack;                   // weights are packed first; a short call reads them as they lie
+  // Weights are packed first; a short call reads them as they lie. pack_late: those of the projection just before use.
+  bool pack_hh, pack_ih, pack_late;
   bool shared_lengths;         // all groups have the same
+  int64_t chunk;               // steps whose gates_ih are made at a time; 0 where they are given
   std::vector<Rows> all_rows;  // [groups or 1][members or 1]
 
   int threads() const { return teams * team_size; }
@@ -83,7 +85,8 @@ struct Plan {
   }
 };
 
-Plan make_plan(const ForwardParams& params, int threads);
+// projection: null where gates_ih are given.
+Plan make_plan(const ForwardParams& params, const ProjectionParams* projection, int threads);
 
 // Does the boundary that a group crosses to enter step t carry a reset? `length` is the row's.
 inline bool reset_before(const ForwardParams& p, int64_t group, int64_t row, int64_t length, int64_t t) {
@@ -112,9 +115,9 @@ class Arena {
 // What an instruction set offers. The workspace of team k starts at workspace + k * workspace_bytes(..).
 struct Kernels {
   const char* name;
-  int64_t (*forward_workspace)(const ForwardParams&);
+  int64_t (*forward_workspace)(const ForwardParams&, const ProjectionParams*, const Plan&);
   int64_t (*backward_workspace)(const BackwardParams&);
-  void (*forward)(const ForwardParams&, const Plan&, Barrier&, char* workspace, int thread);
+  void (*forward)(const ForwardParams&, const ProjectionParams*, const Plan&, Barrier&, char* workspace, int thread);
   void (*backward)(const BackwardParams&, const Plan&, Barrier&, char* workspace, int thread);
   // The workspace is one thread's own.
   int64_t (*gemm_workspace)(const GemmParams&);

@@ -11,26 +11,22 @@ constexpr int max_rows(int vectors) {
 }
 constexpr int kMaxVectors = 4;
 
-// out[m][n] = init[n] + sum_k a[m * stride + k] panel[k * panel_stride + n * L]; init null means 0. out does not alias
-// the rest. A packed panel has panel_stride = N * L.
+// out[m][n] = sum_k a[m * stride + k] panel[k * panel_stride + n * L] + bias[n]; bias null means 0. It comes last: sums
+// that start from a large one lose their small terms. out does not alias the rest. A packed panel has panel_stride N * L.
 template <class T, int M, int N>
 __attribute__((noinline)) void product(const T* a, int64_t stride, const T* panel, int64_t panel_stride, int64_t depth,
-                                       const T* init, T* out) {
+                                       const T* bias, T* out) {
   using V = Vec<T>;
   constexpr int L = V::kLanes;
   // With few sums in flight the chain of additions would wait for itself: interleave U of them over k.
   constexpr int U = M * N >= 8 ? 1 : M * N >= 4 ? 2 : 4;
   typename V::Native sum[U][M][N];
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) {
-    const typename V::Native start = init ? load(init + n * L).v : typename V::Native{};
+  for (int n = 0; n < N; ++n)
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      sum[0][m][n] = start;
+    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-      for (int u = 1; u < U; ++u) sum[u][m][n] = typename V::Native{};
-    }
-  }
+      for (int u = 0; u < U; ++u) sum[u][m][n] = typename V::Native{};
   int64_t k = 0;
   for (; k + U <= depth; k += U) {
 #pragma GCC unroll 8
@@ -54,13 +50,15 @@ __attribute__((noinline)) void product(const T* a, int64_t stride, const T* pane
       for (int n = 0; n < N; ++n) sum[0][m][n] += V(a[m * stride + k]).v * load(panel + n * L).v;
   }
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
+  for (int n = 0; n < N; ++n) {
+    const typename V::Native last = bias ? load(bias + n * L).v : typename V::Native{};
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
+    for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
       for (int u = 1; u < U; ++u) sum[0][m][n] += sum[u][m][n];
-      store(out + (m * N + n) * L, V(sum[0][m][n]));
+      store(out + (m * N + n) * L, V(sum[0][m][n] + last));
     }
+  }
 }
 
 template <class T>
@@ -93,12 +91,12 @@ Product<T> pick_product(int rows, int vectors) {
 // even as can be, so that no tile is left with a single row.
 template <class T, class Body>
 FASTRNN_HD void for_each_tile(int64_t count, const T* a, int64_t stride, const T* panel, int64_t panel_stride,
-                              int64_t depth, int vectors, const T* init, Body body) {
+                              int64_t depth, int vectors, const T* bias, Body body) {
   alignas(64) T sums[8 * kMaxVectors * Vec<T>::kLanes];
   const int64_t tiles = ceil_div(count, max_rows(vectors));
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t begin = count * i / tiles, end = count * (i + 1) / tiles;
-    pick_product<T>(int(end - begin), vectors)(a + begin * stride, stride, panel, panel_stride, depth, init,
+    pick_product<T>(int(end - begin), vectors)(a + begin * stride, stride, panel, panel_stride, depth, bias,
                                                  sums);
     body(begin, int(end - begin), sums);
   }

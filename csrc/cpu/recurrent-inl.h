@@ -43,13 +43,14 @@ auto with_cell(const ForwardParams& p, F f) {
 
 struct Forward {
   const ForwardParams& p;
+  const ProjectionParams* projection;
   const Plan& plan;
   Barrier& barrier;
   char* workspace;
   int thread;
   template <class Cell, class S>
   void operator()() const {
-    ForwardWorker<Cell, S>(p, plan, barrier, workspace, thread).run();
+    ForwardWorker<Cell, S>(p, projection, plan, barrier, workspace, thread).run();
   }
 };
 
@@ -65,25 +66,35 @@ struct Backward {
   }
 };
 
-template <template <class, class> class Buffers, class Params>
-struct WorkspaceBytes {
-  const Params& p;
+struct ForwardWorkspace {
+  const ForwardParams& p;
+  const ProjectionParams* projection;
+  const Plan& plan;
   template <class Cell, class S>
   int64_t operator()() const {
     Arena arena;
-    Buffers<Cell, typename Compute<S>::type>(p, arena);
+    ForwardBuffers<Cell, typename Compute<S>::type>(p, projection, plan, arena);
     return arena.used();
   }
 };
 
-inline int64_t forward_workspace(const ForwardParams& p) {
-  return with_cell(p, WorkspaceBytes<ForwardBuffers, ForwardParams>{p});
+struct BackwardWorkspace {
+  const BackwardParams& p;
+  template <class Cell, class S>
+  int64_t operator()() const {
+    Arena arena;
+    BackwardBuffers<Cell, typename Compute<S>::type>(p, arena);
+    return arena.used();
+  }
+};
+
+inline int64_t forward_workspace(const ForwardParams& p, const ProjectionParams* projection, const Plan& plan) {
+  return with_cell(p, ForwardWorkspace{p, projection, plan});
 }
-inline int64_t backward_workspace(const BackwardParams& p) {
-  return with_cell(p, WorkspaceBytes<BackwardBuffers, BackwardParams>{p});
-}
-inline void forward(const ForwardParams& p, const Plan& plan, Barrier& barrier, char* workspace, int thread) {
-  with_cell(p, Forward{p, plan, barrier, workspace, thread});
+inline int64_t backward_workspace(const BackwardParams& p) { return with_cell(p, BackwardWorkspace{p}); }
+inline void forward(const ForwardParams& p, const ProjectionParams* projection, const Plan& plan, Barrier& barrier,
+                    char* workspace, int thread) {
+  with_cell(p, Forward{p, projection, plan, barrier, workspace, thread});
 }
 inline void backward(const BackwardParams& p, const Plan& plan, Barrier& barrier, char* workspace, int thread) {
   with_cell(p, Backward{p, plan, barrier, workspace, thread});

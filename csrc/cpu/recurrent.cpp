@@ -52,20 +52,17 @@ Memory allocate(int64_t bytes) {
   return memory;
 }
 
-template <class Params>
-using Work = void (*)(const Params&, const Plan&, Barrier&, char*, int);
-
 // Runs the plan, or nothing: false if OpenMP has fewer threads than it needs (OMP_THREAD_LIMIT, OMP_DYNAMIC), which
-// would leave the others waiting at a barrier.
-template <class Params>
-bool run(const Params& params, const Plan& plan, int64_t workspace_bytes, Work<Params> work) {
+// would leave the others waiting at a barrier. work(barrier, a team's workspace, thread)
+template <class Work>
+bool run(const Plan& plan, int64_t workspace_bytes, const Work& work) {
   const int64_t bytes = round_up(std::max<int64_t>(workspace_bytes, 64), 64);
   const Memory workspace = allocate(bytes * plan.teams);
   std::vector<std::unique_ptr<Barrier>> barriers;
   for (int i = 0; i < plan.teams; ++i) barriers.push_back(std::make_unique<Barrier>(plan.team_size));
   const auto one = [&](int thread) {
     const int team = thread / plan.team_size;
-    work(params, plan, *barriers[team], workspace.get() + team * bytes, thread);
+    work(*barriers[team], workspace.get() + team * bytes, thread);
   };
   // A single thread enters no parallel region: worker processes made by fork after OpenMP has started must not.
   if (plan.threads() == 1) return one(0), true;
@@ -80,23 +77,32 @@ bool run(const Params& params, const Plan& plan, int64_t workspace_bytes, Work<P
   return complete;
 }
 
-template <class Params>
-void run(const Params& params, int threads, int64_t workspace_bytes, Work<Params> work) {
-  if (!run(params, make_plan(params, threads), workspace_bytes, work))
-    run(params, make_plan(params, 1), workspace_bytes, work);
+bool run_forward(const ForwardParams& params, const ProjectionParams* projection, int threads) {
+  const Plan plan = make_plan(params, projection, threads);
+  return run(plan, kernels().forward_workspace(params, projection, plan), [&](Barrier& barrier, char* own, int thread) {
+    kernels().forward(params, projection, plan, barrier, own, thread);
+  });
+}
+
+bool run_backward(const BackwardParams& params, int threads) {
+  const Plan plan = make_plan(params, nullptr, threads);
+  return run(plan, kernels().backward_workspace(params), [&](Barrier& barrier, char* own, int thread) {
+    kernels().backward(params, plan, barrier, own, thread);
+  });
 }
 
 }  // namespace
 
 const char* instruction_set() { return kernels().name; }
 
-Plan make_plan(const ForwardParams& p, int threads) {
+Plan make_plan(const ForwardParams& p, const ProjectionParams* projection, int threads) {
   Plan plan;
   // Waking a thread costs some microseconds, and as much as the call if its core is busy: short calls stay on one.
   constexpr int64_t kWorthAThread = 1 << 20;  // multiply-adds a thread and call
   const int64_t products = p.batch * kCells[p.cell].gates * p.hidden * p.width;  // a group and step
+  const int64_t projected = projection ? p.batch * kCells[p.cell].gates * p.hidden * projection->size : 0;
   threads = static_cast<int>(
-      std::clamp<int64_t>(p.steps * p.groups * products / kWorthAThread, 1, std::max(threads, 1)));
+      std::clamp<int64_t>(p.steps * p.groups * (products + projected) / kWorthAThread, 1, std::max(threads, 1)));
   plan.teams = static_cast<int>(std::min<int64_t>(threads, p.groups));
   plan.team_size = threads / plan.teams;
   // Splitting rows needs no barrier but streams all weights through every core; it pays while they fit beside the
@@ -112,9 +118,20 @@ Plan make_plan(const ForwardParams& p, int threads) {
     plan.team_size = static_cast<int>(std::clamp<int64_t>(products / kWorthABarrier, 1, plan.team_size));
   if (plan.team_size == 1) plan.split_rows = true;
 
-  // Packing costs about as much as this many products with a row.
-  constexpr int64_t kRowsWorthPacking = 24;
-  plan.pack = p.steps * p.batch >= kRowsWorthPacking;
+  // Packing costs about as much as this many products with a row. A single row that streams weights from beyond the
+  // second-level cache reads them as fast unpacked.
+  constexpr int64_t kRowsWorthPacking = 24, kSecondLevel = 1 << 20;
+  plan.pack_ih = p.steps * p.batch >= kRowsWorthPacking;
+  plan.pack_hh = plan.pack_ih && !(p.batch == 1 && weights / plan.team_size > kSecondLevel);
+
+  // A chunk has enough rows to fill the register tiles many times over while its gates stay in the second-level cache
+  // beside the weights; more where weight_ih, read once a chunk, does not fit there itself.
+  const int64_t rows = std::max<int64_t>(ceil_div(p.batch, plan.split_rows ? plan.team_size : 1), 1);
+  const int64_t weight_ih = projected / std::max<int64_t>(p.batch, 1) * element / (plan.split_rows ? 1 : plan.team_size);
+  const int64_t chunk_rows = weight_ih <= kSecondLevel ? 96 : weight_ih <= 4 * kSecondLevel ? 256 : 512;
+  const int64_t chunks = std::max<int64_t>(ceil_div(p.steps, std::max<int64_t>(chunk_rows / rows, 1)), 1);
+  plan.chunk = projection ? std::max<int64_t>(ceil_div(p.steps, chunks), 1) : 0;
+  plan.pack_late = plan.chunk == p.steps && (plan.team_size == 1 || !plan.split_rows);
 
   plan.shared_lengths = !p.lengths || p.lengths_stride_p == 0;
   const int members = plan.split_rows ? plan.team_size : 1;
@@ -143,11 +160,15 @@ Plan make_plan(const ForwardParams& p, int threads) {
 }
 
 void recurrent_forward(const ForwardParams& params, int threads) {
-  run<ForwardParams>(params, threads, kernels().forward_workspace(params), kernels().forward);
+  if (!run_forward(params, nullptr, threads)) run_forward(params, nullptr, 1);
+}
+
+void layer_forward(const ForwardParams& params, const ProjectionParams& projection, int threads) {
+  if (!run_forward(params, &projection, threads)) run_forward(params, &projection, 1);
 }
 
 void recurrent_backward(const BackwardParams& params, int threads) {
-  run<BackwardParams>(params, threads, kernels().backward_workspace(params), kernels().backward);
+  if (!run_backward(params, threads)) run_backward(params, 1);
 }
 
 void gemm(const GemmParams& params, int threads) {

@@ -59,7 +59,7 @@ struct Call {
 py::dict cpu_plan(int cell, const std::string& dtype, int64_t T, int64_t B, int64_t P, int64_t h, int64_t R,
                   bool projected, int threads) {
   const Call call(cell, dtype, T, B, P, h, R, projected, /*lengths=*/false, /*resets=*/false);
-  const fastrnn::cpu::Plan plan = fastrnn::cpu::make_plan(call.params, threads);
+  const fastrnn::cpu::Plan plan = fastrnn::cpu::make_plan(call.params, nullptr, threads);
   py::dict out;
   out["threads"] = plan.threads();
   out["teams"] = plan.teams;

@@ -28,6 +28,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(
   return {call.output, call.h_n, call.c_n, call.saved};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward_cpu(
+    c10::string_view cell, const Tensor& input, const Tensor& weight_ih, const OptionalTensor& bias_ih,
+    const Tensor& weight_hh, const OptionalTensor& bias_hh, const OptionalTensor& weight_hr, const Tensor& h_0,
+    const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
+    const OptionalTensor& reset_h, const OptionalTensor& reset_c, const c10::List<bool>& reverse, bool save) {
+  PreparedForward call = prepare_layer(
+      {cell, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse}, input, weight_ih,
+      bias_ih, save);
+  if (call.params.batch > 0) cpu::layer_forward(call.params, call.projection, threads());
+  return {call.output, call.h_n, call.c_n, call.saved};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     c10::string_view cell, const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
     const OptionalTensor& grad_c_n, const Tensor& weight_hh, const OptionalTensor& weight_hr, const Tensor& h_0,
@@ -74,6 +86,13 @@ TORCH_LIBRARY(fastrnn, m) {
       "bool[] reverse, Tensor output, Tensor saved, bool initial=True) -> (Tensor grad_gates_ih, Tensor grad_gates_hh, "
       "Tensor grad_projected, Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c)",
       {at::Tag::pt2_compliant_tag});
+  // recurrent_forward of gates_ih = weight_ih input + bias_ih, which are made a few steps at a time and never stored.
+  // weight_ih [P, G*h, I], bias_ih [P, G*h]. No derivative of its own: fastrnn/layer.py makes the node.
+  m.def(
+      "layer_forward(str cell, Tensor input, Tensor weight_ih, Tensor? bias_ih, Tensor weight_hh, Tensor? bias_hh, "
+      "Tensor? weight_hr, Tensor h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, "
+      "bool[] reverse, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)",
+      {at::Tag::pt2_compliant_tag});
   // op(a) op(b) + bias on matrices, op transposing or not; float32 and float64. No derivative of its own: fastrnn's
   // autograd calls it where none is asked for.
   m.def("gemm(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor",
@@ -86,6 +105,7 @@ TORCH_LIBRARY(fastrnn, m) {
 TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("recurrent_forward", forward_cpu);
   m.impl("recurrent_backward", backward_cpu);
+  m.impl("layer_forward", layer_forward_cpu);
   m.impl("gemm", gemm_cpu);
 }
 

@@ -185,13 +185,13 @@ int find_cell(std::string_view name) {
   TORCH_CHECK_VALUE(false, "cell: expected one of ", names, ", got '", std::string(name), "'");
 }
 
-PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save) {
-  Door door("recurrent_forward", args, gates_ih, "gates_ih");
+namespace {
+
+// What both forms of the forward call share, after the door has seen the sequence.
+void prepare_results(Door& door, const Recurrence& args, bool save, PreparedForward& out) {
   const auto [T, B, P, G, h, R, S] = door.dims();
-  PreparedForward out;
   ForwardParams& p = out.params;
   door.fill(args, p, out.reverse);
-  p.gates_ih = door.read_strided("gates_ih", gates_ih, {T, B, P * G * h}, p.gates_ih_stride_t, p.gates_ih_stride_b);
   const bool padded = p.lengths != nullptr, c = door.info().states > 1;
   out.output = door.result({T, B, P * R}, padded);
   out.h_n = door.empty({B, P * R});
@@ -202,6 +202,31 @@ PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, 
   p.c_n = data_or_null(out.c_n);
   p.saved = data_or_null(out.saved);
   out.keep = std::move(door.keep);
+}
+
+}  // namespace
+
+PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save) {
+  Door door("recurrent_forward", args, gates_ih, "gates_ih");
+  const auto [T, B, P, G, h, R, S] = door.dims();
+  PreparedForward out;
+  ForwardParams& p = out.params;
+  p.gates_ih = door.read_strided("gates_ih", gates_ih, {T, B, P * G * h}, p.gates_ih_stride_t, p.gates_ih_stride_b);
+  prepare_results(door, args, save, out);
+  return out;
+}
+
+PreparedForward prepare_layer(const Recurrence& args, const Tensor& input, const Tensor& weight_ih,
+                              const OptionalTensor& bias_ih, bool save) {
+  Door door("layer_forward", args, input, "input");
+  const auto [T, B, P, G, h, R, S] = door.dims();
+  PreparedForward out;
+  ProjectionParams& p = out.projection;
+  p.size = input.size(2);
+  p.input = door.read_strided("input", input, {T, B, p.size}, p.input_stride_t, p.input_stride_b);
+  p.weight = door.read("weight_ih", weight_ih, {P, G * h, p.size});
+  p.bias = door.read("bias_ih", bias_ih, {P, G * h});
+  prepare_results(door, args, save, out);
   return out;
 }
 

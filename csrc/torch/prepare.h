@@ -27,6 +27,7 @@ struct Recurrence {
 
 struct PreparedForward {
   ForwardParams params{};
+  ProjectionParams projection{};   // of a layer
   Tensor output, h_n, c_n, saved;  // an absent one has size 0
   std::vector<Tensor> keep;        // inputs as the kernel reads them
   std::vector<uint8_t> reverse;
@@ -40,6 +41,8 @@ struct PreparedBackward {
 };
 
 PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save);
+PreparedForward prepare_layer(const Recurrence& args, const Tensor& input, const Tensor& weight_ih,
+                              const OptionalTensor& bias_ih, bool save);
 PreparedBackward prepare_backward(const Recurrence& args, const OptionalTensor& grad_output,
                                   const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n, const Tensor& output,
                                   const Tensor& saved, bool initial);

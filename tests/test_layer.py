@@ -1,0 +1,226 @@
+"""A layer as one op: the op against reference.py, the node made around it against the composed form, and when it is
+taken."""
+
+from itertools import product
+
+import pytest
+import torch
+
+import fastrnn
+from fastrnn import functional, layer, ops, reference
+
+from .helpers import KINDS, assert_equal, build, evaluate, randn
+from .test_kernels import FORWARD_NAMES, SIZES, TOLERANCE, Case, assert_near, cells_with_projection, double
+
+layer_forward = torch.ops.fastrnn.layer_forward.default
+
+
+def arguments_of(case: Case, size: int, seed: int, biased: bool = True) -> dict:
+    """The layer op's arguments but ``save``, in its order."""
+    rest = case.arguments(seed)
+    cell, gates_ih, weight_hh, bias_hh = (rest.pop(k) for k in ("cell", "gates_ih", "weight_hh", "bias_hh"))
+    generator = torch.Generator().manual_seed(seed + 1000)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.dtype)
+
+    P, rows, _ = weight_hh.shape
+    return {
+        "cell": cell,
+        "input": random(*gates_ih.shape[:2], size),
+        "weight_ih": random(P, rows, size) / max(size, 1) ** 0.5,
+        "bias_ih": random(P, rows) if biased else None,
+        "weight_hh": weight_hh,
+        "bias_hh": bias_hh if biased else None,
+        **rest,
+    }
+
+
+def by_reference(cell, input, weight_ih, bias_ih, *rest):
+    gates_ih = input @ weight_ih.flatten(0, 1).t()
+    return reference.forward(cell, gates_ih if bias_ih is None else gates_ih + bias_ih.flatten(), *rest)
+
+
+def check(case: Case, size: int, seed: int = 0, biased: bool = True) -> None:
+    arguments = arguments_of(case, size, seed, biased)
+    got = layer_forward(*arguments.values(), True)
+    want = by_reference(*map(double, arguments.values()))
+    assert_near(got, want, TOLERANCE[case.dtype], FORWARD_NAMES, case)
+    unsaved = layer_forward(*arguments.values(), False)
+    assert unsaved[3].numel() == 0
+    assert all(torch.equal(a, b) for a, b in zip(got[:3], unsaved[:3], strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
+def test_odd_sizes(cell, projected, dtype):
+    for size, B, h in product(SIZES, SIZES, SIZES):
+        if projected < h:
+            case = Case(cell, 1 + size % 4, B, 1 + (B + h) % 3, h, projected, dtype=dtype)
+            check(case, size, seed=B + h, biased=size != 3)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("lengths", ["", "rows", "groups"])
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_chunks(cell, lengths, threads):
+    """Steps in one chunk and in several, the last one shorter; rows split, units split; both directions."""
+    torch.set_num_threads(threads)
+    for T, B, P, h, size in [(99, 3, 2, 17, 5), (203, 7, 1, 33, 129), (31, 40, 1, 65, 17), (150, 1, 1, 200, 64)]:
+        resets = "" if T == 31 else "groups"
+        check(Case(cell, T, B, P, h, 0, lengths, resets, dtype=torch.float64), size, seed=T)
+
+
+def test_no_rows_steps_or_features():
+    for T, B, size in [(0, 3, 4), (3, 0, 4), (3, 2, 0), (40, 2, 0)]:
+        check(Case("lstm", T, B, 2, 5), size)
+
+
+def test_bitwise_repeatable():
+    torch.set_num_threads(3)
+    arguments = arguments_of(Case("gru", 130, 9, 2, 65, 0, "rows", "state", dtype=torch.float32), 33, 1)
+    runs = [layer_forward(*arguments.values(), True) for _ in range(3)]
+    assert all(torch.equal(a, b) for again in runs[1:] for a, b in zip(runs[0], again, strict=True))
+
+
+def test_reads_any_layout():
+    arguments = arguments_of(Case("lstm", 30, 4, 2, 9), 6, 2)
+    want = layer_forward(*arguments.values(), True)
+    batch_major = arguments["input"].transpose(0, 1).contiguous().transpose(0, 1)
+    apart = arguments["input"].new_zeros(30, 4, 12)[:, :, ::2].copy_(arguments["input"])
+    for x in (batch_major, apart):
+        got = layer_forward(*(arguments | {"input": x}).values(), True)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("input", torch.ones(3, 4), "layer_forward: input: expected 3 dimensions, got [3, 4]"),
+        ("weight_ih", torch.ones(1, 20, 7), "weight_ih: expected [1, 20, 6], got [1, 20, 7]"),
+        ("weight_ih", torch.ones(1, 20, 6).double(), "weight_ih: expected dtype Float (that of input), got Double"),
+        ("bias_ih", torch.ones(1, 19), "bias_ih: expected [1, 20], got [1, 19]"),
+        ("h_0", torch.ones(2, 5), "h_0: expected [3, 5], got [2, 5]"),
+    ],
+)
+def test_refuses(name, value, message):
+    arguments = arguments_of(Case("lstm", 4, 3, 1, 5, dtype=torch.float32), 6, 0)
+    with pytest.raises(RuntimeError) as caught:
+        layer_forward(*(arguments | {name: value}).values(), True)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_opcheck(cell):
+    for case in (Case(cell, 3, 2, 1, 5), Case(cell, 3, 2, 2, 5, 0, "rows", "state")):
+        for save in (False, True):
+            torch.library.opcheck(layer_forward, (*arguments_of(case, 4, 0).values(), save))
+
+
+# ---- the node ----
+
+
+@pytest.fixture
+def composed(monkeypatch):
+    """A function that runs another without layer ops."""
+
+    def run(function, *args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "fits", lambda *call: False)
+            return function(*args, **kwargs)
+
+    return run
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The layer op's calls."""
+    calls = []
+    monkeypatch.setattr(layer, "_layer_forward", lambda *args: calls.append(args) or layer_forward(*args))
+    return calls
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("kind", "proj"), [*((kind, 0) for kind in KINDS), ("LSTM", 5)])
+def test_gradients_are_those_of_the_composed_form(kind, proj, bias, batch_first, masked, composed, taken):
+    options = {"proj_size": proj} if proj else {}
+    module = build(
+        fastrnn, kind, 6, 9, num_layers=2, bidirectional=True, bias=bias, batch_first=batch_first,
+        dtype=torch.float64, **options,
+    )  # fmt: skip
+    T, B = 20, 5
+    extra = {"lengths": torch.tensor([20, 3, 0, 7, 20]), "resets": torch.rand(T, B) < 0.2} if masked else {}
+    if masked and batch_first:
+        extra["resets"] = extra["resets"].t()
+    x = randn(*((B, T) if batch_first else (T, B)), 6)
+    got = evaluate(module, x, **extra)
+    assert len(taken) == 2
+    module.zero_grad()
+    assert_equal(got, composed(evaluate, module, x, **extra), 1e-12)
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_gradcheck(cell, taken):
+    """Both orders, with respect to everything, through the layer's own node."""
+    info = ops.CELLS[cell]
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    states = [torch.randn(2, 5, dtype=torch.float64) for _ in range(info.states)]
+    shapes = ((info.gates * 5, 3), (info.gates * 5, 5), (info.gates * 5,), (info.gates * 5,))
+    weights = [torch.randn(*shape, dtype=torch.float64) * 0.5 for shape in shapes]
+
+    def run(x, *rest):
+        results = layer.layer(cell, x, [(*rest[info.states :], None)], rest[: info.states], None, None, None)
+        return results[: 1 + info.states]
+
+    leaves = [t.requires_grad_() for t in (x, *states, *weights)]
+    torch.autograd.gradcheck(run, leaves)
+    torch.autograd.gradgradcheck(run, leaves)
+    assert taken
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_only_what_is_asked_for(which, composed):
+    """One leaf at a time requires grad; the others get none."""
+    tensors = [randn(5, 3, 4), randn(3, 6), randn(12, 4)[:, :].repeat(2, 1)[:24], randn(24, 6), randn(24), randn(24)]
+    x, h, weight_ih, weight_hh, bias_ih, bias_hh = (t.clone().requires_grad_(i == which) for i, t in enumerate(tensors))
+    c = torch.zeros_like(h)
+    weights = [functional.LayerWeights(weight_ih, weight_hh, bias_ih, bias_hh)]
+
+    def pulled():
+        output, _ = functional.lstm(x, (h[None], c[None]), [weights])
+        leaf = (x, h, weight_ih, weight_hh, bias_ih, bias_hh)[which]
+        return torch.autograd.grad(output.square().sum(), leaf)[0]
+
+    torch.testing.assert_close(pulled(), composed(pulled), rtol=0, atol=1e-12)
+
+
+def test_taken_only_where_plain(taken):
+    lstm = fastrnn.LSTM(4, 6)
+    x = torch.randn(7, 2, 4)
+    lstm(x)
+    fastrnn.LSTMCell(4, 6)(x[0])
+    assert len(taken) == 2
+    taken.clear()
+
+    class Subclass(torch.Tensor):
+        pass
+
+    unusual = {
+        "half": lambda: fastrnn.LSTM(4, 6, dtype=torch.bfloat16)(x.bfloat16()),
+        "meta": lambda: fastrnn.LSTM(4, 6, device="meta")(x.to("meta")),
+        "subclass": lambda: lstm(x.as_subclass(Subclass)),
+        "vmap": lambda: torch.func.vmap(lambda x: lstm(x)[0])(x.expand(3, 7, 2, 4)),
+        "grad": lambda: torch.func.grad(lambda x: lstm(x)[0].sum())(x),
+        "jvp": lambda: torch.func.jvp(lambda x: lstm(x)[0], (x,), (x,)),
+        "compile": lambda: torch.compile(lstm, backend="eager", fullgraph=True)(x),
+    }
+    for function in unusual.values():
+        function()
+    with torch.autocast("cpu", torch.bfloat16):
+        lstm(x)
+    with torch.autograd.forward_ad.dual_level():
+        lstm(torch.autograd.forward_ad.make_dual(x, x))
+    assert not taken
