@@ -189,13 +189,10 @@ class ForwardWorker {
       if (plan.pack_ih) {
         T* panel = b.panels_ih + (plan.pack_late ? units.begin : v) * G * L * I;
         if (plan.pack_late) pack_ih(v, vectors, panel);
-        const int64_t tiles = ceil_div(count, max_rows(N));
-        for (int64_t i = 0; i < tiles; ++i) {
-          const int64_t first = count * i / tiles, last = count * (i + 1) / tiles;
-          pick_product<T>(int(last - first), N)(input + first * b.input_stride, b.input_stride,
-                                                panel, N * L, I,
-                                                bias_ih ? b.bias_ih + v * G * L : nullptr, out + first * N * L);
-        }
+        for_each_tile(count, static_cast<const T*>(input), b.input_stride, static_cast<const T*>(panel), N * L, I, N,
+                      bias_ih ? b.bias_ih + v * G * L : nullptr, [&](int64_t first, int rows_in_tile, const T* sums) {
+                        for (int m = 0; m < rows_in_tile * N; ++m) store(out + (first * N + m) * L, load(sums + m * L));
+                      });
       } else
         for_each_dot_tile(count, static_cast<const T*>(input), b.input_stride, weight_ih + v * L * I, I, p.hidden, G,
                           vectors, p.hidden - v * L, I, bias_ih ? bias_ih + v * L : nullptr,

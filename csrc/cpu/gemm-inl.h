@@ -11,12 +11,12 @@ struct GemmBuffers {
   static constexpr int L = Vec<T>::kLanes;
   int64_t block_n, a_stride;
   T* panels;  // [block_n / (4 L)][kBlockK][4][L]
-  T* rows;    // [kBlockM][a_stride]: a block of a, turned, where a is transposed
+  T* rows;    // [kBlockK][a_stride]: a block of a where a is transposed, so that its lines lie together
 
   GemmBuffers(const GemmParams& p, Arena& arena)
-      : block_n(round_up(p.n < kBlockN ? p.n : kBlockN, L)), a_stride(kBlockK + L) {
+      : block_n(round_up(p.n < kBlockN ? p.n : kBlockN, L)), a_stride(kBlockM + L) {
     panels = arena.take<T>(block_n * kBlockK);
-    rows = p.transpose_a ? arena.take<T>(kBlockM * a_stride) : nullptr;
+    rows = p.transpose_a ? arena.take<T>(kBlockK * a_stride) : nullptr;
   }
 };
 
@@ -44,25 +44,32 @@ void gemm_worker(const GemmParams& p, char* workspace, int thread, int threads) 
       });
       for (int64_t m0 = m.begin; m0 < m.end; m0 += kBlockM) {
         const int64_t rows = m.end - m0 < kBlockM ? m.end - m0 : kBlockM;
-        if (p.transpose_a) turn(a + k0 * p.a_stride + m0, p.a_stride, depth, rows, buffers.rows, buffers.a_stride);
-        const T* a_block = p.transpose_a ? buffers.rows : a + m0 * p.a_stride + k0;
+        if (p.transpose_a)
+          for (int64_t k = 0; k < depth; ++k)
+            for (int64_t i = 0; i < rows; i += L)
+              store(buffers.rows + k * buffers.a_stride + i,
+                    load(a + (k0 + k) * p.a_stride + m0 + i, int(rows - i < L ? rows - i : L)));
         for_each_panel(block, kMaxVectors, [&](int64_t v, int n) {
-          for_each_tile(rows, a_block, p.transpose_a ? buffers.a_stride : p.a_stride,
-                        static_cast<const T*>(buffers.panels + (v - v0) * L * kBlockK), n * L, depth, n,
-                        static_cast<const T*>(nullptr), [&](int64_t first, int count, const T* sums) {
-                          for (int i = 0; i < count; ++i)
-                            for (int q = 0; q < n; ++q) {
-                              const int64_t j = (v + q) * L;
-                              const int valid = int(p.n - j < L ? p.n - j : L);
-                              T* to = out + (m0 + first + i) * p.n + j;
-                              Vec<T> sum = load(sums + (i * n + q) * L);
-                              if (k0 > 0)
-                                sum = sum + load(to, valid);
-                              else if (bias)
-                                sum = sum + load(bias + j, valid);
-                              store(to, sum, valid);
-                            }
-                        });
+          const T* panel = buffers.panels + (v - v0) * L * kBlockK;
+          const auto keep = [&](int64_t first, int count, const T* sums) {
+            for (int i = 0; i < count; ++i)
+              for (int q = 0; q < n; ++q) {
+                const int64_t j = (v + q) * L;
+                const int valid = int(p.n - j < L ? p.n - j : L);
+                T* to = out + (m0 + first + i) * p.n + j;
+                Vec<T> sum = load(sums + (i * n + q) * L);
+                if (k0 > 0)
+                  sum = sum + load(to, valid);
+                else if (bias)
+                  sum = sum + load(bias + j, valid);
+                store(to, sum, valid);
+              }
+          };
+          const T* none = nullptr;
+          if (p.transpose_a)
+            for_each_tile<T, true>(rows, buffers.rows, buffers.a_stride, panel, n * L, depth, n, none, keep);
+          else
+            for_each_tile(rows, a + m0 * p.a_stride + k0, p.a_stride, panel, n * L, depth, n, none, keep);
         });
       }
     }

@@ -11,9 +11,11 @@ constexpr int max_rows(int vectors) {
 }
 constexpr int kMaxVectors = 4;
 
+
 // out[m][n] = sum_k a[m * stride + k] panel[k * panel_stride + n * L] + bias[n]; bias null means 0. It comes last: sums
 // that start from a large one lose their small terms. out does not alias the rest. A packed panel has panel_stride N * L.
-template <class T, int M, int N>
+// Turned: a stands transposed, a[k * stride + m].
+template <class T, bool Turned, int M, int N>
 __attribute__((noinline)) void product(const T* a, int64_t stride, const T* panel, int64_t panel_stride, int64_t depth,
                                        const T* bias, T* out) {
   using V = Vec<T>;
@@ -37,7 +39,7 @@ __attribute__((noinline)) void product(const T* a, int64_t stride, const T* pane
       panel += panel_stride;
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const typename V::Native x = V(a[m * stride + k + u]).v;
+        const typename V::Native x = V(Turned ? a[(k + u) * stride + m] : a[m * stride + k + u]).v;
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) sum[u][m][n] += x * w[n];
       }
@@ -47,7 +49,7 @@ __attribute__((noinline)) void product(const T* a, int64_t stride, const T* pane
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sum[0][m][n] += V(a[m * stride + k]).v * load(panel + n * L).v;
+      for (int n = 0; n < N; ++n) sum[0][m][n] += V(Turned ? a[k * stride + m] : a[m * stride + k]).v * load(panel + n * L).v;
   }
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
@@ -64,41 +66,41 @@ __attribute__((noinline)) void product(const T* a, int64_t stride, const T* pane
 template <class T>
 using Product = void (*)(const T*, int64_t, const T*, int64_t, int64_t, const T*, T*);
 
-template <class T, int N, int M = 1>
+template <class T, bool Turned, int N, int M = 1>
 Product<T> pick_product(int rows) {
   if constexpr (M < max_rows(N)) {
-    if (rows > M) return pick_product<T, N, M + 1>(rows);
+    if (rows > M) return pick_product<T, Turned, N, M + 1>(rows);
   }
-  return product<T, M, N>;
+  return product<T, Turned, M, N>;
 }
 
 // rows in 1..max_rows(vectors), vectors in 1..kMaxVectors
-template <class T>
+template <class T, bool Turned = false>
 Product<T> pick_product(int rows, int vectors) {
   switch (vectors) {
     case 1:
-      return pick_product<T, 1>(rows);
+      return pick_product<T, Turned, 1>(rows);
     case 2:
-      return pick_product<T, 2>(rows);
+      return pick_product<T, Turned, 2>(rows);
     case 3:
-      return pick_product<T, 3>(rows);
+      return pick_product<T, Turned, 3>(rows);
     default:
-      return pick_product<T, 4>(rows);
+      return pick_product<T, Turned, 4>(rows);
   }
 }
 
 // Calls body(first_row, M, sums) for tiles of rows a[first .. first + count), sums [M][vectors][lanes]. Tiles are as
 // even as can be, so that no tile is left with a single row.
-template <class T, class Body>
+template <class T, bool Turned = false, class Body>
 FASTRNN_HD void for_each_tile(int64_t count, const T* a, int64_t stride, const T* panel, int64_t panel_stride,
                               int64_t depth, int vectors, const T* bias, Body body) {
   alignas(64) T sums[8 * kMaxVectors * Vec<T>::kLanes];
   const int64_t tiles = ceil_div(count, max_rows(vectors));
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t begin = count * i / tiles, end = count * (i + 1) / tiles;
-    pick_product<T>(int(end - begin), vectors)(a + begin * stride, stride, panel, panel_stride, depth, bias,
-                                                 sums);
-    body(begin, int(end - begin), sums);
+    pick_product<T, Turned>(int(end - begin), vectors)(a + (Turned ? begin : begin * stride), stride, panel,
+                                                       panel_stride, depth, bias, sums);
+    body(begin, int(end - begin), static_cast<const T*>(sums));
   }
 }
 
@@ -228,20 +230,4 @@ void pack_columns(const S* w, int64_t ld, int vectors, int64_t valid, int blocks
         store(panel, Vec<T>(load(w + (block * rows + (k < rows ? k : 0)) * ld + (left > 0 ? n * L : 0),
                                  int(left < 0 ? 0 : left < L ? left : L))));
       }
-}
-
-// to[i * to_stride + k] = from[k * stride + i] for k < depth, i < rows.
-template <class T>
-void turn(const T* from, int64_t stride, int64_t depth, int64_t rows, T* to, int64_t to_stride) {
-  constexpr int L = Vec<T>::kLanes;
-  for (int64_t k0 = 0; k0 < depth; k0 += L) {
-    const int64_t count = depth - k0 < L ? depth - k0 : L;
-    for (int64_t i0 = 0; i0 < rows; i0 += L) {
-      const int valid = int(rows - i0 < L ? rows - i0 : L);
-      alignas(64) T block[L][L];
-      for (int64_t k = 0; k < count; ++k) store(block[k], load(from + (k0 + k) * stride + i0, valid));
-      for (int i = 0; i < valid; ++i)
-        for (int64_t k = 0; k < count; ++k) to[(i0 + i) * to_stride + k0 + k] = block[k][i];
-    }
-  }
 }
