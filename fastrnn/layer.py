@@ -102,6 +102,7 @@ class _Layer(torch.autograd.Function):
         input, *rest, output, saved = ctx.saved_tensors
         h_0, c_0, lengths, resets, reset_h, reset_c = rest[:6]
         weight_ih, weight_hh, _, _, weight_hr = _stacked(rest[6:])
+        assert weight_ih is not None and weight_hh is not None
         P = weight_hh.shape[0]
         needs = ctx.needs_input_grad
 
@@ -127,8 +128,9 @@ class _Layer(torch.autograd.Function):
             if any_needed(0):
                 grad_weight_ih = transposed_product(rows, input.reshape(T * B, I)).view(weight_ih.shape)
             if any_needed(2):
-                shared = grad_bias_hh is not None and not CELLS[ctx.cell].separate_gates_hh
-                grad_bias_ih = grad_bias_hh if shared else rows.sum(0).view(weight_ih.shape[:2])
+                equal = not CELLS[ctx.cell].separate_gates_hh
+                # a copy, for both become somebody's .grad
+                grad_bias_ih = grad_bias_hh.clone() if equal and grad_bias_hh is not None else rows.sum(0).view(weight_ih.shape[:2])
         fields = (grad_weight_ih, pulled[2], grad_bias_ih, grad_bias_hh, pulled[4])
         of_weights = [
             None if x is None or not needs[8 + p * FIELDS + i] else x[p] for p in range(P) for i, x in enumerate(fields)
