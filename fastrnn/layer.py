@@ -128,9 +128,10 @@ class _Layer(torch.autograd.Function):
             if any_needed(0):
                 grad_weight_ih = transposed_product(rows, input.reshape(T * B, I)).view(weight_ih.shape)
             if any_needed(2):
-                equal = not CELLS[ctx.cell].separate_gates_hh
-                # a copy, for both become somebody's .grad
-                grad_bias_ih = grad_bias_hh.clone() if equal and grad_bias_hh is not None else rows.sum(0).view(weight_ih.shape[:2])
+                if grad_bias_hh is None or CELLS[ctx.cell].separate_gates_hh:
+                    grad_bias_ih = rows.sum(0).view(weight_ih.shape[:2])
+                else:
+                    grad_bias_ih = grad_bias_hh.clone()  # equal; a copy, for both become somebody's .grad
         fields = (grad_weight_ih, pulled[2], grad_bias_ih, grad_bias_hh, pulled[4])
         of_weights = [
             None if x is None or not needs[8 + p * FIELDS + i] else x[p] for p in range(P) for i, x in enumerate(fields)
