@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .autograd import Grads, pull_forward
 from .ops import CELLS
-from .products import is_plain, product, transposed_product
+from .products import is_plain, is_plain_call, product, transposed_product
 
 _layer_forward = torch.ops.fastrnn.layer_forward.default
 
@@ -32,10 +32,12 @@ def fits(
 ) -> bool:
     """Can this call be a layer op? False also where dtypes differ: the composed form says what is wrong."""
     dtype = input.dtype
-    if dtype not in (torch.float32, torch.float64):
+    if dtype not in (torch.float32, torch.float64) or not is_plain_call():
         return False
-    floating = [input, *states, *(x for direction in weights for x in direction)]
-    return is_plain(*floating, *masks) and all(x is None or x.dtype == dtype for x in floating)
+    for x in (input, *states, *(x for direction in weights for x in direction)):
+        if not is_plain(x) or (x is not None and x.dtype is not dtype):
+            return False
+    return all(map(is_plain, masks))
 
 
 def layer(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import _C  # noqa: F401  (registers the op)
 
@@ -18,18 +19,24 @@ _gemm = torch.ops.fastrnn.gemm.default
 _FEWEST_ROWS = 32
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Is this an ordinary eager call on ordinary CPU tensors?"""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    if forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
-        return False
-    return all(x is None or (type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu") for x in tensors)
+def is_plain_call() -> bool:
+    """Is nothing in force that wants to see more of a call than its kernel?"""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+    )
 
 
-def _has_gemm(*tensors: Tensor | None) -> bool:
-    """Can the micro-kernel take them? Looks at no size, so that a graph gets no guard from it."""
-    return is_plain(*tensors) and all(x is None or x.dtype in (torch.float32, torch.float64) for x in tensors)
+def is_plain(x: Tensor | None) -> bool:
+    """Is it an ordinary CPU tensor, or None? Looks at no size, so that a graph gets no guard from it."""
+    return x is None or ((type(x) is Tensor or type(x) is Parameter) and x.is_cpu)
+
+
+def _has_gemm(a: Tensor, b: Tensor) -> bool:
+    """Can the micro-kernel take them?"""
+    return is_plain_call() and is_plain(a) and is_plain(b) and {a.dtype, b.dtype} <= {torch.float32, torch.float64}
 
 
 def transposed_product(a: Tensor, b: Tensor) -> Tensor:
