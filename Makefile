@@ -1,5 +1,6 @@
 # make test    everything a fresh machine needs, then the tests
-# make bench   the benchmark suite, then a short run of the language model on both backends
+# make bench   the benchmark suite (out/bench/report.html), then a short run of the language model on both backends
+# make bench-peers      installs the other runtimes into an environment of their own (.venv-peers, 3 GB) and times those
 # make lint    formatting, lint and types
 # make check-cuda       compiles the kernels for every architecture; registers, spills, disassembly (needs nvcc)
 # make test-cuda-build  the whole extension against torch's CUDA build, in an environment of its own (6 GB)
@@ -12,11 +13,15 @@ JOBS ?= $(shell nproc)
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-torch-$(TORCH)
 BUILT := build/.built-torch-$(TORCH)
+PEERS_VENV ?= .venv-peers
+PEERS_STAMP := $(PEERS_VENV)/.installed-torch-$(TORCH)
+OUT := out/bench
+WRITE = --json $(OUT)/$(1).json --markdown $(OUT)/$(1).md --html $(OUT)/$(1).html --plots $(OUT)/$(1)-plots
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup build test bench lint check-cuda test-cuda-build clean distclean
+.PHONY: setup build test bench bench-peers lint check-cuda test-cuda-build clean distclean
 
 setup: $(STAMP)
 build: $(BUILT)
@@ -37,8 +42,22 @@ test: $(BUILT)
 	$(PY) -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 bench: $(BUILT)
-	$(PY) -m benchmarks $(ARGS)
+	$(PY) -m benchmarks --suite quick accuracy $(call WRITE,report) $(ARGS)
+	@echo "the report as a page: $(OUT)/report.html"
 	$(PY) examples/char_lm.py --compare
+
+# The extension that is built in place serves here, too: it is the same torch and the same Python.
+$(PEERS_STAMP): benchmarks/requirements-peers.txt requirements-dev.txt
+	test -x $(PEERS_VENV)/bin/python || $(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install --quiet torch==$(TORCH)
+	echo "torch==$(TORCH)" > $(PEERS_VENV)/constraints.txt
+	$(PEERS_VENV)/bin/python -m pip install --quiet --constraint $(PEERS_VENV)/constraints.txt \
+		--requirement benchmarks/requirements-peers.txt
+	touch $@
+
+bench-peers: $(BUILT) $(PEERS_STAMP)
+	$(PEERS_VENV)/bin/python -m benchmarks --suite peers $(call WRITE,peers) $(ARGS)
+	@echo "the report as a page: $(OUT)/peers.html"
 
 lint: $(BUILT)
 	$(PY) -m ruff check .
@@ -55,4 +74,4 @@ clean:
 	rm -rf build dist fastrnn/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS_VENV)

@@ -11,7 +11,8 @@ from torch import Tensor
 from benchmarks.cases import Row
 from benchmarks.data import make_data
 from benchmarks.measure import TOLERANCE, ContestantError, prepare, scaled_error
-from benchmarks.peers import PEERS, Peer
+from benchmarks.peers import PEERS
+from benchmarks.peers.base import NoResult, Peer
 from benchmarks.results import Accuracy, Errors, Result, Settings
 
 
@@ -52,7 +53,7 @@ def run_accuracy(row: Row, ours: Peer, theirs: Peer, settings: Settings) -> Resu
         their_errors = tensor_errors(prepare(theirs, row, data)[1], reference)
         if not all(map(math.isfinite, their_errors.values())):
             their_errors, missing = None, f"{theirs.key}: not finite"
-    except ContestantError as error:
+    except (ContestantError, NoResult) as error:
         missing = str(error)
 
     def allowed(name: str) -> float:

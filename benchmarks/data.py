@@ -20,6 +20,7 @@ class Data:
     lengths: Tensor | None  # [B] int64
     state: tuple[Tensor, ...] | None  # h_0 (and c_0) [layers * directions, B, H], cells [B, H]
     grad_outputs: tuple[Tensor, ...]  # of output [T, B, O] (0 past the lengths); of a cell's h (and c) [B, H]
+    resets: Tensor | None = None  # [T, B] bool: the state is zeroed before step t
 
     def to(self, dtype: torch.dtype) -> Data:
         """A converted copy that shares no memory with this one; lengths stay as they are."""
@@ -41,6 +42,12 @@ def module_arguments(case: Case) -> dict[str, Any]:
         arguments |= {"num_layers": case.layers, "bidirectional": case.bidirectional}
         if case.proj:
             arguments["proj_size"] = case.proj
+    if case.nonlinearity:
+        arguments["nonlinearity"] = case.nonlinearity
+    if not case.bias:
+        arguments["bias"] = False
+    if case.batch_first:
+        arguments["batch_first"] = True
     return arguments | {"dtype": getattr(torch, case.dtype)}
 
 
@@ -79,5 +86,7 @@ def make_data(case: Case, seed: int = 0) -> Data:
         state = tuple(2 * torch.rand(*rows, size, generator=generator, dtype=wide) - 1 for size in sizes)
     count = 2 if case.cell == "LSTMCell" else 1  # a cell's h and c are both used further on
     grad_outputs = tuple(sequence((case.proj or case.H) * directions) for _ in range(count))
-    data = Data(weights, sequence(case.I), lengths, state, grad_outputs)
+    input = sequence(case.I)
+    resets = torch.rand(case.T, case.B, generator=generator) < 1 / case.resets if case.resets else None
+    data = Data(weights, input, lengths, state, grad_outputs, resets)
     return data.to(getattr(torch, case.dtype))

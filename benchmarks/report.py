@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.results import FAILED, VERDICTS
+from benchmarks.results import FAILED, VERDICTS, judged
 
 STYLES = {"error": "bold red", "mismatch": "bold red", "loss": "red", "tie": "yellow", "win": "green"}
-TIMING_HEADER = ("row", "verdict", "ratio", "95% interval (pairs)", "ours", "theirs", "note")
+TIMING_HEADER = ("row", "verdict", "ratio", "95% interval (pairs)", "ours", "theirs", "ours / floor", "note")
 ACCURACY_HEADER = (
     "row", "verdict", "ours out", "theirs out", "ours grad", "theirs grad", "of allowed", "note",
 )  # fmt: skip
+MEMORY_HEADER = ("row", "verdict", "ratio", "ours", "theirs", "ours / TBH", "theirs / TBH", "note")
+FITS_HEADER = ("cell", "mode", "peer", "threads", "against", "at", "sizes", "our exponent", "theirs")
+SPEEDUPS_HEADER = ("case", "mode", "peer", "threads", "our speed-up", "theirs")
 
 
 def seconds(value: float) -> str:
@@ -30,6 +34,10 @@ def time_cell(side: dict[str, Any]) -> str:
     """Median, and the interquartile range as a part of it."""
     spread = side["spread"]
     return f"{seconds(spread['median'])} ({(spread['q3'] - spread['q1']) / spread['median']:.0%})"
+
+
+def megabytes(value: float) -> str:
+    return f"{value / 2**20:.1f} MiB"
 
 
 def notes(row: dict[str, Any]) -> str:
@@ -47,23 +55,37 @@ def notes(row: dict[str, Any]) -> str:
 
 
 def row_verdict(row: dict[str, Any]) -> str:
-    if row["status"] == "ok" and row["timing"]:
-        return row["timing"]["verdict"]
-    return row["status"]
+    found = judged(row)
+    return found[0] if row["status"] == "ok" and found else row["status"]
+
+
+def shown_verdict(row: dict[str, Any]) -> str:
+    """With a question mark if the row is noisy."""
+    return row_verdict(row) + ("?" if row["timing"] and row["timing"]["noisy"] else "")
+
+
+def floor_cell(timing: dict[str, Any]) -> str:
+    """Our time in floors, and what the floor is made of; empty without one."""
+    floor = timing["floor"]
+    if not floor:
+        return ""
+    bound = "GEMM" if floor["bound"] == "flops" else f"{floor['level']} reads"
+    return f"{timing['ours']['spread']['median'] / floor['seconds']:.1f} ({bound})"
 
 
 def timing_cells(row: dict[str, Any]) -> tuple[str, ...]:
     timing = row["timing"]
     if not timing:
-        return (row["id"], row_verdict(row), "", "", "", "", notes(row))
+        return (row["id"], row_verdict(row), "", "", "", "", "", notes(row))
     ratio = timing["ratio"]
     return (
         row["id"],
-        row_verdict(row) + ("?" if timing["noisy"] else ""),
+        shown_verdict(row),
         f"{ratio['median']:.2f}",
         f"{ratio['low']:.2f} to {ratio['high']:.2f} ({ratio['count']})",
         time_cell(timing["ours"]),
         time_cell(timing["theirs"]),
+        floor_cell(timing),
         notes(row),
     )
 
@@ -81,7 +103,40 @@ def accuracy_cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (row["id"], row_verdict(row), *both("outputs"), *both("gradients"), share, notes(row))
 
 
-KINDS = {"timing": (TIMING_HEADER, timing_cells), "accuracy": (ACCURACY_HEADER, accuracy_cells)}
+def memory_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    memory = row["memory"]
+    if not memory:
+        return (row["id"], row_verdict(row), "", "", "", "", "", notes(row))
+    peaks = [median(memory[side]) for side in ("ours", "theirs")]
+    units = [f"{peak / memory['unit_bytes']:.1f}" for peak in peaks]
+    return (row["id"], row_verdict(row), f"{memory['ratio']:.2f}", *map(megabytes, peaks), *units, notes(row))
+
+
+KINDS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], tuple[str, ...]]]] = {
+    "timing": (TIMING_HEADER, timing_cells),
+    "accuracy": (ACCURACY_HEADER, accuracy_cells),
+    "memory": (MEMORY_HEADER, memory_cells),
+}
+
+
+def fit_cells(fit: dict[str, Any]) -> tuple[str, ...]:
+    at = ", ".join(f"{name}={value}" for name, value in fit["fixed"].items())
+    sizes = ", ".join(map(str, fit["sizes"]))
+    who = (fit["cell"], fit["mode"], fit["peer"], str(fit["threads"] or "the run's"))
+    return (*who, fit["axis"], at, sizes, f"{fit['ours']:.2f}", f"{fit['theirs']:.2f}")
+
+
+def speedup_cells(entry: dict[str, Any]) -> tuple[str, ...]:
+    sides = [", ".join(f"{value:.2f}" for value in entry[side]) for side in ("ours", "theirs")]
+    return (entry["name"], entry["mode"], entry["peer"], ", ".join(map(str, entry["threads"])), *sides)
+
+
+def roofline_line(roofline: dict[str, Any]) -> str:
+    peaks = ", ".join(f"{dtype} {peak / 1e9:.0f}" for dtype, peak in roofline["gemm_flops"].items())
+    reads = ", ".join(f"{level} {speed / 1e9:.0f}" for level, speed in roofline["bandwidth"].items())
+    threads = f"{roofline['threads']} thread" + "s" * (roofline["threads"] != 1)
+    how = "measured before and after the rows, the better counts"
+    return f"floor, from {threads}, {how}: peak GEMM {peaks} GFLOP/s; reads {reads} GB/s"
 
 
 def method_lines(document: dict[str, Any]) -> list[str]:
@@ -99,6 +154,9 @@ def method_lines(document: dict[str, Any]) -> list[str]:
         f"load average at the start {cpu['load_average_1min']}",
         f"torch {software['torch']} ({build}), fastrnn {software['fastrnn'] or 'not there'}, {machine['date']}",
     ]
+    others = [f"{key} = {peer['title']} ({peer['version']})" for key, peer in document["peers"].items()]
+    if others:
+        lines.append("contestants: " + "; ".join(others))
     if "timing" in kinds:
         lines += [
             f"ratio = the peer's time / {ours}'s time, paired: above 1 {ours} is faster. "
@@ -107,6 +165,12 @@ def method_lines(document: dict[str, Any]) -> list[str]:
             f"noisy: the interval is wider than {settings['noisy']:.0%} of the ratio, "
             f"or other work took more than {settings['busy']:.0%} of the cores; such a verdict has a "
             "question mark. Times: median (interquartile range).",
+        ]
+        lines += [roofline_line(roofline) for roofline in machine["roofline"]]
+    if "memory" in kinds:
+        lines += [
+            "memory: peak resident size of one step above what was resident before it, median of fresh processes, each "
+            "with one side. ratio = theirs / ours. TBH: the size of T * B * H elements, that is of one output."
         ]
     if "accuracy" in kinds:
         lines += [
@@ -152,6 +216,28 @@ def rerun_commands(document: dict[str, Any]) -> list[str]:
     return [row["command"] for row in document["rows"] if row["status"] in FAILED or row_verdict(row) == "loss"]
 
 
+def extra_tables(document: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """Title, header and cells of the tables that are made from several rows; empty ones are left out."""
+    summary = document["summary"]
+    tables = [
+        ("Geometric means", FAMILY_HEADER, [family_cells(mean) for mean in summary["families"]]),
+        ("Cost against size: time ~ size ^ exponent", FITS_HEADER, [fit_cells(fit) for fit in summary["fits"]]),
+        (
+            "Threads: time with the fewest / time with each",
+            SPEEDUPS_HEADER,
+            list(map(speedup_cells, summary["thread_speedups"])),
+        ),
+    ]
+    return [table for table in tables if table[2]]
+
+
+def mostly_noisy(document: dict[str, Any]) -> bool:
+    return 2 * document["summary"]["noisy"] > len(document["rows"])
+
+
+NO_EVIDENCE = "Most rows are noisy: these numbers are no evidence. Run again when nothing else runs."
+
+
 def print_report(document: dict[str, Any], console: Console) -> None:
     for line in method_lines(document):
         console.print(Text(line, style="dim"))
@@ -160,12 +246,12 @@ def print_report(document: dict[str, Any], console: Console) -> None:
         if rows:
             styles = [STYLES.get(row_verdict(row), "") for row in rows]
             console.print(build_table(header, zip(map(cells, rows), styles, strict=True)))
-    families = document["summary"]["families"]
-    if families:
-        console.print(build_table(FAMILY_HEADER, ((family_cells(mean), "") for mean in families)))
+    for title, names, cells_of in extra_tables(document):
+        console.print(Text(title, style="bold"))
+        console.print(build_table(names, ((cells, "") for cells in cells_of)))
     console.print(summary_line(document))
-    if 2 * document["summary"]["noisy"] > len(document["rows"]):
-        console.print("Most rows are noisy: these numbers are no evidence. Run again when nothing else runs.")
+    if mostly_noisy(document):
+        console.print(NO_EVIDENCE)
     if commands := rerun_commands(document):
         console.print("Failures and losses again:")
         for command in commands:
@@ -190,12 +276,13 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list
 def markdown(document: dict[str, Any]) -> str:
     lines = ["# Benchmarks", "", f"`{document['command']}`", ""]
     lines += [*(f"- {line}" for line in method_lines(document)), ""]
-    lines += [summary_line(document), ""]
-    if families := document["summary"]["families"]:
-        lines += [*markdown_table(FAMILY_HEADER, map(family_cells, families)), ""]
+    lines += [summary_line(document), *([NO_EVIDENCE] if mostly_noisy(document) else []), ""]
     for kind, (header, cells) in KINDS.items():
         rows = [row for row in document["rows"] if row["kind"] == kind]
         if rows:
             lines += [*markdown_table(header, map(cells, rows)), ""]
-    lines += ["Any row again: `python -m benchmarks --filter '^ROW$'`.", ""]
+    for title, names, cells_of in extra_tables(document):
+        lines += [f"## {title}", "", *markdown_table(names, cells_of), ""]
+    lines += ["Failures and losses again:", "", *(f"    {command}" for command in rerun_commands(document)), ""]
+    lines += ["Any other row: the command stands in the JSON file, under `command`.", ""]
     return "\n".join(lines)

@@ -8,13 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import scaling
 from benchmarks.cases import Row
+from benchmarks.schema import SCHEMA, SCHEMA_VERSION, STATUSES, schema_problems, upgraded
 from benchmarks.stats import Interval, Spread, geometric_mean
 
-SCHEMA = "fastrnn-benchmarks"
-SCHEMA_VERSION = 1  # raise it when a key is removed or changes its meaning; new keys need no new version
-
-STATUSES = ("error", "mismatch", "ok", "skipped")
 FAILED = ("error", "mismatch")  # these make the exit status non-zero
 VERDICTS = ("loss", "tie", "win")
 
@@ -33,6 +31,7 @@ class Settings:
     noisy: float = 0.20
     busy: float = 0.05
     seed: int = 0
+    longest_s: float | None = None  # rows whose floor is above it are skipped; None: the suite's own
 
 
 @dataclass
@@ -54,6 +53,17 @@ class Check:
 
 
 @dataclass
+class Floor:
+    """The shortest time a call could take, from the machine's measured peaks; see floor.py."""
+
+    seconds: float
+    flops: float
+    weight_bytes: float  # streamed, recurrent weights once a step
+    level: str  # the smallest memory that holds a thread's share of the weights: L1, L2, L3 or DRAM
+    bound: str  # "flops" or "weights": which of the two took longer
+
+
+@dataclass
 class Timing:
     ratio: Interval  # theirs / ours, pair by pair; above 1 we are faster
     verdict: str
@@ -62,6 +72,8 @@ class Timing:
     ours: Side
     theirs: Side
     check: Check
+    kernels: dict[str, str] = field(default_factory=dict)  # "ours", "theirs": what runs inside
+    floor: Floor | None = None
 
 
 @dataclass
@@ -83,14 +95,26 @@ class Accuracy:
 
 
 @dataclass
+class Memory:
+    """Peak resident memory of one step above what was there before it, in bytes; see memory.py."""
+
+    ours: list[int]  # one value per process
+    theirs: list[int]
+    ratio: float  # theirs / ours, of the medians: above 1 we take less
+    verdict: str
+    unit_bytes: int  # T * B * H elements of the case: one tensor as large as an output
+
+
+@dataclass
 class Result:
-    """One row of a report. Exactly one of `timing`, `accuracy` is there when `status` is ok."""
+    """One row of a report. Exactly one of `timing`, `accuracy`, `memory` is there when `status` is ok."""
 
     row: Row
     status: str
     message: str = ""
     timing: Timing | None = None
     accuracy: Accuracy | None = None
+    memory: Memory | None = None
     command: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -100,25 +124,33 @@ class Result:
             "family": self.row.case.family,
             "mode": self.row.mode,
             "peer": self.row.peer,
+            "threads": self.row.threads,
             "case": asdict(self.row.case) | {"name": self.row.case.name},
             "status": self.status,
             "message": self.message,
             "timing": asdict(self.timing) if self.timing else None,
             "accuracy": asdict(self.accuracy) if self.accuracy else None,
+            "memory": asdict(self.memory) if self.memory else None,
             "command": self.command,
         }
 
 
+def judged(row: dict[str, Any]) -> tuple[str, float] | None:
+    """Verdict and ratio (theirs / ours) of a row that has them."""
+    if row["timing"]:
+        return row["timing"]["verdict"], row["timing"]["ratio"]["median"]
+    return (row["memory"]["verdict"], row["memory"]["ratio"]) if row["memory"] else None
+
+
 def sort_key(row: dict[str, Any]) -> tuple[int, float, str]:
     """Failures, then losses (worst first), ties, wins, rows without a verdict, skipped rows."""
-    timing = row["timing"]
     if row["status"] in FAILED:
         return (0, 0.0, row["id"])
     if row["status"] == "skipped":
         return (5, 0.0, row["id"])
-    if timing is None:
-        return (4, -row["accuracy"]["worst_error"] / row["accuracy"]["worst_allowed"], row["id"])
-    return (1 + VERDICTS.index(timing["verdict"]), timing["ratio"]["median"], row["id"])
+    if found := judged(row):
+        return (1 + VERDICTS.index(found[0]), found[1], row["id"])
+    return (4, -row["accuracy"]["worst_error"] / row["accuracy"]["worst_allowed"], row["id"])
 
 
 def family_means(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -155,10 +187,12 @@ class Document:
         machine: dict[str, Any],
         command: str,
         planned: int,
+        peers: dict[str, dict[str, str]] | None = None,
     ) -> Document:
+        """`peers`: title and version of every contestant that took part, under its key."""
         rows = sorted((result.to_json() for result in results), key=sort_key)
         counts = {status: sum(row["status"] == status for row in rows) for status in STATUSES}
-        verdicts = [row["timing"]["verdict"] for row in rows if row["timing"]]
+        verdicts = [found[0] for found in map(judged, rows) if found]
         data = {
             "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,
@@ -168,12 +202,15 @@ class Document:
             "settings": asdict(settings),
             "includes_input_gemm": True,
             "machine": machine,
+            "peers": peers or {},
             "rows": rows,
             "summary": {
                 "statuses": counts,
                 "verdicts": {name: verdicts.count(name) for name in VERDICTS},
                 "noisy": sum(bool(row["timing"] and row["timing"]["noisy"]) for row in rows),
                 "families": family_means(rows),
+                "fits": scaling.fits(rows),
+                "thread_speedups": scaling.thread_speedups(rows),
             },
         }
         return cls(data)
@@ -187,57 +224,16 @@ class Document:
 
     @classmethod
     def load(cls, path: Path) -> Document:
-        data = json.loads(path.read_text())
-        problems = schema_problems(data)
+        """Reads this version and every older one.
+
+        Raises:
+            ValueError: the file is no such document; the text says what is wrong with it.
+        """
+        try:
+            data = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path.name} is no JSON: {error}") from error
+        problems = schema_problems(upgraded(data))
         if problems:
             raise ValueError(f"{path.name} is no {SCHEMA} file: " + "; ".join(problems))
         return cls(data)
-
-
-Types = dict[str, type | tuple[type, ...]]
-REQUIRED: Types = {
-    "schema": str, "schema_version": int, "command": str, "complete": bool, "planned_rows": int,
-    "settings": dict, "includes_input_gemm": bool, "machine": dict, "rows": list, "summary": dict,
-}  # fmt: skip
-ROW_REQUIRED: Types = {
-    "id": str, "kind": str, "family": str, "mode": str, "peer": str, "case": dict, "status": str,
-    "message": str, "timing": (dict, type(None)), "accuracy": (dict, type(None)), "command": str,
-}  # fmt: skip
-MACHINE_REQUIRED: Types = {
-    "date": str, "cpu": dict, "threads": int, "environment": dict, "software": dict,
-}  # fmt: skip
-
-
-def schema_problems(data: Any) -> list[str]:
-    """What is wrong with a document, in words; empty when it is valid."""
-    if not isinstance(data, dict):
-        return ["not an object"]
-    if data.get("schema") != SCHEMA:
-        return [f"schema: expected {SCHEMA!r}, got {data.get('schema')!r}"]
-    if data.get("schema_version") != SCHEMA_VERSION:
-        return [f"schema_version: expected {SCHEMA_VERSION}, got {data.get('schema_version')!r}"]
-    problems: list[str] = []
-
-    def require(where: str, value: Any, required: Types) -> bool:
-        if not isinstance(value, dict):
-            problems.append(f"{where}: expected an object, got {type(value).__name__}")
-            return False
-        for key, kind in required.items():
-            if key not in value:
-                problems.append(f"{where}: {key} is missing")
-            elif not isinstance(value[key], kind):
-                problems.append(f"{where}: {key} is a {type(value[key]).__name__}")
-        return True
-
-    require("document", data, REQUIRED)
-    require("machine", data.get("machine"), MACHINE_REQUIRED)
-    rows = data.get("rows")
-    for index, row in enumerate(rows if isinstance(rows, list) else []):
-        where = f"rows[{index}]"
-        if not require(where, row, ROW_REQUIRED):
-            continue
-        if row.get("status") not in STATUSES:
-            problems.append(f"{where}: status is {row.get('status')!r}")
-        if row.get("status") == "ok" and bool(row.get("timing")) == bool(row.get("accuracy")):
-            problems.append(f"{where}: ok, but not exactly one of timing and accuracy")
-    return problems

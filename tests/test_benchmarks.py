@@ -25,7 +25,7 @@ pytest.importorskip("rich")
 pytest.importorskip("psutil")
 pytest.importorskip("cpuinfo")
 
-from benchmarks import cases, cli, machine, measure, report, results, stats  # noqa: E402
+from benchmarks import cases, cli, machine, measure, report, results, roofline, schema, stats, suites  # noqa: E402
 from benchmarks.accuracy import run_accuracy  # noqa: E402
 from benchmarks.cases import Case, Row, Suite, entries  # noqa: E402
 from benchmarks.data import Data, make_data  # noqa: E402
@@ -39,6 +39,12 @@ TINY = (
     *entries("cell", "RNNCell", (1, 2, 3, 5), stateful=True),
 )
 TORCH = PEERS["torch"]
+ROOFLINE: dict[str, Any] = {
+    "threads": 1,
+    "gemm_flops": {"float32": 1e11, "float64": 5e10},
+    "bandwidth": {"L2": 1e11, "L3": 3e10, "DRAM": 1e10},
+    "cache_bytes": {"L1": 32 << 10, "L2": 1 << 20, "L3": 32 << 20},
+}
 
 
 class Planted(ModulePeer):
@@ -109,8 +115,9 @@ def tiny_row(cell: str = "LSTM", mode: str = "train", peer: str = "torch", **opt
 
 @pytest.fixture
 def tiny_suite(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cases, "SUITES", {"tiny": Suite("for tests", TINY)})
-    monkeypatch.setattr(cli, "SUITES", cases.SUITES)
+    monkeypatch.setattr(suites, "SUITES", {"tiny": Suite("for tests", TINY)})
+    monkeypatch.setattr(cli, "SUITES", suites.SUITES)
+    monkeypatch.setattr(roofline, "measure", lambda threads, caches, dtypes: ROOFLINE | {"threads": threads})
     monkeypatch.setattr(machine.cpuinfo, "get_cpu_info", lambda: {"brand_raw": "a processor"})
 
 
@@ -346,26 +353,26 @@ def test_accuracy_row() -> None:
 
 
 def test_ids_are_unique_and_each_selects_exactly_its_row() -> None:
-    rows = list(cases.select(list(cases.SUITES), None))
+    rows = list(suites.select(list(suites.SUITES), None))
     ids = [row.id for row in rows]
     assert len(set(ids)) == len(ids)
     for row in rows:
         assert re.fullmatch(r"[a-z0-9-]+", row.id)
-        assert list(cases.select(None, f"^{row.id}$")) == [row]
+        assert list(suites.select(None, f"^{row.id}$")) == [row]
 
 
 def test_default_is_quick_and_a_filter_looks_everywhere() -> None:
-    assert set(cases.select(None, None)) == set(cases.SUITES["quick"].rows())
-    assert {row.kind for row in cases.select(None, "lstm")} == {"timing", "accuracy"}
-    assert {row.case.shortest > 0 for row in cases.select(["packed"], "lstm")} == {True}
-    assert not cases.select(["packed"], "cell")
+    assert set(suites.select(None, None)) == set(suites.SUITES["quick"].rows())
+    assert {row.kind for row in suites.select(None, "lstm")} == {"timing", "accuracy", "memory"}
+    assert {row.case.shortest > 0 for row in suites.select(["packed"], "lstm")} == {True}
+    assert not suites.select(["packed"], "cell")
 
 
 # ---- documents and reports
 
 
 def document(*made: results.Result, planned: int | None = None) -> dict[str, Any]:
-    facts = machine.machine_facts(threads=1)
+    facts = machine.machine_facts(threads=1) | {"roofline": [ROOFLINE]}
     return results.Document.build(
         made, FAST, facts, "python -m benchmarks", len(made) if planned is None else planned
     ).data
@@ -426,7 +433,7 @@ def test_document_survives_a_round_trip(mixed: dict[str, Any], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("break_it", "problem"),
     [
-        (lambda data: data.update(schema_version=99), "schema_version: expected 1, got 99"),
+        (lambda data: data.update(schema_version=99), "schema_version: expected 2, got 99"),
         (lambda data: data.update(schema="other"), "schema: expected"),
         (lambda data: data.pop("machine"), "machine is missing"),
         (lambda data: data["machine"].pop("cpu"), "cpu is missing"),
@@ -439,7 +446,7 @@ def test_document_survives_a_round_trip(mixed: dict[str, Any], tmp_path: Path) -
 def test_invalid_documents_are_refused(
     mixed: dict[str, Any], tmp_path: Path, break_it: Callable[[dict[str, Any]], object], problem: str
 ) -> None:
-    assert results.schema_problems(mixed) == []
+    assert schema.schema_problems(mixed) == []
     break_it(mixed)
     file = tmp_path / "run.json"
     file.write_text(json.dumps(mixed))
@@ -454,7 +461,7 @@ def test_machine_facts_hold_no_paths() -> None:
         "OMP_PLACES": "threads",
     }
     facts = machine.machine_facts(threads=3)
-    assert results.schema_problems({"machine": facts}) != []
+    assert schema.schema_problems({"machine": facts}) != []
     assert facts["threads"] == 3
     assert facts["software"]["torch"] == torch.__version__
     assert facts["cpu"]["model"]
@@ -514,7 +521,7 @@ def test_a_clean_run(tiny_suite: None, tmp_path: Path, capsys: pytest.CaptureFix
     status, data = run_tiny(tmp_path, "--markdown", str(markdown))
     assert status == cli.OK
     assert data["complete"]
-    assert {row["id"] for row in data["rows"]} == {row.id for row in cases.SUITES["tiny"].rows()}
+    assert {row["id"] for row in data["rows"]} == {row.id for row in suites.SUITES["tiny"].rows()}
     assert "6 rows" in capsys.readouterr().out
     assert "| lstm-4x2x3x5-fwd-vs-torch |" in markdown.read_text()
 
@@ -586,7 +593,7 @@ def python_m_benchmarks(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_rerun_command_says_what_was_not_default() -> None:
-    row = cases.SUITES["quick"].rows()[0]
+    row = suites.SUITES["quick"].rows()[0]
     assert cli.rerun_command(row, results.Settings(threads=2)).endswith(f"'^{row.id}$' --threads 2 --rounds 16")
     settings = results.Settings(ours="torch", threads=1, rounds=8, budget_s=3, min_sample_s=2e-3, tie=0.1, seed=5)
     end = "--threads 1 --rounds 8 --budget 3 --min-sample 2 --tie 0.1 --seed 5 --ours torch"
@@ -596,12 +603,12 @@ def test_a_rerun_command_says_what_was_not_default() -> None:
 def test_list_from_the_shell() -> None:
     done = python_m_benchmarks("run", "--list", "--suite", "quick")
     assert done.returncode == 0
-    assert done.stdout.split() == [row.id for row in cases.SUITES["quick"].rows()]
+    assert done.stdout.split() == [row.id for row in suites.SUITES["quick"].rows()]
     assert done.stderr == ""
 
 
 def test_a_printed_command_reruns_its_row(tmp_path: Path) -> None:
-    row = next(row for row in cases.SUITES["quick"].rows() if row.case.cell == "GRUCell" and row.mode == "train")
+    row = next(row for row in suites.SUITES["quick"].rows() if row.case.cell == "GRUCell" and row.mode == "train")
     command = cli.rerun_command(row, results.Settings(ours="torch", threads=1))
     file = tmp_path / "run.json"
     done = python_m_benchmarks(*shlex.split(command)[3:], *FAST_OPTIONS, "--json", str(file))
@@ -613,7 +620,7 @@ def test_a_printed_command_reruns_its_row(tmp_path: Path) -> None:
     assert data["machine"]["environment"]["OMP_PROC_BIND"] == "true"
 
 
-@pytest.mark.parametrize("row", cases.SUITES["quick"].rows(), ids=lambda row: row.id)
+@pytest.mark.parametrize("row", suites.SUITES["quick"].rows(), ids=lambda row: row.id)
 def test_fastrnn_agrees_on_the_quick_suites_kinds(row: Row) -> None:
     """Every quick row, its sizes cut down: none of them is a mismatch or an error."""
     if PEERS["fastrnn"].missing():

@@ -1,13 +1,12 @@
-"""Contestants: who can run a case, behind one small interface. fastrnn is one of them."""
+"""Contestants that are modules with torch.nn's parameters: fastrnn and torch.nn themselves, and loops over time."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,40 +15,25 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from benchmarks.cases import Case
 from benchmarks.data import Data, module_arguments
-
-
-@dataclass
-class Prepared:
-    """A case made ready by one contestant: nothing but `step` is timed, and `results` runs that same step."""
-
-    step: Callable[[], object]
-    results: Callable[[], dict[str, Tensor]]  # torch.nn's names and layouts, see named_results
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered once around many steps
-    synchronize: Callable[[], None] = lambda: None  # waits for the device; ends every sample
-
-
-class Peer(Protocol):
-    key: str  # in row ids and options: letters and digits
-    title: str
-
-    def missing(self) -> str | None:
-        """Why it cannot be used here, None if it can. Never raises."""
-
-    def version(self) -> str: ...
-
-    def supports(self, case: Case, mode: str) -> str | None:
-        """Why it has no such case, None if it has. A reason given here makes a skipped row, not an error."""
-
-    def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
-        """Converts weights and inputs to its own form (untimed). `data` is a private copy."""
+from benchmarks.peers.base import Prepared
 
 
 class ModulePeer:
     """Anything with torch.nn's classes under torch.nn's names."""
 
-    def __init__(self, key: str, title: str, import_name: str, version_of: str | None = None) -> None:
+    def __init__(
+        self,
+        key: str,
+        title: str,
+        import_name: str,
+        version_of: str | None = None,
+        kernel: Callable[[Case, str], str] = lambda case, mode: "",
+        resets: bool = False,
+    ) -> None:
+        """`kernel` says what a call runs; `resets`: forward takes resets=."""
         self.key, self.title = key, title
         self._import_name, self._version_of = import_name, version_of or import_name
+        self._kernel, self._resets = kernel, resets
 
     @property
     def namespace(self) -> ModuleType:
@@ -66,20 +50,24 @@ class ModulePeer:
         return str(getattr(importlib.import_module(self._version_of), "__version__", "unknown"))
 
     def supports(self, case: Case, mode: str) -> str | None:
-        return None
+        return "it has no resets inside a sequence" if case.resets and not self._resets else None
 
     def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
         module = getattr(self.namespace, case.cell)(**module_arguments(case))
         module.load_state_dict(data.weights)
-        return prepare_module(module, case, mode, data)
+        prepared = prepare_module(module, case, mode, data)
+        return replace(prepared, kernel=lambda: self._kernel(case, mode))
 
 
 def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -> Prepared:
-    """Steps of a module called like torch.nn's. Packing is done here, outside the timed step."""
+    """Steps of a module called like torch.nn's. Packing and transposing is done here, outside the timed step."""
     training = mode == "train"
     module.train(training)
-    sequence: Tensor | PackedSequence = data.input  # [T, B, I]
     grad_outputs = list(data.grad_outputs)
+    if case.batch_first:
+        data.input = data.input.transpose(0, 1).contiguous()
+        grad_outputs = [grad.transpose(0, 1).contiguous() for grad in grad_outputs]
+    sequence: Tensor | PackedSequence = data.input  # [T, B, I], or [B, T, I] with batch_first
     if data.lengths is not None:
         packed = pack_padded_sequence(data.input, data.lengths, enforce_sorted=False)
         grads = [pack_padded_sequence(grad, data.lengths, enforce_sorted=False) for grad in grad_outputs]
@@ -92,11 +80,12 @@ def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -
     if data.state is not None:
         state = data.state if case.cell.startswith("LSTM") else data.state[0]
     arguments = (sequence,) if state is None else (sequence, state)
+    options = {} if data.resets is None else {"resets": data.resets}
 
     if not training:
 
         def forward() -> Any:
-            return module(*arguments)
+            return module(*arguments, **options)
 
         def forward_results() -> dict[str, Tensor]:
             with torch.inference_mode():
@@ -115,7 +104,7 @@ def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -
     def train() -> Any:
         for tensor in leaves.values():
             tensor.grad = None
-        result = module(*arguments)
+        result = module(*arguments, **options)
         torch.autograd.backward(gradient_targets(case, result), grad_outputs)
         increment_version(weights)  # as an optimizer's update: what was derived from old weights is stale
         return result
@@ -128,6 +117,8 @@ def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -
             named[f"grad_{name}"] = tensor.grad
         if isinstance(sequence, PackedSequence):
             named["grad_input"] = unpack(repack(sequence, named["grad_input"]))
+        if case.batch_first:
+            named["grad_input"] = named["grad_input"].transpose(0, 1)
         return {name: tensor.detach().clone() for name, tensor in named.items()}
 
     return Prepared(train, train_results)
@@ -150,6 +141,8 @@ def named_results(case: Case, result: Any) -> dict[str, Tensor]:
     states = states if isinstance(states, tuple) else (states,)
     if isinstance(output, PackedSequence):
         output = unpack(output)
+    elif case.batch_first:
+        output = output.transpose(0, 1)
     elif case.shortest:
         raise AssertionError("a PackedSequence came in but none came out")
     return {"output": output, **dict(zip(("h_n", "c_n"), states, strict=False))}
@@ -162,9 +155,3 @@ def repack(packed: PackedSequence, values: Tensor) -> PackedSequence:
 
 def unpack(packed: PackedSequence) -> Tensor:
     return pad_packed_sequence(packed)[0]
-
-
-PEERS: dict[str, Peer] = {
-    "fastrnn": ModulePeer("fastrnn", "fastrnn", "fastrnn"),
-    "torch": ModulePeer("torch", "torch.nn", "torch.nn", version_of="torch"),
-}

@@ -1,0 +1,208 @@
+"""Hand-written loops over time in PyTorch: what one writes where torch.nn's layers do not fit."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from benchmarks.cases import Case
+from benchmarks.data import Data, module_arguments
+from benchmarks.peers.base import NoResult, Prepared
+from benchmarks.peers.modules import prepare_module
+
+
+def next_states(
+    cell: str, gates_ih: Tensor, gates_hh: Tensor, states: tuple[Tensor, ...], relu: bool
+) -> tuple[Tensor, ...]:
+    """One step: both gates [B, G*H], states [B, H] each."""
+    if cell == "LSTM":
+        i, f, g, o = (gates_ih + gates_hh).chunk(4, 1)
+        c = torch.sigmoid(f) * states[1] + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+    if cell == "GRU":
+        (r_ih, z_ih, n_ih), (r_hh, z_hh, n_hh) = gates_ih.chunk(3, 1), gates_hh.chunk(3, 1)
+        z = torch.sigmoid(z_ih + z_hh)
+        n = torch.tanh(n_ih + torch.sigmoid(r_ih + r_hh) * n_hh)
+        return (n + z * (states[0] - n),)
+    return (torch.relu(gates_ih + gates_hh) if relu else torch.tanh(gates_ih + gates_hh),)
+
+
+class HandLoop(torch.nn.Module):
+    """One layer on torch.nn's parameters. Input [T, B, I]; the input GEMM of all steps is hoisted before the loop."""
+
+    weight_ih_l0: Tensor
+    weight_hh_l0: Tensor
+    bias_ih_l0: Tensor
+    bias_hh_l0: Tensor
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.case = case
+        for name, weight in getattr(torch.nn, case.cell)(**module_arguments(case)).named_parameters():
+            self.register_parameter(name, torch.nn.Parameter(weight.detach()))
+
+    def start(self, input: Tensor, state: Any) -> tuple[Tensor, ...]:
+        if state is None:
+            zeros = input.new_zeros(input.shape[1], self.case.H)
+            return (zeros, zeros) if self.case.cell == "LSTM" else (zeros,)
+        return tuple(s[0] for s in (state if isinstance(state, tuple) else (state,)))
+
+    def finish(self, outputs: list[Tensor], states: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
+        finals = tuple(s.unsqueeze(0) for s in states)
+        return torch.stack(outputs), finals if self.case.cell == "LSTM" else finals[0]
+
+    def forward(self, input: Tensor, state: Any = None, resets: Tensor | None = None) -> tuple[Tensor, Any]:
+        states, outputs = self.start(input, state), []
+        relu = self.case.nonlinearity == "relu"
+        gates_ih = linear(input, self.weight_ih_l0, self.bias_ih_l0)  # [T, B, G*H]
+        keep = None if resets is None else (~resets).to(input.dtype).unsqueeze(2)  # [T, B, 1]
+        for t, gates in enumerate(gates_ih.unbind(0)):
+            if keep is not None:
+                states = tuple(s * keep[t] for s in states)
+            states = next_states(
+                self.case.cell, gates, linear(states[0], self.weight_hh_l0, self.bias_hh_l0), states, relu
+            )
+            outputs.append(states[0])
+        return self.finish(outputs, states)
+
+
+class CellLoop(HandLoop):
+    """torch.nn's cell in a loop, the state multiplied by a mask: the usual way with resets."""
+
+    cell: Any
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        options = {"nonlinearity": case.nonlinearity} if case.nonlinearity else {}
+        cell = getattr(torch.nn, f"{case.cell}Cell")(case.I, case.H, dtype=getattr(torch, case.dtype), **options)
+        for name, _ in list(cell.named_parameters()):
+            setattr(cell, name, getattr(self, f"{name}_l0"))  # the same parameters, under the cell's names
+        object.__setattr__(self, "cell", cell)  # not registered: the names of the parameters stay torch.nn.LSTM's
+
+    def forward(self, input: Tensor, state: Any = None, resets: Tensor | None = None) -> tuple[Tensor, Any]:
+        states, outputs = self.start(input, state), []
+        keep = None if resets is None else (~resets).to(input.dtype).unsqueeze(2)
+        for t, x in enumerate(input.unbind(0)):
+            if keep is not None:
+                states = tuple(s * keep[t] for s in states)
+            result = self.cell(x, states if len(states) > 1 else states[0])
+            states = result if isinstance(result, tuple) else (result,)
+            outputs.append(states[0])
+        return self.finish(outputs, states)
+
+
+class LayerPerStep(HandLoop):
+    """torch.nn's layer called for one step at a time, the state multiplied by a mask between the calls."""
+
+    layer: Any
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        layer = getattr(torch.nn, case.cell)(**module_arguments(case))
+        for name in list(layer._parameters):
+            setattr(layer, name, getattr(self, name))
+        object.__setattr__(self, "layer", layer)
+
+    def train(self, mode: bool = True) -> LayerPerStep:
+        self.layer.train(mode)
+        return super().train(mode)
+
+    def forward(self, input: Tensor, state: Any = None, resets: Tensor | None = None) -> tuple[Tensor, Any]:
+        states = tuple(s.unsqueeze(0) for s in self.start(input, state))
+        keep = None if resets is None else (~resets).to(input.dtype).unsqueeze(2)
+        outputs = []
+        for t, x in enumerate(input.split(1)):
+            if keep is not None:
+                states = tuple(s * keep[t] for s in states)
+            output, result = self.layer(x, states if len(states) > 1 else states[0])
+            states = result if isinstance(result, tuple) else (result,)
+            outputs.append(output[0])
+        return self.finish(outputs, tuple(s[0] for s in states))
+
+
+class LoopPeer:
+    """A module of this file as a contestant. One layer, one direction, padded input, any dtype."""
+
+    def __init__(self, key: str, title: str, module: Callable[[Case], torch.nn.Module], kernel: str) -> None:
+        self.key, self.title = key, title
+        self._module, self._kernel = module, kernel
+
+    def missing(self) -> str | None:
+        return None
+
+    def version(self) -> str:
+        return f"torch {torch.__version__}"
+
+    def supports(self, case: Case, mode: str) -> str | None:
+        options = {
+            "cells": case.is_cell, "PackedSequence": case.shortest, "proj_size": case.proj, "layers": case.layers > 1,
+            "directions": case.bidirectional, "bias=False": not case.bias, "batch_first": case.batch_first,
+        }  # fmt: skip
+        refused = [name for name, there in options.items() if there]
+        return f"the loop is written without {', '.join(refused)}" if refused else None
+
+    def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
+        module = self._module(case)
+        module.load_state_dict(data.weights)
+        return replace(prepare_module(module, case, mode, data), kernel=lambda: self._kernel)
+
+
+class OutOfTime(BaseException):
+    """Raised by the alarm; no `except Exception` inside a compiler swallows it."""
+
+
+@contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """NoResult if the block takes longer. Only the main thread can be stopped; in another one there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(signum: int, frame: FrameType | None) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except OutOfTime:
+        raise NoResult(f"no result from {what} within {seconds:g} s") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class CompiledLoopPeer(LoopPeer):
+    """The hand loop under torch.compile, which unrolls it: compile time grows with T, so both are bounded."""
+
+    longest = 32  # steps
+    limit_s = 60.0  # for compiling and running the first step
+
+    def __init__(self) -> None:
+        super().__init__(
+            "compiled", "hand loop under torch.compile", HandLoop, "torch.compile(fullgraph=True), inductor"
+        )
+
+    def supports(self, case: Case, mode: str) -> str | None:
+        if self.longest < case.T:
+            return f"torch.compile unrolls the loop: not tried above T = {self.longest}"
+        return super().supports(case, mode)
+
+    def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
+        torch._dynamo.reset()
+        module = self._module(case)
+        module.load_state_dict(data.weights)
+        module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+        prepared = prepare_module(module, case, mode, data)
+        with time_limit(self.limit_s, "torch.compile"), prepared.context():
+            prepared.step()
+        return replace(prepared, kernel=lambda: self._kernel)

@@ -1,0 +1,177 @@
+"""Tables and plots inside Markdown files, made from committed runs.
+
+A part of the file looks so, and everything between the two lines is written by `python -m benchmarks readme`:
+
+    <!-- benchmarks begin: 2026-11-21-quick-epyc-2-threads.json families -->
+    <!-- benchmarks end -->
+
+The first word is a file of benchmarks/results, the second one of VIEWS, or `plot:NAME` with a name of plots.PLOTS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import markdown_table, median, megabytes, row_verdict
+from benchmarks.results import FAILED, VERDICTS, Document, judged
+
+ROOT = Path(__file__).resolve().parents[1]
+README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+PART = re.compile(r"(<!-- benchmarks begin: (\S+) (\S+) -->\n).*?(<!-- benchmarks end -->)", re.DOTALL)
+LINE = re.compile(r"<!-- benchmarks (begin|end)")
+TITLES = {
+    "lstm": "LSTM", "gru": "GRU", "rnn": "RNN (tanh)", "packed": "PackedSequence", "proj": "LSTM with `proj_size`",
+    "bidir": "bidirectional", "decode": "one step, layers", "cell": "one step, cells", "float64": "float64",
+    "rl": "resets inside sequences", "sweep": "grid of sizes",
+}  # fmt: skip
+WORDS = {"win": ("win", "wins"), "tie": ("tie", "ties"), "loss": ("loss", "losses")}
+
+
+def counted(mean: dict[str, Any]) -> str:
+    """`3 wins, 1 tie`: what there is none of is left out."""
+    counts = [(mean[name], WORDS[name]) for name in reversed(VERDICTS) if mean[name]]
+    parts = [f"{count} {one if count == 1 else many}" for count, (one, many) in counts]
+    if mean["noisy"]:
+        parts.append(f"{mean['noisy']} noisy")
+    if mean["left_out"]:
+        parts.append(f"{mean['left_out']} without a ratio")
+    return ", ".join(parts)
+
+
+def families(data: dict[str, Any]) -> list[str]:
+    """Geometric means: a line per family and peer, a column per mode."""
+    means = {(mean["family"], mean["peer"], mean["mode"]): mean for mean in data["summary"]["families"]}
+    keys = sorted(
+        {key[:2] for key in means}, key=lambda key: (list(TITLES).index(key[0]) if key[0] in TITLES else 99, key)
+    )
+    several = len({peer for _, peer in keys}) > 1
+
+    def cell(mean: dict[str, Any] | None) -> str:
+        if not mean:
+            return ""
+        return f"**{mean['ratio']:.2f}** ({counted(mean)})" if mean["ratio"] else counted(mean)
+
+    lines = [
+        (
+            TITLES.get(family, family) + (f", {data['peers'].get(peer, {}).get('title', peer)}" if several else ""),
+            *(cell(means.get((family, peer, mode))) for mode in ("fwd", "train")),
+        )
+        for family, peer in keys
+    ]
+    return markdown_table(("", "forward", "training step"), lines)
+
+
+def losses(data: dict[str, Any]) -> list[str]:
+    """Failures and losses, the worst first, each with the command that runs it again."""
+    rows = [row for row in data["rows"] if row["status"] in FAILED or row_verdict(row) == "loss"]
+    if not rows:
+        return ["No row is lost, and none failed."]
+
+    def shown(row: dict[str, Any]) -> str:
+        found = judged(row)
+        noisy = ", noisy" if row["timing"] and row["timing"]["noisy"] else ""
+        return f"{found[1]:.2f}{noisy}" if found else f"{row['status']}: {row['message']}"
+
+    return markdown_table(
+        ("lost row", "ratio", "again"), ((row["id"], shown(row), f"`{row['command']}`") for row in rows)
+    )
+
+
+def memory(data: dict[str, Any]) -> list[str]:
+    """Peak memory of the rows that measured it."""
+    cells = []
+    for row in data["rows"]:
+        if row["memory"]:
+            sides = [megabytes(median(row["memory"][side])) for side in ("ours", "theirs")]
+            cells.append((row["id"].removeprefix("memory-"), *sides, f"{row['memory']['ratio']:.2f}"))
+    return markdown_table(("peak memory of a step", "ours", "theirs", "theirs / ours"), cells)
+
+
+def conditions(data: dict[str, Any]) -> list[str]:
+    """One sentence: machine, threads, versions, date, command."""
+    machine, software = data["machine"], data["machine"]["software"]
+    threads = f"{data['settings']['threads']} thread" + "s" * (data["settings"]["threads"] != 1)
+    others = ", ".join(
+        f"{peer['title']} {peer['version']}" for key, peer in data["peers"].items() if key not in ("fastrnn", "torch")
+    )
+    return [
+        f"{machine['cpu']['model']}, {threads}, torch {software['torch']}{', ' + others if others else ''}, "
+        f"{machine['date'][:10]}; `{data['command']}`; "
+        f"{len(data['rows'])} rows, {data['summary']['noisy']} of them noisy."
+    ]
+
+
+VIEWS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "families": families, "losses": losses, "memory": memory, "conditions": conditions,
+}  # fmt: skip
+
+
+def digest(run: Path) -> str:
+    return hashlib.sha256(run.read_bytes()).hexdigest()
+
+
+def plot_file(run: Path, name: str) -> Path:
+    return run.parent / "plots" / f"{run.stem}-{name}.svg"
+
+
+def plot_is_current(run: Path, name: str) -> bool:
+    """The plot says which file it was made from: its bytes depend on matplotlib's version, too."""
+    file = plot_file(run, name)
+    return file.exists() and digest(run) in file.read_text()
+
+
+def write_plot(run: Path, name: str) -> None:
+    from benchmarks import plots
+
+    made = plots.figures(Document.load(run).data)
+    if name not in made:
+        raise ValueError(f"{run.name} has no rows for the plot {name!r}; it has {', '.join(made)}")
+    plot_file(run, name).parent.mkdir(exist_ok=True)
+    plot_file(run, name).write_text(plots.svg(made[name][1], f"from {run.name}, sha256 {digest(run)}"))
+
+
+def render(text: str, root: Path = ROOT, results: Path = RESULTS) -> tuple[str, list[tuple[Path, str]]]:
+    """The text with every part made anew, and the (run, name) of the plots it shows.
+
+    Raises:
+        ValueError: a part names no file or no view, or has no end.
+    """
+    plots: list[tuple[Path, str]] = []
+
+    def part(match: re.Match[str]) -> str:
+        run, view = results / match[2], match[3]
+        if not run.is_file():
+            raise ValueError(f"benchmarks begin: {match[2]} is not in benchmarks/results")
+        if view.startswith("plot:"):
+            name = view.removeprefix("plot:")
+            plots.append((run, name))
+            lines = [f"![{name}, from {run.name}]({plot_file(run, name).relative_to(root).as_posix()})"]
+        elif view in VIEWS:
+            lines = VIEWS[view](Document.load(run).data)
+        else:
+            raise ValueError(f"benchmarks begin: expected one of {', '.join(VIEWS)} or plot:NAME, got {view!r}")
+        return match[1] + "\n".join(lines) + "\n" + match[4]
+
+    made = PART.sub(part, text)
+    if 2 * len(PART.findall(text)) != len(LINE.findall(text)):
+        raise ValueError("a 'benchmarks begin' has no end, or an end no begin")
+    return made, plots
+
+
+def update(file: Path, write: bool = True) -> list[str]:
+    """Names of what was not up to date: the file itself, plots. Written unless `write` is false."""
+    text = file.read_text()
+    made, plots = render(text)
+    stale = [file.name] if made != text else []
+    stale += [plot_file(run, name).name for run, name in dict.fromkeys(plots) if not plot_is_current(run, name)]
+    if write:
+        if made != text:
+            file.write_text(made)
+        for run, name in dict.fromkeys(plots):
+            if not plot_is_current(run, name):
+                write_plot(run, name)
+    return stale

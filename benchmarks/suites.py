@@ -1,0 +1,233 @@
+"""The suites: which rows each of them has. Plain data, no torch, so that --list is instant."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+from benchmarks.cases import Row, Size, Suite, entries
+
+FORWARD, TRAIN = ("fwd",), ("train",)
+
+DECODE = [  # one step on a state that is passed in, and the three cells
+    *entries("decode", "LSTM", (1, 1, 512, 512), stateful=True),
+    *entries("decode", "LSTM", (1, 1, 256, 256), (1, 1, 1024, 1024), modes=FORWARD, stateful=True),
+    *entries("decode", "LSTM", (1, 8, 512, 512), modes=FORWARD, stateful=True),
+    *entries("decode", "GRU", (1, 1, 512, 512), stateful=True),
+    *entries("decode", "GRU", (1, 8, 512, 512), modes=FORWARD, stateful=True),
+    *entries("decode", "RNN", (1, 1, 512, 512), modes=FORWARD, stateful=True),
+    *entries("cell", "LSTMCell", (1, 1, 512, 512), (1, 32, 256, 256), (1, 256, 128, 128), stateful=True),
+    *entries("cell", "GRUCell", (1, 1, 512, 512), (1, 32, 256, 256), (1, 256, 128, 128), stateful=True),
+    *entries("cell", "RNNCell", (1, 1, 512, 512), (1, 32, 256, 256), stateful=True),
+]
+
+PACKED = [
+    *entries("packed", "LSTM", (64, 16, 128, 128), shortest=8),
+    *entries("packed", "LSTM", (128, 32, 256, 256), shortest=16),
+    *entries("packed", "LSTM", (128, 32, 256, 256), shortest=16, bidirectional=True),
+    *entries("packed", "GRU", (64, 16, 128, 128), shortest=8),
+    *entries("packed", "GRU", (128, 32, 256, 256), shortest=16),
+    *entries("packed", "RNN", (128, 32, 256, 256), shortest=16),
+]
+
+QUICK = [
+    *entries("lstm", "LSTM", (100, 1, 256, 256), (128, 8, 128, 128), (1024, 4, 64, 64)),
+    *entries("lstm", "LSTM", (100, 1, 512, 512), (512, 16, 128, 128), (128, 32, 256, 256)),
+    *entries("gru", "GRU", (100, 1, 256, 256), (128, 8, 128, 128), (128, 32, 256, 256)),
+    *entries("rnn", "RNN", (100, 1, 256, 256), (128, 8, 128, 128), (128, 32, 256, 256)),
+    *entries("packed", "LSTM", (64, 16, 128, 128), shortest=8),
+    *entries("packed", "GRU", (64, 16, 128, 128), shortest=8),
+    *entries("proj", "LSTM", (64, 8, 128, 128), proj=64),
+    *entries("bidir", "LSTM", (64, 8, 128, 128), layers=2, bidirectional=True),
+    *entries("decode", "LSTM", (1, 1, 512, 512), modes=FORWARD, stateful=True),
+    *entries("decode", "GRU", (1, 1, 512, 512), modes=FORWARD, stateful=True),
+    *entries("cell", "LSTMCell", (1, 1, 512, 512), (1, 32, 256, 256), modes=FORWARD, stateful=True),
+    *entries("cell", "GRUCell", (1, 32, 256, 256), stateful=True),
+    *entries("cell", "RNNCell", (1, 32, 256, 256), modes=FORWARD, stateful=True),
+    *entries("float64", "LSTM", (64, 8, 128, 128), dtype="float64"),
+    *entries("float64", "GRU", (64, 8, 128, 128), modes=FORWARD, dtype="float64"),
+]
+
+DENSE_SIZES: tuple[Size, ...] = (
+    (1, 1, 512, 512), (100, 1, 256, 256), (100, 1, 512, 512), (100, 1, 1024, 1024), (128, 8, 128, 128),
+    (128, 32, 256, 256), (128, 32, 512, 512), (64, 64, 512, 512), (512, 16, 128, 128), (1024, 4, 64, 64),
+)  # fmt: skip
+
+FULL = [  # minutes to an hour
+    *entries("lstm", "LSTM", *DENSE_SIZES, (64, 64, 1024, 1024), (25, 16, 1760, 1760)),
+    *entries("gru", "GRU", *DENSE_SIZES),
+    *entries("rnn", "RNN", *DENSE_SIZES),
+    *PACKED,
+    *entries("proj", "LSTM", (64, 8, 128, 128), proj=64),
+    *entries("proj", "LSTM", (128, 16, 512, 512), proj=256),
+    *entries("bidir", "LSTM", (64, 8, 128, 128), (128, 16, 256, 256), layers=2, bidirectional=True),
+    *entries("bidir", "GRU", (128, 16, 256, 256), layers=2, bidirectional=True),
+    *DECODE,
+    *entries("float64", "LSTM", (64, 8, 128, 128), (128, 32, 256, 256), dtype="float64"),
+    *entries("float64", "GRU", (64, 8, 128, 128), (128, 32, 256, 256), dtype="float64"),
+]
+
+ACCURACY = [
+    entry
+    for dtype in ("float32", "bfloat16", "float16")
+    for entry in [
+        *entries("lstm", "LSTM", (32, 8, 64, 64), (256, 4, 128, 128), modes=TRAIN, dtype=dtype),
+        *entries("gru", "GRU", (32, 8, 64, 64), (256, 4, 128, 128), modes=TRAIN, dtype=dtype),
+        *entries("rnn", "RNN", (32, 8, 64, 64), (256, 4, 128, 128), modes=TRAIN, dtype=dtype),
+        *entries("packed", "LSTM", (32, 8, 64, 64), modes=TRAIN, shortest=4, dtype=dtype),
+        *entries("proj", "LSTM", (32, 8, 64, 64), modes=TRAIN, proj=32, dtype=dtype),
+        *entries("bidir", "LSTM", (32, 8, 64, 64), modes=TRAIN, layers=2, bidirectional=True, dtype=dtype),
+        *entries("cell", "LSTMCell", (1, 8, 64, 64), modes=TRAIN, stateful=True, dtype=dtype),
+        *entries("cell", "GRUCell", (1, 8, 64, 64), modes=TRAIN, stateful=True, dtype=dtype),
+        *entries("cell", "RNNCell", (1, 8, 64, 64), modes=TRAIN, stateful=True, dtype=dtype),
+    ]
+]
+
+DEEPBENCH = [  # input size = hidden size, as there; T and B are its own
+    *(
+        entry
+        for H, T, batches in (
+            (512, 25, (16, 32, 64, 128)), (1024, 25, (16, 32, 64, 128)), (2048, 25, (16, 32, 64, 128)),
+            (4096, 25, (16, 32, 64, 128)), (1536, 50, (8, 16, 32)), (256, 150, (16, 32, 64)),
+        )
+        for B in batches
+        for entry in entries("deepbench-train", "LSTM", (T, B, H, H), modes=TRAIN)
+    ),
+    *(
+        entry
+        for H in (1760, 2048, 2560)
+        for B in (16, 32, 64, 128)
+        for entry in entries("deepbench-train", "RNN", (50, B, H, H), modes=TRAIN)
+    ),
+    *entries("deepbench-train", "GRU", (1500, 32, 2816, 2816), (750, 32, 2560, 2560), modes=TRAIN),
+    *entries("deepbench-train", "GRU", (375, 32, 2048, 2048), (187, 32, 1536, 1536), modes=TRAIN),
+    *entries("deepbench-train", "GRU", (1500, 32, 1024, 1024), (1500, 64, 1024, 1024), modes=TRAIN),
+    *entries("deepbench-train", "GRU", (1, 32, 512, 512), modes=TRAIN),
+    *(
+        entry
+        for cell, sizes in (
+            ("LSTM", ((512, 25), (1024, 25), (2048, 25), (1536, 50), (256, 150))),
+            ("GRU", ((2816, 1500), (2560, 750), (2048, 375), (1536, 187), (1024, 1500), (512, 1))),
+        )
+        for H, T in sizes
+        for B in (1, 2, 4)
+        for entry in entries("deepbench-server", cell, (T, B, H, H), modes=FORWARD)
+    ),
+]  # fmt: skip
+
+MLPERF = [  # layers and widths of the reference models; T and B are ours, small enough for a CPU
+    *entries("gnmt", "LSTM", (50, 32, 1024, 1024), bidirectional=True),  # first encoder layer
+    *entries("gnmt", "LSTM", (50, 32, 1024, 1024), layers=4),  # a stack of four, encoder or decoder
+    *entries("gnmt", "LSTM", (1, 32, 1024, 1024), modes=FORWARD, layers=4, stateful=True),  # one decoder step
+    *entries("rnnt", "LSTM", (200, 8, 240, 1024), layers=2),  # encoder before the time reduction
+    *entries("rnnt", "LSTM", (100, 8, 2048, 1024), layers=3),  # and after it
+    *entries("rnnt", "LSTM", (40, 8, 512, 512), layers=2),  # prediction network
+    *entries("rnnt", "LSTM", (1, 8, 512, 512), modes=FORWARD, layers=2, stateful=True),  # one step of it
+]
+
+SWEEP = [
+    entry
+    for cell in ("LSTM", "GRU", "RNN")
+    for T in (10, 100)
+    for H in (64, 128, 256, 512, 1024)
+    for B in (1, 4, 16, 64)
+    for entry in entries("sweep", cell, (T, B, H, H))
+]
+
+VARIANTS = [
+    *entries("plain", "LSTM", (64, 8, 128, 128)),
+    *entries("plain", "GRU", (64, 8, 128, 128)),
+    *entries("plain", "RNN", (64, 8, 128, 128)),
+    *entries("relu", "RNN", (64, 8, 128, 128), nonlinearity="relu"),
+    *(
+        entry
+        for cell in ("LSTM", "GRU")
+        for family, options in (
+            ("nobias", {"bias": False}), ("batchfirst", {"batch_first": True}), ("bidir", {"bidirectional": True}),
+            ("layers", {"layers": 3}), ("state", {"stateful": True}), ("float64", {"dtype": "float64"}),
+            ("bfloat16", {"dtype": "bfloat16"}), ("float16", {"dtype": "float16"}), ("packed", {"shortest": 8}),
+        )
+        for entry in entries(family, cell, (64, 8, 128, 128), **options)
+    ),
+    *entries("proj", "LSTM", (64, 8, 128, 128), proj=64),
+    *entries("widein", "LSTM", (64, 8, 1024, 128)),
+    *entries("narrowin", "LSTM", (64, 8, 3, 128)),
+]  # fmt: skip
+
+RL = [  # sequences with episode boundaries inside, as policies are trained on
+    *entries("rl", "LSTM", (128, 32, 256, 256), resets=100),
+    *entries("rl", "LSTM", (16, 256, 128, 128), (512, 16, 128, 128), modes=TRAIN, resets=100),
+    *entries("rl", "GRU", (128, 32, 256, 256), resets=100),
+    *entries("rl", "GRU", (64, 64, 128, 128), modes=TRAIN, resets=20),
+]
+
+MEMORY = [
+    *entries("memory", "LSTM", (512, 16, 512, 512), (128, 32, 256, 256), modes=TRAIN),
+    *entries("memory", "GRU", (512, 16, 512, 512), modes=TRAIN),
+    *entries("memory", "RNN", (512, 16, 512, 512), modes=TRAIN),
+    *entries("memory", "LSTM", (512, 16, 512, 512), modes=FORWARD),
+    *entries("memory", "LSTM", (128, 16, 256, 256), modes=TRAIN, layers=2, bidirectional=True),
+    *entries("memory", "LSTM", (128, 32, 256, 256), modes=TRAIN, shortest=16),
+]
+
+SCALING = [  # from a common middle (128, 16, 256, 256), one size at a time
+    entry
+    for cell in ("LSTM", "GRU")
+    for entry in [
+        *entries("scaling", cell, *((T, 16, 256, 256) for T in (8, 32, 128, 512))),
+        *entries("scaling", cell, *((128, B, 256, 256) for B in (1, 4, 64))),
+        *entries("scaling", cell, *((128, 16, H, H) for H in (64, 128, 512))),
+    ]
+]
+
+
+def thread_counts(cores: int) -> tuple[int, ...]:
+    """1, 2, 4, ... and all of them."""
+    return tuple(sorted({cores, *(1 << k for k in range(cores.bit_length()) if 1 << k <= cores)}))
+
+
+# Shapes on which runtimes are often compared: one step, one row, small and large batches.
+PEER_SIZES: tuple[Size, ...] = (
+    (1, 1, 512, 512), (100, 1, 256, 256), (128, 8, 128, 128), (128, 32, 256, 256), (512, 16, 128, 128),
+    (1024, 4, 64, 64), (64, 64, 512, 512), (16, 16, 256, 256),
+)  # fmt: skip
+RUNTIMES = ("torch", "aten", "loop", "compiled", "int8", "onnxruntime", "openvino", "jax", "keras")
+PEER_TABLE = [
+    *entries("lstm", "LSTM", *PEER_SIZES),
+    *entries("gru", "GRU", *PEER_SIZES),
+    *entries("rnn", "RNN", *PEER_SIZES[:4]),
+]
+
+SUITES: dict[str, Suite] = {
+    "quick": Suite("every family at its smaller sizes, about two minutes", tuple(QUICK), budget_s=1.5),
+    "decode": Suite("one step: layers at T = 1 with a state, and the cells", tuple(DECODE), budget_s=2.0),
+    "packed": Suite("PackedSequence, lengths uniform, forward and training", tuple(PACKED)),
+    "full": Suite("every family at all sizes, long", tuple(FULL)),
+    "accuracy": Suite("error against a float64 run of torch.nn, by dtype", tuple(ACCURACY), kind="accuracy"),
+    "deepbench": Suite("DeepBench's LSTM, GRU and vanilla sizes, training and server", tuple(DEEPBENCH), longest_s=2.0),
+    "mlperf": Suite("layers of GNMT and RNN-T", tuple(MLPERF)),
+    "sweep": Suite("a grid over H, B and T, for the heat maps", tuple(SWEEP), budget_s=1.0, longest_s=2.0),
+    "variants": Suite("every option of the layers at one size", tuple(VARIANTS), budget_s=2.0),
+    "rl": Suite("resets inside sequences, against three hand loops", tuple(RL), peers=("loop", "cellloop", "perstep")),
+    "memory": Suite("peak memory of a step, each side in processes of its own", tuple(MEMORY), kind="memory"),
+    "scaling": Suite(
+        "cost against T, B, H and threads, with fitted exponents", tuple(SCALING), budget_s=1.5,
+        threads=thread_counts(os.cpu_count() or 1),
+    ),
+    "peers": Suite("common shapes against every runtime there is", tuple(PEER_TABLE), peers=RUNTIMES, budget_s=2.0),
+}  # fmt: skip
+
+
+def select(suites: Sequence[str] | None, pattern: str | None, peers: Sequence[str] | None = None) -> dict[Row, Suite]:
+    """Rows to run, each id once, with the suite it was first found in.
+
+    No suite named: `quick`, or every suite when there is a pattern, so that an id needs no suite to be found.
+    """
+    names = suites or (list(SUITES) if pattern else ["quick"])
+    chosen: dict[str, tuple[Row, Suite]] = {}
+    for name in names:
+        for row in SUITES[name].rows(peers):
+            if pattern is None or re.search(pattern, row.id):
+                chosen.setdefault(row.id, (row, SUITES[name]))
+    return dict(chosen.values())
