@@ -68,7 +68,7 @@ def facts(document: dict[str, Any]) -> list[tuple[str, str]]:
         ("system", f"{software['system']}, {software['libc']}, Python {software['python']}"),
         ("torch", f"{software['torch']}; {'; '.join(software['torch_libraries'])}"),
         *((peer["title"], peer["version"]) for key, peer in document["peers"].items() if key != "torch"),
-        *(("peaks", report.roofline_line(roofline)) for roofline in machine["roofline"]),
+        *(("peaks", report.roofline_line(roofline).removeprefix("floor, from ")) for roofline in machine["roofline"]),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.report import row_verdict
 from benchmarks.scaling import timed_rows
@@ -67,13 +69,19 @@ def ratios(document: dict[str, Any]) -> Figure | None:
     return figure
 
 
+def write_ratio(axes: Axes, x: float, y: float, ratio: float, largest: float) -> None:
+    """In a cell of a heat map, readable on its colour."""
+    dark = abs(np.log2(ratio)) > 0.65 * largest
+    axes.text(x, y, f"{ratio:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+
+
 def heat_map(axes: Axes, points: dict[tuple[int, int], float], largest: float) -> Any:
     """`points`: (B, H) -> ratio. Colour is log2 of it, white at 1; a cell without a row stays grey."""
     batches, widths = (sorted({point[index] for point in points}) for index in (0, 1))
     grid = np.full((len(batches), len(widths)), np.nan)
     for (B, H), ratio in points.items():
         grid[batches.index(B), widths.index(H)] = np.log2(ratio)
-        axes.text(widths.index(H), batches.index(B), f"{ratio:.2f}", ha="center", va="center", fontsize=8)
+        write_ratio(axes, widths.index(H), batches.index(B), ratio, largest)
     axes.set_facecolor("#d4d4d4")
     image = axes.imshow(grid, cmap="PiYG", norm=TwoSlopeNorm(0, -largest, largest), aspect="auto", origin="lower")
     axes.set_xticks(range(len(widths)), [str(width) for width in widths])
@@ -118,6 +126,36 @@ def heat_maps(document: dict[str, Any]) -> dict[str, Figure]:
     return figures
 
 
+def peers_map(document: dict[str, Any]) -> Figure | None:
+    """Ratio of every case (down) and peer (across), where there are three peers or more; grey has no ratio."""
+    rows = [row for row in document["rows"] if row["kind"] == "timing"]
+    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    if len(peers) < 3:
+        return None
+    found = {
+        ((row["mode"], row["case"]["cell"], row["case"]["name"]), row["peer"]): row["timing"]["ratio"]["median"]
+        for row in timed_rows(rows)
+    }
+    met = Counter(case for case, _ in found)
+    cases = sorted(case for case, count in met.items() if count > 1)  # a case with one peer is in `ratios`
+    if not cases:
+        return None
+    grid = np.array([[np.log2(found.get((case, peer), np.nan)) for peer in peers] for case in cases])
+    largest = max(1.0, float(np.nanmax(np.abs(grid))))
+    figure = Figure((2.6 + 0.75 * len(peers), 1.0 + 0.24 * len(cases)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_facecolor("#d4d4d4")
+    axes.imshow(grid, cmap="PiYG", norm=TwoSlopeNorm(0, -largest, largest), aspect="auto")
+    for (case, peer), ratio in found.items():
+        if case in cases:
+            write_ratio(axes, peers.index(peer), cases.index(case), ratio, largest)
+    axes.set_xticks(range(len(peers)), peers, rotation=30, ha="left")
+    axes.set_yticks(range(len(cases)), [f"{name} {mode}" for mode, _, name in cases], fontsize=7.5)
+    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.grid(visible=False)
+    return figure
+
+
 def is_grid(points: dict[tuple[int, int], float]) -> bool:
     """At least two of each, and more than half of the cells are filled."""
     batches, widths = ({point[index] for point in points} for index in (0, 1))
@@ -141,6 +179,8 @@ def floors(document: dict[str, Any]) -> Figure | None:
         for factor, style in ((1, "-"), (2, "--"), (10, ":")):
             axes.plot(ends, factor * ends, style, color="black", linewidth=0.8)
             axes.annotate(f"{factor} x", (ends[1], factor * ends[1]), fontsize=7, va="center")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_formatter(NullFormatter())
         axes.set_title(mode, fontsize=9)
         axes.set_xlabel("floor, ms")
         axes.set_ylabel("time of a call, ms")
@@ -183,7 +223,7 @@ def memory(document: dict[str, Any]) -> Figure | None:
             axes.text(value, 2 * index + offset, f" {value:.0f}", va="center", fontsize=7.5)
     axes.set_yticks([2 * index + 0.4 for index in range(len(rows))], [row["id"] for row in rows], fontsize=7.5)
     axes.set_xlabel("peak memory of a step above inputs and weights, MiB")
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
     return figure
 
 
@@ -221,6 +261,7 @@ def scaling(document: dict[str, Any]) -> Figure | None:
 
 PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], Figure | None]]] = {
     "ratios": ("Time: theirs / ours, every row", ratios),
+    "peers": ("Time: theirs / ours, by peer (green: faster here; grey: no ratio)", peers_map),
     "floor": ("Time against the floor of this machine", floors),
     "memory": ("Peak memory", memory),
     "error": ("Error against float64", errors),

@@ -154,7 +154,7 @@ def sort_key(row: dict[str, Any]) -> tuple[int, float, str]:
 
 
 def family_means(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric mean of the median ratios per family, mode and peer; `left_out` rows have no ratio."""
+    """Geometric mean of the median ratios per family, mode and peer, lowest first; `left_out` rows have no ratio."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
         if row["kind"] == "timing":
@@ -170,7 +170,7 @@ def family_means(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         mean["noisy"] = sum(timing["noisy"] for timing in timings)
         mean["left_out"] = len(members) - len(timings)
         means.append(mean)
-    return means
+    return sorted(means, key=lambda mean: (mean["ratio"] is None, mean["ratio"] or 0.0))
 
 
 @dataclass
