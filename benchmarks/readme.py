@@ -5,7 +5,8 @@ A part of the file looks so, and everything between the two lines is written by 
     <!-- benchmarks begin: 2026-11-21-quick-epyc-2-threads.json families -->
     <!-- benchmarks end -->
 
-The first word is a file of benchmarks/results, the second one of VIEWS, or `plot:NAME` with a name of plots.PLOTS.
+The first word is a file of benchmarks/results, or a pattern like `*-quick-*.json` for the newest of several. The second
+is one of VIEWS, or `plot:NAME` with a name of plots.PLOTS.
 """
 
 from __future__ import annotations
@@ -143,9 +144,10 @@ def render(text: str, root: Path = ROOT, results: Path = RESULTS) -> tuple[str, 
     plots: list[tuple[Path, str]] = []
 
     def part(match: re.Match[str]) -> str:
-        run, view = results / match[2], match[3]
-        if not run.is_file():
+        runs, view = sorted(results.glob(match[2])), match[3]
+        if not runs:
             raise ValueError(f"benchmarks begin: {match[2]} is not in benchmarks/results")
+        run = runs[-1]
         if view.startswith("plot:"):
             name = view.removeprefix("plot:")
             plots.append((run, name))

@@ -80,10 +80,10 @@ def measure(
             bandwidth["L2"] = threads * read_bandwidth(sizes["L2"] // 2, shortest)
     finally:
         torch.set_num_threads(before)
-    for inner, outer in (("L3", "DRAM"), ("L2", "L3")):  # noise must not make an inner level the slower one
-        if inner in bandwidth and outer in bandwidth:
-            bandwidth[inner] = max(bandwidth[inner], bandwidth[outer])
-    levels = {level: bandwidth[level] for level in LEVELS if level in bandwidth}
+    levels: dict[str, float] = {}
+    for level in reversed(LEVELS):
+        if level in bandwidth:  # noise must not make an inner level the slower one
+            levels[level] = max(bandwidth[level], *levels.values(), 0.0)
     return {"threads": threads, "gemm_flops": peaks, "bandwidth": levels, "cache_bytes": sizes}
 
 

@@ -58,8 +58,8 @@ class DynamicInt8Peer:
     def supports(self, case: Case, mode: str) -> str | None:
         if mode == "train":
             return "inference only"
-        if case.dtype != "float32" or case.proj or case.cell == "RNN":
-            return "only float32 LSTM, GRU and cells, without proj_size"
+        if case.dtype != "float32" or case.proj or case.cell == "RNN" or not case.bias:
+            return "only float32 LSTM, GRU and cells, with bias and without proj_size"
         return "it has no resets inside a sequence" if case.resets else None
 
     def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
@@ -67,9 +67,7 @@ class DynamicInt8Peer:
         module = kind(**module_arguments(case))
         module.load_state_dict(data.weights)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", DeprecationWarning
-            )  # torch.ao moves to another package: still the one in use
+            warnings.simplefilter("ignore")  # torch.ao is to move into a package of its own, and says so
             quantized = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(module), {kind}, dtype=torch.qint8)
         prepared = prepare_module(quantized[0], case, mode, data)
         engine = torch.backends.quantized.engine
