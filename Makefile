@@ -42,9 +42,9 @@ test: $(BUILT)
 	$(PY) -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 bench: $(BUILT)
-	$(PY) -m benchmarks --suite quick accuracy $(call WRITE,report) $(ARGS)
-	@echo "the report as a page: $(OUT)/report.html"
-	$(PY) examples/char_lm.py --compare
+	$(PY) -m benchmarks --suite quick accuracy $(call WRITE,report) $(ARGS); status=$$?; \
+	echo "the report as a page: $(OUT)/report.html"; \
+	$(PY) examples/char_lm.py --compare && exit $$status
 
 # The extension that is built in place serves here, too: it is the same torch and the same Python.
 $(PEERS_STAMP): benchmarks/requirements-peers.txt requirements-dev.txt
@@ -56,8 +56,8 @@ $(PEERS_STAMP): benchmarks/requirements-peers.txt requirements-dev.txt
 	touch $@
 
 bench-peers: $(BUILT) $(PEERS_STAMP)
-	$(PEERS_VENV)/bin/python -m benchmarks --suite peers $(call WRITE,peers) $(ARGS)
-	@echo "the report as a page: $(OUT)/peers.html"
+	$(PEERS_VENV)/bin/python -m benchmarks --suite peers $(call WRITE,peers) $(ARGS); status=$$?; \
+	echo "the report as a page: $(OUT)/peers.html"; exit $$status
 
 lint: $(BUILT)
 	$(PY) -m ruff check .

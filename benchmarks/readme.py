@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import markdown_table, median, megabytes, row_verdict
+from benchmarks.report import FITS_HEADER, fit_cells, markdown_table, median, megabytes, row_verdict
 from benchmarks.results import FAILED, VERDICTS, Document, judged
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +92,27 @@ def memory(data: dict[str, Any]) -> list[str]:
     return markdown_table(("peak memory of a step", "ours", "theirs", "theirs / ours"), cells)
 
 
+def peers(data: dict[str, Any]) -> list[str]:
+    """Ratio of every case to every peer; a question mark where the row is noisy, a dash where there is no ratio."""
+    rows = [row for row in data["rows"] if row["kind"] == "timing"]
+    keys = [key for key in data["peers"] if any(row["peer"] == key and row["timing"] for row in rows)]
+    found = {(row["mode"], row["case"]["cell"], row["case"]["name"], row["peer"]): row for row in rows}
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if not row or not row["timing"]:
+            return "-"
+        return f"{row['timing']['ratio']['median']:.2f}" + "?" * row["timing"]["noisy"]
+
+    cases = sorted({key[:3] for key in found})
+    lines = [(f"{case[2]} {case[0]}", *(cell(found.get((*case, key))) for key in keys)) for case in cases]
+    return markdown_table(("theirs / ours", *keys), lines)
+
+
+def scaling(data: dict[str, Any]) -> list[str]:
+    """Fitted exponents."""
+    return markdown_table(FITS_HEADER, map(fit_cells, data["summary"]["fits"]))
+
+
 def conditions(data: dict[str, Any]) -> list[str]:
     """One sentence: machine, threads, versions, date, command."""
     machine, software = data["machine"], data["machine"]["software"]
@@ -107,7 +128,8 @@ def conditions(data: dict[str, Any]) -> list[str]:
 
 
 VIEWS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "families": families, "losses": losses, "memory": memory, "conditions": conditions,
+    "families": families, "losses": losses, "memory": memory, "peers": peers, "scaling": scaling,
+    "conditions": conditions,
 }  # fmt: skip
 
 

@@ -49,6 +49,8 @@ def notes(row: dict[str, Any]) -> str:
         parts.append(f"noisy: interval {width:.0%} wide, other work {timing['other_work']:.0%}")
         if ratio["coverage"] < 0.95:
             parts.append(f"it covers only {ratio['coverage']:.0%}")
+    if timing and timing["floor"] and timing["ours"]["spread"]["median"] < 0.95 * timing["floor"]["seconds"]:
+        parts.append("under its floor: the peaks were measured too low, or are not the processor's limit")
     if accuracy and accuracy["theirs_missing"]:
         parts.append(f"no such run of the peer: {accuracy['theirs_missing']}")
     return "; ".join(parts)

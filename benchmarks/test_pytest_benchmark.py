@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.cases import Row, Suite, entries
 from benchmarks.data import make_data
@@ -36,9 +37,16 @@ def test_speed(benchmark: Any, row: Row, key: str) -> None:
         pytest.skip(reason)
     data = make_data(row.case)
     prepared, results = prepare(PEERS[key], row, data)
-    _, problems = compare(results, prepare(PEERS["torch"], row, data)[1])
+    check, problems = compare(results, prepare(PEERS["torch"], row, data)[1])
     assert not problems
     benchmark.group = f"{row.case.name}-{row.mode}"
-    benchmark.extra_info |= {"key": key, "includes_input_gemm": True}
+    benchmark.extra_info |= {
+        "key": key,
+        "version": PEERS[key].version(),
+        "kernel": prepared.kernel(),
+        "threads": torch.get_num_threads(),
+        "includes_input_gemm": True,
+        "checked_error": check.error,
+    }
     with prepared.context():
         benchmark(prepared.step)

@@ -92,7 +92,10 @@ def accurate(error: float, dtype: str = "float32") -> results.Result:
 
 def document(*made: results.Result, planned: int | None = None, **facts: Any) -> dict[str, Any]:
     """`facts` stand in for entries of the machine."""
-    peers = {key: {"title": key.upper(), "version": "1.0"} for key in ("fastrnn", *{item.row.peer for item in made})}
+    peers = {
+        key: {"title": key.upper(), "version": "1.0"}
+        for key in dict.fromkeys(["fastrnn", *(item.row.peer for item in made)])
+    }
     count = len(made) if planned is None else planned
     command = "python -m benchmarks --suite made-up"
     return results.Document.build(made, SETTINGS, machine_facts() | facts, command, count, peers).data

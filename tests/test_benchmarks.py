@@ -24,6 +24,7 @@ sys.path.append(str(ROOT))  # behind everything else: an installed fastrnn stays
 pytest.importorskip("rich")
 pytest.importorskip("psutil")
 pytest.importorskip("cpuinfo")
+pytest.importorskip("numpy")
 
 from benchmarks import cases, cli, machine, measure, report, results, roofline, schema, stats, suites  # noqa: E402
 from benchmarks.accuracy import run_accuracy  # noqa: E402

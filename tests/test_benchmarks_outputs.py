@@ -6,6 +6,8 @@ import copy
 import io
 import json
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -72,6 +74,14 @@ def test_most_rows_noisy_is_said_in_every_output() -> None:
     noisy = document(timed(2.0, noisy=True), timed(2.0, T=9, noisy=True), timed(2.0, T=10))
     assert report.NO_EVIDENCE in report.markdown(noisy)
     assert report.NO_EVIDENCE in page.render(noisy)
+
+
+def test_a_time_under_the_floor_is_told() -> None:
+    result = timed(2.0)
+    assert result.timing is not None
+    assert "under its floor" not in report.markdown(document(result))
+    result.timing.floor = results.Floor(2e-3, 1.0, 1.0, "L2", "flops")
+    assert "under its floor" in report.markdown(document(result))
 
 
 def test_an_incomplete_run_says_so() -> None:
@@ -338,6 +348,14 @@ def test_tables_of_the_readme(committed: Path, everything: dict[str, Any]) -> No
     assert line == "| LSTM | **4.00** (2 wins) | **0.50** (1 loss) |"
 
 
+def test_the_table_of_peers_has_every_ratio_once(everything: dict[str, Any]) -> None:
+    header, _, *lines = readme.peers(everything)
+    assert header == "| theirs / ours | torch | jax | keras |"
+    assert "| lstm-77x2x16x16 fwd | 1.10 | 0.50 | 3.00 |" in lines
+    assert "| lstm-55x2x16x16 fwd | 2.00? | - | - |" in lines
+    assert "| lstm-57x2x16x16 fwd | - | - | - |" in lines, "a skipped row stays"
+
+
 def test_plots_of_the_readme_know_their_run(committed: Path) -> None:
     file = committed.parent / "README.md"
     run = committed / "2026-01-02-made.json"
@@ -365,3 +383,23 @@ def test_plots_of_the_readme_know_their_run(committed: Path) -> None:
 def test_wrong_parts_are_refused(committed: Path, text: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         readme.render(text, committed.parent, committed)
+
+
+# ---- pytest-benchmark
+
+
+def test_the_pytest_benchmark_entry_runs_checked_rows(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    file = tmp_path / "run.json"
+    options = ["--benchmark-only", "--benchmark-min-rounds=1", "--benchmark-max-time=0.001", "--benchmark-warmup=off"]
+    command = ["-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "-k", "grucell", *options]
+    done = subprocess.run(
+        [sys.executable, *command, f"--benchmark-json={file}"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout
+    made = {entry["extra_info"]["key"]: entry for entry in json.loads(file.read_text())["benchmarks"]}
+    assert "torch" in made
+    for entry in made.values():
+        assert entry["group"].startswith("grucell-1x32x256x256")
+        assert entry["extra_info"]["kernel"]
+        assert entry["extra_info"]["checked_error"] < 1e-4
