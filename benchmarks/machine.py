@@ -17,7 +17,7 @@ import psutil  # type: ignore[import-untyped]
 
 # Flags that decide which kernels are taken, here or in a peer.
 FLAGS = re.compile(r"^(avx\w*|fma|f16c|amx\w*|sse4_[12]|neon|asimd\w*|sve\w*|bf16|i8mm)$")
-PREFIXES = "OMP|GOMP|KMP|MKL|OPENBLAS|ONEDNN|DNNL|ATEN|TORCH|FASTRNN|MALLOC"
+PREFIXES = "OMP|GOMP|KMP|MKL|OPENBLAS|ONEDNN|DNNL|ATEN|TORCH|FASTRNN|MALLOC|XLA|JAX|TF|KERAS|ORT|OV"
 VARIABLES = re.compile(rf"^({PREFIXES})_\w+$|^GLIBC_TUNABLES$")
 PINNING = {"OMP_PROC_BIND": "true", "OMP_PLACES": "threads"}
 OTHER_PINNING = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY")
