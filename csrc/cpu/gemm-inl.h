@@ -4,7 +4,7 @@
 // Each thread owns a range of rows, or of columns where there are more of those, and packs what it needs itself: no
 // barrier. k is cut into blocks so that a packed panel and the rows it meets stay in the second-level cache.
 
-constexpr int64_t kBlockK = 256, kBlockM = 96, kBlockN = 512;
+constexpr int64_t kBlockK = 128, kBlockM = 96, kBlockN = 512;
 
 template <class T>
 struct GemmBuffers {
