@@ -14,9 +14,9 @@ export FASTRNN_CUDA_ARCHS="${FASTRNN_CUDA_ARCHS:-8.0;9.0a}"
 if [ -z "${CUDA_VENV:-}" ]; then
   CUDA_VENV=$PWD/.venv-cuda
   [ -x "$CUDA_VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$CUDA_VENV"
-  if ! cmp -s tools/requirements-cuda.txt "$CUDA_VENV/requirements-cuda.txt"; then
+  if ! cat tools/requirements-cuda.txt requirements-dev.txt | cmp -s - "$CUDA_VENV/requirements.txt"; then
     "$CUDA_VENV/bin/python" -m pip install --quiet --requirement tools/requirements-cuda.txt
-    cp tools/requirements-cuda.txt "$CUDA_VENV/"
+    cat tools/requirements-cuda.txt requirements-dev.txt >"$CUDA_VENV/requirements.txt"
   fi
 fi
 python=$CUDA_VENV/bin/python
