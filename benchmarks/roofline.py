@@ -40,11 +40,17 @@ def cache_bytes(caches: Iterable[dict[str, Any]]) -> dict[str, int]:
 
 
 def gemm_flops(dtype: torch.dtype, shortest: Shortest = shortest) -> float:
-    """Per second, of torch.mm on square matrices."""
+    """Per second, on square matrices, of the faster of torch.mm and fastrnn's own product.
+
+    A library's product may be far from what the processor can do (MKL on AMD), and would then be a floor to walk under.
+    """
     size = SIZE if dtype.itemsize >= 4 else HALF_SIZE
     a, b = torch.ones(2, size, size, dtype=dtype).unbind()
     out = torch.empty_like(a)
-    return 2 * size**3 / shortest(lambda: torch.mm(a, b, out=out))
+    products: list[Callable[[], object]] = [lambda: torch.mm(a, b, out=out)]
+    if dtype in (torch.float32, torch.float64) and hasattr(torch.ops.fastrnn, "gemm"):
+        products.append(lambda: torch.ops.fastrnn.gemm(a, b, None, False, False))
+    return 2 * size**3 / min(shortest(product) for product in products)
 
 
 def read_bandwidth(size: int, shortest: Shortest = shortest) -> float:
