@@ -30,7 +30,7 @@ def floor(case: Case, mode: str, roofline: dict[str, Any]) -> Floor:
 
     Layer by layer. Training does three times the products of inference and reads the recurrent weights twice a step.
     Weights that a thread keeps in its first level cache cost nothing here. Activations, cells, barriers and what is
-    saved for backward are left out, so the true floor is higher; peak GEMM is a measured product's, so it can be beaten.
+    saved for backward are left out, so the true floor is higher; peak GEMM is what one reached, it can be beaten.
     """
     gates, size = GATES[case.cell.removesuffix("Cell")], BYTES[case.dtype]
     directions = 2 if case.bidirectional else 1

@@ -199,6 +199,12 @@ PEER_TABLE = [
     *entries("rnn", "RNN", *PEER_SIZES[:4]),
 ]
 
+QUANTIZED = [
+    *entries("lstm", "LSTM", (1, 1, 512, 512), (1, 1, 1024, 1024), (100, 1, 256, 256), modes=FORWARD),
+    *entries("lstm", "LSTM", (100, 1, 512, 512), (100, 1, 1024, 1024), (64, 16, 512, 512), modes=FORWARD),
+    *entries("gru", "GRU", (1, 1, 512, 512), (100, 1, 512, 512), (64, 16, 512, 512), modes=FORWARD),
+]
+
 SUITES: dict[str, Suite] = {
     "quick": Suite("every family at its smaller sizes, about two minutes", tuple(QUICK), budget_s=1.5),
     "decode": Suite("one step: layers at T = 1 with a state, and the cells", tuple(DECODE), budget_s=2.0),
@@ -215,6 +221,7 @@ SUITES: dict[str, Suite] = {
         "cost against T, B, H and threads, with fitted exponents", tuple(SCALING), budget_s=1.5,
         threads=thread_counts(os.cpu_count() or 1),
     ),
+    "quantized": Suite("narrow weights: with --ours ourint8 or ourbf16", tuple(QUANTIZED), peers=("fastrnn", "int8")),
     "peers": Suite("common shapes against every runtime there is", tuple(PEER_TABLE), peers=RUNTIMES, budget_s=2.0),
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ namespace fastrnn::cpu {
 // had; nothing has been written then.
 void recurrent_forward(const ForwardParams& params, int threads);
 // The same with the projection inside; params.gates_ih is not read.
-void layer_forward(const ForwardParams& params, const ProjectionParams& projection, int threads);
+void layer_forward(const ForwardParams& params, const LayerParams& layer, int threads);
 void recurrent_backward(const BackwardParams& params, int threads);
 
 // The matrix products around a recurrence, by its own micro-kernel. The same terms.

@@ -9,7 +9,7 @@
 
 namespace fastrnn {
 
-enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8 };
 
 struct ForwardParams {
   int64_t steps, batch, groups, hidden, width;  // T, B, P, h, R
@@ -42,14 +42,23 @@ struct ForwardParams {
   void* saved;   // [T, B, P*S*h] or null: backward will not follow; already zero where lengths are given
 };
 
-// What gates_ih is made of where a layer's call makes it itself, a few steps at a time, instead of being given it:
-// gates_ih = weight_ih input + bias_ih.
-struct ProjectionParams {
+// What a layer's call has beside ForwardParams: it makes gates_ih = weight_ih input + bias_ih itself, a few steps at a
+// time, instead of being given them.
+//
+// weight_dtype: of weight_ih, weight_hh and weight_hr, else of ForwardParams::dtype. For inference alone it may be
+//   kBFloat16 beside float32, or
+//   kInt8, where weight_ih and weight_hh hold blocks [P, ceil(h / 16), ceil(K / 4), G, 16 units, 4 inputs] (what is
+//   beyond h or K is 0), and scale and sum [P, ceil(h / 16), G, 16] a row's scale and 128 times the sum of its bytes.
+//   weight_hr stays float32.
+struct LayerParams {
   int64_t size;       // I
   const void* input;  // [T, B, I], last dimension contiguous
   int64_t input_stride_t, input_stride_b;
   const void* weight;  // [P, G*h, I]
   const void* bias;    // [P, G*h] or null
+  DType weight_dtype;
+  const float *scale_ih, *scale_hh;
+  const int32_t *sum_ih, *sum_hh;
 };
 
 // The forward call's inputs, its output and saved, and:

@@ -13,6 +13,7 @@ except ImportError as error:
 from . import autograd as _autograd  # noqa: F401  (gives the ops their derivatives)
 from . import functional
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .quantized import quantize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "build_info",
     "functional",
     "instruction_set",
+    "quantize",
 ]
 
 

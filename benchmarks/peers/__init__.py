@@ -5,6 +5,8 @@ take the same interface: their `missing()` asks for a device and their `Prepared
 timed by benchmarks/gpu, on its own clock; the others have no module yet.
 """
 
+import torch
+
 from benchmarks.peers.base import NoResult, Peer, Prepared
 from benchmarks.peers.jax_scan import JaxPeer
 from benchmarks.peers.keras_layers import KerasPeer
@@ -12,12 +14,15 @@ from benchmarks.peers.kernels import fastrnn_kernel, torch_kernel
 from benchmarks.peers.loops import CellLoop, CompiledLoopPeer, HandLoop, LayerPerStep, LoopPeer
 from benchmarks.peers.modules import ModulePeer, prepare_module
 from benchmarks.peers.onnx_runtimes import OnnxRuntimePeer, OpenVinoPeer
+from benchmarks.peers.our_quantized import QuantizedPeer
 from benchmarks.peers.torch_others import AtenPeer, DynamicInt8Peer
 
 __all__ = ["PEERS", "ModulePeer", "NoResult", "Peer", "Prepared", "prepare_module"]
 
 CONTESTANTS: tuple[Peer, ...] = (
     ModulePeer("fastrnn", "fastrnn", "fastrnn", kernel=fastrnn_kernel, resets=True),
+    QuantizedPeer("ourint8", torch.int8),
+    QuantizedPeer("ourbf16", torch.bfloat16),
     ModulePeer("torch", "torch.nn", "torch.nn", version_of="torch", kernel=torch_kernel),
     AtenPeer(),
     DynamicInt8Peer(),

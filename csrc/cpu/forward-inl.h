@@ -42,29 +42,44 @@ struct ForwardBuffers {
   T* input;     // [chunk_rows, input_stride]
   T* gates_ih;  // [panels][chunk_rows][a panel's vectors]
   int64_t* chunk_row;  // [team_size, chunk]: where each step's rows start in the chunk
+  // With int8 weights: the chunk's input instead of `input`, and each member's copy of the rows of h; see int8-inl.h.
+  int64_t quads_ih, quads_hh;
+  uint8_t *quantized_input, *quantized_h;  // [chunk_rows, 4 quads_ih], [team_size, B, 4 quads_hh]
+  float *input_scale, *h_scale;            // [chunk_rows], [team_size, B]
 
-  ForwardBuffers(const ForwardParams& p, const ProjectionParams* projection, const Plan& plan, Arena& arena)
+  ForwardBuffers(const ForwardParams& p, const LayerParams* layer, const Plan& plan, Arena& arena)
       : unit_vectors(ceil_div(p.hidden, L)), width_vectors(ceil_div(p.width, L)) {
     stride = (unit_vectors + kMaxVectors) * L;
-    panels_hh = arena.take<T>(unit_vectors * Cell::kGates * L * p.width);
+    panels_hh = plan.pack_hh ? arena.take<T>(unit_vectors * Cell::kGates * L * p.width) : nullptr;
     bias = arena.take<T>(unit_vectors * Cell::kGates * L);
-    panels_hr = p.weight_hr ? arena.take<T>(width_vectors * L * p.hidden) : nullptr;
+    panels_hr = p.weight_hr && plan.pack_hh ? arena.take<T>(width_vectors * L * p.hidden) : nullptr;
     for (T*& x : h) x = arena.take<T>(p.batch * stride);
     c = arena.take<T>(p.batch * stride);
     hidden = p.weight_hr ? arena.take<T>(p.batch * stride) : nullptr;
-    if (!projection) return;
+    if (!layer) return;
     chunk_rows = plan.chunk * p.batch;
-    input_stride = round_up(projection->size, L) + L;
-    panels_ih = arena.take<T>(unit_vectors * Cell::kGates * L * projection->size);
+    input_stride = round_up(layer->size, L) + L;
+    panels_ih = plan.pack_ih ? arena.take<T>(unit_vectors * Cell::kGates * L * layer->size) : nullptr;
     bias_ih = arena.take<T>(unit_vectors * Cell::kGates * L);
-    input = arena.take<T>(chunk_rows * input_stride);
+    if (layer->weight_dtype == DType::kInt8) {
+      quads_ih = ceil_div(layer->size, kInt8Depth);
+      quads_hh = ceil_div(p.width, kInt8Depth);
+      quantized_input = arena.take<uint8_t>(chunk_rows * quads_ih * kInt8Depth);
+      input_scale = arena.take<float>(chunk_rows);
+      quantized_h = arena.take<uint8_t>(plan.team_size * p.batch * quads_hh * kInt8Depth);
+      h_scale = arena.take<float>(plan.team_size * p.batch);
+    } else
+      input = arena.take<T>(chunk_rows * input_stride);
     gates_ih = arena.take<T>(chunk_rows * unit_vectors * Cell::kGates * L);
     chunk_row = arena.take<int64_t>(plan.team_size * plan.chunk);
   }
 };
 
-template <class Cell, class S>
+// S: what tensors are stored in, W: what weights are.
+template <class Cell, class S, class W = S>
 class ForwardWorker {
+  static constexpr bool kInt8 = std::is_same_v<W, int8_t>;
+  using WeightHr = std::conditional_t<kInt8, S, W>;
   using T = typename Compute<S>::type;
   using V = Vec<T>;
   static constexpr int L = V::kLanes, G = Cell::kGates, kUnits = kMaxVectors / G;
@@ -72,10 +87,10 @@ class ForwardWorker {
   static constexpr int kSaved = Cell::kSaved + Cell::kStates - 1;
 
  public:
-  ForwardWorker(const ForwardParams& params, const ProjectionParams* projection, const Plan& plan, Barrier& barrier,
+  ForwardWorker(const ForwardParams& params, const LayerParams* layer, const Plan& plan, Barrier& barrier,
                 char* workspace, int thread)
-      : p(params), projection(projection), plan(plan), barrier(barrier), team(thread / plan.team_size),
-        member(thread % plan.team_size), arena(workspace), b(params, projection, plan, arena) {
+      : p(params), layer(layer), plan(plan), barrier(barrier), team(thread / plan.team_size),
+        member(thread % plan.team_size), arena(workspace), b(params, layer, plan, arena) {
     const bool all = plan.split_rows;
     units = all ? Range{0, b.unit_vectors} : share(b.unit_vectors, member, plan.team_size);
     widths = all ? Range{0, b.width_vectors} : share(b.width_vectors, member, plan.team_size);
@@ -89,7 +104,7 @@ class ForwardWorker {
       start();
       barrier.wait();
       for (int64_t s = 0; s < p.steps; ++s) {
-        if (projection && s % plan.chunk == 0) project(s, s + plan.chunk < p.steps ? s + plan.chunk : p.steps);
+        if (layer && s % plan.chunk == 0) project(s, s + plan.chunk < p.steps ? s + plan.chunk : p.steps);
         step(s);
         if (!plan.split_rows && s + 1 < p.steps) barrier.wait();
       }
@@ -109,18 +124,31 @@ class ForwardWorker {
 
   void pack() {
     const int64_t h = p.hidden, R = p.width;
-    weight_hh = static_cast<const S*>(p.weight_hh) + group * G * h * R;
     bias_hh = p.bias_hh ? static_cast<const S*>(p.bias_hh) + group * G * h : nullptr;
-    weight_hr = p.weight_hr ? static_cast<const S*>(p.weight_hr) + group * R * h : nullptr;
-    const int64_t I = projection ? projection->size : 0;
-    weight_ih = projection ? static_cast<const S*>(projection->weight) + group * G * h * I : nullptr;
-    bias_ih = projection && projection->bias ? static_cast<const S*>(projection->bias) + group * G * h : nullptr;
+    weight_hr = p.weight_hr ? static_cast<const WeightHr*>(p.weight_hr) + group * R * h : nullptr;
+    bias_ih = layer && layer->bias ? static_cast<const S*>(layer->bias) + group * G * h : nullptr;
+    if constexpr (kInt8) {
+      const int64_t blocks = ceil_div(h, kInt8Units), rows = blocks * G * kInt8Units;
+      const auto weights = [&](const void* all, const float* scale, const int32_t* sum, int64_t quads) {
+        return Int8Weights{static_cast<const int8_t*>(all) + group * rows * quads * kInt8Depth, scale + group * rows,
+                           sum + group * rows, quads};
+      };
+      int8_ih = weights(layer->weight, layer->scale_ih, layer->sum_ih, b.quads_ih);
+      int8_hh = weights(p.weight_hh, layer->scale_hh, layer->sum_hh, b.quads_hh);
+    } else
+      pack_panels();
+  }
+
+  void pack_panels() {
+    const int64_t h = p.hidden, R = p.width, I = layer ? layer->size : 0;
+    weight_hh = static_cast<const W*>(p.weight_hh) + group * G * h * R;
+    weight_ih = layer ? static_cast<const W*>(layer->weight) + group * G * h * I : nullptr;
     for_each_packed_panel(units, kUnits, [&](int64_t v, int vectors) {
       if (plan.pack_hh) {
         pack_rows(weight_hh + v * L * R, R, h, G, vectors, h - v * L, R, b.panels_hh + v * G * L * R);
         if (bias_hh) pack_rows(bias_hh + v * L, 1, h, G, vectors, h - v * L, 1, b.bias + v * G * L);
       }
-      if (projection && plan.pack_ih) {
+      if (plan.pack_ih) {
         if (!plan.pack_late) pack_ih(v, vectors, b.panels_ih + v * G * L * I);
         if (bias_ih) pack_rows(bias_ih + v * L, 1, h, G, vectors, h - v * L, 1, b.bias_ih + v * G * L);
       }
@@ -133,7 +161,7 @@ class ForwardWorker {
   }
 
   void pack_ih(int64_t v, int vectors, T* panel) {
-    const int64_t I = projection->size;
+    const int64_t I = layer->size;
     pack_rows(weight_ih + v * L * I, I, p.hidden, G, vectors, p.hidden - v * L, I, panel);
   }
 
@@ -167,18 +195,23 @@ class ForwardWorker {
   // gates_ih of the steps begin .. end, of this thread's rows and units. Where units are split the team shares the
   // chunk's input: each member brings a part, and no step may be under way that still reads the last one's gates.
   void project(int64_t begin, int64_t end) {
-    const int64_t I = projection->size, mine = plan.chunk * rows->first;
-    T* input = b.input + mine * b.input_stride;
+    const int64_t I = layer->size, mine = plan.chunk * rows->first;
+    T* input = kInt8 ? nullptr : b.input + mine * b.input_stride;
     int64_t count = 0;
     for (int64_t s = begin; s < end; ++s) {
       const int64_t t = time_of(s), active = rows->active(t);
       chunk_row(s) = count;
       const Range part = plan.split_rows ? Range{0, active} : share(active, member, plan.team_size);
       for (int64_t i = part.begin; i < part.end; ++i) {
-        const S* from = static_cast<const S*>(projection->input) + t * projection->input_stride_t +
-                        rows->row[i] * projection->input_stride_b;
-        T* to = input + (count + i) * b.input_stride;
-        for (int64_t k = 0; k < I; k += L) store(to + k, V(load(from + k, valid(I, k))));
+        const S* from = static_cast<const S*>(layer->input) + t * layer->input_stride_t +
+                        rows->row[i] * layer->input_stride_b;
+        if constexpr (kInt8) {
+          const int64_t at = mine + count + i;
+          b.input_scale[at] = quantize_row(from, I, b.quantized_input + at * b.quads_ih * kInt8Depth);
+        } else {
+          T* to = input + (count + i) * b.input_stride;
+          for (int64_t k = 0; k < I; k += L) store(to + k, V(load(from + k, valid(I, k))));
+        }
       }
       count += active;
     }
@@ -186,20 +219,21 @@ class ForwardWorker {
     for_each_panel(units, kUnits, [&](int64_t v, int vectors) {
       const int N = vectors * G;
       T* out = chunk_panel(v, N);
-      if (plan.pack_ih) {
+      const auto keep = [&](int64_t first, int rows_in_tile, const T* sums) {
+        for (int m = 0; m < rows_in_tile * N; ++m) store(out + (first * N + m) * L, load(sums + m * L));
+      };
+      if constexpr (kInt8) {
+        const int64_t stride = b.quads_ih * kInt8Depth;
+        for_each_int8_tile<G>(count, b.quantized_input + mine * stride, stride, b.input_scale + mine, int8_ih, v, vectors,
+                              bias_ih, p.hidden, keep);
+      } else if (plan.pack_ih) {
         T* panel = b.panels_ih + (plan.pack_late ? units.begin : v) * G * L * I;
         if (plan.pack_late) pack_ih(v, vectors, panel);
         for_each_tile(count, static_cast<const T*>(input), b.input_stride, static_cast<const T*>(panel), N * L, I, N,
-                      bias_ih ? b.bias_ih + v * G * L : nullptr, [&](int64_t first, int rows_in_tile, const T* sums) {
-                        for (int m = 0; m < rows_in_tile * N; ++m) store(out + (first * N + m) * L, load(sums + m * L));
-                      });
+                      bias_ih ? b.bias_ih + v * G * L : nullptr, keep);
       } else
         for_each_dot_tile(count, static_cast<const T*>(input), b.input_stride, weight_ih + v * L * I, I, p.hidden, G,
-                          vectors, p.hidden - v * L, I, bias_ih ? bias_ih + v * L : nullptr,
-                          [&](int64_t first, int rows_in_tile, const T* sums) {
-                            for (int m = 0; m < rows_in_tile * N; ++m)
-                              store(out + (first * N + m) * L, load(sums + m * L));
-                          });
+                          vectors, p.hidden - v * L, I, bias_ih ? bias_ih + v * L : nullptr, keep);
     });
   }
 
@@ -214,16 +248,29 @@ class ForwardWorker {
     h_prev = b.h[s & 1] + rows->first * b.stride;
     h_next = b.h[(s + 1) & 1] + rows->first * b.stride;
     const int64_t active = rows->active(t);
+    // Every member quantises all rows that it multiplies: less work than to wait for another's.
+    uint8_t* quantized = nullptr;
+    float* scale = nullptr;
+    if constexpr (kInt8) {
+      const int64_t mine = member * p.batch + rows->first;
+      quantized = b.quantized_h + mine * b.quads_hh * kInt8Depth;
+      scale = b.h_scale + mine;
+      for (int64_t i = 0; i < active; ++i)
+        scale[i] = quantize_row(h_prev + i * b.stride, p.width, quantized + i * b.quads_hh * kInt8Depth);
+    }
     for_each_panel_zigzag(units, kUnits, s, [&](int64_t v, int vectors) {
       const T* gates_ih =
-          projection ? chunk_panel(v, vectors * G) + chunk_row(s) * vectors * G * L : nullptr;
+          layer ? chunk_panel(v, vectors * G) + chunk_row(s) * vectors * G * L : nullptr;
       const auto cells = [&](int64_t first, int count, const T* gates_hh) {
         for (int m = 0; m < count; ++m)
           for (int n = 0; n < vectors; ++n)
             cell(first + m, (v + n) * L, gates_hh + (m * vectors + n) * G * L,
                  gates_ih ? gates_ih + ((first + m) * vectors + n) * G * L : nullptr);
       };
-      if (plan.pack_hh)
+      if constexpr (kInt8)
+        for_each_int8_tile<G>(active, quantized, b.quads_hh * kInt8Depth, scale, int8_hh, v, vectors, bias_hh, p.hidden,
+                              cells);
+      else if (plan.pack_hh)
         for_each_tile(active, h_prev, b.stride, b.panels_hh + v * G * L * p.width, vectors * G * L, p.width,
                       vectors * G, bias_hh ? b.bias + v * G * L : nullptr, cells);
       else
@@ -300,7 +347,7 @@ class ForwardWorker {
   static int valid(int64_t size, int64_t j) { return int(size - j < L ? size - j : L); }
 
   const ForwardParams& p;
-  const ProjectionParams* const projection;
+  const LayerParams* const layer;
   const Plan& plan;
   Barrier& barrier;
   const int team, member;
@@ -311,7 +358,10 @@ class ForwardWorker {
   int64_t group, t;
   bool reverse;
   const Rows* rows;
-  const S *weight_hh, *bias_hh, *weight_hr, *weight_ih, *bias_ih;  // the group's
+  const W *weight_hh, *weight_ih;  // the group's, like the rest
+  Int8Weights int8_hh, int8_ih;
+  const WeightHr* weight_hr;
+  const S *bias_hh, *bias_ih;
   const T* h_prev;
   T* h_next;
 };

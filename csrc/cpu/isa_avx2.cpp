@@ -2,6 +2,7 @@
 // Standard headers come before the target pragma: nothing of theirs may be compiled for a newer CPU.
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "plan.h"

@@ -86,7 +86,7 @@ struct Plan {
 };
 
 // projection: null where gates_ih are given.
-Plan make_plan(const ForwardParams& params, const ProjectionParams* projection, int threads);
+Plan make_plan(const ForwardParams& params, const LayerParams* layer, int threads);
 
 // Does the boundary that a group crosses to enter step t carry a reset? `length` is the row's.
 inline bool reset_before(const ForwardParams& p, int64_t group, int64_t row, int64_t length, int64_t t) {
@@ -115,9 +115,9 @@ class Arena {
 // What an instruction set offers. The workspace of team k starts at workspace + k * workspace_bytes(..).
 struct Kernels {
   const char* name;
-  int64_t (*forward_workspace)(const ForwardParams&, const ProjectionParams*, const Plan&);
+  int64_t (*forward_workspace)(const ForwardParams&, const LayerParams*, const Plan&);
   int64_t (*backward_workspace)(const BackwardParams&);
-  void (*forward)(const ForwardParams&, const ProjectionParams*, const Plan&, Barrier&, char* workspace, int thread);
+  void (*forward)(const ForwardParams&, const LayerParams*, const Plan&, Barrier&, char* workspace, int thread);
   void (*backward)(const BackwardParams&, const Plan&, Barrier&, char* workspace, int thread);
   // The workspace is one thread's own.
   int64_t (*gemm_workspace)(const GemmParams&);

@@ -9,6 +9,8 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 
 #include "product-inl.h"
 
+#include "int8-inl.h"
+
 #include "forward-inl.h"
 
 #include "backward-inl.h"
@@ -26,6 +28,7 @@ auto with_dtype(DType dtype, F f) {
     case DType::kFloat16:
       return f.template operator()<Cell, Half>();
     case DType::kFloat32:
+    case DType::kInt8:  // of weights only
       break;
   }
   return f.template operator()<Cell, float>();
@@ -43,14 +46,20 @@ auto with_cell(const ForwardParams& p, F f) {
 
 struct Forward {
   const ForwardParams& p;
-  const ProjectionParams* projection;
+  const LayerParams* layer;
   const Plan& plan;
   Barrier& barrier;
   char* workspace;
   int thread;
   template <class Cell, class S>
   void operator()() const {
-    ForwardWorker<Cell, S>(p, projection, plan, barrier, workspace, thread).run();
+    if constexpr (std::is_same_v<S, float>) {
+      if (layer && layer->weight_dtype == DType::kBFloat16)
+        return ForwardWorker<Cell, float, BFloat16>(p, layer, plan, barrier, workspace, thread).run();
+      if (layer && layer->weight_dtype == DType::kInt8)
+        return ForwardWorker<Cell, float, int8_t>(p, layer, plan, barrier, workspace, thread).run();
+    }
+    ForwardWorker<Cell, S>(p, layer, plan, barrier, workspace, thread).run();
   }
 };
 
@@ -68,12 +77,12 @@ struct Backward {
 
 struct ForwardWorkspace {
   const ForwardParams& p;
-  const ProjectionParams* projection;
+  const LayerParams* layer;
   const Plan& plan;
   template <class Cell, class S>
   int64_t operator()() const {
     Arena arena;
-    ForwardBuffers<Cell, typename Compute<S>::type>(p, projection, plan, arena);
+    ForwardBuffers<Cell, typename Compute<S>::type>(p, layer, plan, arena);
     return arena.used();
   }
 };
@@ -88,13 +97,13 @@ struct BackwardWorkspace {
   }
 };
 
-inline int64_t forward_workspace(const ForwardParams& p, const ProjectionParams* projection, const Plan& plan) {
-  return with_cell(p, ForwardWorkspace{p, projection, plan});
+inline int64_t forward_workspace(const ForwardParams& p, const LayerParams* layer, const Plan& plan) {
+  return with_cell(p, ForwardWorkspace{p, layer, plan});
 }
 inline int64_t backward_workspace(const BackwardParams& p) { return with_cell(p, BackwardWorkspace{p}); }
-inline void forward(const ForwardParams& p, const ProjectionParams* projection, const Plan& plan, Barrier& barrier,
+inline void forward(const ForwardParams& p, const LayerParams* layer, const Plan& plan, Barrier& barrier,
                     char* workspace, int thread) {
-  with_cell(p, Forward{p, projection, plan, barrier, workspace, thread});
+  with_cell(p, Forward{p, layer, plan, barrier, workspace, thread});
 }
 inline void backward(const BackwardParams& p, const Plan& plan, Barrier& barrier, char* workspace, int thread) {
   with_cell(p, Backward{p, plan, barrier, workspace, thread});

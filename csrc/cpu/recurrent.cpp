@@ -77,10 +77,10 @@ bool run(const Plan& plan, int64_t workspace_bytes, const Work& work) {
   return complete;
 }
 
-bool run_forward(const ForwardParams& params, const ProjectionParams* projection, int threads) {
-  const Plan plan = make_plan(params, projection, threads);
-  return run(plan, kernels().forward_workspace(params, projection, plan), [&](Barrier& barrier, char* own, int thread) {
-    kernels().forward(params, projection, plan, barrier, own, thread);
+bool run_forward(const ForwardParams& params, const LayerParams* layer, int threads) {
+  const Plan plan = make_plan(params, layer, threads);
+  return run(plan, kernels().forward_workspace(params, layer, plan), [&](Barrier& barrier, char* own, int thread) {
+    kernels().forward(params, layer, plan, barrier, own, thread);
   });
 }
 
@@ -95,12 +95,12 @@ bool run_backward(const BackwardParams& params, int threads) {
 
 const char* instruction_set() { return kernels().name; }
 
-Plan make_plan(const ForwardParams& p, const ProjectionParams* projection, int threads) {
+Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
   Plan plan;
   // Waking a thread costs some microseconds, and as much as the call if its core is busy: short calls stay on one.
   constexpr int64_t kWorthAThread = 1 << 20;  // multiply-adds a thread and call
   const int64_t products = p.batch * kCells[p.cell].gates * p.hidden * p.width;  // a group and step
-  const int64_t projected = projection ? p.batch * kCells[p.cell].gates * p.hidden * projection->size : 0;
+  const int64_t projected = layer ? p.batch * kCells[p.cell].gates * p.hidden * layer->size : 0;
   threads = static_cast<int>(
       std::clamp<int64_t>(p.steps * p.groups * (products + projected) / kWorthAThread, 1, std::max(threads, 1)));
   plan.teams = static_cast<int>(std::min<int64_t>(threads, p.groups));
@@ -121,8 +121,12 @@ Plan make_plan(const ForwardParams& p, const ProjectionParams* projection, int t
   // Packing costs about as much as this many products with a row. A single row that streams weights from beyond the
   // second-level cache reads them as fast unpacked.
   constexpr int64_t kRowsWorthPacking = 24, kSecondLevel = 1 << 20;
-  plan.pack_ih = p.steps * p.batch >= kRowsWorthPacking;
-  plan.pack_hh = plan.pack_ih && !(p.batch == 1 && weights / plan.team_size > kSecondLevel);
+  // So do the four rows that an unpacked product takes at once, where weights are narrower unpacked than packed.
+  const DType weight_dtype = layer ? layer->weight_dtype : p.dtype;
+  const bool narrow = weight_dtype != p.dtype;
+  const bool pack = weight_dtype != DType::kInt8 && p.steps * p.batch >= kRowsWorthPacking;
+  plan.pack_ih = layer && pack;
+  plan.pack_hh = pack && !(p.batch == 1 && weights / plan.team_size > kSecondLevel) && !(narrow && p.batch <= 4);
 
   // A chunk has enough rows to fill the register tiles many times over while its gates stay in the second-level cache
   // beside the weights; more where weight_ih, read once a chunk, does not fit there itself.
@@ -130,7 +134,7 @@ Plan make_plan(const ForwardParams& p, const ProjectionParams* projection, int t
   const int64_t weight_ih = projected / std::max<int64_t>(p.batch, 1) * element / (plan.split_rows ? 1 : plan.team_size);
   const int64_t chunk_rows = weight_ih <= kSecondLevel ? 96 : weight_ih <= 4 * kSecondLevel ? 256 : 512;
   const int64_t chunks = std::max<int64_t>(ceil_div(p.steps, std::max<int64_t>(chunk_rows / rows, 1)), 1);
-  plan.chunk = projection ? std::max<int64_t>(ceil_div(p.steps, chunks), 1) : 0;
+  plan.chunk = layer ? std::max<int64_t>(ceil_div(p.steps, chunks), 1) : 0;
   plan.pack_late = plan.chunk == p.steps && (plan.team_size == 1 || !plan.split_rows);
 
   plan.shared_lengths = !p.lengths || p.lengths_stride_p == 0;
@@ -163,8 +167,8 @@ void recurrent_forward(const ForwardParams& params, int threads) {
   if (!run_forward(params, nullptr, threads)) run_forward(params, nullptr, 1);
 }
 
-void layer_forward(const ForwardParams& params, const ProjectionParams& projection, int threads) {
-  if (!run_forward(params, &projection, threads)) run_forward(params, &projection, 1);
+void layer_forward(const ForwardParams& params, const LayerParams& layer, int threads) {
+  if (!run_forward(params, &layer, threads)) run_forward(params, &layer, 1);
 }
 
 void recurrent_backward(const BackwardParams& params, int threads) {

@@ -36,8 +36,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward_cpu(
   PreparedForward call = prepare_layer(
       {cell, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse}, input, weight_ih,
       bias_ih, save);
-  if (call.params.batch > 0) cpu::layer_forward(call.params, call.projection, threads());
+  if (call.params.batch > 0) cpu::layer_forward(call.params, call.layer, threads());
   return {call.output, call.h_n, call.c_n, call.saved};
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantized_forward_cpu(
+    c10::string_view cell, const Tensor& input, const Tensor& weight_ih, const OptionalTensor& scale_ih,
+    const OptionalTensor& sum_ih, const OptionalTensor& bias_ih, const Tensor& weight_hh,
+    const OptionalTensor& scale_hh, const OptionalTensor& sum_hh, const OptionalTensor& bias_hh,
+    const OptionalTensor& weight_hr, const Tensor& h_0, const OptionalTensor& c_0, const OptionalTensor& lengths,
+    const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
+    const c10::List<bool>& reverse) {
+  PreparedForward call =
+      prepare_quantized({cell, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse},
+                        input, {weight_ih, scale_ih, sum_ih, scale_hh, sum_hh}, bias_ih);
+  if (call.params.batch > 0) cpu::layer_forward(call.params, call.layer, threads());
+  return {call.output, call.h_n, call.c_n};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
@@ -93,6 +107,14 @@ TORCH_LIBRARY(fastrnn, m) {
       "Tensor? weight_hr, Tensor h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, "
       "bool[] reverse, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)",
       {at::Tag::pt2_compliant_tag});
+  // layer_forward for inference on a float32 input with weights of bfloat16 (no scales, no sums) or int8 in blocks; see
+  // LayerParams in params.h and fastrnn/quantized.py.
+  m.def(
+      "quantized_forward(str cell, Tensor input, Tensor weight_ih, Tensor? scale_ih, Tensor? sum_ih, Tensor? bias_ih, "
+      "Tensor weight_hh, Tensor? scale_hh, Tensor? sum_hh, Tensor? bias_hh, Tensor? weight_hr, Tensor h_0, Tensor? c_0, "
+      "Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, bool[] reverse) "
+      "-> (Tensor output, Tensor h_n, Tensor c_n)",
+      {at::Tag::pt2_compliant_tag});
   // op(a) op(b) + bias on matrices, op transposing or not; float32 and float64. No derivative of its own: fastrnn's
   // autograd calls it where none is asked for.
   m.def("gemm(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor",
@@ -106,6 +128,7 @@ TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("recurrent_forward", forward_cpu);
   m.impl("recurrent_backward", backward_cpu);
   m.impl("layer_forward", layer_forward_cpu);
+  m.impl("quantized_forward", quantized_forward_cpu);
   m.impl("gemm", gemm_cpu);
 }
 

@@ -25,7 +25,9 @@ struct Dims {
 // Checks an op's tensors one by one against the sizes, dtype and device of gates_ih (or output).
 class Door {
  public:
-  Door(const char* op, const Recurrence& args, const Tensor& reference, const char* reference_name)
+  // weight: the sizes of weight_hh [P, G*h, R]
+  Door(const char* op, const Recurrence& args, const Tensor& reference, const char* reference_name,
+       at::IntArrayRef weight)
       : op_(op), reference_(reference), reference_name_(reference_name), cell_(find_cell(args.cell)),
         info_(kCells[cell_]) {
     switch (reference.scalar_type()) {
@@ -39,18 +41,17 @@ class Door {
     }
     TORCH_CHECK(reference.dim() == 3, op_, ": ", reference_name, ": expected 3 dimensions, got ",
                 text(reference.sizes()));
-    const Tensor& weight = args.weight_hh;
-    TORCH_CHECK(weight.dim() == 3, op_, ": weight_hh: expected 3 dimensions (groups, gates * hidden, width), got ",
-                text(weight.sizes()));
-    dims_ = {reference.size(0), reference.size(1), weight.size(0), info_.gates, weight.size(1) / info_.gates,
-             weight.size(2), info_.saved};
-    TORCH_CHECK(dims_.P > 0 && dims_.h > 0 && dims_.R > 0 && weight.size(1) == info_.gates * dims_.h, op_,
+    TORCH_CHECK(weight.size() == 3, op_, ": weight_hh: expected 3 dimensions (groups, gates * hidden, width), got ",
+                text(weight));
+    dims_ = {reference.size(0), reference.size(1), weight[0], info_.gates, weight[1] / info_.gates, weight[2],
+             info_.saved};
+    TORCH_CHECK(dims_.P > 0 && dims_.h > 0 && dims_.R > 0 && weight[1] == info_.gates * dims_.h, op_,
                 ": weight_hh: expected (groups, ", info_.gates, " * hidden, width) with every size above 0, got ",
-                text(weight.sizes()));
+                text(weight));
     TORCH_CHECK(info_.states > 1 || !args.weight_hr, op_, ": weight_hr: expected none for cell '", info_.name,
                 "', got a tensor");
-    TORCH_CHECK(args.weight_hr || dims_.R == dims_.h, op_, ": weight_hh: expected [", dims_.P, ", ", weight.size(1),
-                ", ", dims_.h, "] without weight_hr, got ", text(weight.sizes()));
+    TORCH_CHECK(args.weight_hr || dims_.R == dims_.h, op_, ": weight_hh: expected [", dims_.P, ", ", weight[1], ", ",
+                dims_.h, "] without weight_hr, got ", text(weight));
     TORCH_CHECK(static_cast<int64_t>(args.reverse.size()) == dims_.P, op_, ": reverse: expected ", dims_.P,
                 " values (groups), got ", args.reverse.size());
     TORCH_CHECK(args.c_0.has_value() == (info_.states > 1), op_, ": c_0: expected ",
@@ -60,7 +61,18 @@ class Door {
 
   const Dims& dims() const { return dims_; }
   const CellInfo& info() const { return info_; }
+  DType dtype() const { return dtype_; }
   std::vector<Tensor> keep;
+
+  // Checked against a dtype of its own, contiguous, kept alive; null for an absent tensor.
+  const void* read_as(const char* name, const OptionalTensor& x, at::ScalarType dtype, at::IntArrayRef expected) {
+    if (!x) return nullptr;
+    TORCH_CHECK(x->sizes() == expected, op_, ": ", name, ": expected ", text(expected), ", got ", text(x->sizes()));
+    TORCH_CHECK(x->scalar_type() == dtype, op_, ": ", name, ": expected dtype ", dtype, ", got ", x->scalar_type());
+    device(name, *x);
+    keep.push_back(x->contiguous());
+    return keep.back().const_data_ptr();
+  }
 
   void floating(const char* name, const Tensor& x, at::IntArrayRef expected) const {
     TORCH_CHECK(x.sizes() == expected, op_, ": ", name, ": expected ", text(expected), ", got ", text(x.sizes()));
@@ -88,6 +100,13 @@ class Door {
     return keep.back().const_data_ptr();
   }
 
+  void weights(const Recurrence& args, ForwardParams& p) {
+    const auto [T, B, P, G, h, R, S] = dims_;
+    p.weight_hh = read("weight_hh", args.weight_hh, {P, G * h, R});
+    p.weight_hr = read("weight_hr", args.weight_hr, {P, R, h});
+  }
+
+  // All but the weights.
   void fill(const Recurrence& args, ForwardParams& p, std::vector<uint8_t>& reverse) {
     const auto [T, B, P, G, h, R, S] = dims_;
     p.steps = T;
@@ -97,9 +116,7 @@ class Door {
     p.width = R;
     p.cell = cell_;
     p.dtype = dtype_;
-    p.weight_hh = read("weight_hh", args.weight_hh, {P, G * h, R});
     p.bias_hh = read("bias_hh", args.bias_hh, {P, G * h});
-    p.weight_hr = read("weight_hr", args.weight_hr, {P, R, h});
     p.h_0 = read("h_0", args.h_0, {B, P * R});
     p.c_0 = read("c_0", args.c_0, {B, P * h});
     for (const bool r : args.reverse) reverse.push_back(r);
@@ -207,36 +224,85 @@ void prepare_results(Door& door, const Recurrence& args, bool save, PreparedForw
 }  // namespace
 
 PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save) {
-  Door door("recurrent_forward", args, gates_ih, "gates_ih");
+  Door door("recurrent_forward", args, gates_ih, "gates_ih", args.weight_hh.sizes());
   const auto [T, B, P, G, h, R, S] = door.dims();
   PreparedForward out;
   ForwardParams& p = out.params;
   p.gates_ih = door.read_strided("gates_ih", gates_ih, {T, B, P * G * h}, p.gates_ih_stride_t, p.gates_ih_stride_b);
+  door.weights(args, out.params);
   prepare_results(door, args, save, out);
   return out;
 }
 
 PreparedForward prepare_layer(const Recurrence& args, const Tensor& input, const Tensor& weight_ih,
                               const OptionalTensor& bias_ih, bool save) {
-  Door door("layer_forward", args, input, "input");
+  Door door("layer_forward", args, input, "input", args.weight_hh.sizes());
   const auto [T, B, P, G, h, R, S] = door.dims();
   PreparedForward out;
-  ProjectionParams& p = out.projection;
+  LayerParams& p = out.layer;
   p.size = input.size(2);
   p.input = door.read_strided("input", input, {T, B, p.size}, p.input_stride_t, p.input_stride_b);
   p.weight = door.read("weight_ih", weight_ih, {P, G * h, p.size});
   p.bias = door.read("bias_ih", bias_ih, {P, G * h});
+  p.weight_dtype = door.dtype();
+  door.weights(args, out.params);
   prepare_results(door, args, save, out);
+  return out;
+}
+
+PreparedForward prepare_quantized(const Recurrence& args, const Tensor& input, const Narrow& narrow,
+                                  const OptionalTensor& bias_ih) {
+  const char* op = "quantized_forward";
+  TORCH_CHECK_TYPE(input.scalar_type() == at::kFloat, op, ": input: expected dtype Float, got ", input.scalar_type());
+  const auto dtype = narrow.weight_ih.scalar_type();
+  const bool int8 = dtype == at::kChar;
+  TORCH_CHECK_TYPE(int8 || dtype == at::kBFloat16, op, ": weight_ih: expected dtype BFloat16 or Char, got ", dtype);
+  // Blocks do not tell how many units there are: the states do.
+  const auto width = [&](const char* name, const Tensor& x) {
+    const int64_t groups = args.reverse.size();
+    TORCH_CHECK(groups > 0 && x.dim() == 2 && x.size(1) % groups == 0, op, ": ", name, ": expected [batch, ", groups,
+                " * width], got ", text(x.sizes()));
+    return x.size(1) / groups;
+  };
+  const int64_t groups = args.reverse.size(), gates = kCells[find_cell(args.cell)].gates, R0 = width("h_0", args.h_0);
+  const int64_t h0 = args.c_0 ? width("c_0", *args.c_0) : R0;
+  Door door(op, args, input, "input", {groups, gates * h0, R0});
+  const auto [T, B, P, G, h, R, S] = door.dims();
+  PreparedForward out;
+  LayerParams& p = out.layer;
+  p.size = input.size(2);
+  p.weight_dtype = int8 ? DType::kInt8 : DType::kBFloat16;
+  p.input = door.read_strided("input", input, {T, B, p.size}, p.input_stride_t, p.input_stride_b);
+  p.bias = door.read("bias_ih", bias_ih, {P, G * h});
+  const int64_t blocks = (h + 15) / 16;
+  const auto weight = [&](const char* name, const Tensor& x, int64_t n) {
+    return int8 ? door.read_as(name, x, at::kChar, {P, blocks, (n + 3) / 4, G, 16, 4})
+                : door.read_as(name, x, at::kBFloat16, {P, G * h, n});
+  };
+  const auto of_rows = [&](const char* name, const OptionalTensor& x, at::ScalarType type) {
+    TORCH_CHECK(x.has_value() == int8, op, ": ", name, ": expected ", int8 ? "a tensor" : "none", " with weights of ",
+                dtype, ", got ", x ? "a tensor" : "none");
+    return door.read_as(name, x, type, {P, blocks, G, 16});
+  };
+  p.weight = weight("weight_ih", narrow.weight_ih, p.size);
+  out.params.weight_hh = weight("weight_hh", args.weight_hh, R);
+  p.scale_ih = static_cast<const float*>(of_rows("scale_ih", narrow.scale_ih, at::kFloat));
+  p.scale_hh = static_cast<const float*>(of_rows("scale_hh", narrow.scale_hh, at::kFloat));
+  p.sum_ih = static_cast<const int32_t*>(of_rows("sum_ih", narrow.sum_ih, at::kInt));
+  p.sum_hh = static_cast<const int32_t*>(of_rows("sum_hh", narrow.sum_hh, at::kInt));
+  out.params.weight_hr = door.read_as("weight_hr", args.weight_hr, int8 ? at::kFloat : at::kBFloat16, {P, R, h});
+  prepare_results(door, args, /*save=*/false, out);
   return out;
 }
 
 PreparedBackward prepare_backward(const Recurrence& args, const OptionalTensor& grad_output,
                                   const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n, const Tensor& output,
                                   const Tensor& saved, bool initial) {
-  Door door("recurrent_backward", args, output, "output");
+  Door door("recurrent_backward", args, output, "output", args.weight_hh.sizes());
   const auto [T, B, P, G, h, R, S] = door.dims();
   PreparedBackward out;
   BackwardParams& p = out.params;
+  door.weights(args, p);
   door.fill(args, p, out.reverse);
   const bool padded = p.lengths != nullptr, c = door.info().states > 1;
   TORCH_CHECK(c || !grad_c_n, "recurrent_backward: grad_c_n: expected none for cell '", door.info().name,

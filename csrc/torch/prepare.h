@@ -27,7 +27,7 @@ struct Recurrence {
 
 struct PreparedForward {
   ForwardParams params{};
-  ProjectionParams projection{};   // of a layer
+  LayerParams layer{};       // of a whole layer's call
   Tensor output, h_n, c_n, saved;  // an absent one has size 0
   std::vector<Tensor> keep;        // inputs as the kernel reads them
   std::vector<uint8_t> reverse;
@@ -43,6 +43,16 @@ struct PreparedBackward {
 PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save);
 PreparedForward prepare_layer(const Recurrence& args, const Tensor& input, const Tensor& weight_ih,
                               const OptionalTensor& bias_ih, bool save);
+
+// Weights narrower than the input, which is float32: bfloat16 [P, G*h, n], or int8 blocks with scales and sums as at
+// LayerParams. args.weight_hh is such a one, too.
+struct Narrow {
+  Tensor weight_ih;
+  OptionalTensor scale_ih, sum_ih, scale_hh, sum_hh;
+};
+PreparedForward prepare_quantized(const Recurrence& args, const Tensor& input, const Narrow& narrow,
+                                  const OptionalTensor& bias_ih);
+
 PreparedBackward prepare_backward(const Recurrence& args, const OptionalTensor& grad_output,
                                   const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n, const Tensor& output,
                                   const Tensor& saved, bool initial);

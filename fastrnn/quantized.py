@@ -1,0 +1,209 @@
+"""Inference with narrower weights: ``fastrnn.quantize(module, dtype=torch.int8)``, or ``torch.bfloat16``.
+
+A step of a few rows is as long as it takes to read the weights, so half or a quarter of the bytes is up to two or four
+times the speed. Activations, biases and states stay float32.
+
+* bfloat16: weights rounded to 8 bits of mantissa, products in float32.
+* int8: weights by row, w = scale q with q in -127..127 (symmetric, per output row); each input and each h by its own
+  largest magnitude to 8 bits as it comes; products in exact integers, with AVX-512 VNNI where the CPU has it. The
+  scheme is that of torch.ao.quantization.quantize_dynamic, whose scale is per matrix.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .functional import LayerWeights, States
+from .modules import GRU, LSTM, RNN, _Recurrent
+from .ops import CELLS
+
+_quantized_forward = torch.ops.fastrnn.quantized_forward.default
+_UNITS, _DEPTH = 16, 4  # of a block; see LayerParams in csrc/params.h
+DTYPES = (torch.int8, torch.bfloat16)
+
+
+def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
+    """A copy for inference, with every :class:`fastrnn.LSTM`, ``GRU`` and ``RNN`` in it on narrower weights.
+
+    Args:
+        module: one of them, or a module that holds some anywhere; float32 on the CPU. Left as it is. Cells and other
+            modules are copied unchanged.
+        dtype: ``torch.int8`` or ``torch.bfloat16``, of the weight matrices. An LSTM's ``weight_hr`` stays float32
+            beside int8.
+
+    Returns:
+        The copy. Its recurrent modules take the same arguments (PackedSequence, ``lengths``, ``resets`` and states
+        included), have buffers for parameters, no dropout and no gradients.
+
+    Raises:
+        TypeError: ``module`` is or holds none of them; a weight that is not float32.
+        ValueError: another ``dtype``; a module on another device.
+        RuntimeError: at a call, where a gradient of the input or a state is asked for.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected torch.int8 or torch.bfloat16, got {dtype}")
+    found = [m for m in module.modules() if isinstance(m, _Recurrent)]
+    if not found:
+        raise TypeError(f"module: expected a fastrnn.LSTM, GRU or RNN or a module holding one, got {_name(module)}")
+    for m in found:
+        if isinstance(m, _Quantized):
+            raise TypeError(f"module: expected weights of float32, got {_name(m)}, which is quantized already")
+        for name, weight in _named_weights(m):
+            if weight.dtype != torch.float32:
+                raise TypeError(f"{name}: expected torch.float32, got {weight.dtype}")
+            if weight.device.type != "cpu":
+                raise ValueError(f"{name}: expected device cpu, got {weight.device}")
+    memo: dict[int, Any] = {id(m): _converted(m, dtype) for m in found}  # deepcopy puts these in their places
+    return copy.deepcopy(module, memo)
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__.split('.')[0]}.{type(module).__name__}"
+
+
+def _named_weights(module: _Recurrent) -> list[tuple[str, Tensor]]:
+    return [(name, getattr(module, name)) for names in module._all_weights for name in names]
+
+
+def _converted(module: _Recurrent, dtype: torch.dtype) -> _Quantized:
+    kind = next(cls for base, cls in _KINDS.items() if isinstance(module, base))
+    out = kind.__new__(kind)
+    nn.Module.__init__(out)
+    for name, value in vars(module).items():
+        if name not in vars(out):
+            out.__dict__[name] = copy.copy(value)
+    out.dtype = dtype
+    out._flat_weights, out._flat_weights_names, out._flat_weight_refs = [], [], []
+    for layer, directions in enumerate(module._weights()):
+        for field in LayerWeights._fields:
+            parts = [getattr(weights, field).detach() for weights in directions if getattr(weights, field) is not None]
+            if not parts:
+                continue
+            name, weight = f"{field}_l{layer}", torch.stack(parts)  # [D, ...]: a call need not stack
+            if field.startswith("bias") or (field == "weight_hr" and dtype == torch.int8):
+                out.register_buffer(name, weight)
+            elif dtype == torch.bfloat16:
+                out.register_buffer(name, weight.to(dtype))
+            else:
+                blocks = zip(*(int8_blocks(part, _gates(module)) for part in parts), strict=True)
+                for suffix, each in zip(("", "_scale", "_sum"), blocks, strict=True):
+                    out.register_buffer(name + suffix, torch.stack(each))
+    return out.eval()
+
+
+def _gates(module: _Recurrent) -> int:
+    return CELLS[module.mode.lower()].gates
+
+
+def int8_blocks(weight: Tensor, gates: int) -> tuple[Tensor, Tensor, Tensor]:
+    """weight [G*H, K] as the kernel reads it, B = ceil(H / 16), Q = ceil(K / 4).
+
+    Returns blocks int8 [B, Q, G, 16, 4], scale float32 [B, G, 16] and sum int32 [B, G, 16], 128 times a row's sum.
+    """
+    H, K = weight.shape[0] // gates, weight.shape[1]
+    rows = nn.functional.pad(weight.view(gates, H, K), (0, -K % _DEPTH, 0, -H % _UNITS))
+    B, Q = rows.shape[1] // _UNITS, rows.shape[2] // _DEPTH
+    scale = rows.abs().amax(2) / 127  # [G, B*16]
+    quantized = (rows / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round().clamp(-127, 127)
+    blocks = quantized.view(gates, B, _UNITS, Q, _DEPTH).permute(1, 3, 0, 2, 4)
+
+    def of_rows(x: Tensor) -> Tensor:
+        return x.view(gates, B, _UNITS).transpose(0, 1).contiguous()
+
+    total = 128 * quantized.to(torch.int32).sum(2, dtype=torch.int32)
+    return blocks.to(torch.int8).contiguous(), of_rows(scale), of_rows(total)
+
+
+class _Quantized(_Recurrent):
+    """What the three share."""
+
+    dtype: torch.dtype
+
+    def train(self, mode: bool = True) -> _Quantized:
+        """Stays in eval mode: there is nothing to train, and no dropout."""
+        return super().train(False)  # type: ignore[return-value]
+
+    def __setstate__(self, d: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, d)  # not RNNBase's, which looks for parameters
+        self._flat_weight_refs = []
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Quantized:
+        return nn.Module._apply(self, fn, recurse)  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dtype={self.dtype}"
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        if input.dtype != torch.float32:
+            raise ValueError(f"input: expected torch.float32 for quantized weights, got {input.dtype}")
+        if input.device.type != "cpu":
+            raise RuntimeError(f"input: expected device cpu for quantized weights, got {input.device}")
+        dims = 2 if batch_sizes is not None else 3
+        if input.dim() != dims:
+            raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
+            )
+
+    def _network(self, input: Tensor, states: States | None, **sequence: Any) -> tuple[Tensor, States]:
+        fresh = sequence.get("reset_states")
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(input, *(states or ()), *(fresh or ())):
+            raise RuntimeError(
+                "quantized modules are for inference: expected an input and states without requires_grad"
+            )
+        directions = 2 if self.bidirectional else 1
+        widths = (self.proj_size or self.hidden_size, self.hidden_size)[: CELLS[self.mode.lower()].states]
+        if states is None:
+            count = self.num_layers * directions
+            states = tuple(input.new_zeros(count, input.shape[1], n) for n in widths)
+        finals, output = [], input
+        for layer in range(self.num_layers):
+            at = slice(layer * directions, (layer + 1) * directions)
+            h, *c = (functional._fold(x[at]) for x in states)
+            h_reset, *c_reset = (functional._fold(x[at]) for x in fresh) if fresh else (None,)
+            output, h_n, c_n = _quantized_forward(
+                self.mode.lower(), output, *self._matrix(f"weight_ih_l{layer}"), self._buffers.get(f"bias_ih_l{layer}"),
+                *self._matrix(f"weight_hh_l{layer}"), self._buffers.get(f"bias_hh_l{layer}"),
+                self._buffers.get(f"weight_hr_l{layer}"), h, c[0] if c else None, sequence.get("lengths"),
+                sequence.get("resets"), h_reset, c_reset[0] if c_reset else None, [False, True][:directions],
+            )  # fmt: skip
+            finals.append([functional._unfold(x, directions) for x in (h_n, c_n)[: len(widths)]])
+        return output, tuple(torch.cat(each) if len(each) > 1 else each[0] for each in zip(*finals, strict=True))
+
+    def _matrix(self, name: str) -> tuple[Tensor | None, ...]:
+        """With its scales and sums, where it has any."""
+        return tuple(self._buffers.get(name + suffix) for suffix in ("", "_scale", "_sum"))
+
+
+class QuantizedLSTM(_Quantized, LSTM):
+    """What :func:`quantize` makes of an LSTM. Called like it; not to be constructed."""
+
+
+class QuantizedGRU(_Quantized, GRU):
+    """What :func:`quantize` makes of a GRU. Called like it; not to be constructed."""
+
+
+class QuantizedRNN(_Quantized, RNN):
+    """What :func:`quantize` makes of an RNN. Called like it; not to be constructed."""
+
+
+_KINDS: dict[type[_Recurrent], type[_Quantized]] = {LSTM: QuantizedLSTM, GRU: QuantizedGRU, RNN: QuantizedRNN}
+
+
+@torch.library.register_fake("fastrnn::quantized_forward")
+def _(
+    cell, input, weight_ih, scale_ih, sum_ih, bias_ih, weight_hh, scale_hh, sum_hh, bias_hh, weight_hr, h_0, c_0,
+    lengths, resets, reset_h, reset_c, reverse,
+):  # fmt: skip
+    T, B, _ = input.shape
+    return (
+        input.new_empty(T, B, h_0.shape[1]),
+        torch.empty_like(h_0),
+        torch.empty_like(c_0) if c_0 is not None else input.new_empty(0),
+    )
