@@ -77,7 +77,7 @@ def test_who_has_resets_and_who_trains() -> None:
     have = {key for key, peer in PEERS.items() if not peer.supports(resets, "train")}
     assert have == {"fastrnn", "loop", "cellloop", "perstep", "compiled"}
     inference_only = {key for key, peer in PEERS.items() if peer.supports(plain, "train")}
-    assert inference_only == {"int8", "onnxruntime", "openvino"}
+    assert inference_only == {"int8", "onnxruntime", "openvino", "ourint8", "ourbf16"}
     assert all("inference only" in (PEERS[key].supports(plain, "train") or "") for key in inference_only)
 
 
