@@ -46,6 +46,20 @@ def test_simd_accuracy(isa, tmp_path):
     assert len(rows) == 11
 
 
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_cpu_kernels_under_a_sanitizer(sanitizer, tmp_path):
+    """Memory, races, reads before writes; the baseline's kernels stand for all, being the same text."""
+    empty = tmp_path / "empty.cpp"
+    empty.write_text("int main() {}")
+    subprocess.run(["g++", f"-fsanitize={sanitizer}", str(empty), "-o", str(tmp_path / "empty")], check=True)
+    if subprocess.run([str(tmp_path / "empty")], capture_output=True).returncode != 0:
+        pytest.skip("no program of this sanitizer starts here (some kernels place memory where it cannot be)")
+    sources = [str(CSRC / "cpu" / name) for name in ("recurrent.cpp", "isa_baseline.cpp")]
+    flags = ["-fopenmp", f"-fsanitize={sanitizer}", "-O0", *sources]  # optimised it would compile for half a minute
+    rows = compile_and_run(ROOT / "tests/cpp/test_cpu.cpp", tmp_path / "cpu", *flags)
+    assert rows == [["baseline", "60", "calls"]]
+
+
 def includes(path: Path) -> list[str]:
     return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M)
 

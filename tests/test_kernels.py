@@ -126,6 +126,13 @@ def test_odd_sizes(cell, projected, dtype):
         check(Case(cell, T, B, 1 + (B + h) % 3, h, projected, dtype=dtype), seed=T * B + h)
 
 
+def test_projection_wider_than_the_hidden_units():
+    """torch.nn's modules refuse it, the ops and functional.lstm do not."""
+    for B, (h, width) in product((1, 3, 40), [(1, 1), (1, 70), (3, 129), (17, 200)]):
+        for dtype in (torch.float64, torch.bfloat16):
+            check(Case("lstm", 4, B, 2, h, width, "rows", "state", dtype=dtype), seed=B)
+
+
 @pytest.mark.parametrize("reverse", ["none", "all", "alternate"])
 @pytest.mark.parametrize("resets", ["", "zeros", "state", "groups"])
 @pytest.mark.parametrize("lengths", ["", "rows", "groups"])

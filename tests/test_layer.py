@@ -60,6 +60,11 @@ def test_odd_sizes(cell, projected, dtype):
             check(case, size, seed=B + h, biased=size != 3)
 
 
+def test_projection_wider_than_the_hidden_units():
+    for B, (h, width) in product((1, 40), [(1, 70), (17, 200)]):
+        check(Case("lstm", 4, B, 2, h, width, "rows", "state"), 7, seed=B)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("lengths", ["", "rows", "groups"])
 @pytest.mark.parametrize("cell", ops.CELLS)

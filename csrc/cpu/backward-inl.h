@@ -15,7 +15,7 @@ struct BackwardBuffers {
 
   BackwardBuffers(const BackwardParams& p, Arena& arena)
       : unit_vectors(ceil_div(p.hidden, L)), width_vectors(ceil_div(p.width, L)) {
-    stride = (unit_vectors + kMaxVectors) * L;
+    stride = ((unit_vectors > width_vectors ? unit_vectors : width_vectors) + kMaxVectors) * L;
     gates_padded = unit_vectors * L;
     gates_stride = gates_padded * Cell::kGates + L;
     panels_hh = arena.take<T>(width_vectors * L * gates_padded * Cell::kGates);

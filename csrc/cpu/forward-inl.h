@@ -49,7 +49,7 @@ struct ForwardBuffers {
 
   ForwardBuffers(const ForwardParams& p, const LayerParams* layer, const Plan& plan, Arena& arena)
       : unit_vectors(ceil_div(p.hidden, L)), width_vectors(ceil_div(p.width, L)) {
-    stride = (unit_vectors + kMaxVectors) * L;
+    stride = ((unit_vectors > width_vectors ? unit_vectors : width_vectors) + kMaxVectors) * L;
     panels_hh = plan.pack_hh ? arena.take<T>(unit_vectors * Cell::kGates * L * p.width) : nullptr;
     bias = arena.take<T>(unit_vectors * Cell::kGates * L);
     panels_hr = p.weight_hr && plan.pack_hh ? arena.take<T>(width_vectors * L * p.hidden) : nullptr;

@@ -87,6 +87,8 @@ struct Plan {
 
 // projection: null where gates_ih are given.
 Plan make_plan(const ForwardParams& params, const LayerParams* layer, int threads);
+// Its last part: all_rows, from the teams and the way to split.
+void share_rows(const ForwardParams& params, Plan& plan);
 
 // Does the boundary that a group crosses to enter step t carry a reset? `length` is the row's.
 inline bool reset_before(const ForwardParams& p, int64_t group, int64_t row, int64_t length, int64_t t) {

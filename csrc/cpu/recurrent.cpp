@@ -95,6 +95,32 @@ bool run_backward(const BackwardParams& params, int threads) {
 
 const char* instruction_set() { return kernels().name; }
 
+void share_rows(const ForwardParams& p, Plan& plan) {
+  plan.shared_lengths = !p.lengths || p.lengths_stride_p == 0;
+  const int members = plan.split_rows ? plan.team_size : 1;
+  std::vector<int64_t> order(p.batch);
+  for (int64_t group = 0; group < (plan.shared_lengths ? 1 : p.groups); ++group) {
+    const auto length = [&](int64_t row) {
+      return p.lengths ? p.lengths[row * p.lengths_stride_b + group * p.lengths_stride_p] : p.steps;
+    };
+    std::iota(order.begin(), order.end(), 0);
+    if (p.lengths)
+      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return length(a) > length(b); });
+    int64_t first = 0;
+    for (int member = 0; member < members; ++member) {
+      Rows rows;
+      rows.first = first;
+      // Every members-th row, so that long and short ones are shared evenly.
+      for (int64_t i = member; i < p.batch; i += members) {
+        rows.row.push_back(order[i]);
+        rows.length.push_back(length(order[i]));
+      }
+      first += rows.size();
+      plan.all_rows.push_back(std::move(rows));
+    }
+  }
+}
+
 Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
   Plan plan;
   // Waking a thread costs some microseconds, and as much as the call if its core is busy: short calls stay on one.
@@ -137,29 +163,7 @@ Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
   plan.chunk = layer ? std::max<int64_t>(ceil_div(p.steps, chunks), 1) : 0;
   plan.pack_late = plan.chunk == p.steps && (plan.team_size == 1 || !plan.split_rows);
 
-  plan.shared_lengths = !p.lengths || p.lengths_stride_p == 0;
-  const int members = plan.split_rows ? plan.team_size : 1;
-  std::vector<int64_t> order(p.batch);
-  for (int64_t group = 0; group < (plan.shared_lengths ? 1 : p.groups); ++group) {
-    const auto length = [&](int64_t row) {
-      return p.lengths ? p.lengths[row * p.lengths_stride_b + group * p.lengths_stride_p] : p.steps;
-    };
-    std::iota(order.begin(), order.end(), 0);
-    if (p.lengths)
-      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return length(a) > length(b); });
-    int64_t first = 0;
-    for (int member = 0; member < members; ++member) {
-      Rows rows;
-      rows.first = first;
-      // Every members-th row, so that long and short ones are shared evenly.
-      for (int64_t i = member; i < p.batch; i += members) {
-        rows.row.push_back(order[i]);
-        rows.length.push_back(length(order[i]));
-      }
-      first += rows.size();
-      plan.all_rows.push_back(std::move(rows));
-    }
-  }
+  share_rows(p, plan);
   return plan;
 }
 

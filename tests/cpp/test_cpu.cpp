@@ -1,0 +1,325 @@
+// The CPU kernels of one instruction set under a sanitizer: random small calls, each under a plan drawn at random, which
+// the planner would give to large ones alone. The threads are std::thread, whose synchronisation ThreadSanitizer knows;
+// OpenMP's it does not.
+//
+// Every array has its exact size on the heap. Workspaces and results are filled with 0xff bytes (NaN in every dtype)
+// before one run and with another byte before a second: a result that differs afterwards comes from memory that was read
+// before it was written, or was never written itself. The two runs have equal plans; a third, on one thread, must agree up to rounding.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cells/registry.h"
+#include "cpu/plan.h"
+
+namespace fastrnn::cpu {  // recurrent.cpp names all three
+#if !defined(FASTRNN_TEST_AVX512)
+const Kernels* avx512_kernels() { return nullptr; }
+#endif
+#if !defined(FASTRNN_TEST_AVX2)
+const Kernels* avx2_kernels() { return nullptr; }
+#endif
+#if defined(FASTRNN_TEST_AVX512) || defined(FASTRNN_TEST_AVX2)
+const Kernels* baseline_kernels() { return nullptr; }
+#endif
+}  // namespace fastrnn::cpu
+
+using namespace fastrnn;
+using namespace fastrnn::cpu;
+
+namespace {
+
+const Kernels& kernels() {
+  for (const Kernels* k : {avx512_kernels(), avx2_kernels(), baseline_kernels()})
+    if (k) return *k;
+  std::abort();
+}
+
+std::mt19937 generator(7);
+int64_t draw(int64_t low, int64_t high) { return low + int64_t(generator() % uint32_t(high - low + 1)); }
+bool coin() { return draw(0, 1); }
+int64_t size() {
+  static constexpr int64_t kSizes[] = {1, 3, 17, 33};
+  return draw(0, 15) ? kSizes[draw(0, 3)] : 129;
+}
+
+int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+// An array of its exact size, of numbers of any dtype.
+struct Array {
+  DType dtype;
+  int64_t count;
+  char* data;
+  Array(DType dtype, int64_t count, bool present = true)
+      : dtype(dtype), count(count), data(present ? static_cast<char*>(std::malloc(count * bytes_of(dtype))) : nullptr) {}
+  Array(const Array&) = delete;
+  ~Array() { std::free(data); }
+  int64_t bytes() const { return count * bytes_of(dtype); }
+  void fill(int byte) {
+    if (data) std::memset(data, byte, bytes());
+  }
+  Array& random() {
+    for (int64_t i = 0; data && i < count; ++i) put(i, (double(generator() % 2001) - 1000) / 1500);
+    return *this;
+  }
+  void put(int64_t i, double x) {
+    if (dtype == DType::kFloat64) reinterpret_cast<double*>(data)[i] = x;
+    if (dtype == DType::kFloat32) reinterpret_cast<float*>(data)[i] = float(x);
+    if (dtype == DType::kBFloat16) {
+      const float f = float(x);
+      std::memcpy(data + 2 * i, reinterpret_cast<const char*>(&f) + 2, 2);
+    }
+    if (dtype == DType::kFloat16) {  // truncated; 0 where it would be subnormal
+      const float f = float(x);
+      uint32_t bits;
+      std::memcpy(&bits, &f, 4);
+      const int exponent = int(bits >> 23 & 255) - 112;
+      const uint32_t half = exponent <= 0 ? 0 : (bits >> 16 & 0x8000) | uint32_t(exponent) << 10 | (bits >> 13 & 1023);
+      reinterpret_cast<uint16_t*>(data)[i] = uint16_t(half);
+    }
+  }
+  double get(int64_t i) const {
+    if (dtype == DType::kFloat64) return reinterpret_cast<double*>(data)[i];
+    if (dtype == DType::kFloat32) return reinterpret_cast<float*>(data)[i];
+    uint16_t half;
+    std::memcpy(&half, data + 2 * i, 2);
+    if (dtype == DType::kBFloat16) {
+      const uint32_t bits = uint32_t(half) << 16;
+      float f;
+      std::memcpy(&f, &bits, 4);
+      return f;
+    }
+    const double magnitude = (half >> 10 & 31) ? std::ldexp(1024 + (half & 1023), (half >> 10 & 31) - 25)
+                                               : std::ldexp(half & 1023, -24);
+    return (half >> 10 & 31) == 31 ? NAN : half & 0x8000 ? -magnitude : magnitude;
+  }
+};
+
+template <class Work>
+void on_threads(int count, const Work& work) {
+  std::vector<std::thread> others;
+  for (int i = 1; i < count; ++i) others.emplace_back(work, i);
+  work(0);
+  for (std::thread& other : others) other.join();
+}
+
+// work(barrier, workspace of its team, thread)
+template <class Work>
+void run(const Plan& plan, int64_t workspace_bytes, int byte, const Work& work) {
+  const int64_t bytes = round_up(std::max<int64_t>(workspace_bytes, 64), 64);
+  std::vector<char*> workspaces;
+  std::vector<std::unique_ptr<Barrier>> barriers;
+  for (int i = 0; i < plan.teams; ++i) {
+    workspaces.push_back(static_cast<char*>(std::aligned_alloc(64, bytes)));
+    std::memset(workspaces.back(), byte, bytes);
+    barriers.push_back(std::make_unique<Barrier>(plan.team_size));
+  }
+  on_threads(plan.threads(), [&](int thread) {
+    const int team = thread / plan.team_size;
+    work(*barriers[team], workspaces[team], thread);
+  });
+  for (char* workspace : workspaces) std::free(workspace);
+}
+
+Plan random_plan(const ForwardParams& p, const LayerParams* projection) {
+  Plan plan = make_plan(p, projection, 1);
+  plan.teams = int(draw(1, std::min<int64_t>(p.groups, 2)));
+  plan.team_size = int(draw(1, plan.teams == 2 ? 2 : 4));
+  plan.split_rows = plan.team_size == 1 || coin();
+  plan.pack_hh = coin();
+  plan.pack_ih = projection && coin();
+  plan.chunk = projection ? draw(1, p.steps) : 0;
+  plan.pack_late = plan.chunk == p.steps && (plan.team_size == 1 || !plan.split_rows);
+  plan.all_rows.clear();
+  share_rows(p, plan);
+  return plan;
+}
+
+// Bitwise equal, or with a tolerance (relative to 1 + the value) near.
+bool same(const char* what, const Array& a, const Array& b, double tolerance) {
+  if (!a.data || (tolerance == 0 && !std::memcmp(a.data, b.data, a.bytes()))) return true;
+  for (int64_t i = 0; i < a.count; ++i) {
+    const double x = a.get(i), y = b.get(i);
+    if (tolerance > 0 && std::fabs(x - y) <= tolerance * (1 + std::fabs(y))) continue;
+    if (tolerance == 0 && x == y) continue;
+    std::printf("%s[%ld]: %g and %g\n", what, long(i), x, y);
+    return false;
+  }
+  return true;
+}
+
+struct Results {
+  Array output, h_n, c_n, saved, grad_gates_ih, grad_gates_hh, grad_projected, grad_h_0, grad_c_0, grad_reset_h,
+      grad_reset_c;
+  static constexpr int kCount = 11;
+  const Array* all[kCount] = {&output,        &h_n,            &c_n,      &saved,    &grad_gates_ih, &grad_gates_hh,
+                              &grad_projected, &grad_h_0,      &grad_c_0, &grad_reset_h, &grad_reset_c};
+};
+const char* const kNames[] = {"output",         "h_n",      "c_n",      "saved",        "grad_gates_ih", "grad_gates_hh",
+                              "grad_projected", "grad_h_0", "grad_c_0", "grad_reset_h", "grad_reset_c"};
+
+bool check_call() {
+  BackwardParams p{};
+  p.cell = int(draw(0, kNumCells - 1));
+  const CellInfo& info = kCells[p.cell];
+  p.dtype = static_cast<DType>(draw(0, 3));
+  p.steps = draw(1, 5);
+  p.batch = size();
+  p.groups = draw(1, 3);
+  p.hidden = size();
+  const bool second = info.states > 1, projected = second && coin();
+  p.width = projected ? size() : p.hidden;
+  const int64_t T = p.steps, B = p.batch, P = p.groups, h = p.hidden, R = p.width, G = info.gates, S = info.saved;
+  const bool layer = coin();
+  const DType d = p.dtype;
+  const DType wide = bytes_of(d) == 2 ? DType::kFloat32 : d;
+
+  LayerParams projection{};
+  projection.size = size();
+  projection.weight_dtype = d;
+  const int64_t I = projection.size;
+  Array gates(d, T * B * P * G * h), weight_hh(d, P * G * h * R), bias_hh(d, P * G * h, coin()),
+      weight_hr(d, P * R * h, projected), h_0(d, B * P * R), c_0(d, B * P * h, second);
+  Array input(d, T * B * I), weight_ih(d, P * G * h * I), bias_ih(d, P * G * h, coin());
+  for (Array* x : {&gates, &weight_hh, &bias_hh, &weight_hr, &h_0, &c_0, &input, &weight_ih, &bias_ih}) x->random();
+  for (auto [x, n] : {std::pair{&weight_hh, R}, {&weight_hr, h}, {&weight_ih, I}})  // sums of order 1
+    for (int64_t i = 0; x->data && i < x->count; ++i) x->put(i, x->get(i) / std::sqrt(double(n)));
+  const bool resets_given = coin(), restart = resets_given && coin(), per_group = coin();
+  Array reset_h(d, B * P * R, restart), reset_c(d, B * P * h, restart && second);
+  reset_h.random(), reset_c.random();
+  std::vector<int64_t> lengths(per_group ? B * P : B);
+  for (int64_t& n : lengths) n = draw(0, T);
+  std::vector<uint8_t> resets(T * B * (per_group ? P : 1)), reverse(P);
+  for (uint8_t& r : resets) r = draw(0, 2) == 0;
+  for (uint8_t& r : reverse) r = coin();
+
+  p.gates_ih = gates.data;
+  p.gates_ih_stride_b = P * G * h;
+  p.gates_ih_stride_t = B * P * G * h;
+  p.weight_hh = weight_hh.data;
+  p.bias_hh = bias_hh.data;
+  p.weight_hr = weight_hr.data;
+  p.h_0 = h_0.data;
+  p.c_0 = c_0.data;
+  if (coin()) {
+    p.lengths = lengths.data();
+    p.lengths_stride_b = per_group ? P : 1;
+    p.lengths_stride_p = per_group;
+  }
+  if (resets_given) {
+    p.resets = resets.data();
+    p.resets_stride_p = per_group;
+    p.resets_stride_b = per_group ? P : 1;
+    p.resets_stride_t = B * p.resets_stride_b;
+  }
+  p.reset_h = reset_h.data;
+  p.reset_c = reset_c.data;
+  p.reverse = reverse.data();
+  projection.input = input.data;
+  projection.input_stride_b = I;
+  projection.input_stride_t = B * I;
+  projection.weight = weight_ih.data;
+  projection.bias = bias_ih.data;
+  const LayerParams* given = layer ? &projection : nullptr;
+  if (layer) p.gates_ih = nullptr;
+
+  Array grad_output(d, T * B * P * R, coin()), grad_h_n(d, B * P * R, coin()), grad_c_n(d, B * P * h, second && coin());
+  grad_output.random(), grad_h_n.random(), grad_c_n.random();
+  p.grad_output = grad_output.data;
+  p.grad_output_stride_b = P * R;
+  p.grad_output_stride_t = B * P * R;
+  p.grad_h_n = grad_h_n.data;
+  p.grad_c_n = grad_c_n.data;
+  const bool initial = coin();
+
+  const auto compute = [&](const Plan& forward_plan, const Plan& backward_plan, int byte, Results& r) {
+    for (const Array* x : r.all) const_cast<Array*>(x)->fill(byte);
+    if (p.lengths)
+      for (Array* x : {&r.output, &r.saved, &r.grad_gates_ih, &r.grad_gates_hh, &r.grad_projected}) x->fill(0);
+    r.grad_reset_h.fill(0), r.grad_reset_c.fill(0);
+    p.output = r.output.data;
+    p.h_n = r.h_n.data;
+    p.c_n = r.c_n.data;
+    p.saved = S ? r.saved.data : nullptr;
+    const ForwardParams& f = p;
+    run(forward_plan, kernels().forward_workspace(f, given, forward_plan), byte,
+        [&](Barrier& barrier, char* own, int thread) {
+          kernels().forward(f, given, forward_plan, barrier, own, thread);
+        });
+    p.grad_gates_ih = r.grad_gates_ih.data;
+    p.grad_gates_hh = r.grad_gates_hh.data;
+    p.grad_projected = r.grad_projected.data;
+    p.grad_h_0 = r.grad_h_0.data;
+    p.grad_c_0 = r.grad_c_0.data;
+    p.grad_reset_h = r.grad_reset_h.data;
+    p.grad_reset_c = r.grad_reset_c.data;
+    run(backward_plan, kernels().backward_workspace(p), byte,
+        [&](Barrier& barrier, char* own, int thread) { kernels().backward(p, backward_plan, barrier, own, thread); });
+  };
+  const auto results = [&] {
+    return std::unique_ptr<Results>(new Results{
+        {d, T * B * P * R}, {d, B * P * R}, {d, B * P * h, second}, {d, T * B * P * S * h}, {d, T * B * P * G * h},
+        {d, T * B * P * G * h, info.separate_gates_hh}, {d, T * B * P * R, projected}, {d, B * P * R, initial},
+        {d, B * P * h, initial && second}, {wide, B * P * R, restart}, {wide, B * P * h, restart && second}});
+  };
+  const Plan forward_plan = random_plan(p, given), backward_plan = random_plan(p, nullptr);
+  const auto first = results(), again = results(), alone = results();
+  compute(forward_plan, backward_plan, 0xff, *first);
+  compute(forward_plan, backward_plan, 0x3a, *again);
+  compute(make_plan(p, given, 1), make_plan(p, nullptr, 1), 0xff, *alone);
+  static constexpr double kTolerance[] = {1e-4, 1e-11, 0.15, 2e-2};
+  const double tolerance = kTolerance[int(d)];
+  bool good = true;
+  for (int i = 0; i < Results::kCount; ++i)
+    good = good && same(kNames[i], *first->all[i], *again->all[i], 0) &&
+           same(kNames[i], *first->all[i], *alone->all[i], tolerance);
+  if (!good)
+    std::printf("%s dtype %d T %ld B %ld P %ld h %ld R %ld I %ld layer %d lengths %d resets %d; teams %d of %d, rows %d\n",
+                info.name, int(d), long(T), long(B), long(P), long(h), long(R), long(I), layer, p.lengths != nullptr,
+                resets_given, forward_plan.teams, forward_plan.team_size, forward_plan.split_rows);
+  return good;
+}
+
+bool check_gemm() {
+  GemmParams p{};
+  p.dtype = coin() ? DType::kFloat32 : DType::kFloat64;
+  p.m = size(), p.n = size(), p.k = draw(0, 3) ? size() : draw(0, 600);
+  p.transpose_a = coin(), p.transpose_b = coin();
+  Array a(p.dtype, p.m * p.k), b(p.dtype, p.k * p.n), bias(p.dtype, p.n, coin()), out(p.dtype, p.m * p.n),
+      want(p.dtype, p.m * p.n);
+  a.random(), b.random(), bias.random(), out.fill(0xff);
+  p.a = a.data, p.b = b.data, p.bias = bias.data, p.out = out.data;
+  p.a_stride = p.transpose_a ? p.m : p.k;
+  p.b_stride = p.transpose_b ? p.k : p.n;
+  const int threads = int(draw(1, 4));
+  const int64_t bytes = round_up(std::max<int64_t>(kernels().gemm_workspace(p), 64), 64);
+  on_threads(threads, [&](int thread) {
+    char* workspace = static_cast<char*>(std::aligned_alloc(64, bytes));
+    std::memset(workspace, 0xff, bytes);
+    kernels().gemm(p, workspace, thread, threads);
+    std::free(workspace);
+  });
+  for (int64_t i = 0; i < p.m; ++i)
+    for (int64_t j = 0; j < p.n; ++j) {
+      double sum = bias.data ? bias.get(j) : 0;
+      for (int64_t k = 0; k < p.k; ++k)
+        sum += a.get(p.transpose_a ? k * p.m + i : i * p.k + k) * b.get(p.transpose_b ? j * p.k + k : k * p.n + j);
+      want.put(i * p.n + j, sum);
+    }
+  return same("gemm", out, want, p.dtype == DType::kFloat64 ? 1e-12 : 1e-4);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {  // [calls [seed]]
+  const int calls = argc > 1 ? std::atoi(argv[1]) : 60;
+  if (argc > 2) generator.seed(uint32_t(std::atoi(argv[2])));
+  bool good = true;
+  for (int i = 0; i < calls && good; ++i) good = check_call() && check_gemm();
+  std::printf("%s %d calls\n", kernels().name, calls);
+  return good ? 0 : 1;
+}
