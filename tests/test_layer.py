@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastrnn
 from fastrnn import functional, layer, ops, reference
@@ -220,6 +221,7 @@ def test_taken_only_where_plain(taken):
         "vmap": lambda: torch.func.vmap(lambda x: lstm(x)[0])(x.expand(3, 7, 2, 4)),
         "grad": lambda: torch.func.grad(lambda x: lstm(x)[0].sum())(x),
         "jvp": lambda: torch.func.jvp(lambda x: lstm(x)[0], (x,), (x,)),
+        "make_fx": lambda: make_fx(lambda x: lstm(x)[0])(x),
         "compile": lambda: torch.compile(lstm, backend="eager", fullgraph=True)(x),
     }
     for function in unusual.values():
@@ -229,3 +231,33 @@ def test_taken_only_where_plain(taken):
     with torch.autograd.forward_ad.dual_level():
         lstm(torch.autograd.forward_ad.make_dual(x, x))
     assert not taken
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_recorded_graph_has_derivatives(trained):
+    """make_fx on real tensors records ops, and its graph may be differentiated whatever was when it was made."""
+    lstm = fastrnn.LSTM(4, 6, bidirectional=True).requires_grad_(trained)
+    x = torch.randn(40, 2, 4)
+    graph = make_fx(lambda x: lstm(x)[0])(x)
+    x.requires_grad_()
+    (got,) = torch.autograd.grad(graph(x).square().sum(), x)
+    (want,) = torch.autograd.grad(lstm(x)[0].square().sum(), x)
+    torch.testing.assert_close(got, want)
+
+
+def test_no_result_without_a_history():
+    """The ops without a derivative refuse a call that would need one."""
+    arguments = arguments_of(Case("lstm", 4, 3, 1, 5), 6, 0)
+    for name in ("input", "weight_hh"):
+        needy = arguments | {name: arguments[name].clone().requires_grad_()}
+        with pytest.raises(NotImplementedError, match="fastrnn::layer_forward: it has no derivative"):
+            layer_forward(*needy.values(), True)
+        with torch.no_grad():
+            assert not layer_forward(*needy.values(), True)[0].requires_grad
+    a = torch.ones(3, 3)
+    with pytest.raises(NotImplementedError, match="fastrnn::gemm: it has no derivative"):
+        torch.ops.fastrnn.gemm(a, a.clone().requires_grad_(), None, False, False)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no derivative"):
+        torch.ops.fastrnn.gemm(torch.autograd.forward_ad.make_dual(a, a), a, None, False, False)
+    with pytest.raises(NotImplementedError, match="no derivative"):
+        torch.func.grad(lambda a: torch.ops.fastrnn.gemm(a, a, None, False, False).sum())(a)

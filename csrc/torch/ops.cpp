@@ -6,6 +6,8 @@
 //   initial: are the gradients of h_0 and c_0 wanted?
 //   lengths [B] or [B, P], any integer dtype; resets bool [T, B] or [T, B, P]; reverse: P values.
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
 #include "../cells/registry.h"
@@ -75,6 +77,19 @@ Tensor gemm_cpu(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bo
   return call.out;
 }
 
+// For ops that only fastrnn's own autograd calls, where no derivative is asked for: a call that would need one fails,
+// instead of giving a result without a history.
+void without_derivative(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  for (const c10::IValue& x : torch::jit::last(*stack, op.schema().arguments().size())) {
+    if (!x.isTensor() || !x.toTensor().defined()) continue;
+    const Tensor& tensor = x.toTensor();
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !(at::GradMode::is_enabled() && tensor.requires_grad()) && !tensor._fw_grad(/*level=*/0).defined(),
+        op.operator_name().name, ": it has no derivative; fastrnn.functional and the modules make one around it");
+  }
+  op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+}
+
 std::vector<std::string> cell_names() {
   std::vector<std::string> names;
   for (const CellInfo& cell : kCells) names.emplace_back(cell.name);
@@ -130,6 +145,11 @@ TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("layer_forward", layer_forward_cpu);
   m.impl("quantized_forward", quantized_forward_cpu);
   m.impl("gemm", gemm_cpu);
+}
+
+TORCH_LIBRARY_IMPL(fastrnn, Autograd, m) {
+  m.impl("layer_forward", torch::CppFunction::makeFromBoxedFunction<&without_derivative>());
+  m.impl("gemm", torch::CppFunction::makeFromBoxedFunction<&without_derivative>());
 }
 
 }  // namespace fastrnn
