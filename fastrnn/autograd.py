@@ -108,6 +108,8 @@ def _grad_weight_hh(
 ) -> Tensor:
     """[P, G*h, R]: every step's gate gradients times the state before it."""
     P, T = len(reverse), output.shape[0]
+    if T == 0:
+        return output.new_zeros(P, grad_gates_hh.shape[2] // P, output.shape[2] // P)
     if resets is not None or P > 4:
         return _grad_weight(grad_gates_hh, reference.previous_h(output, h_0, lengths, resets, reset_h, reverse))
     # The states before are the outputs one step on, so views of both serve and nothing is copied: at padded steps both

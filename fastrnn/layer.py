@@ -2,8 +2,8 @@
 
 ``fastrnn::layer_forward`` makes the gates of a few steps at a time and never stores them: they would be the largest
 tensor of an inference. Its backward is that of the recurrence and two products, made of ops that have derivatives
-themselves, so double backward needs nothing more. Under everything else (graph capture, dispatch modes, torch.func,
-forward-mode AD, autocast, half types, other devices, tensor subclasses) ``functional.py`` composes a layer of ``products.linear`` and
+themselves, so double backward needs nothing more. Under everything else (graph capture, torch.func, forward-mode AD,
+autocast, half types, other devices, tensor subclasses) ``functional.py`` composes a layer of ``products.linear`` and
 ``recurrent_forward``, whose rules cover all that.
 """
 
@@ -92,9 +92,11 @@ class _Layer(torch.autograd.Function):
         results = _layer_forward(*_arguments(cell, input, rest[:6], rest[6:]), True)
         ctx.set_materialize_grads(False)
         ctx.cell = cell
-        # biases are not looked at again
-        kept = [x if i < 6 or (i - 6) % FIELDS not in (2, 3) else None for i, x in enumerate(rest)]
-        ctx.save_for_backward(input, *kept, results[0], results[3])
+        # Biases are not looked at again; the input is for weight_ih's gradient alone, and weight_ih for the input's.
+        dropped = {2, 3} | (set() if ctx.needs_input_grad[1] else {0})
+        kept = [x if i < 6 or (i - 6) % FIELDS not in dropped else None for i, x in enumerate(rest)]
+        kept_input = input if any(ctx.needs_input_grad[8::FIELDS]) else None
+        ctx.save_for_backward(kept_input, *kept, results[0], results[3])
         return tuple(results)
 
     @staticmethod
@@ -104,7 +106,7 @@ class _Layer(torch.autograd.Function):
         input, *rest, output, saved = ctx.saved_tensors
         h_0, c_0, lengths, resets, reset_h, reset_c = rest[:6]
         weight_ih, weight_hh, _, _, weight_hr = _stacked(rest[6:])
-        assert weight_ih is not None and weight_hh is not None
+        assert weight_hh is not None
         P = weight_hh.shape[0]
         needs = ctx.needs_input_grad
 
@@ -123,15 +125,16 @@ class _Layer(torch.autograd.Function):
         grad_gates, grad_bias_hh = pulled[1], pulled[3]
         grad_input = grad_weight_ih = grad_bias_ih = None
         if grad_gates is not None:
-            T, B, I = input.shape  # noqa: E741
-            rows = grad_gates.reshape(T * B, grad_gates.shape[2])
-            if needs[1]:
-                grad_input = product(rows, weight_ih.flatten(0, 1)).view(T, B, I)
-            if any_needed(0):
-                grad_weight_ih = transposed_product(rows, input.reshape(T * B, I)).view(weight_ih.shape)
+            T, B, Gh = grad_gates.shape
+            rows = grad_gates.reshape(T * B, Gh)
+            if weight_ih is not None:
+                grad_input = product(rows, weight_ih.flatten(0, 1)).view(T, B, weight_ih.shape[2])
+            if input is not None:
+                I = input.shape[2]  # noqa: E741
+                grad_weight_ih = transposed_product(rows, input.reshape(T * B, I)).view(P, Gh // P, I)
             if any_needed(2):
                 if grad_bias_hh is None or CELLS[ctx.cell].separate_gates_hh:
-                    grad_bias_ih = rows.sum(0).view(weight_ih.shape[:2])
+                    grad_bias_ih = rows.sum(0).view(P, Gh // P)
                 else:
                     grad_bias_ih = grad_bias_hh.clone()  # equal; a copy, for both become somebody's .grad
         fields = (grad_weight_ih, pulled[2], grad_bias_ih, grad_bias_hh, pulled[4])

@@ -1,8 +1,8 @@
 """The matrix products around a recurrence: its weight gradients and its input's gradient.
 
 In plain eager execution on a CPU they run on the recurrence's own micro-kernel (``fastrnn::gemm``). Under everything
-else (graph capture, dispatch modes, torch.func, forward-mode AD, autocast, half types, double backward, other devices,
-few rows) they are ATen's, so every transform has its rule already.
+else (graph capture, torch.func, forward-mode AD, autocast, half types, double backward, other devices, few rows) they
+are ATen's, so every transform has its rule already.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from torch.nn import Parameter
 from . import _C  # noqa: F401  (registers the op)
 
 _gemm = torch.ops.fastrnn.gemm.default
+# What make_fx records, of real tensors too, may be differentiated later. Other dispatch modes change nothing: a
+# checkpoint's second forward pass may run without the mode of the first, and must do the same.
+_MAKE_FX = torch._C._TorchDispatchModeKey.PROXY
 # Below this many rows the time goes into packing the other matrix.
 _FEWEST_ROWS = 32
 
@@ -26,7 +29,7 @@ def is_plain_call() -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch.is_autocast_enabled("cpu")
-        or torch._C._len_torch_dispatch_stack() > 0  # make_fx and the like: what they record must have derivatives
+        or torch._C._get_dispatch_mode(_MAKE_FX) is not None
     )
 
 

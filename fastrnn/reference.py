@@ -151,6 +151,12 @@ class _Walk:
         return before if self.resets is None else torch.where(self.resets[..., None], fresh, before)
 
 
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight in every group: [B, P, n] from [B, P, m] and [P, m, n]."""
+    # bmm and not einsum, which legacy vmap (autograd.functional's vectorize=True) has no rule for
+    return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
+
+
 def _stack(steps: list[Tensor], like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.stack(steps) if steps else like.new_zeros(0, *shape)
 
@@ -212,12 +218,12 @@ def forward(
     kept: list[Tensor] = []
     for k in range(T):
         states = walk.restart(k, states, fresh)
-        gates_hh = torch.einsum("bpr,pgr->bpg", states[0], weight)
+        gates_hh = _product(states[0], weight.transpose(1, 2))
         if bias_hh is not None:
             gates_hh = gates_hh + bias_hh.to(wide)
         after, values = rule.forward(gates[k].chunk(rule.gates, -1), gates_hh.chunk(rule.gates, -1), states)
         if weight_hr is not None:
-            after = (torch.einsum("bph,prh->bpr", after[0], weight_hr.to(wide)), *after[1:])
+            after = (_product(after[0], weight_hr.to(wide).transpose(1, 2)), *after[1:])
         record = torch.cat([*values, *after[1:], after[0][..., :0]], -1)
         output = after[0]
         if walk.valid is not None:
@@ -308,7 +314,7 @@ def backward(
             here = (here[0], *(g + e[k] for g, e in zip(here[1:], grad_states, strict=True)))
         if weight_hr is not None:
             projected.append(here[0])
-            here = (torch.einsum("bpr,prh->bph", here[0], weight_hr.to(wide)), *here[1:])
+            here = (_product(here[0], weight_hr.to(wide)), *here[1:])
         grad_ih, grad_hh, grads = rule.backward(
             tuple(v[k] for v in values),
             tuple(v[k] for v in before),
@@ -318,7 +324,7 @@ def backward(
         )
         gates_ih.append(torch.cat(grad_ih, -1))
         gates_hh.append(torch.cat(grad_hh, -1))
-        recurrent = torch.einsum("bpg,pgr->bpr", gates_hh[-1], weight)
+        recurrent = _product(gates_hh[-1], weight)
         # The projection's input is pointwise in c alone: what the cell passes to h belongs to the unprojected case.
         grads = (recurrent if weight_hr is not None else grads[0] + recurrent, *grads[1:])
         if held is not None:

@@ -203,6 +203,31 @@ def test_only_what_is_asked_for(which, composed):
     torch.testing.assert_close(pulled(), composed(pulled), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("frozen", ["weights", "input"])
+def test_keeps_only_what_backward_reads(frozen, composed):
+    """What no gradient needs may be changed afterwards, as around torch's own products."""
+    lstm = fastrnn.LSTM(4, 6, bidirectional=True, dtype=torch.float64)
+    x, states = randn(40, 3, 4), (randn(2, 3, 6), randn(2, 3, 6))
+    leaf = states[0].requires_grad_() if frozen == "weights" else lstm.weight_hh_l0
+    lstm.requires_grad_(frozen == "input")
+
+    def pulled():
+        given = x.clone()
+        loss = lstm(given, states)[0].square().sum()
+        with torch.no_grad():
+            changed = given if frozen == "weights" else lstm.bias_ih_l0
+            kept = changed.clone()
+            changed.zero_()
+            if frozen == "input":
+                lstm.weight_ih_l0.mul_(1)
+        (grad,) = torch.autograd.grad(loss, leaf)
+        with torch.no_grad():
+            changed.copy_(kept)
+        return grad
+
+    torch.testing.assert_close(pulled(), composed(pulled), rtol=0, atol=1e-12)
+
+
 def test_taken_only_where_plain(taken):
     lstm = fastrnn.LSTM(4, 6)
     x = torch.randn(7, 2, 4)

@@ -33,7 +33,7 @@ def test_private_names_that_autograd_py_needs_exist():
     """torch may rename these in any release: each must be looked at before a new version is allowed."""
     for owner, names in {
         torch._C: "_AutoDispatchBelowAutograd _ExcludeDispatchKeyGuard _after_autograd_keyset DispatchKeySet "
-        "_any_requires_grad _are_functorch_transforms_active DispatchKey",
+        "_any_requires_grad _are_functorch_transforms_active DispatchKey _get_dispatch_mode _TorchDispatchModeKey",
         torch._C._functorch: "peek_interpreter_stack TransformType",
         torch._functorch.utils: "enable_single_level_autograd_function",
         torch.autograd.function: "_SingleLevelFunction",
@@ -306,3 +306,14 @@ def test_backward_op_called_directly(cell: str, initial: bool):
             return (*results, *first)
 
         assert_close(run(recurrent_backward), run(reference.backward))
+
+
+@every_cell
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_steps(cell: str, masked: bool):
+    """Zero steps: the final states are the first ones, and weights get zeros."""
+    case = make_case(cell, T=0, **({"resets": "rows", "reset_state": True} if masked else {}))
+    assert_close(
+        torch.autograd.grad(loss_of(case.fused)(*case.inputs), case.inputs, materialize_grads=True),
+        torch.autograd.grad(loss_of(case.composite)(*case.inputs), case.inputs, materialize_grads=True),
+    )

@@ -54,6 +54,21 @@ def test_gradients_and_calls(kind: str):
 
 
 @every_module
+@pytest.mark.parametrize("masked", [False, True])
+def test_vectorized_hessian(kind: str, masked: bool):
+    """torch.autograd.functional batches by the older vmap, which has rules for few of ATen's ops."""
+    module = make_module(kind, dtype=torch.float64)
+    masks = {"lengths": torch.tensor([3, 1]), "resets": torch.rand(3, 2) < 0.4} if masked else {}
+    x = torch.randn(3, 2, 8, dtype=torch.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        return loss_of(module)(x, **masks)
+
+    by_rows = torch.autograd.functional.hessian(loss, x)
+    torch.testing.assert_close(torch.autograd.functional.hessian(loss, x, vectorize=True), by_rows)
+
+
+@every_module
 def test_double_backward(kind: str):
     """[r02] Through a whole module."""
     module, x = make_module(kind, dtype=torch.float64), _input(torch.float64)
