@@ -1,8 +1,8 @@
 """Recurrent networks as functions of their weights.
 
 Everything that is not sequential happens here, in ordinary ATen: the input projection of all steps and directions
-is one product, directions are groups of one call of the op, layers and dropout come around it. See ``modules.py``
-for the same with parameters.
+is one product (but in plain eager calls on a CPU, where ``layer.py`` has it inside its op), directions are groups of
+one call of the op, layers and dropout come around it. See ``modules.py`` for the same with parameters.
 
 Letters: T steps, B batch, I input features, H hidden units, R output width of a direction (H, or the projected size),
 D directions, L layers, G gates.

@@ -98,9 +98,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def cpu_choice(call: Call, threads: int) -> dict[str, Any]:
-    """How a CPU call is shared out over threads. A call with lengths splits its rows by them, the rest is equal."""
-    return {"instruction_set": fastrnn.instruction_set(), **_C.cpu_plan(*call.sizes(), threads)}
+def cpu_choice(call: Call, features: int, threads: int) -> dict[str, Any]:
+    """How a CPU call is shared out over threads, for a layer of so many input features run eagerly.
+
+    A call with lengths splits its rows by them, the rest is equal. Half types and graphs project the input before the
+    recurrence, whose forward call is then shared out as the backward one.
+    """
+    fused = features if call.dtype in ("float32", "float64") else 0
+    return {
+        "instruction_set": fastrnn.instruction_set(),
+        "forward": _C.cpu_plan(*call.sizes(), fused, threads),
+        "backward": _C.cpu_plan(*call.sizes(), 0, threads),
+    }
 
 
 def cuda_choice(call: Call, gpu: Gpu, backward: bool, tf32: bool, tier: str = "") -> dict[str, Any]:
@@ -123,6 +132,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     call.add_argument("--cell", choices=list(CELLS), help="default: lstm")
     for name, default in (("steps", 100), ("batch", 32), ("hidden", 256)):
         call.add_argument(f"--{name}", type=int, metavar="N", help=f"default: {default}")
+    call.add_argument("--features", type=int, metavar="N", help="of the input; default: as many as hidden units")
     call.add_argument("--proj", type=int, metavar="N", help="projected size of an LSTM's output")
     call.add_argument("--bidirectional", action="store_true")
     call.add_argument("--dtype", choices=["float32", "float64", "bfloat16", "float16"], help="default: float32")
@@ -157,7 +167,7 @@ def describe(options: argparse.Namespace) -> dict[str, Any] | None:
         raise ValueError("--proj: expected with --cell lstm and below --hidden")
     told: dict[str, Any] = {"call": call._asdict()}
     if options.device != "cuda":
-        told["cpu"] = cpu_choice(call, options.threads or torch.get_num_threads())
+        told["cpu"] = cpu_choice(call, options.features or hidden, options.threads or torch.get_num_threads())
     if options.device == "cuda" or (options.device is None and has_cuda_kernels()):
         gpu = GPUS[options.gpu] if options.gpu else present_gpu() or GPUS["h100"]
         tier = os.environ.get("FASTRNN_CUDA_TIER", "")

@@ -47,7 +47,20 @@ def test_cpu_choice(cell, capsys):
     status, out = run(capsys, "--cell", cell, "--device", "cpu", "--threads", "2", "--batch", "64")
     told = json.loads(out.out)
     assert status == 0 and told["call"]["cell"] == cell and told["call"]["B"] == 64 and "cuda" not in told
-    assert told["cpu"]["threads"] == told["cpu"]["teams"] * told["cpu"]["team_size"] <= 2
+    for plan in (told["cpu"]["forward"], told["cpu"]["backward"]):
+        assert plan["threads"] == plan["teams"] * plan["team_size"] <= 2
+
+
+def test_cpu_choice_knows_of_the_projection(capsys):
+    """A step of one row is worth a second thread for its two products together, and for neither alone."""
+    asked = ("--steps", "1", "--batch", "1", "--hidden", "512", "--device", "cpu", "--threads", "2")
+    few, same, half = (
+        json.loads(run(capsys, *asked, *more)[1].out)["cpu"]
+        for more in (("--features", "1"), (), ("--dtype", "bfloat16"))
+    )
+    assert (few["forward"]["threads"], same["forward"]["threads"], half["forward"]["threads"]) == (1, 2, 1)
+    assert same["forward"]["steps_projected_at_a_time"] == 1 and same["forward"]["split"] == "units"
+    assert few["backward"] == same["backward"] == half["forward"] == half["backward"]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
@@ -55,16 +68,17 @@ def test_cpu_choice(cell, capsys):
 def test_cpu_plan_is_consistent(dtype, threads):
     for batch, groups, hidden in [(1, 1, 8), (1, 1, 1024), (64, 1, 64), (7, 2, 300), (1000, 4, 16)]:
         call = LSTM._replace(dtype=dtype, B=batch, P=groups, h=hidden, R=hidden)
-        plan = info.cpu_choice(call, threads)
-        assert 1 <= plan["threads"] <= threads and plan["teams"] <= groups
-        assert (plan["split"] == "none") == (plan["team_size"] == 1)
+        choice = info.cpu_choice(call, hidden, threads)
+        for plan in (choice["forward"], choice["backward"]):
+            assert 1 <= plan["threads"] <= threads and plan["teams"] <= groups
+            assert (plan["split"] == "none") == (plan["team_size"] == 1)
 
 
 def test_projection():
-    assert info.cpu_choice(LSTM._replace(R=32), 2)["threads"] >= 1
+    assert info.cpu_choice(LSTM._replace(R=32), 7, 2)["forward"]["threads"] >= 1
 
 
-@pytest.mark.parametrize("argv", [["--proj", "8", "--cell", "gru"], ["--proj", "300"], ["--batch", "-1"]])
+@pytest.mark.parametrize("argv", [["--proj", "8", "--cell", "gru"], ["--proj", "300"], ["--batch", "-1"], ["--features", "-1"]])
 def test_what_fits_nothing_is_refused(argv, capsys):
     status, out = run(capsys, *argv)
     assert status == 2 and "fastrnn.info: " in out.err

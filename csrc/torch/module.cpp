@@ -56,15 +56,20 @@ struct Call {
   }
 };
 
+// input: the features of a layer that projects them itself; 0 for a recurrence that is given its gates.
 py::dict cpu_plan(int cell, const std::string& dtype, int64_t T, int64_t B, int64_t P, int64_t h, int64_t R,
-                  bool projected, int threads) {
+                  bool projected, int64_t input, int threads) {
   const Call call(cell, dtype, T, B, P, h, R, projected, /*lengths=*/false, /*resets=*/false);
-  const fastrnn::cpu::Plan plan = fastrnn::cpu::make_plan(call.params, nullptr, threads);
+  if (input < 0) throw std::invalid_argument("features: expected 0 or more");
+  fastrnn::ProjectionParams projection{};
+  projection.size = input;
+  const fastrnn::cpu::Plan plan = fastrnn::cpu::make_plan(call.params, input > 0 ? &projection : nullptr, threads);
   py::dict out;
   out["threads"] = plan.threads();
   out["teams"] = plan.teams;
   out["team_size"] = plan.team_size;
   out["split"] = plan.team_size == 1 ? "none" : plan.split_rows ? "rows" : "units";
+  if (input > 0) out["steps_projected_at_a_time"] = plan.chunk;
   return out;
 }
 
