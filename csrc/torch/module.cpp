@@ -61,7 +61,8 @@ py::dict cpu_plan(int cell, const std::string& dtype, int64_t T, int64_t B, int6
                   bool projected, int64_t input, int threads) {
   const Call call(cell, dtype, T, B, P, h, R, projected, /*lengths=*/false, /*resets=*/false);
   if (input < 0) throw std::invalid_argument("features: expected 0 or more");
-  fastrnn::ProjectionParams projection{};
+  fastrnn::LayerParams projection{};
+  projection.weight_dtype = call.params.dtype;
   projection.size = input;
   const fastrnn::cpu::Plan plan = fastrnn::cpu::make_plan(call.params, input > 0 ? &projection : nullptr, threads);
   py::dict out;
