@@ -78,7 +78,9 @@ def test_projection():
     assert info.cpu_choice(LSTM._replace(R=32), 7, 2)["forward"]["threads"] >= 1
 
 
-@pytest.mark.parametrize("argv", [["--proj", "8", "--cell", "gru"], ["--proj", "300"], ["--batch", "-1"], ["--features", "-1"]])
+@pytest.mark.parametrize(
+    "argv", [["--proj", "8", "--cell", "gru"], ["--proj", "300"], ["--batch", "-1"], ["--features", "-1"]]
+)
 def test_what_fits_nothing_is_refused(argv, capsys):
     status, out = run(capsys, *argv)
     assert status == 2 and "fastrnn.info: " in out.err

@@ -54,6 +54,6 @@ def fastrnn_kernel(case: Case, mode: str) -> str:
     directions = 2 if case.bidirectional else 1
     R = case.proj or case.H
     call: Any = info.Call(cell, case.dtype, case.T, case.B, directions, case.H, R, case.shortest > 0, case.resets > 0)
-    choice = dict(info.cpu_choice(call, torch.get_num_threads()))
-    plan = ", ".join(f"{name} {value}" for name, value in choice.items() if name != "instruction_set")
+    choice = info.cpu_choice(call, case.I, torch.get_num_threads())
+    plan = ", ".join(f"{name} {value}" for name, value in choice["backward" if mode == "train" else "forward"].items())
     return f"fused, {choice['instruction_set']}" + (f" ({plan})" if plan else "")
