@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent / "hostbuild"
 sys.path.insert(0, str(HERE))
 from host import Emulator  # noqa: E402
 
-from build import OUT, ROOT, build  # noqa: E402
+from build import OUT, ROOT, build, replace_text  # noqa: E402, F401
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 

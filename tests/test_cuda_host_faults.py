@@ -14,7 +14,7 @@ import torch
 
 from fastrnn import reference
 from tests.accuracy import errors, plain_backward, plain_forward
-from tests.test_cuda_host import HERE, OUT, ROOT, TIERS, Cuda, Problem, backward_call, build, forward_call
+from tests.test_cuda_host import HERE, OUT, ROOT, TIERS, Cuda, Problem, backward_call, build, forward_call, replace_text
 from tests.test_kernels import Case, double
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
@@ -250,7 +250,7 @@ def faulty():
         source = folder / f"{symbol(name)}.cu"
         text = faulty_source(name)
         if not source.exists() or source.read_text() != text:
-            source.write_text(text)
+            replace_text(source, text)
         sources.append(source)
     return Cuda(build(sources, OUT / "libfaults.so"))
 

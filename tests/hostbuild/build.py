@@ -56,6 +56,13 @@ def _headers_hash():
     return digest.hexdigest()
 
 
+def replace_text(path, text):
+    """Writes a file that others never see half of."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.rename(path)
+
+
 def _object_of(source, defines, compiler, headers):
     flags = (KERNEL if source.suffix == ".cu" else HOST) + [f"-D{d}" for d in defines]
     told = "\0".join([compiler, headers, *flags]).encode()
@@ -83,6 +90,8 @@ def build(sources, library, defines=(), compiler=None, jobs=None):
     stamp = library.with_suffix(".objects")
     names = "\n".join(map(str, objects))
     if not (library.exists() and stamp.exists() and stamp.read_text() == names):
+        # Several test processes may be here at once: each makes its own and puts it in place whole.
+        partial = library.with_suffix(f".{os.getpid()}.so")
         command = [
             compiler,
             "-shared",
@@ -90,14 +99,15 @@ def build(sources, library, defines=(), compiler=None, jobs=None):
             "-Wl,-z,defs",
             *map(str, objects),
             "-o",
-            str(library),
+            str(partial),
             "-ldl",
             "-lrt",
         ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        stamp.write_text(names)
+        partial.rename(library)
+        replace_text(stamp, names)
     return library
 
 
