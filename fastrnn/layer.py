@@ -3,7 +3,7 @@
 ``fastrnn::layer_forward`` makes the gates of a few steps at a time and never stores them: they would be the largest
 tensor of an inference. Its backward is that of the recurrence and two products, made of ops that have derivatives
 themselves, so double backward needs nothing more. Under everything else (graph capture, torch.func, forward-mode AD,
-autocast, half types, other devices, tensor subclasses) ``functional.py`` composes a layer of ``products.linear`` and
+autocast, half types, other devices, tensor subclasses) ``functional.py`` composes a layer of ``F.linear`` and
 ``recurrent_forward``, whose rules cover all that.
 """
 

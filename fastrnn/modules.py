@@ -59,6 +59,9 @@ class _Recurrent(RNNBase):
                 "Input and parameter tensors are not at the same device, "
                 f"found input tensor at {input.device} and parameter tensor at {weight.device}"
             )
+        self._check_input_size(input, batch_sizes)
+
+    def _check_input_size(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         dims = 2 if batch_sizes is not None else 3
         if input.dim() != dims:
             raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")

@@ -143,13 +143,7 @@ class _Quantized(_Recurrent):
             raise ValueError(f"input: expected torch.float32 for quantized weights, got {input.dtype}")
         if input.device.type != "cpu":
             raise RuntimeError(f"input: expected device cpu for quantized weights, got {input.device}")
-        dims = 2 if batch_sizes is not None else 3
-        if input.dim() != dims:
-            raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
-        if input.size(-1) != self.input_size:
-            raise RuntimeError(
-                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
-            )
+        self._check_input_size(input, batch_sizes)
 
     def _network(self, input: Tensor, states: States | None, **sequence: Any) -> tuple[Tensor, States]:
         fresh = sequence.get("reset_states")

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
+from benchmarks.gpu.steps import capture
 from fastrnn import info, ops, reference
 from tests.accuracy import assert_as_exact, plain_backward, plain_forward
 from tests.test_kernels import (
@@ -452,14 +453,8 @@ def test_launches_keep_no_memory():
 @pytest.mark.parametrize("case", REPEATED, ids=str)
 def test_graph_replays_with_new_inputs(case):
     arguments, call = ready(case)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
+    replay = capture(call)
+    results = replay()
     for seed in (1, 2, 3):
         fresh = case.arguments(seed)
         for name, x in arguments.items():
@@ -467,8 +462,7 @@ def test_graph_replays_with_new_inputs(case):
                 x.copy_(fresh[name])
         for x in results:
             x.fill_(torch.nan)
-        graph.replay()
-        assert same(results, call())
+        assert same(replay(), call())
 
 
 @needs_gpu
@@ -481,18 +475,9 @@ def test_training_step_as_a_graph():
         output, _ = module(input)
         return (output, *torch.autograd.grad(output.square().sum(), list(module.parameters())))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    replay = capture(step)
     input.copy_(torch.randn_like(input))
-    graph.replay()
-    assert same(results, step())
+    assert same(replay(), step())
 
 
 @needs_gpu

@@ -14,6 +14,8 @@ from .helpers import KINDS, assert_equal, build, evaluate, randn
 from .test_kernels import FORWARD_NAMES, SIZES, TOLERANCE, Case, assert_near, cells_with_projection, double
 
 layer_forward = torch.ops.fastrnn.layer_forward.default
+FIELDS = functional.LayerWeights._fields
+STATES = (("h_0", "c_0"), ("reset_h", "reset_c"))
 
 
 def arguments_of(case: Case, size: int, seed: int, biased: bool = True) -> dict:
@@ -184,6 +186,35 @@ def test_gradcheck(cell, taken):
     leaves = [t.requires_grad_() for t in (x, *states, *weights)]
     torch.autograd.gradcheck(run, leaves)
     torch.autograd.gradgradcheck(run, leaves)
+    assert taken
+
+
+@pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
+@pytest.mark.parametrize("masks", [("", ""), ("rows", "state"), ("groups", "groups")], ids=str)
+def test_gradients_at_odd_sizes(cell, projected, masks, taken):
+    """Every argument's, the states' and the reset states' included, against reference.py in float64."""
+    for B, h, size in [(1, 3, 17), (17, 1, 3), (3, 17, 129), (129, 3, 1), (3, 129, 17)]:
+        if projected >= h:
+            continue
+        case = Case(cell, 4, B, 2, h, projected, *masks)
+        given = arguments_of(case, size, seed=B + h)
+        leaves = {
+            k: x.requires_grad_() for k, x in given.items() if isinstance(x, torch.Tensor) and x.is_floating_point()
+        }
+        weights = [tuple(None if given[k] is None else given[k][p] for k in FIELDS) for p in range(2)]
+        states, fresh = (tuple(given[k] for k in names if given[k] is not None) for names in STATES)
+        masked = given["lengths"], given["resets"]
+        got = layer.layer(cell, given["input"], weights, states, *masked, fresh)
+        want = by_reference(*given.values())
+        which = [i for i, x in enumerate(want[:3]) if x.numel()]
+        grads = [torch.randn_like(want[i]) for i in which]
+        found, expected = (
+            torch.autograd.grad([results[i] for i in which], list(leaves.values()), grads, retain_graph=True)
+            for results in (got, want)
+        )
+        for name, a, b in zip(leaves, found, expected, strict=True):
+            error = (a - b).abs().max() / (1 + b.abs().max())
+            assert error <= 1e-11, (case, size, name, error)
     assert taken
 
 

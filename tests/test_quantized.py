@@ -57,7 +57,7 @@ def direction_by_hand(cell: str, x: Tensor, w: LayerWeights, h: Tensor, c: Tenso
     return torch.stack(outputs), states
 
 
-def with_biases(module: nn.Module) -> nn.Module:
+def enlarged(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for x in module.parameters():
             x.mul_(1.5)
@@ -71,7 +71,7 @@ def test_against_the_same_arithmetic(kind, dtype):
     for size in SIZES:
         for H in SIZES:
             for B in (1, 2, 5, 33):
-                module = with_biases(build(fastrnn, kind, size, H, bias=size != 3))
+                module = enlarged(build(fastrnn, kind, size, H, bias=size != 3))
                 x = torch.randn(1, B, size)
                 hx = make_state(kind, 1, B, hidden=H, dtype=torch.float32)
                 got = fastrnn.quantize(module, dtype)(x, hx)

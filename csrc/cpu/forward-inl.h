@@ -6,13 +6,8 @@ struct Range {
 };
 inline Range share(int64_t n, int member, int size) { return {n * member / size, n * (member + 1) / size}; }
 
-// Panels of at most `step` vectors that cover `range`: body(first vector, vectors).
-template <class Body>
-FASTRNN_HD void for_each_panel(Range range, int step, Body body) {
-  for (int64_t v = range.begin; v < range.end; v += step)
-    body(v, int(range.end - v < step ? range.end - v : step));
-}
-// There and back in turn: what a cache still holds of the last time is then met first.
+// Panels of at most `step` vectors that cover `range`: body(first vector, vectors). There and back in turn: what a cache
+// still holds of the last time is then met first.
 template <class Body>
 FASTRNN_HD void for_each_panel_zigzag(Range range, int step, int64_t time, Body body) {
   const int64_t panels = ceil_div(range.end - range.begin, step);
@@ -20,6 +15,10 @@ FASTRNN_HD void for_each_panel_zigzag(Range range, int step, int64_t time, Body 
     const int64_t v = range.begin + (time & 1 ? panels - 1 - i : i) * step;
     body(v, int(range.end - v < step ? range.end - v : step));
   }
+}
+template <class Body>
+FASTRNN_HD void for_each_panel(Range range, int step, Body body) {
+  for_each_panel_zigzag(range, step, 0, body);
 }
 
 template <class T, class S>
@@ -153,8 +152,7 @@ class ForwardWorker {
         if (bias_ih) pack_rows(bias_ih + v * L, 1, h, G, vectors, h - v * L, 1, b.bias_ih + v * G * L);
       }
     });
-    if (!plan.pack_hh) return;
-    if (!weight_hr) return;
+    if (!plan.pack_hh || !weight_hr) return;
     for_each_packed_panel(widths, kMaxVectors, [&](int64_t v, int vectors) {
       pack_rows(weight_hr + v * L * h, h, 0, 1, vectors, R - v * L, h, b.panels_hr + v * L * h);
     });
@@ -224,8 +222,8 @@ class ForwardWorker {
       };
       if constexpr (kInt8) {
         const int64_t stride = b.quads_ih * kInt8Depth;
-        for_each_int8_tile<G>(count, b.quantized_input + mine * stride, stride, b.input_scale + mine, int8_ih, v, vectors,
-                              bias_ih, p.hidden, keep);
+        for_each_int8_tile<G>(count, b.quantized_input + mine * stride, stride, b.input_scale + mine, int8_ih, v,
+                              vectors, bias_ih, p.hidden, keep);
       } else if (plan.pack_ih) {
         T* panel = b.panels_ih + (plan.pack_late ? units.begin : v) * G * L * I;
         if (plan.pack_late) pack_ih(v, vectors, panel);

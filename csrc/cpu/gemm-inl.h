@@ -1,4 +1,5 @@
-// The matrix products around a recurrence (the gradients of weights and input) by the recurrence's own micro-kernel. Included once per instruction set, after product-inl.h.
+// The matrix products around a recurrence (the gradients of weights and input) by the recurrence's own micro-kernel.
+// Included once per instruction set, after product-inl.h.
 //
 // Each thread owns a range of rows, or of columns where there are more of those, and packs what it needs itself: no
 // barrier. k is cut into blocks so that a packed panel and the rows it meets stay in the second-level cache.

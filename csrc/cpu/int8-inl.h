@@ -6,7 +6,8 @@
 
 constexpr int kInt8Units = 16, kInt8Depth = 4, kInt8Rows = 4;
 
-// to[k] for k < n, then 128 (a zero) up to a multiple of kInt8Depth. Returns the scale; a NaN or infinity in x is in it.
+// to[k] for k < n, then 128 (a zero) up to a multiple of kInt8Depth. Returns the scale, in which a NaN or infinity of x
+// lives on.
 inline float quantize_row(const float* x, int64_t n, uint8_t* to) {
   int32_t largest = 0;  // magnitudes compare like their bits
   for (int64_t k = 0; k < n; ++k) {
@@ -38,7 +39,8 @@ __attribute__((noinline)) void int8_product(const uint8_t* a, int64_t stride, co
         const int8_t* p = w + (quad * G + g) * kInt8Units * kInt8Depth;
         for (int lane = 0; lane < L; ++lane) {
           int32_t sum = 0;
-          for (int q = 0; q < kInt8Depth; ++q) sum += int32_t(a[m * stride + quad * kInt8Depth + q]) * p[lane * kInt8Depth + q];
+          for (int q = 0; q < kInt8Depth; ++q)
+            sum += int32_t(a[m * stride + quad * kInt8Depth + q]) * p[lane * kInt8Depth + q];
           out[(m * G + g) * L + lane] += sum;
         }
       }
@@ -51,9 +53,8 @@ inline bool has_vnni() {
 }
 
 template <int M, int G>
-__attribute__((noinline, target("avx512f,avx512bw,avx512vnni"))) void int8_product_vnni(const uint8_t* a, int64_t stride,
-                                                                               const int8_t* w, int64_t quads,
-                                                                               int32_t* out) {
+__attribute__((noinline, target("avx512f,avx512bw,avx512vnni"))) void int8_product_vnni(
+    const uint8_t* a, int64_t stride, const int8_t* w, int64_t quads, int32_t* out) {
   constexpr int U = M * G >= 8 ? 1 : 2;  // chains enough to hide an addition's latency
   __m512i sum[U][M][G];
 #pragma GCC unroll 8
@@ -114,8 +115,9 @@ struct Int8Weights {
 
 // As for_each_tile, for units v * L .. of all gates: sums [rows][vectors][G][L]. bias [G * units] or null.
 template <int G, class Body>
-void for_each_int8_tile(int64_t count, const uint8_t* a, int64_t stride, const float* a_scale, const Int8Weights& weights,
-                        int64_t v, int vectors, const float* bias, int64_t units, Body body) {
+void for_each_int8_tile(int64_t count, const uint8_t* a, int64_t stride, const float* a_scale,
+                        const Int8Weights& weights, int64_t v, int vectors, const float* bias, int64_t units,
+                        Body body) {
   using V = Vec<float>;
   constexpr int L = V::kLanes;
   alignas(64) float sums[kInt8Rows * kMaxVectors * L];

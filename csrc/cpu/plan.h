@@ -85,7 +85,7 @@ struct Plan {
   }
 };
 
-// projection: null where gates_ih are given.
+// layer: null where gates_ih are given.
 Plan make_plan(const ForwardParams& params, const LayerParams* layer, int threads);
 // Its last part: all_rows, from the teams and the way to split.
 void share_rows(const ForwardParams& params, Plan& plan);

@@ -11,10 +11,9 @@ constexpr int max_rows(int vectors) {
 }
 constexpr int kMaxVectors = 4;
 
-
 // out[m][n] = sum_k a[m * stride + k] panel[k * panel_stride + n * L] + bias[n]; bias null means 0. It comes last: sums
-// that start from a large one lose their small terms. out does not alias the rest. A packed panel has panel_stride N * L.
-// Turned: a stands transposed, a[k * stride + m].
+// that start from a large one lose their small terms. out does not alias the rest. A packed panel has panel_stride
+// N * L. Turned: a stands transposed, a[k * stride + m].
 template <class T, bool Turned, int M, int N>
 __attribute__((noinline)) void product(const T* a, int64_t stride, const T* panel, int64_t panel_stride, int64_t depth,
                                        const T* bias, T* out) {
@@ -49,7 +48,8 @@ __attribute__((noinline)) void product(const T* a, int64_t stride, const T* pane
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sum[0][m][n] += V(Turned ? a[k * stride + m] : a[m * stride + k]).v * load(panel + n * L).v;
+      for (int n = 0; n < N; ++n)
+        sum[0][m][n] += V(Turned ? a[k * stride + m] : a[m * stride + k]).v * load(panel + n * L).v;
   }
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {

@@ -4,7 +4,8 @@
 //
 // Every array has its exact size on the heap. Workspaces and results are filled with 0xff bytes (NaN in every dtype)
 // before one run and with another byte before a second: a result that differs afterwards comes from memory that was read
-// before it was written, or was never written itself. The two runs have equal plans; a third, on one thread, must agree up to rounding.
+// before it was written, or was never written itself. The two runs have equal plans; a third, on one thread, must agree
+// up to rounding.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -47,7 +48,9 @@ int64_t size() {
   return draw(0, 15) ? kSizes[draw(0, 3)] : 129;
 }
 
-int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+int64_t bytes_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : dtype == DType::kInt8 ? 1 : 2;
+}
 
 // An array of its exact size, of numbers of any dtype.
 struct Array {
@@ -67,6 +70,7 @@ struct Array {
     return *this;
   }
   void put(int64_t i, double x) {
+    if (dtype == DType::kInt8) data[i] = char(int8_t(127 * x));
     if (dtype == DType::kFloat64) reinterpret_cast<double*>(data)[i] = x;
     if (dtype == DType::kFloat32) reinterpret_cast<float*>(data)[i] = float(x);
     if (dtype == DType::kBFloat16) {
@@ -130,8 +134,9 @@ Plan random_plan(const ForwardParams& p, const LayerParams* projection) {
   plan.teams = int(draw(1, std::min<int64_t>(p.groups, 2)));
   plan.team_size = int(draw(1, plan.teams == 2 ? 2 : 4));
   plan.split_rows = plan.team_size == 1 || coin();
-  plan.pack_hh = coin();
-  plan.pack_ih = projection && coin();
+  const bool int8 = projection && projection->weight_dtype == DType::kInt8;  // never packed
+  plan.pack_hh = !int8 && coin();
+  plan.pack_ih = !int8 && projection && coin();
   plan.chunk = projection ? draw(1, p.steps) : 0;
   plan.pack_late = plan.chunk == p.steps && (plan.team_size == 1 || !plan.split_rows);
   plan.all_rows.clear();
@@ -166,7 +171,8 @@ bool check_call() {
   BackwardParams p{};
   p.cell = int(draw(0, kNumCells - 1));
   const CellInfo& info = kCells[p.cell];
-  p.dtype = static_cast<DType>(draw(0, 3));
+  const bool layer = coin(), narrow = layer && coin();  // narrow weights, for the forward call alone; see LayerParams
+  p.dtype = narrow ? DType::kFloat32 : static_cast<DType>(draw(0, 3));
   p.steps = draw(1, 5);
   p.batch = size();
   p.groups = draw(1, 3);
@@ -174,7 +180,6 @@ bool check_call() {
   const bool second = info.states > 1, projected = second && coin();
   p.width = projected ? size() : p.hidden;
   const int64_t T = p.steps, B = p.batch, P = p.groups, h = p.hidden, R = p.width, G = info.gates, S = info.saved;
-  const bool layer = coin();
   const DType d = p.dtype;
   const DType wide = bytes_of(d) == 2 ? DType::kFloat32 : d;
 
@@ -224,6 +229,19 @@ bool check_call() {
   projection.input_stride_t = B * I;
   projection.weight = weight_ih.data;
   projection.bias = bias_ih.data;
+  if (narrow) projection.weight_dtype = draw(0, 2) ? DType::kInt8 : DType::kBFloat16;
+  const DType n = projection.weight_dtype;
+  const int64_t rows = P * ceil_div(h, 16) * G * 16;  // of int8 blocks
+  const auto narrow_count = [&](int64_t k) { return n == DType::kInt8 ? rows * round_up(k, 4) : P * G * h * k; };
+  Array narrow_ih(n, narrow_count(I), narrow), narrow_hh(n, narrow_count(R), narrow),
+      narrow_hr(n, P * R * h, narrow && n == DType::kBFloat16 && projected), scale(d, rows, n == DType::kInt8);
+  for (Array* x : {&narrow_ih, &narrow_hh, &narrow_hr, &scale}) x->random();
+  for (int64_t i = 0; scale.data && i < rows; ++i)
+    scale.put(i, std::fabs(scale.get(i)) / 127 / std::sqrt(double(I + R)));
+  const std::vector<int32_t> sum(scale.data ? rows : 0, 1000);
+  if (narrow) projection.weight = narrow_ih.data;
+  projection.scale_ih = projection.scale_hh = reinterpret_cast<const float*>(scale.data);
+  projection.sum_ih = projection.sum_hh = sum.data();
   const LayerParams* given = layer ? &projection : nullptr;
   if (layer) p.gates_ih = nullptr;
 
@@ -245,7 +263,9 @@ bool check_call() {
     p.h_n = r.h_n.data;
     p.c_n = r.c_n.data;
     p.saved = S ? r.saved.data : nullptr;
-    const ForwardParams& f = p;
+    ForwardParams f = p;
+    if (narrow_hh.data) f.weight_hh = narrow_hh.data;
+    if (narrow_hr.data) f.weight_hr = narrow_hr.data;
     run(forward_plan, kernels().forward_workspace(f, given, forward_plan), byte,
         [&](Barrier& barrier, char* own, int thread) {
           kernels().forward(f, given, forward_plan, barrier, own, thread);
@@ -278,8 +298,8 @@ bool check_call() {
     good = good && same(kNames[i], *first->all[i], *again->all[i], 0) &&
            same(kNames[i], *first->all[i], *alone->all[i], tolerance);
   if (!good)
-    std::printf("%s dtype %d T %ld B %ld P %ld h %ld R %ld I %ld layer %d lengths %d resets %d; teams %d of %d, rows %d\n",
-                info.name, int(d), long(T), long(B), long(P), long(h), long(R), long(I), layer, p.lengths != nullptr,
+    std::printf("%s dtype %d weights %d T %ld B %ld P %ld h %ld R %ld I %ld layer %d lengths %d resets %d; teams %d of %d, rows %d\n",
+                info.name, int(d), int(n), long(T), long(B), long(P), long(h), long(R), long(I), layer, p.lengths != nullptr,
                 resets_given, forward_plan.teams, forward_plan.team_size, forward_plan.split_rows);
   return good;
 }
