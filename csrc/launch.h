@@ -10,6 +10,8 @@ void recurrent_forward(const ForwardParams& params, int threads);
 // The same with the projection inside; params.gates_ih is not read.
 void layer_forward(const ForwardParams& params, const LayerParams& layer, int threads);
 void recurrent_backward(const BackwardParams& params, int threads);
+// The same with the products of the layer's gradients inside; for float32 and float64.
+void layer_backward(const BackwardParams& params, const LayerBackwardParams& layer, int threads);
 
 // The matrix products around a recurrence, by its own micro-kernel. The same terms.
 void gemm(const GemmParams& params, int threads);

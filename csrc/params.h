@@ -36,6 +36,11 @@ struct ForwardParams {
 
   const uint8_t* reverse;  // [P]: 1 where the group runs from the last step to the first
 
+  // Packed sequences: where step t's rows start in tensors [N, ..] that stand in place of [T, B, ..], here and in what
+  // derives from this. Null where nothing is packed. Rows are sorted by length then, and lengths are given.
+  const int64_t* step_rows;
+  int64_t first_row(int64_t t) const { return step_rows ? step_rows[t] : t * batch; }
+
   void* output;  // [T, B, P*R]; already zero where lengths are given
   void* h_n;     // [B, P*R]
   void* c_n;     // [B, P*h] or null
@@ -76,6 +81,22 @@ struct BackwardParams : ForwardParams {
   // In float32 where dtype is a half type, since a row may have many resets:
   void* grad_reset_h;  // [B, P*R], already zero, or null where not wanted
   void* grad_reset_c;  // [B, P*h], already zero, or null
+};
+
+// What a layer's backward call has beside BackwardParams: it makes the gradients of weights and input from the gate
+// gradients of a few steps at a time, which are never stored (grad_gates_ih, grad_gates_hh are null). Not with weight_hr.
+// Gradients may be null where they are not wanted.
+struct LayerBackwardParams {
+  int64_t size;       // I
+  int64_t rows;       // T * B, or of a packed sequence N
+  bool separate_gates_hh;  // as in CellInfo
+  const void* input;  // [T, B, I], last dimension contiguous; null without grad_weight_ih
+  int64_t input_stride_t, input_stride_b;
+  const void* weight;    // [P, G*h, I]; null without grad_input
+  void* grad_input;      // [P, T, B, I], a part for every group; already zero where lengths are given
+  void* grad_weight_ih;  // [P, G*h, I]
+  void* grad_weight_hh;  // [P, G*h, h]
+  void *grad_bias_ih, *grad_bias_hh;  // [P, G*h]
 };
 
 // out = op(a) op(b) + bias, where op transposes or not; float32 or float64.

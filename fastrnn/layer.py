@@ -1,8 +1,9 @@
 """A whole layer as one op, input projection included, where plain eager execution on a CPU is all that is asked for.
 
 ``fastrnn::layer_forward`` makes the gates of a few steps at a time and never stores them: they would be the largest
-tensor of an inference. Its backward is that of the recurrence and two products, made of ops that have derivatives
-themselves, so double backward needs nothing more. Under everything else (graph capture, torch.func, forward-mode AD,
+tensor of an inference. ``fastrnn::layer_backward`` does the same with their gradients. Where the backward is to be
+differentiated itself, it is made of ops that have derivatives: the recurrence's backward and the products around it.
+A packed sequence stays as it is packed. Under everything else (graph capture, torch.func, forward-mode AD,
 autocast, half types, other devices, tensor subclasses) ``functional.py`` composes a layer of ``F.linear`` and
 ``recurrent_forward``, whose rules cover all that.
 """
@@ -10,7 +11,7 @@ autocast, half types, other devices, tensor subclasses) ``functional.py`` compos
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from .ops import CELLS
 from .products import is_plain, is_plain_call, product, transposed_product
 
 _layer_forward = torch.ops.fastrnn.layer_forward.default
+_layer_backward = torch.ops.fastrnn.layer_backward.default
 
 FIELDS = 5  # weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of one direction
 
@@ -48,8 +50,11 @@ def layer(
     lengths: Tensor | None,
     resets: Tensor | None,
     reset_states: Sequence[Tensor] | None,
+    batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """One layer: input [T, B, I], weights one ``LayerWeights`` a direction, states [B, D*n] each.
+
+    With batch_sizes, int64 [T] on the CPU, input and output are packed: [N, ..] in place of [T, B, ..].
 
     Returns output [T, B, D*R], h_n [B, D*R] and c_n [B, D*H] (of size 0 for cells without c).
     """
@@ -65,8 +70,8 @@ def layer(
     )
     flat = [x for direction in weights for x in direction]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(input, *given, *flat):
-        return _Layer.apply(cell, input, *given, *flat)[:3]
-    return _layer_forward(*_arguments(cell, input, given, flat), False)[:3]
+        return _Layer.apply(cell, batch_sizes, input, *given, *flat)[:3]
+    return _layer_forward(*_arguments(cell, input, given, flat), False, batch_sizes)[:3]
 
 
 def _stacked(flat: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -85,77 +90,160 @@ def _arguments(cell: str, input: Tensor, given: Sequence[Any], flat: Sequence[Te
 
 
 class _Layer(torch.autograd.Function):
-    """Arguments: cell, input, h_0, c_0, lengths, resets, reset_h, reset_c, then FIELDS weights a direction."""
+    """Arguments: cell, batch_sizes, input, h_0, c_0, lengths, resets, reset_h, reset_c, then FIELDS weights a direction."""
 
     @staticmethod
-    def forward(ctx: Any, cell: str, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        results = _layer_forward(*_arguments(cell, input, rest[:6], rest[6:]), True)
+    def forward(ctx: Any, cell: str, batch_sizes: Tensor | None, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        results = _layer_forward(*_arguments(cell, input, rest[:6], rest[6:]), True, batch_sizes)
         ctx.set_materialize_grads(False)
         ctx.cell = cell
         # Biases are not looked at again; the input is for weight_ih's gradient alone, and weight_ih for the input's.
-        dropped = {2, 3} | (set() if ctx.needs_input_grad[1] else {0})
+        dropped = {2, 3} | (set() if ctx.needs_input_grad[2] else {0})
         kept = [x if i < 6 or (i - 6) % FIELDS not in dropped else None for i, x in enumerate(rest)]
-        kept_input = input if any(ctx.needs_input_grad[8::FIELDS]) else None
-        ctx.save_for_backward(kept_input, *kept, results[0], results[3])
+        kept_input = input if any(ctx.needs_input_grad[9::FIELDS]) else None
+        ctx.save_for_backward(batch_sizes, kept_input, *kept, results[0], results[3])
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        input, *rest, output, saved = ctx.saved_tensors
-        h_0, c_0, lengths, resets, reset_h, reset_c = rest[:6]
+        batch_sizes, input, *rest, output, saved = ctx.saved_tensors
+        states = rest[:6]
         weight_ih, weight_hh, _, _, weight_hr = _stacked(rest[6:])
         assert weight_hh is not None
-        P = weight_hh.shape[0]
-        needs = ctx.needs_input_grad
-
-        def any_needed(field: int) -> bool:
-            return any(needs[8 + field :: FIELDS])
-
-        needs_gates = needs[1] or any_needed(0) or any_needed(2)
-        pulled = pull_forward(
-            [ctx.cell, None, weight_hh, None, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c,
-             [False, True][:P], True],
-            (output, saved),
-            [False, needs_gates, any_needed(1), any_needed(3), any_needed(4), needs[2], needs[3], False, False,
-             needs[6], needs[7], False, False],
-            grads,
-        )  # fmt: skip
-        grad_gates, grad_bias_hh = pulled[1], pulled[3]
-        grad_input = grad_weight_ih = grad_bias_ih = None
-        if grad_gates is not None:
-            T, B, Gh = grad_gates.shape
-            rows = grad_gates.reshape(T * B, Gh)
-            if weight_ih is not None:
-                grad_input = product(rows, weight_ih.flatten(0, 1)).view(T, B, weight_ih.shape[2])
-            if input is not None:
-                I = input.shape[2]  # noqa: E741
-                grad_weight_ih = transposed_product(rows, input.reshape(T * B, I)).view(P, Gh // P, I)
-            if any_needed(2):
-                if grad_bias_hh is None or CELLS[ctx.cell].separate_gates_hh:
-                    grad_bias_ih = rows.sum(0).view(P, Gh // P)
-                else:
-                    grad_bias_ih = grad_bias_hh.clone()  # equal; a copy, for both become somebody's .grad
-        fields = (grad_weight_ih, pulled[2], grad_bias_ih, grad_bias_hh, pulled[4])
+        needs, P = ctx.needs_input_grad[2:], weight_hh.shape[0]
+        needed = _Needed(needs[0], *(any(needs[7 + i :: FIELDS]) for i in range(FIELDS)), needs[1] or needs[2])
+        fused = weight_hr is None and grads[3] is None and not torch.is_grad_enabled() and is_plain_call()
+        if fused and all(map(is_plain, grads)):
+            wanted = [needed.input, needed.weight_ih, needed.weight_hh, needed.bias_ih, needed.bias_hh, needed.initial]
+            grad_input, weight_ih, weight_hh, bias_ih, bias_hh, *of_states = _layer_backward(
+                ctx.cell, *grads[:2], grads[2] if states[1] is not None else None, input, weight_ih, weight_hh, *states,
+                [False, True][:P], output, saved, wanted, batch_sizes,
+            )  # fmt: skip
+            fields: Sequence[Tensor | None] = (weight_ih, weight_hh, bias_ih, bias_hh, None)
+        else:
+            given = (input, states, weight_ih, weight_hh, weight_hr, output, saved)
+            grad_input, fields, of_states = _composed(ctx.cell, needed, grads, given, batch_sizes)
         of_weights = [
-            None if x is None or not needs[8 + p * FIELDS + i] else x[p] for p in range(P) for i, x in enumerate(fields)
+            x[p] if x is not None and needs[7 + p * FIELDS + i] else None
+            for p in range(P)
+            for i, x in enumerate(fields)
         ]
-        return (None, grad_input, pulled[5], pulled[6], None, None, pulled[9], pulled[10], *of_weights)
+        given_grads = (grad_input, *of_states[:2], None, None, *of_states[2:])
+        wanted_grads = [x if need else None for x, need in zip(given_grads, needs, strict=False)]
+        return (None, None, *wanted_grads, *of_weights)
+
+
+class _Needed(NamedTuple):
+    """Which gradients are asked for; initial: that of h_0 or c_0."""
+
+    input: bool
+    weight_ih: bool
+    weight_hh: bool
+    bias_ih: bool
+    bias_hh: bool
+    weight_hr: bool
+    initial: bool
+
+
+def _composed(
+    cell: str,
+    needed: _Needed,
+    grads: Sequence[Tensor | None],
+    given: tuple[Any, ...],
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """A layer's backward of ops that have derivatives: the gradients of input, weights and states."""
+    input, states, weight_ih, weight_hh, weight_hr, output, saved = given
+    h_0, c_0, lengths, resets, reset_h, reset_c = states
+    P = weight_hh.shape[0]
+    if batch_sizes is not None:
+        input, output, saved, grad_output, grad_saved = (
+            None if x is None else pad(x, batch_sizes) for x in (input, output, saved, grads[0], grads[3])
+        )
+        grads = (grad_output, *grads[1:3], grad_saved)
+        lengths = lengths_of(batch_sizes)
+    pulled = pull_forward(
+        [cell, None, weight_hh, None, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, [False, True][:P], True],
+        (output, saved),
+        [
+            False, needed.input or needed.weight_ih or needed.bias_ih, needed.weight_hh, needed.bias_hh,
+            needed.weight_hr, needed.initial, needed.initial, False, False, reset_h is not None, reset_c is not None,
+            False, False,
+        ],
+        grads,
+    )  # fmt: skip
+    grad_gates, grad_bias_hh = pulled[1], pulled[3]
+    grad_input = grad_weight_ih = grad_bias_ih = None
+    if grad_gates is not None:
+        T, B, Gh = grad_gates.shape
+        rows = grad_gates.reshape(T * B, Gh)
+        if needed.input:
+            grad_input = product(rows, weight_ih.flatten(0, 1)).view(T, B, weight_ih.shape[2])
+            if batch_sizes is not None:
+                grad_input = pack(grad_input, lengths)
+        if needed.weight_ih:
+            I = input.shape[2]  # noqa: E741
+            grad_weight_ih = transposed_product(rows, input.reshape(T * B, I)).view(P, Gh // P, I)
+        if needed.bias_ih:
+            if grad_bias_hh is None or CELLS[cell].separate_gates_hh:
+                grad_bias_ih = rows.sum(0).view(P, Gh // P)
+            else:
+                grad_bias_ih = grad_bias_hh.clone()  # equal; a copy, for both become somebody's .grad
+    fields = (grad_weight_ih, pulled[2], grad_bias_ih, grad_bias_hh, pulled[4])
+    return grad_input, fields, (pulled[5], pulled[6], pulled[9], pulled[10])
+
+
+def lengths_of(batch_sizes: Tensor) -> Tensor:
+    """[B], falling: how many steps each row of a packed sequence has."""
+    return (batch_sizes[:, None] > torch.arange(int(batch_sizes[0]))).sum(0)
+
+
+def pad(x: Tensor, batch_sizes: Tensor) -> Tensor:
+    """[N, n] -> [T, B, n], zeros behind each row's end."""
+    padded, _ = torch._VF._pad_packed_sequence(x, batch_sizes, False, 0.0, batch_sizes.shape[0])  # type: ignore[attr-defined]
+    return padded
+
+
+def pack(x: Tensor, lengths: Tensor) -> Tensor:
+    """[T, B, n] -> [N, n]; lengths on the CPU, falling."""
+    return torch._VF._pack_padded_sequence(x, lengths, False)[0]  # type: ignore[attr-defined]
 
 
 @torch.library.register_fake("fastrnn::layer_forward")
 def _(
     cell, input, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c,
-    reverse, save,
+    reverse, save, batch_sizes=None,
 ):  # fmt: skip
-    T, B, _ = input.shape
+    *steps, _ = input.shape  # T, B or N
+    B = h_0.shape[0]
     P, _, R = weight_hh.shape
     info = CELLS[cell]
     h = weight_hh.shape[1] // info.gates
     return (
-        input.new_empty(T, B, P * R),
+        input.new_empty(*steps, P * R),
         input.new_empty(B, P * R),
         input.new_empty(B, P * h) if c_0 is not None else input.new_empty(0),
-        input.new_empty(T, B, P * info.saved * h) if save else input.new_empty(0),
+        input.new_empty(*steps, P * info.saved * h) if save else input.new_empty(0),
+    )
+
+
+@torch.library.register_fake("fastrnn::layer_backward")
+def _(
+    cell, grad_output, grad_h_n, grad_c_n, input, weight_ih, weight_hh, h_0, c_0, lengths, resets, reset_h, reset_c,
+    reverse, output, saved, wanted, batch_sizes=None,
+):  # fmt: skip
+    def like(x, wanted=True):
+        return output.new_empty(x.shape if x is not None and wanted else 0)
+
+    P, Gh, _ = weight_hh.shape
+    I = (weight_ih if input is None else input).shape[-1] if wanted[0] or wanted[1] else 0  # noqa: E741
+    sizes = ((*output.shape[:-1], I), (P, Gh, I), weight_hh.shape, (P, Gh), (P, Gh))
+    return (
+        *(output.new_empty(size if want else 0) for size, want in zip(sizes, wanted, strict=False)),
+        like(h_0, wanted[5]),
+        like(c_0, wanted[5]),
+        like(reset_h),
+        like(reset_c),
     )

@@ -24,6 +24,7 @@ from fastrnn import functional, layer, products, reference
 from fastrnn.ops import CELLS, recurrent_backward, recurrent_forward
 
 layer_forward = torch.ops.fastrnn.layer_forward.default
+layer_backward = torch.ops.fastrnn.layer_backward.default
 
 Function = Callable[..., Any]
 CELL_NAMES = tuple(CELLS)
@@ -246,7 +247,9 @@ def count_calls() -> Iterator[collections.Counter[str]]:
     steps of the reference, seen at its cells, so that it does not matter who holds its functions.
     """
     seen: collections.Counter[str] = collections.Counter()
-    kernels = {recurrent_forward: "forward", layer_forward: "forward", recurrent_backward: "backward"}
+    kernels = {
+        recurrent_forward: "forward", layer_forward: "forward", recurrent_backward: "backward", layer_backward: "backward",
+    }  # fmt: skip
 
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -21,6 +21,11 @@ FASTRNN_HD void for_each_panel(Range range, int step, Body body) {
   for_each_panel_zigzag(range, step, 0, body);
 }
 
+// Where a row of step t starts in a tensor with strides.
+inline int64_t row_at(const ForwardParams& p, int64_t t, int64_t row, int64_t stride_t, int64_t stride_b) {
+  return (p.step_rows ? p.step_rows[t] * stride_b : t * stride_t) + row * stride_b;
+}
+
 template <class T, class S>
 FASTRNN_HD Vec<T> load_or_zero(const S* p, int64_t offset, int valid) {
   return p ? Vec<T>(load(p + offset, valid)) : Vec<T>(0);
@@ -201,8 +206,8 @@ class ForwardWorker {
       chunk_row(s) = count;
       const Range part = plan.split_rows ? Range{0, active} : share(active, member, plan.team_size);
       for (int64_t i = part.begin; i < part.end; ++i) {
-        const S* from = static_cast<const S*>(layer->input) + t * layer->input_stride_t +
-                        rows->row[i] * layer->input_stride_b;
+        const S* from = static_cast<const S*>(layer->input) +
+                        row_at(p, t, rows->row[i], layer->input_stride_t, layer->input_stride_b);
         if constexpr (kInt8) {
           const int64_t at = mine + count + i;
           b.input_scale[at] = quantize_row(from, I, b.quantized_input + at * b.quads_ih * kInt8Depth);
@@ -302,7 +307,7 @@ class ForwardWorker {
       for (int k = 0; k < G; ++k) in.gates_ih[k] = load(made + k * L);
     else {
       const S* gates_ih =
-          static_cast<const S*>(p.gates_ih) + t * p.gates_ih_stride_t + row * p.gates_ih_stride_b + group * G * h + j;
+          static_cast<const S*>(p.gates_ih) + row_at(p, t, row, p.gates_ih_stride_t, p.gates_ih_stride_b) + group * G * h + j;
       for (int k = 0; k < G; ++k) in.gates_ih[k] = load(gates_ih + k * h, n);
     }
     for (int k = 0; k < G; ++k) in.gates_hh[k] = load(gates_hh + k * L);
@@ -312,7 +317,7 @@ class ForwardWorker {
     Cell::forward(in, out);
 
     if (p.saved) {
-      S* saved = static_cast<S*>(p.saved) + ((t * p.batch + row) * p.groups + group) * kSaved * h + j;
+      S* saved = static_cast<S*>(p.saved) + ((p.first_row(t) + row) * p.groups + group) * kSaved * h + j;
       if constexpr (Cell::kSaved > 0)
         for (int k = 0; k < Cell::kSaved; ++k) store(saved + k * h, out.saved[k], n);
       if constexpr (kHasC) store(saved + Cell::kSaved * h, out.state[1], n);
@@ -331,7 +336,7 @@ class ForwardWorker {
   void store_h(int64_t i, int64_t j, V h) {
     const int64_t row = rows->row[i], at = (row * p.groups + group) * p.width + j;
     const int n = valid(p.width, j);
-    store(static_cast<S*>(p.output) + t * p.batch * p.groups * p.width + at, h, n);
+    store(static_cast<S*>(p.output) + p.first_row(t) * p.groups * p.width + at, h, n);
     if (is_last(i)) store(static_cast<S*>(p.h_n) + at, h, n);
     store(h_next + i * b.stride + j,
           reset_next(i) ? load_or_zero<T>(static_cast<const S*>(p.reset_h), at, n) : h);

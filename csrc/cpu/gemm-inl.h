@@ -1,77 +1,97 @@
 // The matrix products around a recurrence (the gradients of weights and input) by the recurrence's own micro-kernel.
-// Included once per instruction set, after product-inl.h.
+// Included once per instruction set, after forward-inl.h.
 //
 // Each thread owns a range of rows, or of columns where there are more of those, and packs what it needs itself: no
-// barrier. k is cut into blocks so that a packed panel and the rows it meets stay in the second-level cache.
+// barrier. k is cut into blocks whose packed panels stay in the second-level cache beside the rows they meet, and those
+// into parts: sums of more products lose more to rounding, and a part's panel stays in the first level.
 
-constexpr int64_t kBlockK = 128, kBlockM = 96, kBlockN = 512;
+constexpr int64_t kBlockK = 512, kPartK = 128, kBlockM = 96, kBlockN = 256;
 
+// What a thread has for products over k with n columns; `member` of `members` that share an arena.
 template <class T>
 struct GemmBuffers {
   static constexpr int L = Vec<T>::kLanes;
-  int64_t block_n, a_stride;
-  T* panels;  // [block_n / (4 L)][kBlockK][4][L]
-  T* rows;    // [kBlockK][a_stride]: a block of a where a is transposed, so that its lines lie together
+  int64_t block_n, block_k, a_stride;
+  T* panels;  // [block_n / (4 L)][block_k][4][L]
+  T* rows;    // [block_k][a_stride]: a block of a where a is transposed, so that its lines lie together
 
-  GemmBuffers(const GemmParams& p, Arena& arena)
-      : block_n(round_up(p.n < kBlockN ? p.n : kBlockN, L)), a_stride(kBlockM + L) {
-    panels = arena.take<T>(block_n * kBlockK);
-    rows = p.transpose_a ? arena.take<T>(kBlockK * a_stride) : nullptr;
+  GemmBuffers() = default;
+  GemmBuffers(int64_t n, int64_t k, bool transpose_a, Arena& arena, int members = 1, int member = 0)
+      : block_n(round_up(n < kBlockN ? n : kBlockN, L)), block_k(k < kBlockK ? k : kBlockK), a_stride(kBlockM + L) {
+    panels = arena.take<T>(block_n * block_k * members) + block_n * block_k * member;
+    rows = transpose_a ? arena.take<T>(block_k * a_stride * members) + block_k * a_stride * member : nullptr;
   }
 };
+
+// op(a) b for the rows `m` of the result and `columns`, in vectors. pack(k0, depth, v, n, panel) packs n vectors of b's
+// columns from v on; keep(row, vector, k0, sum) is called for every part of k in turn.
+template <class T, bool TransposeA, class Pack, class Keep>
+void multiply(const GemmBuffers<T>& buffers, Range m, Range columns, int64_t k, const T* a, int64_t a_stride, Pack pack,
+              Keep keep) {
+  constexpr int L = Vec<T>::kLanes;
+  const auto block = [&](Range block, int64_t k0, int64_t depth) {
+    const auto panel_at = [&](int64_t v) { return buffers.panels + (v - block.begin) * L * buffers.block_k; };
+    for_each_panel(block, kMaxVectors, [&](int64_t v, int n) { pack(k0, depth, v, n, panel_at(v)); });
+    for (int64_t m0 = m.begin; m0 < m.end; m0 += kBlockM) {
+      const int64_t rows = m.end - m0 < kBlockM ? m.end - m0 : kBlockM;
+      if (TransposeA)
+        for (int64_t i = 0; i < depth; ++i)
+          for (int64_t j = 0; j < rows; j += L)
+            store(buffers.rows + i * buffers.a_stride + j,
+                  load(a + (k0 + i) * a_stride + m0 + j, int(rows - j < L ? rows - j : L)));
+      for_each_panel(block, kMaxVectors, [&](int64_t v, int n) {
+        for (int64_t i = 0; i < (depth > 0 ? depth : 1); i += kPartK) {
+          const int64_t part = depth - i < kPartK ? depth - i : kPartK;
+          const T* panel = panel_at(v) + i * n * L;
+          const auto each = [&](int64_t first, int count, const T* sums) {
+            for (int j = 0; j < count; ++j)
+              for (int q = 0; q < n; ++q) keep(m0 + first + j, v + q, k0 + i, load(sums + (j * n + q) * L));
+          };
+          const T* none = nullptr;
+          if (TransposeA)
+            for_each_tile<T, true>(rows, buffers.rows + i * buffers.a_stride, buffers.a_stride, panel, n * L, part, n,
+                                   none, each);
+          else
+            for_each_tile(rows, a + m0 * a_stride + k0 + i, a_stride, panel, n * L, part, n, none, each);
+        }
+      });
+    }
+  };
+  const int64_t block_vectors = buffers.block_n / L;
+  for (int64_t v = columns.begin; v < columns.end; v += block_vectors)
+    for (int64_t k0 = 0; k0 < (k > 0 ? k : 1); k0 += kBlockK)
+      block({v, v + block_vectors < columns.end ? v + block_vectors : columns.end}, k0,
+            k - k0 < kBlockK ? k - k0 : kBlockK);
+}
 
 template <class T>
 void gemm_worker(const GemmParams& p, char* workspace, int thread, int threads) {
   constexpr int L = Vec<T>::kLanes;
   Arena arena(workspace);
-  const GemmBuffers<T> buffers(p, arena);
+  const GemmBuffers<T> buffers(p.n, p.k, p.transpose_a, arena);
   const T *a = static_cast<const T*>(p.a), *b = static_cast<const T*>(p.b), *bias = static_cast<const T*>(p.bias);
   T* out = static_cast<T*>(p.out);
   const bool by_rows = p.m >= p.n;
   const Range m = by_rows ? share(p.m, thread, threads) : Range{0, p.m};
-  const Range vectors = by_rows ? Range{0, ceil_div(p.n, L)} : share(ceil_div(p.n, L), thread, threads);
-
-  for (int64_t v0 = vectors.begin; v0 < vectors.end; v0 += buffers.block_n / L) {
-    const Range block{v0, v0 + buffers.block_n / L < vectors.end ? v0 + buffers.block_n / L : vectors.end};
-    for (int64_t k0 = 0; k0 < (p.k > 0 ? p.k : 1); k0 += kBlockK) {
-      const int64_t depth = p.k - k0 < kBlockK ? p.k - k0 : kBlockK;
-      for_each_panel(block, kMaxVectors, [&](int64_t v, int n) {
-        T* panel = buffers.panels + (v - v0) * L * kBlockK;
-        if (p.transpose_b)
-          pack_rows(b + v * L * p.b_stride + k0, p.b_stride, 0, 1, n, p.n - v * L, depth, panel);
-        else
-          pack_columns(b + k0 * p.b_stride + v * L, p.b_stride, n, p.n - v * L, 1, depth, depth, panel);
-      });
-      for (int64_t m0 = m.begin; m0 < m.end; m0 += kBlockM) {
-        const int64_t rows = m.end - m0 < kBlockM ? m.end - m0 : kBlockM;
-        if (p.transpose_a)
-          for (int64_t k = 0; k < depth; ++k)
-            for (int64_t i = 0; i < rows; i += L)
-              store(buffers.rows + k * buffers.a_stride + i,
-                    load(a + (k0 + k) * p.a_stride + m0 + i, int(rows - i < L ? rows - i : L)));
-        for_each_panel(block, kMaxVectors, [&](int64_t v, int n) {
-          const T* panel = buffers.panels + (v - v0) * L * kBlockK;
-          const auto keep = [&](int64_t first, int count, const T* sums) {
-            for (int i = 0; i < count; ++i)
-              for (int q = 0; q < n; ++q) {
-                const int64_t j = (v + q) * L;
-                const int valid = int(p.n - j < L ? p.n - j : L);
-                T* to = out + (m0 + first + i) * p.n + j;
-                Vec<T> sum = load(sums + (i * n + q) * L);
-                if (k0 > 0)
-                  sum = sum + load(to, valid);
-                else if (bias)
-                  sum = sum + load(bias + j, valid);
-                store(to, sum, valid);
-              }
-          };
-          const T* none = nullptr;
-          if (p.transpose_a)
-            for_each_tile<T, true>(rows, buffers.rows, buffers.a_stride, panel, n * L, depth, n, none, keep);
-          else
-            for_each_tile(rows, a + m0 * p.a_stride + k0, p.a_stride, panel, n * L, depth, n, none, keep);
-        });
-      }
-    }
-  }
+  const Range columns = by_rows ? Range{0, ceil_div(p.n, L)} : share(ceil_div(p.n, L), thread, threads);
+  const auto pack = [&](int64_t k0, int64_t depth, int64_t v, int n, T* panel) {
+    if (p.transpose_b)
+      pack_rows(b + v * L * p.b_stride + k0, p.b_stride, 0, 1, n, p.n - v * L, depth, panel);
+    else
+      pack_columns(b + k0 * p.b_stride + v * L, p.b_stride, n, p.n - v * L, 1, depth, depth, panel);
+  };
+  const auto keep = [&](int64_t row, int64_t v, int64_t k0, Vec<T> sum) {
+    const int64_t j = v * L;
+    const int valid = int(p.n - j < L ? p.n - j : L);
+    T* to = out + row * p.n + j;
+    if (k0 > 0)
+      sum = sum + load(to, valid);
+    else if (bias)
+      sum = sum + load(bias + j, valid);
+    store(to, sum, valid);
+  };
+  if (p.transpose_a)
+    multiply<T, true>(buffers, m, columns, p.k, a, p.a_stride, pack, keep);
+  else
+    multiply<T, false>(buffers, m, columns, p.k, a, p.a_stride, pack, keep);
 }

@@ -76,7 +76,7 @@ struct Plan {
   // Weights are packed first; a short call reads them as they lie. pack_late: those of the projection just before use.
   bool pack_hh, pack_ih, pack_late;
   bool shared_lengths;         // all groups have the same
-  int64_t chunk;               // steps whose gates_ih are made at a time; 0 where they are given
+  int64_t chunk;               // of a layer's call: steps whose gates, or gate gradients, are held at a time; else 0
   std::vector<Rows> all_rows;  // [groups or 1][members or 1]
 
   int threads() const { return teams * team_size; }
@@ -87,7 +87,8 @@ struct Plan {
 
 // layer: null where gates_ih are given.
 Plan make_plan(const ForwardParams& params, const LayerParams* layer, int threads);
-// Its last part: all_rows, from the teams and the way to split.
+Plan make_backward_plan(const BackwardParams& params, const LayerBackwardParams* layer, int threads);
+// make_plan's last part: all_rows, from the teams and the way to split.
 void share_rows(const ForwardParams& params, Plan& plan);
 
 // Does the boundary that a group crosses to enter step t carry a reset? `length` is the row's.
@@ -118,9 +119,10 @@ class Arena {
 struct Kernels {
   const char* name;
   int64_t (*forward_workspace)(const ForwardParams&, const LayerParams*, const Plan&);
-  int64_t (*backward_workspace)(const BackwardParams&);
+  int64_t (*backward_workspace)(const BackwardParams&, const LayerBackwardParams*, const Plan&);
   void (*forward)(const ForwardParams&, const LayerParams*, const Plan&, Barrier&, char* workspace, int thread);
-  void (*backward)(const BackwardParams&, const Plan&, Barrier&, char* workspace, int thread);
+  void (*backward)(const BackwardParams&, const LayerBackwardParams*, const Plan&, Barrier&, char* workspace,
+                   int thread);
   // The workspace is one thread's own.
   int64_t (*gemm_workspace)(const GemmParams&);
   void (*gemm)(const GemmParams&, char* workspace, int thread, int threads);

@@ -104,6 +104,30 @@ FASTRNN_HD void for_each_tile(int64_t count, const T* a, int64_t stride, const T
   }
 }
 
+// for_each_tile where a panel may be deeper than the second-level cache holds: all tiles take one part of it after the
+// other, and `sums` [count][vectors][lanes] is where they add up.
+template <class T, class Body>
+FASTRNN_HD void for_each_deep_tile(int64_t count, const T* a, int64_t stride, const T* panel, int64_t panel_stride,
+                                   int64_t depth, int vectors, T* sums, Body body) {
+  constexpr int64_t kPart = (256 << 10) / (kMaxVectors * FASTRNN_VECTOR_BYTES);
+  const T* none = nullptr;
+  if (depth < 2 * kPart) return for_each_tile(count, a, stride, panel, panel_stride, depth, vectors, none, body);
+  const int64_t parts = depth / kPart;
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t k = depth * i / parts, end = depth * (i + 1) / parts;
+    for_each_tile(count, a + k, stride, panel + k * panel_stride, panel_stride, end - k, vectors, none,
+                  [&](int64_t first, int rows, const T* part) {
+                    T* to = sums + first * vectors * Vec<T>::kLanes;
+                    for (int64_t j = 0; j < rows * vectors; ++j, to += Vec<T>::kLanes) {
+                      Vec<T> sum = load(part + j * Vec<T>::kLanes);
+                      if (i > 0) sum = sum + load(to);
+                      store(to, sum);
+                    }
+                    if (i + 1 == parts) body(first, rows, static_cast<const T*>(to - rows * vectors * Vec<T>::kLanes));
+                  });
+  }
+}
+
 // ---- the same from weights that are not packed: outputs are rows, so vectors run along k and lanes are summed ----
 
 constexpr int kDotRows = 4, kDotOutputs = 4;

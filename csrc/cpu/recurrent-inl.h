@@ -13,9 +13,9 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 
 #include "forward-inl.h"
 
-#include "backward-inl.h"
-
 #include "gemm-inl.h"
+
+#include "backward-inl.h"
 
 // Calls f.operator()<Cell, S>() for the cell and storage type that p names.
 template <class Cell, class F>
@@ -41,7 +41,7 @@ auto with_cell(const ForwardParams& p, F f) {
   if (p.cell == id++) return with_dtype<Cell>(p.dtype, f);
   FASTRNN_FOR_EACH_CELL(FASTRNN_DISPATCH)
 #undef FASTRNN_DISPATCH
-  return with_dtype<LSTMCell>(p.dtype, f);  // not reached: the binding checks the cell
+  __builtin_unreachable();  // the binding checks the cell
 }
 
 struct Forward {
@@ -65,13 +65,14 @@ struct Forward {
 
 struct Backward {
   const BackwardParams& p;
+  const LayerBackwardParams* layer;
   const Plan& plan;
   Barrier& barrier;
   char* workspace;
   int thread;
   template <class Cell, class S>
   void operator()() const {
-    BackwardWorker<Cell, S>(p, plan, barrier, workspace, thread).run();
+    BackwardWorker<Cell, S>(p, layer, plan, barrier, workspace, thread).run();
   }
 };
 
@@ -89,10 +90,12 @@ struct ForwardWorkspace {
 
 struct BackwardWorkspace {
   const BackwardParams& p;
+  const LayerBackwardParams* layer;
+  const Plan& plan;
   template <class Cell, class S>
   int64_t operator()() const {
     Arena arena;
-    BackwardBuffers<Cell, typename Compute<S>::type>(p, arena);
+    BackwardBuffers<Cell, typename Compute<S>::type>(p, layer, plan, arena);
     return arena.used();
   }
 };
@@ -100,18 +103,22 @@ struct BackwardWorkspace {
 inline int64_t forward_workspace(const ForwardParams& p, const LayerParams* layer, const Plan& plan) {
   return with_cell(p, ForwardWorkspace{p, layer, plan});
 }
-inline int64_t backward_workspace(const BackwardParams& p) { return with_cell(p, BackwardWorkspace{p}); }
+inline int64_t backward_workspace(const BackwardParams& p, const LayerBackwardParams* layer, const Plan& plan) {
+  return with_cell(p, BackwardWorkspace{p, layer, plan});
+}
 inline void forward(const ForwardParams& p, const LayerParams* layer, const Plan& plan, Barrier& barrier,
                     char* workspace, int thread) {
   with_cell(p, Forward{p, layer, plan, barrier, workspace, thread});
 }
-inline void backward(const BackwardParams& p, const Plan& plan, Barrier& barrier, char* workspace, int thread) {
-  with_cell(p, Backward{p, plan, barrier, workspace, thread});
+inline void backward(const BackwardParams& p, const LayerBackwardParams* layer, const Plan& plan, Barrier& barrier,
+                     char* workspace, int thread) {
+  with_cell(p, Backward{p, layer, plan, barrier, workspace, thread});
 }
 
 inline int64_t gemm_workspace(const GemmParams& p) {
   Arena arena;
-  p.dtype == DType::kFloat64 ? void(GemmBuffers<double>(p, arena)) : void(GemmBuffers<float>(p, arena));
+  p.dtype == DType::kFloat64 ? void(GemmBuffers<double>(p.n, p.k, p.transpose_a, arena))
+                             : void(GemmBuffers<float>(p.n, p.k, p.transpose_a, arena));
   return arena.used();
 }
 inline void gemm(const GemmParams& p, char* workspace, int thread, int threads) {

@@ -84,10 +84,10 @@ bool run_forward(const ForwardParams& params, const LayerParams* layer, int thre
   });
 }
 
-bool run_backward(const BackwardParams& params, int threads) {
-  const Plan plan = make_plan(params, nullptr, threads);
-  return run(plan, kernels().backward_workspace(params), [&](Barrier& barrier, char* own, int thread) {
-    kernels().backward(params, plan, barrier, own, thread);
+bool run_backward(const BackwardParams& params, const LayerBackwardParams* layer, int threads) {
+  const Plan plan = make_backward_plan(params, layer, threads);
+  return run(plan, kernels().backward_workspace(params, layer, plan), [&](Barrier& barrier, char* own, int thread) {
+    kernels().backward(params, layer, plan, barrier, own, thread);
   });
 }
 
@@ -167,6 +167,18 @@ Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
   return plan;
 }
 
+Plan make_backward_plan(const BackwardParams& p, const LayerBackwardParams* layer, int threads) {
+  if (!layer) return make_plan(p, nullptr, threads);
+  LayerParams alike{};
+  alike.size = layer->size;
+  alike.weight_dtype = p.dtype;
+  Plan plan = make_plan(p, &alike, threads);
+  // Enough rows that adding to the weights' gradients is little beside the products, few enough for the caches.
+  constexpr int64_t kChunkRows = 512;
+  plan.chunk = std::clamp<int64_t>(kChunkRows / std::max<int64_t>(p.batch, 1), 1, std::max<int64_t>(p.steps, 1));
+  return plan;
+}
+
 void recurrent_forward(const ForwardParams& params, int threads) {
   if (!run_forward(params, nullptr, threads)) run_forward(params, nullptr, 1);
 }
@@ -176,7 +188,11 @@ void layer_forward(const ForwardParams& params, const LayerParams& layer, int th
 }
 
 void recurrent_backward(const BackwardParams& params, int threads) {
-  if (!run_backward(params, threads)) run_backward(params, 1);
+  if (!run_backward(params, nullptr, threads)) run_backward(params, nullptr, 1);
+}
+
+void layer_backward(const BackwardParams& params, const LayerBackwardParams& layer, int threads) {
+  if (!run_backward(params, &layer, threads)) run_backward(params, &layer, 1);
 }
 
 void gemm(const GemmParams& params, int threads) {

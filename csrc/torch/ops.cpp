@@ -4,6 +4,7 @@
 //   T steps, B batch, P groups, G gates, h hidden units a group, R width of state 0 (h, or the projected size),
 //   S saved values (cell_info). Results that do not apply have size 0; none aliases an argument or another result.
 //   initial: are the gradients of h_0 and c_0 wanted?
+//   batch_sizes [T]: of a packed sequence; tensors [T, B, ..] are [N, ..] then, as torch packs them.
 //   lengths [B] or [B, P], any integer dtype; resets bool [T, B] or [T, B, P]; reverse: P values.
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -34,10 +35,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward_cpu(
     c10::string_view cell, const Tensor& input, const Tensor& weight_ih, const OptionalTensor& bias_ih,
     const Tensor& weight_hh, const OptionalTensor& bias_hh, const OptionalTensor& weight_hr, const Tensor& h_0,
     const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
-    const OptionalTensor& reset_h, const OptionalTensor& reset_c, const c10::List<bool>& reverse, bool save) {
+    const OptionalTensor& reset_h, const OptionalTensor& reset_c, const c10::List<bool>& reverse, bool save,
+    const OptionalTensor& batch_sizes) {
   PreparedForward call = prepare_layer(
-      {cell, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse}, input, weight_ih,
-      bias_ih, save);
+      {cell, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, batch_sizes}, input,
+      weight_ih, bias_ih, save);
   if (call.params.batch > 0) cpu::layer_forward(call.params, call.layer, threads());
   return {call.output, call.h_n, call.c_n, call.saved};
 }
@@ -63,12 +65,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     const OptionalTensor& reset_h, const OptionalTensor& reset_c, const c10::List<bool>& reverse, const Tensor& output,
     const Tensor& saved, bool initial) {
   PreparedBackward call = prepare_backward(
-      {cell, weight_hh, std::nullopt, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse}, grad_output,
-      grad_h_n, grad_c_n, output, saved, initial);
+      {cell, weight_hh, std::nullopt, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse},
+      {grad_output, grad_h_n, grad_c_n, output, saved}, initial);
   if (call.params.batch > 0) cpu::recurrent_backward(call.params, threads());
   const auto dtype = output.scalar_type();
   return {call.grad_gates_ih, call.grad_gates_hh, call.grad_projected,        call.grad_h_0,
           call.grad_c_0,      call.grad_reset_h.to(dtype), call.grad_reset_c.to(dtype)};
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients layer_backward_cpu(c10::string_view cell, const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                             const OptionalTensor& grad_c_n, const OptionalTensor& input,
+                             const OptionalTensor& weight_ih, const Tensor& weight_hh, const Tensor& h_0,
+                             const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
+                             const OptionalTensor& reset_h, const OptionalTensor& reset_c,
+                             const c10::List<bool>& reverse, const Tensor& output, const Tensor& saved,
+                             const c10::List<bool>& wanted, const OptionalTensor& batch_sizes) {
+  PreparedBackward call = prepare_layer_backward({cell, weight_hh, std::nullopt, std::nullopt, h_0, c_0, lengths, resets,
+                                                  reset_h, reset_c, reverse, batch_sizes},
+                                                 {grad_output, grad_h_n, grad_c_n, output, saved}, input, weight_ih,
+                                                 wanted);
+  if (call.params.batch > 0) {
+    cpu::layer_backward(call.params, call.layer, threads());
+  } else {
+    for (const Tensor& x : {call.grad_weight_ih, call.grad_weight_hh, call.grad_bias_ih, call.grad_bias_hh}) x.zero_();
+  }
+  if (wanted[0]) call.grad_input = call.params.groups == 1 ? call.grad_input[0] : call.grad_input.sum(0);
+  return {call.grad_input, call.grad_weight_ih, call.grad_weight_hh, call.grad_bias_ih, call.grad_bias_hh,
+          call.grad_h_0,   call.grad_c_0,       call.grad_reset_h,   call.grad_reset_c};
 }
 
 Tensor gemm_cpu(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool transpose_a, bool transpose_b) {
@@ -120,7 +145,16 @@ TORCH_LIBRARY(fastrnn, m) {
   m.def(
       "layer_forward(str cell, Tensor input, Tensor weight_ih, Tensor? bias_ih, Tensor weight_hh, Tensor? bias_hh, "
       "Tensor? weight_hr, Tensor h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, "
-      "bool[] reverse, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)",
+      "bool[] reverse, bool save, Tensor? batch_sizes=None) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)",
+      {at::Tag::pt2_compliant_tag});
+  // Its gradients; recurrent_backward and the products around it. wanted: those of input, weight_ih, weight_hh, bias_ih,
+  // bias_hh, and of h_0 with c_0. Not with weight_hr; float32 and float64.
+  m.def(
+      "layer_backward(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? input, "
+      "Tensor? weight_ih, Tensor weight_hh, Tensor h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, Tensor? reset_h, "
+      "Tensor? reset_c, bool[] reverse, Tensor output, Tensor saved, bool[] wanted, Tensor? batch_sizes=None) -> "
+      "(Tensor grad_input, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, Tensor grad_bias_hh, "
+      "Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c)",
       {at::Tag::pt2_compliant_tag});
   // layer_forward for inference on a float32 input with weights of bfloat16 (no scales, no sums) or int8 in blocks; see
   // LayerParams in params.h and fastrnn/quantized.py.
@@ -143,12 +177,14 @@ TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("recurrent_forward", forward_cpu);
   m.impl("recurrent_backward", backward_cpu);
   m.impl("layer_forward", layer_forward_cpu);
+  m.impl("layer_backward", layer_backward_cpu);
   m.impl("quantized_forward", quantized_forward_cpu);
   m.impl("gemm", gemm_cpu);
 }
 
 TORCH_LIBRARY_IMPL(fastrnn, Autograd, m) {
   m.impl("layer_forward", torch::CppFunction::makeFromBoxedFunction<&without_derivative>());
+  m.impl("layer_backward", torch::CppFunction::makeFromBoxedFunction<&without_derivative>());
   m.impl("gemm", torch::CppFunction::makeFromBoxedFunction<&without_derivative>());
 }
 

@@ -180,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda
   const c10::cuda::CUDAGuard guard(output.device());
   PreparedBackward call = prepare_backward(
       {cell, weight_hh, std::nullopt, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse},
-      grad_output, grad_h_n, grad_c_n, output, saved, initial);
+      {grad_output, grad_h_n, grad_c_n, output, saved}, initial);
   const BackwardParams& p = call.params;
   if (p.batch > 0) {
     const cuda::Choice choice = choose("recurrent_backward", p, true);

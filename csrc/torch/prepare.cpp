@@ -20,7 +20,25 @@ std::string text(at::IntArrayRef sizes) {
 
 struct Dims {
   int64_t T, B, P, G, h, R, S;
+  bool packed;
+  int64_t rows;  // T * B, or N of a packed sequence
 };
+
+// Checked: what a packed sequence's batch sizes must be for [N, ..] tensors of `rows` rows.
+const int64_t* checked_batch_sizes(const char* op, const Tensor& x, int64_t rows) {
+  TORCH_CHECK(x.scalar_type() == at::kLong && x.is_cpu() && x.dim() == 1 && x.size(0) > 0 && x.is_contiguous(), op,
+              ": batch_sizes: expected a contiguous vector of int64 on the CPU, got ", x.scalar_type(), " ",
+              text(x.sizes()), " on ", x.device());
+  const int64_t* sizes = x.const_data_ptr<int64_t>();
+  int64_t sum = 0;
+  for (int64_t t = 0; t < x.size(0); ++t) {
+    TORCH_CHECK_VALUE(sizes[t] >= 0 && (t == 0 || sizes[t] <= sizes[t - 1]), op,
+                      ": batch_sizes: expected sizes that do not grow, got ", sizes[t], " at index ", t);
+    sum += sizes[t];
+  }
+  TORCH_CHECK_VALUE(sum == rows, op, ": batch_sizes: expected a sum of ", rows, " (rows of data), got ", sum);
+  return sizes;
+}
 
 // Checks an op's tensors one by one against the sizes, dtype and device of gates_ih (or output).
 class Door {
@@ -39,12 +57,21 @@ class Door {
         TORCH_CHECK_TYPE(false, op_, ": ", reference_name,
                          ": expected float32, float64, bfloat16 or float16, got ", reference.scalar_type());
     }
-    TORCH_CHECK(reference.dim() == 3, op_, ": ", reference_name, ": expected 3 dimensions, got ",
+    const int64_t dims = args.batch_sizes ? 2 : 3;
+    TORCH_CHECK(reference.dim() == dims, op_, ": ", reference_name, ": expected ", dims, " dimensions, got ",
                 text(reference.sizes()));
     TORCH_CHECK(weight.size() == 3, op_, ": weight_hh: expected 3 dimensions (groups, gates * hidden, width), got ",
                 text(weight));
     dims_ = {reference.size(0), reference.size(1), weight[0], info_.gates, weight[1] / info_.gates, weight[2],
-             info_.saved};
+             info_.saved, args.batch_sizes.has_value(), 0};
+    dims_.rows = dims_.packed ? reference.size(0) : dims_.T * dims_.B;
+    if (dims_.packed) {
+      batch_sizes_ = checked_batch_sizes(op, *args.batch_sizes, dims_.rows);
+      dims_.T = args.batch_sizes->size(0);
+      dims_.B = batch_sizes_[0];
+      TORCH_CHECK(!args.lengths && !args.resets, op_, ": ", args.lengths ? "lengths" : "resets",
+                  ": expected none with batch_sizes, got a tensor");
+    }
     TORCH_CHECK(dims_.P > 0 && dims_.h > 0 && dims_.R > 0 && weight[1] == info_.gates * dims_.h, op_,
                 ": weight_hh: expected (groups, ", info_.gates, " * hidden, width) with every size above 0, got ",
                 text(weight));
@@ -81,6 +108,11 @@ class Door {
     device(name, x);
   }
 
+  // The sizes of a tensor [T, B, n], or [N, n] of a packed sequence.
+  std::vector<int64_t> sequence(int64_t n) const {
+    return dims_.packed ? std::vector<int64_t>{dims_.rows, n} : std::vector<int64_t>{dims_.T, dims_.B, n};
+  }
+
   // Checked, contiguous, kept alive; null for an absent tensor.
   const void* read(const char* name, const OptionalTensor& x, at::IntArrayRef expected) {
     if (!x) return nullptr;
@@ -89,26 +121,26 @@ class Door {
     return keep.back().const_data_ptr();
   }
 
-  // The same where only the last dimension must be contiguous: strides of the first two are returned.
-  const void* read_strided(const char* name, const OptionalTensor& x, at::IntArrayRef expected, int64_t& stride_t,
+  // The same for a sequence of n features, of which only the last dimension must be contiguous.
+  const void* read_strided(const char* name, const OptionalTensor& x, int64_t n, int64_t& stride_t,
                            int64_t& stride_b) {
     if (!x) return nullptr;
-    floating(name, *x, expected);
-    keep.push_back(x->stride(2) == 1 || x->size(2) == 1 ? *x : x->contiguous());
-    stride_t = keep.back().stride(0);
-    stride_b = keep.back().stride(1);
+    floating(name, *x, sequence(n));
+    keep.push_back(x->stride(-1) == 1 || x->size(-1) == 1 ? *x : x->contiguous());
+    stride_t = keep.back().stride(0);  // not read where packed
+    stride_b = keep.back().stride(-2);
     return keep.back().const_data_ptr();
   }
 
   void weights(const Recurrence& args, ForwardParams& p) {
-    const auto [T, B, P, G, h, R, S] = dims_;
+    const auto [T, B, P, G, h, R, S, packed, rows] = dims_;
     p.weight_hh = read("weight_hh", args.weight_hh, {P, G * h, R});
     p.weight_hr = read("weight_hr", args.weight_hr, {P, R, h});
   }
 
   // All but the weights.
-  void fill(const Recurrence& args, ForwardParams& p, std::vector<uint8_t>& reverse) {
-    const auto [T, B, P, G, h, R, S] = dims_;
+  void fill(const Recurrence& args, ForwardParams& p, Owned& own) {
+    const auto [T, B, P, G, h, R, S, packed, rows] = dims_;
     p.steps = T;
     p.batch = B;
     p.groups = P;
@@ -119,9 +151,12 @@ class Door {
     p.bias_hh = read("bias_hh", args.bias_hh, {P, G * h});
     p.h_0 = read("h_0", args.h_0, {B, P * R});
     p.c_0 = read("c_0", args.c_0, {B, P * h});
-    for (const bool r : args.reverse) reverse.push_back(r);
-    p.reverse = reverse.data();
-    lengths(args, p);
+    for (const bool r : args.reverse) own.reverse.push_back(r);
+    p.reverse = own.reverse.data();
+    if (packed)
+      packing(p, own);
+    else
+      lengths(args, p);
     resets(args, p);
   }
 
@@ -139,6 +174,20 @@ class Door {
   void device(const char* name, const Tensor& x) const {
     TORCH_CHECK(x.device() == reference_.device(), op_, ": ", name, ": expected device ", reference_.device(),
                 " (that of ", reference_name_, "), got ", x.device());
+  }
+
+  void packing(ForwardParams& p, Owned& own) {
+    own.lengths.assign(dims_.B, 0);
+    int64_t row = 0;
+    for (int64_t t = 0; t < dims_.T; ++t) {
+      own.step_rows.push_back(row);
+      row += batch_sizes_[t];
+      const int64_t ending = batch_sizes_[t] - (t + 1 < dims_.T ? batch_sizes_[t + 1] : 0);
+      for (int64_t i = 1; i <= ending; ++i) own.lengths[batch_sizes_[t] - i] = t + 1;
+    }
+    p.step_rows = own.step_rows.data();
+    p.lengths = own.lengths.data();
+    p.lengths_stride_b = 1;
   }
 
   void lengths(const Recurrence& args, ForwardParams& p) {
@@ -160,7 +209,7 @@ class Door {
   }
 
   void resets(const Recurrence& args, ForwardParams& p) {
-    const auto [T, B, P, G, h, R, S] = dims_;
+    const auto [T, B, P, G, h, R, S, packed, rows] = dims_;
     TORCH_CHECK(args.resets || !(args.reset_h || args.reset_c), op_, ": ", args.reset_h ? "reset_h" : "reset_c",
                 ": expected none without resets, got a tensor");
     TORCH_CHECK(info_.states > 1 || !args.reset_c, op_, ": reset_c: expected none for cell '", info_.name,
@@ -187,6 +236,7 @@ class Door {
   const CellInfo& info_;
   DType dtype_;
   Dims dims_;
+  const int64_t* batch_sizes_ = nullptr;
 };
 
 void* data_or_null(const Tensor& x) { return x.numel() ? x.mutable_data_ptr() : nullptr; }
@@ -206,14 +256,14 @@ namespace {
 
 // What both forms of the forward call share, after the door has seen the sequence.
 void prepare_results(Door& door, const Recurrence& args, bool save, PreparedForward& out) {
-  const auto [T, B, P, G, h, R, S] = door.dims();
+  const auto [T, B, P, G, h, R, S, packed, rows] = door.dims();
   ForwardParams& p = out.params;
-  door.fill(args, p, out.reverse);
-  const bool padded = p.lengths != nullptr, c = door.info().states > 1;
-  out.output = door.result({T, B, P * R}, padded);
+  door.fill(args, p, out.own);
+  const bool padded = p.lengths && !packed, c = door.info().states > 1;
+  out.output = door.result(door.sequence(P * R), padded);
   out.h_n = door.empty({B, P * R});
   out.c_n = c ? door.empty({B, P * h}) : door.absent();
-  out.saved = save ? door.result({T, B, P * S * h}, padded) : door.absent();
+  out.saved = save ? door.result(door.sequence(P * S * h), padded) : door.absent();
   p.output = data_or_null(out.output);
   p.h_n = data_or_null(out.h_n);
   p.c_n = data_or_null(out.c_n);
@@ -225,10 +275,10 @@ void prepare_results(Door& door, const Recurrence& args, bool save, PreparedForw
 
 PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save) {
   Door door("recurrent_forward", args, gates_ih, "gates_ih", args.weight_hh.sizes());
-  const auto [T, B, P, G, h, R, S] = door.dims();
+  const auto [T, B, P, G, h, R, S, packed, rows] = door.dims();
   PreparedForward out;
   ForwardParams& p = out.params;
-  p.gates_ih = door.read_strided("gates_ih", gates_ih, {T, B, P * G * h}, p.gates_ih_stride_t, p.gates_ih_stride_b);
+  p.gates_ih = door.read_strided("gates_ih", gates_ih, P * G * h, p.gates_ih_stride_t, p.gates_ih_stride_b);
   door.weights(args, out.params);
   prepare_results(door, args, save, out);
   return out;
@@ -237,11 +287,11 @@ PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, 
 PreparedForward prepare_layer(const Recurrence& args, const Tensor& input, const Tensor& weight_ih,
                               const OptionalTensor& bias_ih, bool save) {
   Door door("layer_forward", args, input, "input", args.weight_hh.sizes());
-  const auto [T, B, P, G, h, R, S] = door.dims();
+  const auto [T, B, P, G, h, R, S, packed, rows] = door.dims();
   PreparedForward out;
   LayerParams& p = out.layer;
-  p.size = input.size(2);
-  p.input = door.read_strided("input", input, {T, B, p.size}, p.input_stride_t, p.input_stride_b);
+  p.size = input.size(-1);
+  p.input = door.read_strided("input", input, p.size, p.input_stride_t, p.input_stride_b);
   p.weight = door.read("weight_ih", weight_ih, {P, G * h, p.size});
   p.bias = door.read("bias_ih", bias_ih, {P, G * h});
   p.weight_dtype = door.dtype();
@@ -267,12 +317,12 @@ PreparedForward prepare_quantized(const Recurrence& args, const Tensor& input, c
   const int64_t groups = args.reverse.size(), gates = kCells[find_cell(args.cell)].gates, R0 = width("h_0", args.h_0);
   const int64_t h0 = args.c_0 ? width("c_0", *args.c_0) : R0;
   Door door(op, args, input, "input", {groups, gates * h0, R0});
-  const auto [T, B, P, G, h, R, S] = door.dims();
+  const auto [T, B, P, G, h, R, S, packed, rows] = door.dims();
   PreparedForward out;
   LayerParams& p = out.layer;
   p.size = input.size(2);
   p.weight_dtype = int8 ? DType::kInt8 : DType::kBFloat16;
-  p.input = door.read_strided("input", input, {T, B, p.size}, p.input_stride_t, p.input_stride_b);
+  p.input = door.read_strided("input", input, p.size, p.input_stride_t, p.input_stride_b);
   p.bias = door.read("bias_ih", bias_ih, {P, G * h});
   const int64_t blocks = (h + 15) / 16;
   const auto weight = [&](const char* name, const Tensor& x, int64_t n) {
@@ -295,39 +345,86 @@ PreparedForward prepare_quantized(const Recurrence& args, const Tensor& input, c
   return out;
 }
 
-PreparedBackward prepare_backward(const Recurrence& args, const OptionalTensor& grad_output,
-                                  const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n, const Tensor& output,
-                                  const Tensor& saved, bool initial) {
-  Door door("recurrent_backward", args, output, "output", args.weight_hh.sizes());
-  const auto [T, B, P, G, h, R, S] = door.dims();
-  PreparedBackward out;
+namespace {
+
+// What both forms of the backward call share.
+void prepare_gradients(const char* op, Door& door, const Recurrence& args, const Given& given, bool initial,
+                       PreparedBackward& out) {
+  const auto [T, B, P, G, h, R, S, packed, rows] = door.dims();
   BackwardParams& p = out.params;
   door.weights(args, p);
-  door.fill(args, p, out.reverse);
-  const bool padded = p.lengths != nullptr, c = door.info().states > 1;
-  TORCH_CHECK(c || !grad_c_n, "recurrent_backward: grad_c_n: expected none for cell '", door.info().name,
-              "', got a tensor");
-  p.grad_output = door.read_strided("grad_output", grad_output, {T, B, P * R}, p.grad_output_stride_t,
-                                    p.grad_output_stride_b);
-  p.grad_h_n = door.read("grad_h_n", grad_h_n, {B, P * R});
-  p.grad_c_n = door.read("grad_c_n", grad_c_n, {B, P * h});
-  p.output = const_cast<void*>(door.read("output", output, {T, B, P * R}));
-  p.saved = const_cast<void*>(door.read("saved", saved, {T, B, P * S * h}));
-
-  out.grad_gates_ih = door.result({T, B, P * G * h}, padded);
-  out.grad_gates_hh = door.info().separate_gates_hh ? door.result({T, B, P * G * h}, padded) : door.absent();
-  out.grad_projected = args.weight_hr ? door.result({T, B, P * R}, padded) : door.absent();
+  door.fill(args, p, out.own);
+  const bool c = door.info().states > 1;
+  TORCH_CHECK(c || !given.grad_c_n, op, ": grad_c_n: expected none for cell '", door.info().name, "', got a tensor");
+  p.grad_output =
+      door.read_strided("grad_output", given.grad_output, P * R, p.grad_output_stride_t, p.grad_output_stride_b);
+  p.grad_h_n = door.read("grad_h_n", given.grad_h_n, {B, P * R});
+  p.grad_c_n = door.read("grad_c_n", given.grad_c_n, {B, P * h});
+  p.output = const_cast<void*>(door.read("output", given.output, door.sequence(P * R)));
+  p.saved = const_cast<void*>(door.read("saved", given.saved, door.sequence(P * S * h)));
   out.grad_h_0 = initial ? door.empty({B, P * R}) : door.absent();
   out.grad_c_0 = initial && c ? door.empty({B, P * h}) : door.absent();
   out.grad_reset_h = args.reset_h ? door.accumulator({B, P * R}) : door.absent();
   out.grad_reset_c = args.reset_c ? door.accumulator({B, P * h}) : door.absent();
-  p.grad_gates_ih = data_or_null(out.grad_gates_ih);
-  p.grad_gates_hh = data_or_null(out.grad_gates_hh);
-  p.grad_projected = data_or_null(out.grad_projected);
   p.grad_h_0 = data_or_null(out.grad_h_0);
   p.grad_c_0 = data_or_null(out.grad_c_0);
   p.grad_reset_h = data_or_null(out.grad_reset_h);
   p.grad_reset_c = data_or_null(out.grad_reset_c);
+}
+
+}  // namespace
+
+PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bool initial) {
+  const char* op = "recurrent_backward";
+  Door door(op, args, given.output, "output", args.weight_hh.sizes());
+  const auto [T, B, P, G, h, R, S, packed, rows] = door.dims();
+  PreparedBackward out;
+  BackwardParams& p = out.params;
+  prepare_gradients(op, door, args, given, initial, out);
+  const bool padded = p.lengths != nullptr;
+  out.grad_gates_ih = door.result({T, B, P * G * h}, padded);
+  out.grad_gates_hh = door.info().separate_gates_hh ? door.result({T, B, P * G * h}, padded) : door.absent();
+  out.grad_projected = args.weight_hr ? door.result({T, B, P * R}, padded) : door.absent();
+  p.grad_gates_ih = data_or_null(out.grad_gates_ih);
+  p.grad_gates_hh = data_or_null(out.grad_gates_hh);
+  p.grad_projected = data_or_null(out.grad_projected);
+  out.keep = std::move(door.keep);
+  return out;
+}
+
+PreparedBackward prepare_layer_backward(const Recurrence& args, const Given& given, const OptionalTensor& input,
+                                        const OptionalTensor& weight_ih, const c10::List<bool>& wanted) {
+  const char* op = "layer_backward";
+  TORCH_CHECK(wanted.size() == 6, op, ": wanted: expected 6 values, got ", wanted.size());
+  TORCH_CHECK(!wanted[0] || weight_ih, op, ": weight_ih: expected a tensor where input's gradient is wanted, got none");
+  TORCH_CHECK(!wanted[1] || input, op, ": input: expected a tensor where weight_ih's gradient is wanted, got none");
+  TORCH_CHECK(!args.weight_hr, op, ": weight_hr: expected none, got a tensor");
+  Door door(op, args, given.output, "output", args.weight_hh.sizes());
+  TORCH_CHECK_TYPE(door.dtype() == DType::kFloat32 || door.dtype() == DType::kFloat64, op,
+                   ": output: expected float32 or float64, got ", given.output.scalar_type());
+  const auto [T, B, P, G, h, R, S, packed, rows] = door.dims();
+  PreparedBackward out;
+  LayerBackwardParams& p = out.layer;
+  prepare_gradients(op, door, args, given, wanted[5], out);
+  p.size = input ? input->size(-1) : weight_ih ? weight_ih->size(-1) : 0;
+  p.rows = rows;
+  p.separate_gates_hh = door.info().separate_gates_hh;
+  p.input = door.read_strided("input", input, p.size, p.input_stride_t, p.input_stride_b);
+  p.weight = door.read("weight_ih", weight_ih, {P, G * h, p.size});
+  auto parts = door.sequence(p.size);
+  parts.insert(parts.begin(), P);
+  const bool padded = out.params.lengths && !packed;
+  out.grad_input = wanted[0] ? door.result(parts, padded) : door.absent();
+  const auto gradient = [&](int i, at::IntArrayRef sizes) { return wanted[i] ? door.empty(sizes) : door.absent(); };
+  out.grad_weight_ih = gradient(1, {P, G * h, p.size});
+  out.grad_weight_hh = gradient(2, {P, G * h, R});
+  out.grad_bias_ih = gradient(3, {P, G * h});
+  out.grad_bias_hh = gradient(4, {P, G * h});
+  p.grad_input = data_or_null(out.grad_input);
+  p.grad_weight_ih = data_or_null(out.grad_weight_ih);
+  p.grad_weight_hh = data_or_null(out.grad_weight_hh);
+  p.grad_bias_ih = data_or_null(out.grad_bias_ih);
+  p.grad_bias_hh = data_or_null(out.grad_bias_hh);
   out.keep = std::move(door.keep);
   return out;
 }

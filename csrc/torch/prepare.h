@@ -23,6 +23,14 @@ struct Recurrence {
   Tensor h_0;
   OptionalTensor c_0, lengths, resets, reset_h, reset_c;
   c10::List<bool> reverse;
+  // Of a packed sequence: int64 [T]; tensors [T, B, ..] are [N, ..] then, rows sorted by length.
+  OptionalTensor batch_sizes = std::nullopt;
+};
+
+// What the params point at that no tensor holds.
+struct Owned {
+  std::vector<uint8_t> reverse;
+  std::vector<int64_t> lengths, step_rows;
 };
 
 struct PreparedForward {
@@ -30,14 +38,23 @@ struct PreparedForward {
   LayerParams layer{};       // of a whole layer's call
   Tensor output, h_n, c_n, saved;  // an absent one has size 0
   std::vector<Tensor> keep;        // inputs as the kernel reads them
-  std::vector<uint8_t> reverse;
+  Owned own;
+};
+
+// What a backward call is given beside Recurrence.
+struct Given {
+  OptionalTensor grad_output, grad_h_n, grad_c_n;
+  Tensor output, saved;
 };
 
 struct PreparedBackward {
   BackwardParams params{};
-  Tensor grad_gates_ih, grad_gates_hh, grad_projected, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c;
+  LayerBackwardParams layer{};  // of a whole layer's call
+  Tensor grad_gates_ih, grad_gates_hh, grad_projected;  // of a recurrence's
+  Tensor grad_input, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh;  // of a layer's
+  Tensor grad_h_0, grad_c_0, grad_reset_h, grad_reset_c;
   std::vector<Tensor> keep;
-  std::vector<uint8_t> reverse;
+  Owned own;
 };
 
 PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save);
@@ -53,9 +70,10 @@ struct Narrow {
 PreparedForward prepare_quantized(const Recurrence& args, const Tensor& input, const Narrow& narrow,
                                   const OptionalTensor& bias_ih);
 
-PreparedBackward prepare_backward(const Recurrence& args, const OptionalTensor& grad_output,
-                                  const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n, const Tensor& output,
-                                  const Tensor& saved, bool initial);
+PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bool initial);
+// wanted: the gradients of input (a part for every group), weight_ih, weight_hh, bias_ih, bias_hh; of h_0 and c_0.
+PreparedBackward prepare_layer_backward(const Recurrence& args, const Given& given, const OptionalTensor& input,
+                                        const OptionalTensor& weight_ih, const c10::List<bool>& wanted);
 
 struct PreparedGemm {
   GemmParams params{};

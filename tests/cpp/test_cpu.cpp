@@ -6,6 +6,7 @@
 // before one run and with another byte before a second: a result that differs afterwards comes from memory that was read
 // before it was written, or was never written itself. The two runs have equal plans; a third, on one thread, must agree
 // up to rounding.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -159,13 +160,17 @@ bool same(const char* what, const Array& a, const Array& b, double tolerance) {
 
 struct Results {
   Array output, h_n, c_n, saved, grad_gates_ih, grad_gates_hh, grad_projected, grad_h_0, grad_c_0, grad_reset_h,
-      grad_reset_c;
-  static constexpr int kCount = 11;
-  const Array* all[kCount] = {&output,        &h_n,            &c_n,      &saved,    &grad_gates_ih, &grad_gates_hh,
-                              &grad_projected, &grad_h_0,      &grad_c_0, &grad_reset_h, &grad_reset_c};
+      grad_reset_c, grad_input, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh;
+  static constexpr int kCount = 16;
+  const Array* all[kCount] = {&output,         &h_n,          &c_n,            &saved,          &grad_gates_ih,
+                              &grad_gates_hh,  &grad_projected, &grad_h_0,     &grad_c_0,       &grad_reset_h,
+                              &grad_reset_c,   &grad_input,   &grad_weight_ih, &grad_weight_hh, &grad_bias_ih,
+                              &grad_bias_hh};
 };
-const char* const kNames[] = {"output",         "h_n",      "c_n",      "saved",        "grad_gates_ih", "grad_gates_hh",
-                              "grad_projected", "grad_h_0", "grad_c_0", "grad_reset_h", "grad_reset_c"};
+const char* const kNames[] = {"output",         "h_n",          "c_n",            "saved",          "grad_gates_ih",
+                              "grad_gates_hh",  "grad_projected", "grad_h_0",     "grad_c_0",       "grad_reset_h",
+                              "grad_reset_c",   "grad_input",   "grad_weight_ih", "grad_weight_hh", "grad_bias_ih",
+                              "grad_bias_hh"};
 
 bool check_call() {
   BackwardParams p{};
@@ -178,26 +183,40 @@ bool check_call() {
   p.groups = draw(1, 3);
   p.hidden = size();
   const bool second = info.states > 1, projected = second && coin();
+  const bool whole = !projected && bytes_of(p.dtype) >= 4 && coin();  // a layer's backward call
   p.width = projected ? size() : p.hidden;
   const int64_t T = p.steps, B = p.batch, P = p.groups, h = p.hidden, R = p.width, G = info.gates, S = info.saved;
   const DType d = p.dtype;
   const DType wide = bytes_of(d) == 2 ? DType::kFloat32 : d;
 
+  const bool resets_given = coin(), per_group = coin();
+  std::vector<int64_t> lengths(per_group ? B * P : B), step_rows(T);
+  for (int64_t& n : lengths) n = draw(0, T);
+  int64_t N = T * B;
+  const bool packed = !resets_given && !per_group && coin();
+  if (packed) {
+    std::sort(lengths.rbegin(), lengths.rend());
+    N = 0;
+    for (int64_t t = 0; t < T; ++t) {
+      step_rows[t] = N;
+      for (const int64_t n : lengths) N += n > t;
+    }
+    p.step_rows = step_rows.data();
+  }
+
   LayerParams projection{};
   projection.size = size();
   projection.weight_dtype = d;
   const int64_t I = projection.size;
-  Array gates(d, T * B * P * G * h), weight_hh(d, P * G * h * R), bias_hh(d, P * G * h, coin()),
+  Array gates(d, N * P * G * h), weight_hh(d, P * G * h * R), bias_hh(d, P * G * h, coin()),
       weight_hr(d, P * R * h, projected), h_0(d, B * P * R), c_0(d, B * P * h, second);
-  Array input(d, T * B * I), weight_ih(d, P * G * h * I), bias_ih(d, P * G * h, coin());
+  Array input(d, N * I), weight_ih(d, P * G * h * I), bias_ih(d, P * G * h, coin());
   for (Array* x : {&gates, &weight_hh, &bias_hh, &weight_hr, &h_0, &c_0, &input, &weight_ih, &bias_ih}) x->random();
   for (auto [x, n] : {std::pair{&weight_hh, R}, {&weight_hr, h}, {&weight_ih, I}})  // sums of order 1
     for (int64_t i = 0; x->data && i < x->count; ++i) x->put(i, x->get(i) / std::sqrt(double(n)));
-  const bool resets_given = coin(), restart = resets_given && coin(), per_group = coin();
+  const bool restart = resets_given && coin();
   Array reset_h(d, B * P * R, restart), reset_c(d, B * P * h, restart && second);
   reset_h.random(), reset_c.random();
-  std::vector<int64_t> lengths(per_group ? B * P : B);
-  for (int64_t& n : lengths) n = draw(0, T);
   std::vector<uint8_t> resets(T * B * (per_group ? P : 1)), reverse(P);
   for (uint8_t& r : resets) r = draw(0, 2) == 0;
   for (uint8_t& r : reverse) r = coin();
@@ -210,7 +229,7 @@ bool check_call() {
   p.weight_hr = weight_hr.data;
   p.h_0 = h_0.data;
   p.c_0 = c_0.data;
-  if (coin()) {
+  if (packed || coin()) {
     p.lengths = lengths.data();
     p.lengths_stride_b = per_group ? P : 1;
     p.lengths_stride_p = per_group;
@@ -245,7 +264,7 @@ bool check_call() {
   const LayerParams* given = layer ? &projection : nullptr;
   if (layer) p.gates_ih = nullptr;
 
-  Array grad_output(d, T * B * P * R, coin()), grad_h_n(d, B * P * R, coin()), grad_c_n(d, B * P * h, second && coin());
+  Array grad_output(d, N * P * R, coin()), grad_h_n(d, B * P * R, coin()), grad_c_n(d, B * P * h, second && coin());
   grad_output.random(), grad_h_n.random(), grad_c_n.random();
   p.grad_output = grad_output.data;
   p.grad_output_stride_b = P * R;
@@ -253,11 +272,21 @@ bool check_call() {
   p.grad_h_n = grad_h_n.data;
   p.grad_c_n = grad_c_n.data;
   const bool initial = coin();
+  LayerBackwardParams products{};
+  products.size = I;
+  products.rows = N;
+  products.separate_gates_hh = info.separate_gates_hh;
+  products.input = input.data;
+  products.input_stride_b = I;
+  products.input_stride_t = B * I;
+  products.weight = weight_ih.data;
+  const LayerBackwardParams* layer_backward = whole ? &products : nullptr;
 
   const auto compute = [&](const Plan& forward_plan, const Plan& backward_plan, int byte, Results& r) {
     for (const Array* x : r.all) const_cast<Array*>(x)->fill(byte);
     if (p.lengths)
-      for (Array* x : {&r.output, &r.saved, &r.grad_gates_ih, &r.grad_gates_hh, &r.grad_projected}) x->fill(0);
+      for (Array* x : {&r.output, &r.saved, &r.grad_gates_ih, &r.grad_gates_hh, &r.grad_projected, &r.grad_input})
+        x->fill(0);
     r.grad_reset_h.fill(0), r.grad_reset_c.fill(0);
     p.output = r.output.data;
     p.h_n = r.h_n.data;
@@ -277,20 +306,32 @@ bool check_call() {
     p.grad_c_0 = r.grad_c_0.data;
     p.grad_reset_h = r.grad_reset_h.data;
     p.grad_reset_c = r.grad_reset_c.data;
-    run(backward_plan, kernels().backward_workspace(p), byte,
-        [&](Barrier& barrier, char* own, int thread) { kernels().backward(p, backward_plan, barrier, own, thread); });
+    products.grad_input = r.grad_input.data;
+    products.grad_weight_ih = r.grad_weight_ih.data;
+    products.grad_weight_hh = r.grad_weight_hh.data;
+    products.grad_bias_ih = r.grad_bias_ih.data;
+    products.grad_bias_hh = r.grad_bias_hh.data;
+    run(backward_plan, kernels().backward_workspace(p, layer_backward, backward_plan), byte,
+        [&](Barrier& barrier, char* own, int thread) {
+          kernels().backward(p, layer_backward, backward_plan, barrier, own, thread);
+        });
   };
+  const bool wants[] = {coin(), coin(), coin(), coin(), coin()};
   const auto results = [&] {
     return std::unique_ptr<Results>(new Results{
-        {d, T * B * P * R}, {d, B * P * R}, {d, B * P * h, second}, {d, T * B * P * S * h}, {d, T * B * P * G * h},
-        {d, T * B * P * G * h, info.separate_gates_hh}, {d, T * B * P * R, projected}, {d, B * P * R, initial},
-        {d, B * P * h, initial && second}, {wide, B * P * R, restart}, {wide, B * P * h, restart && second}});
+        {d, N * P * R}, {d, B * P * R}, {d, B * P * h, second}, {d, N * P * S * h}, {d, N * P * G * h, !whole},
+        {d, N * P * G * h, !whole && info.separate_gates_hh}, {d, N * P * R, projected}, {d, B * P * R, initial},
+        {d, B * P * h, initial && second}, {wide, B * P * R, restart}, {wide, B * P * h, restart && second},
+        {d, P * N * I, whole && wants[0]}, {d, P * G * h * I, whole && wants[1]},
+        {d, P * G * h * R, whole && wants[2]}, {d, P * G * h, whole && wants[3]}, {d, P * G * h, whole && wants[4]}});
   };
-  const Plan forward_plan = random_plan(p, given), backward_plan = random_plan(p, nullptr);
+  const Plan forward_plan = random_plan(p, given);
+  Plan backward_plan = random_plan(p, nullptr);
+  backward_plan.chunk = whole ? draw(1, T) : 0;
   const auto first = results(), again = results(), alone = results();
   compute(forward_plan, backward_plan, 0xff, *first);
   compute(forward_plan, backward_plan, 0x3a, *again);
-  compute(make_plan(p, given, 1), make_plan(p, nullptr, 1), 0xff, *alone);
+  compute(make_plan(p, given, 1), make_backward_plan(p, layer_backward, 1), 0xff, *alone);
   static constexpr double kTolerance[] = {1e-4, 1e-11, 0.15, 2e-2};
   const double tolerance = kTolerance[int(d)];
   bool good = true;
@@ -298,9 +339,11 @@ bool check_call() {
     good = good && same(kNames[i], *first->all[i], *again->all[i], 0) &&
            same(kNames[i], *first->all[i], *alone->all[i], tolerance);
   if (!good)
-    std::printf("%s dtype %d weights %d T %ld B %ld P %ld h %ld R %ld I %ld layer %d lengths %d resets %d; teams %d of %d, rows %d\n",
-                info.name, int(d), int(n), long(T), long(B), long(P), long(h), long(R), long(I), layer, p.lengths != nullptr,
-                resets_given, forward_plan.teams, forward_plan.team_size, forward_plan.split_rows);
+    std::printf("%s dtype %d weights %d T %ld B %ld P %ld h %ld R %ld I %ld layer %d, %d lengths %d packed %d resets %d; "
+                "teams %d of %d, rows %d\n",
+                info.name, int(d), int(n), long(T), long(B), long(P), long(h), long(R), long(I), layer, whole,
+                p.lengths != nullptr, packed, resets_given, forward_plan.teams, forward_plan.team_size,
+                forward_plan.split_rows);
   return good;
 }
 
