@@ -14,6 +14,7 @@ from . import autograd as _autograd  # noqa: F401  (gives the ops their derivati
 from . import functional
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .quantized import quantize
+from .sequences import detach, pool
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "build_info",
+    "detach",
     "functional",
     "instruction_set",
+    "pool",
     "quantize",
 ]
 

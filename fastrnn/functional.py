@@ -32,6 +32,7 @@ class LayerWeights(NamedTuple):
 
 
 States = tuple[Tensor, ...]  # (h,) or (h, c)
+_TOKENS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def lstm(
@@ -48,7 +49,8 @@ def lstm(
     """Multi-layer, uni- or bidirectional LSTM (Hochreiter & Schmidhuber 1997; equations of ``torch.nn.LSTM``).
 
     Args:
-        input: [T, B, I], float32, float64, bfloat16 or float16.
+        input: [T, B, I], float32, float64, bfloat16 or float16; or tokens, integers [T, B] in [0, I): the rows of a
+            one-hot input, which is never made.
         state: ``(h_0, c_0)``, [L*D, B, R] and [L*D, B, H]; ``None`` for zeros.
         weights: ``weights[layer][direction]``; one direction, or two of which the second runs in reverse.
         dropout: probability that an output of any layer but the last is zeroed, when ``training``.
@@ -64,6 +66,7 @@ def lstm(
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; T is 0.
         ValueError, TypeError: lengths out of range or not integers; resets not bool; a state that is no pair.
+        IndexError: a token out of range, on the CPU.
     """
     output, states = _checked("lstm", input, state, weights, dropout, training, lengths, resets, reset_state)
     return output, (states[0], states[1])
@@ -142,12 +145,17 @@ def given_states(cell: str, name: str, state: Any) -> States:
     raise TypeError(f"{name}: expected {wanted}, got {got}")
 
 
+def are_tokens(input: Tensor) -> bool:
+    """Does it hold tokens, [T, B] or fewer dimensions? Integers of more dimensions are features of a wrong dtype."""
+    return not input.is_floating_point() and input.dtype in _TOKENS and input.dim() < 3
+
+
 def given_lengths(lengths: Any, input: Tensor) -> tuple[Tensor, Tensor]:
-    """lengths as int64 on the device of input [T, B, I], and the input with zeros in its padding.
+    """lengths as int64 on the device of input [T, B, I] or [T, B], and the input with zeros in its padding.
 
     The recurrence ignores the padding, but a NaN there would reach weight_ih's gradient through 0 * NaN.
     """
-    T, B, _ = input.shape
+    T, B = input.shape[:2]
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths: expected an integer tensor [{B}], got {type(lengths).__name__}")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
@@ -157,8 +165,8 @@ def given_lengths(lengths: Any, input: Tensor) -> tuple[Tensor, Tensor]:
     if lengths.is_meta and not input.is_meta:
         raise RuntimeError(f"lengths: expected a device with data, as {input.device}, got meta")
     lengths = lengths.to(input.device, torch.int64)
-    steps = torch.arange(T, device=input.device)[:, None]
-    return lengths, torch.where((steps < lengths)[..., None], input, 0)
+    valid = torch.arange(T, device=input.device)[:, None] < lengths
+    return lengths, torch.where(valid if input.dim() == 2 else valid[..., None], input, 0)
 
 
 def check_resets(resets: Any, reset_state: Any, expected: Sequence[int], device: torch.device) -> None:
@@ -177,8 +185,10 @@ def check_resets(resets: Any, reset_state: Any, expected: Sequence[int], device:
 
 
 def _check_weights(cell: str, input: Tensor, weights: Sequence[Sequence[LayerWeights]]) -> None:
-    gates, width = CELLS[cell].gates, input.shape[2]
-    cast = torch._C._is_any_autocast_enabled()
+    gates, cast = CELLS[cell].gates, torch._C._is_any_autocast_enabled()
+    width, dtype, whose = input.shape[-1], input.dtype, "input"
+    if are_tokens(input):
+        width, dtype, whose = weights[0][0].weight_ih.shape[-1], weights[0][0].weight_ih.dtype, "weight_ih"
     for layer in weights:
         first = layer[0]
         for name, matrix in zip(LayerWeights._fields[:2], first[:2], strict=True):
@@ -197,8 +207,8 @@ def _check_weights(cell: str, input: Tensor, weights: Sequence[Sequence[LayerWei
                     continue
                 if tuple(x.shape) != shape:
                     raise RuntimeError(f"{name}: expected {list(shape)}, got {list(x.shape)}")
-                if x.dtype != input.dtype and not cast:
-                    raise RuntimeError(f"{name}: expected {input.dtype} (that of input), got {x.dtype}")
+                if x.dtype != dtype and not cast:
+                    raise RuntimeError(f"{name}: expected {dtype} (that of {whose}), got {x.dtype}")
                 if x.device != input.device:
                     raise RuntimeError(f"{name}: expected device {input.device} (that of input), got {x.device}")
         width = len(layer) * R
@@ -217,7 +227,7 @@ def _checked(
 ) -> tuple[Tensor, States]:
     """What the public forms share: all checks, then the layers."""
     _check_input(input)
-    T, B, _ = input.shape
+    T, B = input.shape[:2]
     _check_weights(cell, input, weights)
     check_resets(resets, reset_state, (T, B), input.device)
     w = weights[0][0]
@@ -239,12 +249,12 @@ def _checked(
     start, fresh = states("state", state), states("reset_state", reset_state)
     if lengths is not None:
         lengths, input = given_lengths(lengths, input)
-    return _network(cell, input, start, weights, dropout, training, lengths, resets, fresh)
+    return _network(cell, input, start, weights, dropout, training, lengths, resets, fresh)[:2]
 
 
 def _check_input(input: Tensor) -> None:
-    if input.dim() != 3:
-        raise RuntimeError(f"input: expected 3 dimensions (T, B, I), got {list(input.shape)}")
+    if input.dim() != 3 and not (input.dim() == 2 and are_tokens(input)):
+        raise RuntimeError(f"input: expected 3 dimensions (T, B, I), or tokens (T, B), got {list(input.shape)}")
     if input.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
@@ -275,6 +285,7 @@ def _recurrence(
     lengths: Tensor | None,
     resets: Tensor | None,
     reset_states: States | None,
+    save: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op, with one group a direction. gates_ih [T, B, D*G*H]; states [B, D*n]."""
 
@@ -299,7 +310,7 @@ def _recurrence(
         fresh[0] if fresh else None,
         fresh[1] if len(fresh) > 1 else None,
         [direction == 1 for direction in range(len(weights))],
-        False,
+        save,
     )
 
 
@@ -313,7 +324,13 @@ def _network(
     lengths: Tensor | None,
     resets: Tensor | None,
     reset_states: States | None,
-) -> tuple[Tensor, States]:
+    all_states: bool = False,
+) -> tuple[Tensor, States, Tensor | None]:
+    """output, the final states and, for an LSTM with ``all_states``, every c of the last layer [T, B, D*H].
+
+    The latter is read from what the recurrence keeps for its backward anyway, so it has derivatives of every order. A
+    gradient that reaches it takes the composite (see ``saved`` in autograd.py); without one backward stays fused.
+    """
     _check_input(input)
     D = len(weights[0])
 
@@ -321,7 +338,7 @@ def _network(
         return None if states is None else tuple(_fold(s[layer * D : (layer + 1) * D]) for s in states)
 
     finals: list[States] = []
-    output = input
+    output, cells = input, None
     for layer, layer_weights in enumerate(weights):
         if layer > 0 and dropout > 0 and training:
             output = F.dropout(output, dropout, training=True)
@@ -330,24 +347,57 @@ def _network(
             first = layer_weights[0]
             widths = (first.weight_hh.shape[1], first.weight_hh.shape[0] // CELLS[cell].gates)
             start = tuple(output.new_zeros(input.shape[1], D * n) for n in widths[: CELLS[cell].states])
-        if fused.fits(output, layer_weights, (*start, *(fresh or ())), (lengths, resets)):
+        every_c = all_states and layer == len(weights) - 1
+        if not every_c and fused.fits(output, layer_weights, (*start, *(fresh or ())), (lengths, resets)):
             output, h_n, c_n = fused.layer(cell, output, layer_weights, start, lengths, resets, fresh)
         else:
+            if not output.is_floating_point() and not CELLS[cell].separate_gates_hh:
+                layer_weights = [_one_bias(w) for w in layer_weights]
             gates_ih = _project(output, layer_weights)
             start = tuple(x.to(gates_ih.dtype) for x in start) if states is None else start
-            output, h_n, c_n, _ = _recurrence(cell, gates_ih, layer_weights, start, lengths, resets, fresh)
+            output, h_n, c_n, saved = _recurrence(cell, gates_ih, layer_weights, start, lengths, resets, fresh, every_c)
+            if every_c:
+                S = CELLS[cell].saved
+                cells = torch.cat(saved.chunk(D * S, -1)[S - 1 :: S], -1)  # c is the last of each direction's values
         finals.append(tuple(_unfold(s, D) for s in (h_n, c_n)[: CELLS[cell].states]))
     if len(finals) == 1:
-        return output, finals[0]
-    return output, tuple(torch.cat(each) for each in zip(*finals, strict=True))
+        return output, finals[0], cells
+    return output, tuple(torch.cat(each) for each in zip(*finals, strict=True)), cells
 
 
 def _project(input: Tensor, weights: Sequence[LayerWeights]) -> Tensor:
     """W_ih x + b_ih for all steps and directions at once: [T, B, D*G*H]."""
+    if not input.is_floating_point():
+        parts = [
+            _look_up(input, w.weight_ih) if w.bias_ih is None else _look_up(input, w.weight_ih) + w.bias_ih
+            for w in weights
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     if len(weights) == 1:
         return F.linear(input, weights[0].weight_ih, weights[0].bias_ih)
     biases = [w.bias_ih for w in weights if w.bias_ih is not None]
     return F.linear(input, torch.cat([w.weight_ih for w in weights]), torch.cat(biases) if biases else None)
+
+
+def _look_up(tokens: Tensor, weight_ih: Tensor) -> Tensor:
+    """W_ih x for the one-hot rows x that the tokens stand for: [T, B, G*H] from [T, B]."""
+    if tokens.dtype not in (torch.int64, torch.int32):
+        tokens = tokens.long()
+    if torch.compiler.is_compiling():
+        return F.embedding(tokens, weight_ih.t())
+    try:
+        return F.embedding(tokens, weight_ih.t())
+    except IndexError as error:
+        hidden = torch._C._are_functorch_transforms_active()
+        got = "others" if hidden else f"{int(tokens.min())} to {int(tokens.max())}"
+        raise IndexError(f"input: expected tokens in [0, {weight_ih.shape[1]}) (input_size), got {got}") from error
+
+
+def _one_bias(weights: LayerWeights) -> LayerWeights:
+    """The same where both biases are added to the same gates: no pass over all looked-up rows for b_ih."""
+    if weights.bias_ih is None or weights.bias_hh is None:
+        return weights
+    return weights._replace(bias_ih=None, bias_hh=weights.bias_ih + weights.bias_hh)
 
 
 def _fold(state: Tensor) -> Tensor:

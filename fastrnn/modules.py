@@ -4,25 +4,38 @@ They derive from ``torch.nn.RNNBase``, which supplies names, checks, repr and pi
 and its siblings, which torch.compile refuses by name.
 
 ``forward`` takes three keyword arguments more than torch's: ``lengths``, ``resets`` and ``reset_state``; see
-:func:`fastrnn.functional.lstm`.
+:func:`fastrnn.functional.lstm`. An integer input is one of tokens: ``input_size`` is the size of the vocabulary, and
+[T, B] ([B, T] with batch_first, [T] unbatched, or packed) stands for the one-hot input, which is never made.
+
+Options that torch does not have are keyword-only arguments of the constructors:
+
+* ``learn_initial_state``: parameters ``h_0_l0`` [R] and, of an LSTM, ``c_0_l0`` [H] for every layer and direction,
+  named as the weights are and zero at first. They are the state where none is passed, and the ``reset_state``.
+* ``state_batch_first``: states come and go as [B, L*D, n] (unbatched ones are [L*D, n] as ever).
+* ``return_all_states`` (LSTM): ``forward`` returns a third result, the last layer's c after every step [T, B, D*H],
+  laid out and padded like the output. A gradient that reaches it makes backward the composite of ``reference.py``:
+  right to any order, but not fused.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import RNNBase
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
 from .functional import LayerWeights, States
+from .ops import CELLS
+
+_OPTIONS = ("learn_initial_state", "state_batch_first", "return_all_states")
 
 
-def _permute(x: Tensor, permutation: Tensor | None) -> Tensor:
-    return x if permutation is None else x.index_select(1, permutation)
+def _permute(x: Tensor, permutation: Tensor | None, dim: int = 1) -> Tensor:
+    return x if permutation is None else x.index_select(dim, permutation)
 
 
 def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
@@ -44,12 +57,102 @@ def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
 class _Recurrent(RNNBase):
     """What LSTM, GRU and RNN share. States are tuples here: (h,) or (h, c)."""
 
+    # Options of the constructors. An instance has only those that are on, so a plain one holds what torch's holds.
+    learn_initial_state: bool = False
+    state_batch_first: bool = False
+    return_all_states: bool = False
+
+    def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name, False) for name in _OPTIONS}
+        for name, value in options.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+        super().__init__(mode, *args, **kwargs)
+        for name in (name for name, on in options.items() if on):
+            setattr(self, name, True)
+        if self.learn_initial_state:
+            weight = getattr(self, self._all_weights[0][0])
+            for names, width in zip(self._initial_names(), self._state_widths(), strict=True):
+                for name in names:
+                    self.register_parameter(name, nn.Parameter(weight.new_zeros(width)))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.learn_initial_state:
+            for names in self._initial_names():
+                for name in names:
+                    nn.init.zeros_(getattr(self, name))
+
+    def extra_repr(self) -> str:
+        return ", ".join([super().extra_repr(), *(f"{name}=True" for name in _OPTIONS if getattr(self, name))])
+
+    def _state_widths(self) -> tuple[int, ...]:
+        """Of h and, for an LSTM, c."""
+        return (self.proj_size or self.hidden_size, self.hidden_size)[: CELLS[self.mode.lower()].states]
+
+    def _initial_names(self) -> list[list[str]]:
+        """Parameters of the initial state: of every layer and direction for h, then for c."""
+        suffixes = [names[0].removeprefix("weight_ih") for names in self._all_weights]
+        return [
+            [f"{state}_0{suffix}" for suffix in suffixes] for state, _ in zip("hc", self._state_widths(), strict=False)
+        ]
+
+    def _initial_states(self, batch: int) -> States:
+        return tuple(
+            torch.stack([getattr(self, name) for name in names]).unsqueeze(1).expand(-1, batch, -1)
+            for names in self._initial_names()
+        )
+
+    def store_by_token(self) -> Self:
+        """Lays ``weight_ih_l0`` (and its reverse) out in memory by token, as [I, G*H] transposed; returns self.
+
+        The look-up of tokens in a large vocabulary, and its gradient, then read and write whole rows, as those of an
+        embedding do, and not one number in every row. Shapes, values and the state_dict's names stay, and deepcopy,
+        pickle, ``to`` and ``load_state_dict`` keep the layout. Call it before the parameters are handed on. For dense
+        input it is slower, and what asks for contiguous parameters (FSDP2, safetensors) refuses it.
+        """
+        with torch.no_grad():
+            for names in self._all_weights[: 2 if self.bidirectional else 1]:
+                weight = getattr(self, names[0])
+                weight.data = weight.data.t().contiguous().t()
+        return self
+
+    def step(
+        self, x: Tensor, state: Any = None, *, resets: Tensor | None = None, reset_state: Any = None
+    ) -> tuple[Tensor, Any]:
+        """One time step, for sampling, acting and streaming: ``forward`` with T = 1.
+
+        Args:
+            x: [B, I], tokens [B], or unbatched [I] or a scalar token.
+            state: as ``forward`` takes and returns it.
+            resets: bool [B], or a scalar for unbatched x: where the state is replaced before the step.
+            reset_state: what it is replaced by.
+
+        Returns:
+            output [B, D*R] (unbatched [D*R]) and the state after the step.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+        dims = x.dim() if x.is_floating_point() else x.dim() + 1
+        if dims not in (1, 2):
+            raise ValueError(
+                f"x: expected [batch, input_size], tokens [batch] or one row of either, got {list(x.shape)}"
+            )
+        time = 1 if self.batch_first and dims == 2 else 0
+        if resets is None and reset_state is None:
+            output, state, *_ = self(x.unsqueeze(time), state)
+        else:
+            if isinstance(resets, Tensor):
+                resets = resets.unsqueeze(time)
+            output, state, *_ = self(x.unsqueeze(time), state, resets=resets, reset_state=reset_state)
+        return output.squeeze(time), state
+
     def flatten_parameters(self) -> None:
         """Does nothing: there is no flat weight buffer; parameters are read by name at each forward."""
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         weight = getattr(self, self._all_weights[0][0])
-        if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+        if input.dtype != weight.dtype and not functional.are_tokens(input) and not torch._C._is_any_autocast_enabled():
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
@@ -63,6 +166,8 @@ class _Recurrent(RNNBase):
 
     def _check_input_size(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         dims = 2 if batch_sizes is not None else 3
+        if functional.are_tokens(input) and input.dim() == dims - 1:
+            return
         if input.dim() != dims:
             raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
         if input.size(-1) != self.input_size:
@@ -79,8 +184,35 @@ class _Recurrent(RNNBase):
         directions = 2 if self.bidirectional else 1
         return [one_direction[i : i + directions] for i in range(0, len(one_direction), directions)]
 
-    def _network(self, input: Tensor, states: States | None, **sequence: Any) -> tuple[Tensor, States]:
-        """input [T, B, I] -> output [T, B, D*R] and final states."""
+    def get_expected_hidden_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        layers, batch, width = super().get_expected_hidden_size(input, batch_sizes)
+        return (batch, layers, width) if self.state_batch_first else (layers, batch, width)
+
+    def _layers(
+        self,
+        input: Tensor,
+        states: States | None,
+        lengths: Tensor | None,
+        resets: Tensor | None = None,
+        reset_states: States | None = None,
+    ) -> tuple[Tensor, States, Tensor | None]:
+        """input [T, B, I] or [T, B], states as the user's -> output, final states as the user's, every c or None."""
+        if self.state_batch_first:
+            states, reset_states = (
+                None if s is None else tuple(x.transpose(0, 1) for x in s) for s in (states, reset_states)
+            )
+        if self.learn_initial_state:
+            if states is None:
+                states = self._initial_states(input.shape[1])
+            if resets is not None and reset_states is None:
+                reset_states = self._initial_states(input.shape[1])
+        output, finals, cells = self._network(input, states, lengths=lengths, resets=resets, reset_states=reset_states)
+        if self.state_batch_first:
+            finals = tuple(x.transpose(0, 1).contiguous() for x in finals)
+        return output, finals, cells
+
+    def _network(self, input: Tensor, states: States | None, **sequence: Any) -> tuple[Tensor, States, Tensor | None]:
+        """input [T, B, I] or [T, B] -> output [T, B, D*R], final states [L*D, B, n], every c [T, B, D*H] or None."""
         cell = self.mode.lower()
         fresh = sequence.pop("reset_states", None)
         return functional._network(
@@ -93,6 +225,7 @@ class _Recurrent(RNNBase):
             sequence.get("lengths"),
             sequence.get("resets"),
             fresh,
+            self.return_all_states,
         )
 
     def _check_states(self, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
@@ -115,7 +248,7 @@ class _Recurrent(RNNBase):
         lengths: Tensor | None,
         resets: Tensor | None,
         reset_state: Any,
-    ) -> tuple[Tensor | PackedSequence, States]:
+    ) -> tuple[Tensor | PackedSequence, States, Tensor | PackedSequence | None]:
         states, reset_states = (
             None if state is None else functional.given_states(self.mode.lower(), name, state)
             for name, state in (("hx", hx), ("reset_state", reset_state))
@@ -125,18 +258,21 @@ class _Recurrent(RNNBase):
                 if given is not None:
                     raise ValueError(f"{name}: expected None with a PackedSequence, got {type(given).__name__}")
             return self._run_packed(input, states)
-        if input.dim() not in (2, 3):
+        tokens = functional.are_tokens(input)
+        dims = input.dim() + tokens
+        if dims not in (2, 3):
             tensor = " tensor" if self.mode.startswith("RNN") else ""
-            raise ValueError(f"{self._kind()}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
-        batched = input.dim() == 3
+            expected = "tokens to be 1D or 2D" if tokens else "input to be 2D or 3D"
+            raise ValueError(f"{self._kind()}: Expected {expected}, got {input.dim()}D{tensor} instead")
+        batched = dims == 3
         self._check_ranks(states, batched)
         self._check_ranks(reset_states, batched)
-        functional.check_resets(resets, reset_state, input.shape[:-1], input.device)
-        batch_dim = 0 if self.batch_first else 1
+        functional.check_resets(resets, reset_state, input.shape[: dims - 1], input.device)
+        batch_dim, state_dim = 0 if self.batch_first else 1, 0 if self.state_batch_first else 1
         if not batched:
             input = input.unsqueeze(batch_dim)
             states, reset_states = (
-                None if s is None else tuple(x.unsqueeze(1) for x in s) for s in (states, reset_states)
+                None if s is None else tuple(x.unsqueeze(state_dim) for x in s) for s in (states, reset_states)
             )
             if resets is not None:
                 resets = resets.unsqueeze(batch_dim)
@@ -151,29 +287,35 @@ class _Recurrent(RNNBase):
             resets = None if resets is None else resets.transpose(0, 1)
         if lengths is not None:
             lengths, input = functional.given_lengths(lengths, input)
-        output, finals = self._network(input, states, lengths=lengths, resets=resets, reset_states=reset_states)
+        output, finals, cells = self._layers(input, states, lengths, resets, reset_states)
         if self.batch_first:
-            output = output.transpose(0, 1)
+            output, cells = output.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
         if not batched:
-            output, finals = output.squeeze(batch_dim), tuple(x.squeeze(1) for x in finals)
-        return output, finals
+            output, cells = output.squeeze(batch_dim), None if cells is None else cells.squeeze(batch_dim)
+            finals = tuple(x.squeeze(state_dim) for x in finals)
+        return output, finals, cells
 
-    def _run_packed(self, input: PackedSequence, states: States | None) -> tuple[PackedSequence, States]:
+    def _run_packed(
+        self, input: PackedSequence, states: States | None
+    ) -> tuple[PackedSequence, States, PackedSequence | None]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
+        state_dim = 0 if self.state_batch_first else 1
         self.check_input(data, batch_sizes)
         _check_batch_sizes(batch_sizes, data.shape[0])
         if states is not None:
             self._check_states(data, states, batch_sizes)
-            states = tuple(_permute(x, sorted_indices) for x in states)
+            states = tuple(_permute(x, sorted_indices, state_dim) for x in states)
         padded, lengths = torch._VF._pad_packed_sequence(  # type: ignore[attr-defined]
             data, batch_sizes, False, 0.0, batch_sizes.shape[0]
         )
-        output, finals = self._network(padded, states, lengths=lengths)
-        packed, _ = torch._VF._pack_padded_sequence(output, lengths, False)  # type: ignore[attr-defined]
-        return (
-            PackedSequence(packed, batch_sizes, sorted_indices, unsorted_indices),
-            tuple(_permute(x, unsorted_indices) for x in finals),
-        )
+        output, finals, cells = self._layers(padded, states, lengths)
+
+        def packed(x: Tensor) -> PackedSequence:
+            data, _ = torch._VF._pack_padded_sequence(x, lengths, False)  # type: ignore[attr-defined]
+            return PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
+
+        finals = tuple(_permute(x, unsorted_indices, state_dim) for x in finals)
+        return packed(output), finals, None if cells is None else packed(cells)
 
     def _kind(self) -> str:
         return self.mode.partition("_")[0]
@@ -190,6 +332,13 @@ class _Recurrent(RNNBase):
 
 
 class _SingleState(_Recurrent):
+    def __init__(self, mode: str, *args: Any, return_all_states: bool = False, **kwargs: Any) -> None:
+        if return_all_states:
+            raise ValueError(
+                "return_all_states argument is only supported for LSTM: the output of RNN or GRU holds every state"
+            )
+        super().__init__(mode, *args, **kwargs)
+
     def forward(  # type: ignore[override]
         self,
         input: Tensor | PackedSequence,
@@ -203,7 +352,7 @@ class _SingleState(_Recurrent):
 
         Returns output [T, B, D*H], laid out like the input, and h_n [L*D, B, H].
         """
-        output, finals = self._run(input, hx, lengths, resets, reset_state)
+        output, finals, _ = self._run(input, hx, lengths, resets, reset_state)
         return output, finals[0]
 
 
@@ -213,14 +362,15 @@ class LSTM(_Recurrent):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as
             in ``torch.nn.LSTM``.
+        learn_initial_state, state_batch_first, return_all_states: keyword-only, False; see :mod:`fastrnn.modules`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
     def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
-        layers, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
-        return layers, batch, self.hidden_size
+        first, second, _ = self.get_expected_hidden_size(input, batch_sizes)
+        return first, second, self.hidden_size
 
     def check_forward_args(  # type: ignore[override]
         self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None
@@ -249,18 +399,24 @@ class LSTM(_Recurrent):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reset_state: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Any, tuple[Tensor, Tensor]]:
+    ) -> tuple[Any, ...]:
         """input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched, or packed); hx ``(h_0, c_0)``,
         [L*D, B, R] and [L*D, B, H], or None.
 
-        Returns output [T, B, D*R], laid out like the input, and ``(h_n, c_n)``.
+        Returns output [T, B, D*R], laid out like the input, and ``(h_n, c_n)``; with ``return_all_states`` also the
+        last layer's c after every step, [T, B, D*H].
         """
-        output, finals = self._run(input, hx, lengths, resets, reset_state)
-        return output, (finals[0], finals[1])
+        output, finals, cells = self._run(input, hx, lengths, resets, reset_state)
+        state = (finals[0], finals[1])
+        return (output, state) if cells is None else (output, state, cells)
 
 
 class GRU(_SingleState):
-    """``torch.nn.GRU``: same arguments, parameters and results."""
+    """``torch.nn.GRU``: same arguments, parameters and results.
+
+    Args:
+        learn_initial_state, state_batch_first: keyword-only, False; see :mod:`fastrnn.modules`.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
@@ -269,7 +425,11 @@ class GRU(_SingleState):
 
 
 class RNN(_SingleState):
-    """``torch.nn.RNN``: same arguments (the fourth by position is ``nonlinearity``), parameters and results."""
+    """``torch.nn.RNN``: same arguments (the fourth by position is ``nonlinearity``), parameters and results.
+
+    Args:
+        learn_initial_state, state_batch_first: keyword-only, False; see :mod:`fastrnn.modules`.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:

@@ -42,7 +42,7 @@ def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
 
     Raises:
         TypeError: ``module`` is or holds none of them; a weight that is not float32.
-        ValueError: another ``dtype``; a module on another device.
+        ValueError: another ``dtype``; a module on another device, or with ``return_all_states``.
         RuntimeError: at a call, where a gradient of the input or a state is asked for.
     """
     if dtype not in DTYPES:
@@ -53,6 +53,8 @@ def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
     for m in found:
         if isinstance(m, _Quantized):
             raise TypeError(f"module: expected weights of float32, got {_name(m)}, which is quantized already")
+        if m.return_all_states:
+            raise ValueError(f"module: expected return_all_states=False, got {_name(m)} with True: only h is kept")
         for name, weight in _named_weights(m):
             if weight.dtype != torch.float32:
                 raise TypeError(f"{name}: expected torch.float32, got {weight.dtype}")
@@ -93,6 +95,9 @@ def _converted(module: _Recurrent, dtype: torch.dtype) -> _Quantized:
                 blocks = zip(*(int8_blocks(part, _gates(module)) for part in parts), strict=True)
                 for suffix, each in zip(("", "_scale", "_sum"), blocks, strict=True):
                     out.register_buffer(name + suffix, torch.stack(each))
+    if module.learn_initial_state:
+        for name in (name for names in module._initial_names() for name in names):
+            out.register_buffer(name, getattr(module, name).detach().clone())
     return out.eval()
 
 
@@ -145,14 +150,14 @@ class _Quantized(_Recurrent):
             raise RuntimeError(f"input: expected device cpu for quantized weights, got {input.device}")
         self._check_input_size(input, batch_sizes)
 
-    def _network(self, input: Tensor, states: States | None, **sequence: Any) -> tuple[Tensor, States]:
+    def _network(self, input: Tensor, states: States | None, **sequence: Any) -> tuple[Tensor, States, None]:
         fresh = sequence.get("reset_states")
         if torch.is_grad_enabled() and torch._C._any_requires_grad(input, *(states or ()), *(fresh or ())):
             raise RuntimeError(
                 "quantized modules are for inference: expected an input and states without requires_grad"
             )
         directions = 2 if self.bidirectional else 1
-        widths = (self.proj_size or self.hidden_size, self.hidden_size)[: CELLS[self.mode.lower()].states]
+        widths = self._state_widths()
         if states is None:
             count = self.num_layers * directions
             states = tuple(input.new_zeros(count, input.shape[1], n) for n in widths)
@@ -168,7 +173,7 @@ class _Quantized(_Recurrent):
                 sequence.get("resets"), h_reset, c_reset[0] if c_reset else None, [False, True][:directions],
             )  # fmt: skip
             finals.append([functional._unfold(x, directions) for x in (h_n, c_n)[: len(widths)]])
-        return output, tuple(torch.cat(each) if len(each) > 1 else each[0] for each in zip(*finals, strict=True))
+        return output, tuple(torch.cat(each) if len(each) > 1 else each[0] for each in zip(*finals, strict=True)), None
 
     def _matrix(self, name: str) -> tuple[Tensor | None, ...]:
         """With its scales and sums, where it has any."""

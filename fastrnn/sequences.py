@@ -1,0 +1,112 @@
+"""Around a recurrent network: a sequence's outputs as one vector, and a state without its history."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from .products import is_plain, is_plain_call
+
+
+def pool(
+    output: Tensor | PackedSequence,
+    lengths: Tensor | None = None,
+    how: Literal["last", "mean", "max"] = "last",
+    *,
+    batch_first: bool = False,
+    bidirectional: bool = False,
+) -> Tensor:
+    """One vector for each sequence, from the steps that it has.
+
+    What stands in the padding, NaN included, reaches neither the result nor a gradient.
+
+    Args:
+        output: [T, B, N], with ``batch_first`` [B, T, N]; any float dtype. Or packed.
+        lengths: integer [B], of any device; ``None`` where every row has T steps, and with a PackedSequence.
+        how: ``'last'``, the output at step lengths - 1; ``'mean'`` or ``'max'`` over the steps.
+        batch_first: the layout of output; a PackedSequence has none.
+        bidirectional: for ``'last'``: the second half of N comes from step 0, where the reverse direction ends, so that
+            the result is what ``h_n`` holds of the last layer. Without it that half is of the step that the
+            reverse direction has begun with, which has seen no other. Mean and max are the same for both.
+
+    Returns:
+        [B, N], in the order of the batch (for a PackedSequence: before it was sorted). A row of length 0 is 0.
+
+    Raises:
+        TypeError: output or lengths of another kind or dtype.
+        ValueError: lengths beside a PackedSequence or out of range; another ``how``.
+        RuntimeError: a shape that does not fit; T is 0.
+    """
+    if how not in ("last", "mean", "max"):
+        raise ValueError(f"how: expected 'last', 'mean' or 'max', got {how!r}")
+    if isinstance(output, PackedSequence):
+        if lengths is not None:
+            raise ValueError(f"lengths: expected None with a PackedSequence, got {type(lengths).__name__}")
+        output, lengths = pad_packed_sequence(output)
+        batch_first = False
+    if not isinstance(output, Tensor):
+        raise TypeError(f"output: expected a tensor or a PackedSequence, got {type(output).__name__}")
+    if not output.is_floating_point():
+        raise TypeError(f"output: expected a float dtype, got {output.dtype}")
+    if output.dim() != 3:
+        raise RuntimeError(f"output: expected 3 dimensions, got {list(output.shape)}")
+    if batch_first:
+        output = output.transpose(0, 1)
+    T, B, N = output.shape
+    if T == 0:
+        raise RuntimeError(f"output: expected at least one step, got {list(output.shape)}")
+    if bidirectional and N % 2:
+        raise RuntimeError(f"output: expected an even last dimension with bidirectional, got {N}")
+    ends = torch.full((B,), T, device=output.device) if lengths is None else _given(lengths, T, B, output.device)
+    ends = ends[:, None]
+    if how == "last":
+        last = output.gather(0, (ends - 1).clamp(min=0).expand(B, N)[None])[0]
+        if bidirectional:
+            last = torch.cat([last[:, : N // 2], output[0, :, N // 2 :]], 1)
+        return torch.where(ends > 0, last, 0)
+    valid = (torch.arange(T, device=output.device)[:, None] < ends[:, 0])[..., None]
+    if how == "max":
+        return torch.where(ends > 0, torch.where(valid, output, -torch.inf).amax(0), 0)
+    wide = torch.promote_types(output.dtype, torch.float32)
+    return (torch.where(valid, output, 0).sum(0, dtype=wide) / ends.clamp(min=1)).to(output.dtype)
+
+
+def _given(lengths: Any, T: int, B: int, device: torch.device) -> Tensor:
+    """lengths [B] as int64 on the device. Their values are looked at where that waits for nothing, else clamped."""
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths: expected an integer tensor [{B}], got {type(lengths).__name__}")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
+    if tuple(lengths.shape) != (B,):
+        raise RuntimeError(f"lengths: expected [{B}] (batch), got {list(lengths.shape)}")
+    if is_plain_call() and is_plain(lengths):
+        wrong = lengths[(lengths < 0) | (lengths > T)]
+        if wrong.numel():
+            raise ValueError(f"lengths: expected values in [0, {T}], got {int(wrong[0])}")
+    return lengths.to(device, torch.int64).clamp(0, T)
+
+
+def detach(state: Any) -> Any:
+    """The state without its history, for truncated backpropagation through time.
+
+    Args:
+        state: a tensor, ``None``, or tuples, lists and dicts of such, however deep.
+
+    Returns:
+        The same structure, every tensor detached. Nothing is copied.
+
+    Raises:
+        TypeError: something else in it.
+    """
+    if state is None:
+        return None
+    if isinstance(state, Tensor):
+        return state.detach()
+    if isinstance(state, dict):
+        return {key: detach(value) for key, value in state.items()}
+    if isinstance(state, (tuple, list)):
+        return type(state)(map(detach, state)) if type(state) in (tuple, list) else type(state)(*map(detach, state))
+    raise TypeError(f"state: expected tensors, None, tuples, lists or dicts of them, got {type(state).__name__}")
