@@ -186,15 +186,16 @@ def check_resets(resets: Any, reset_state: Any, expected: Sequence[int], device:
 
 def _check_weights(cell: str, input: Tensor, weights: Sequence[Sequence[LayerWeights]]) -> None:
     gates, cast = CELLS[cell].gates, torch._C._is_any_autocast_enabled()
-    width, dtype, whose = input.shape[-1], input.dtype, "input"
-    if are_tokens(input):
-        width, dtype, whose = weights[0][0].weight_ih.shape[-1], weights[0][0].weight_ih.dtype, "weight_ih"
+    dtype, whose = input.dtype, "input"
+    width = None if are_tokens(input) else input.shape[2]
     for layer in weights:
         first = layer[0]
         for name, matrix in zip(LayerWeights._fields[:2], first[:2], strict=True):
             if not isinstance(matrix, Tensor) or matrix.dim() != 2:
                 came = list(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
                 raise RuntimeError(f"{name}: expected a tensor of 2 dimensions, got {came}")
+        if width is None:  # the first layer's weight knows the vocabulary
+            width, dtype, whose = first.weight_ih.shape[1], first.weight_ih.dtype, "weight_ih"
         R = first.weight_hh.shape[1]
         H = R if first.weight_hr is None else first.weight_hr.shape[-1]
         shapes = ((gates * H, width), (gates * H, R), (gates * H,), (gates * H,), (R, H))

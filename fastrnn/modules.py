@@ -108,12 +108,17 @@ class _Recurrent(RNNBase):
 
         The look-up of tokens in a large vocabulary, and its gradient, then read and write whole rows, as those of an
         embedding do, and not one number in every row. Shapes, values and the state_dict's names stay, and deepcopy,
-        pickle, ``to`` and ``load_state_dict`` keep the layout. Call it before the parameters are handed on. For dense
-        input it is slower, and what asks for contiguous parameters (FSDP2, safetensors) refuses it.
+        pickle, ``to`` and ``load_state_dict`` keep the layout. Call it before the parameters are handed on. Dense input
+        is slower with it, and what asks for contiguous parameters (FSDP2, safetensors) refuses it.
+
+        Raises:
+            RuntimeError: the weight is no parameter: it is parametrized, or quantized.
         """
         with torch.no_grad():
             for names in self._all_weights[: 2 if self.bidirectional else 1]:
-                weight = getattr(self, names[0])
+                weight = self._parameters.get(names[0])
+                if weight is None:
+                    raise RuntimeError(f"{names[0]}: expected a parameter of the module, got none of this name")
                 weight.data = weight.data.t().contiguous().t()
         return self
 

@@ -251,6 +251,27 @@ def test_tokens_that_do_not_fit(input: Tensor, error: type[Exception], message: 
         fastrnn.LSTM(7, 5)(input)
 
 
+def test_tokens_that_do_not_fit_a_function() -> None:
+    weights = fastrnn.GRU(7, 5)._weights()
+    (w,) = weights[0]
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    for given, error, message in (
+        (w._replace(weight_ih=None), RuntimeError, "weight_ih: expected a tensor of 2 dimensions, got NoneType"),
+        (w._replace(weight_ih=w.weight_ih[:7]), RuntimeError, r"weight_ih: expected \[15, 7\], got \[7, 7\]"),
+        (
+            w._replace(bias_hh=w.bias_hh.double()),
+            RuntimeError,
+            r"bias_hh: expected torch.float32 \(that of weight_ih\)",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            functional.gru(tokens, None, [[given]])
+    with pytest.raises(RuntimeError, match=r"input: expected 3 dimensions \(T, B, I\), or tokens \(T, B\), got \[3\]"):
+        functional.gru(tokens[0], None, weights)
+    with pytest.raises(RuntimeError, match=r"state: expected \[1, 3, 5\]"):
+        functional.gru(tokens, torch.zeros(1, 2, 5), weights)
+
+
 def test_tokens_without_rows() -> None:
     output, h_n = fastrnn.GRU(7, 5)(torch.zeros(3, 0, dtype=torch.int64))
     assert output.shape == (3, 0, 5) and h_n.shape == (1, 0, 5)
@@ -284,6 +305,13 @@ def test_store_by_token(kind: str) -> None:
         assert m.weight_ih_l1.is_contiguous()
     assert other.weight_ih_l0.stride() == stored.weight_ih_l0.stride()
     assert torch.equal(other(tokens)[0], stored(tokens)[0])
+
+
+def test_store_by_token_needs_a_parameter() -> None:
+    normed = nn.utils.parametrizations.weight_norm(fastrnn.GRU(3, 5), "weight_ih_l0")
+    for module in (normed, fastrnn.quantize(fastrnn.GRU(3, 5))):
+        with pytest.raises(RuntimeError, match="weight_ih_l0: expected a parameter of the module"):
+            module.store_by_token()
 
 
 # ---- step ----
