@@ -687,6 +687,24 @@ def test_backward_is_fused_without_a_gradient_of_c() -> None:
     assert seen == {"forward": 1, "composite backward": 6}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_c_of_half_types(dtype: torch.dtype) -> None:
+    """Of half weights, and under autocast; gradients through c included."""
+    x = torch.randn(6, 2, 3)
+    wide = fastrnn.LSTM(3, 5, bidirectional=True, return_all_states=True)
+    half = copy.deepcopy(wide).to(dtype)
+    found = []
+    for module, input, cast in ((wide, x, False), (half, x.to(dtype), False), (wide, x, True)):
+        with torch.autocast("cpu", dtype, enabled=cast):
+            _, _, c = module(input)
+        module.zero_grad()
+        c.float().sin().sum().backward()
+        assert c.dtype == (torch.float32 if len(found) == 0 else dtype)
+        found.append([c.float(), *(p.grad.float() for p in module.parameters())])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0.05, atol=30 * torch.finfo(dtype).eps)
+
+
 def test_every_c_is_the_users() -> None:
     """In-place writing breaks no backward pass, for it is a copy of what backward reads."""
     module = fastrnn.LSTM(3, 5, return_all_states=True)
