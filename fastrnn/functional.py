@@ -352,7 +352,7 @@ def _network(
         if not every_c and fused.fits(output, layer_weights, (*start, *(fresh or ())), (lengths, resets)):
             output, h_n, c_n = fused.layer(cell, output, layer_weights, start, lengths, resets, fresh)
         else:
-            if not output.is_floating_point() and not CELLS[cell].separate_gates_hh:
+            if output.dim() == 2 and not CELLS[cell].separate_gates_hh:
                 layer_weights = [_one_bias(w) for w in layer_weights]
             gates_ih = _project(output, layer_weights)
             start = tuple(x.to(gates_ih.dtype) for x in start) if states is None else start
@@ -367,8 +367,8 @@ def _network(
 
 
 def _project(input: Tensor, weights: Sequence[LayerWeights]) -> Tensor:
-    """W_ih x + b_ih for all steps and directions at once: [T, B, D*G*H]."""
-    if not input.is_floating_point():
+    """W_ih x + b_ih for all steps and directions at once: [T, B, D*G*H], from [T, B, I] or tokens [T, B]."""
+    if input.dim() == 2:
         parts = [
             _look_up(input, w.weight_ih) if w.bias_ih is None else _look_up(input, w.weight_ih) + w.bias_ih
             for w in weights

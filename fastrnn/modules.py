@@ -157,7 +157,11 @@ class _Recurrent(RNNBase):
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         weight = getattr(self, self._all_weights[0][0])
-        if input.dtype != weight.dtype and not functional.are_tokens(input) and not torch._C._is_any_autocast_enabled():
+        if (
+            input.dtype != weight.dtype
+            and not self._holds_tokens(input, batch_sizes)
+            and not torch._C._is_any_autocast_enabled()
+        ):
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
@@ -169,11 +173,14 @@ class _Recurrent(RNNBase):
             )
         self._check_input_size(input, batch_sizes)
 
+    def _holds_tokens(self, input: Tensor, batch_sizes: Tensor | None) -> bool:
+        return functional.are_tokens(input) and input.dim() == (1 if batch_sizes is not None else 2)
+
     def _check_input_size(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         dims = 2 if batch_sizes is not None else 3
-        if functional.are_tokens(input) and input.dim() == dims - 1:
-            return
         if input.dim() != dims:
+            if self._holds_tokens(input, batch_sizes):
+                return
             raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
         if input.size(-1) != self.input_size:
             raise RuntimeError(

@@ -241,12 +241,17 @@ def test_token_out_of_range(tokens: list[list[int]]) -> None:
         (torch.ones(2, 3, dtype=torch.bool), ValueError, "input dtype .torch.bool. does not match weight dtype"),
         (torch.ones(2, 3, dtype=torch.complex64), ValueError, "input dtype .torch.complex64. does not match"),
         (torch.ones(2, 3, 4, 7, dtype=torch.int64), ValueError, "Expected input to be 2D or 3D, got 4D"),
+        (
+            pack_padded_sequence(torch.ones(2, 3, 7, dtype=torch.int64), torch.tensor([2, 2, 1])),
+            ValueError,
+            "input dtype .torch.int64. does not match weight dtype",
+        ),
         (torch.ones(0, 3, dtype=torch.int64), RuntimeError, "Expected sequence length to be larger than 0 in RNN"),
         (torch.ones(2, 3, dtype=torch.int64, device="meta"), RuntimeError, "not at the same device"),
     ],
-    ids=str,
+    ids=range(8),
 )
-def test_tokens_that_do_not_fit(input: Tensor, error: type[Exception], message: str) -> None:
+def test_tokens_that_do_not_fit(input: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fastrnn.LSTM(7, 5)(input)
 
