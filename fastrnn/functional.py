@@ -150,12 +150,9 @@ def are_tokens(input: Tensor) -> bool:
     return not input.is_floating_point() and input.dtype in _TOKENS and input.dim() < 3
 
 
-def given_lengths(lengths: Any, input: Tensor) -> tuple[Tensor, Tensor]:
-    """lengths as int64 on the device of input [T, B, I] or [T, B], and the input with zeros in its padding.
-
-    The recurrence ignores the padding, but a NaN there would reach weight_ih's gradient through 0 * NaN.
-    """
-    T, B = input.shape[:2]
+def given_lengths(lengths: Any, input: Tensor) -> Tensor:
+    """lengths as int64 on the device of input [T, B, I] or [T, B]."""
+    B = input.shape[1]
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths: expected an integer tensor [{B}], got {type(lengths).__name__}")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
@@ -164,9 +161,7 @@ def given_lengths(lengths: Any, input: Tensor) -> tuple[Tensor, Tensor]:
         raise RuntimeError(f"lengths: expected [{B}] (batch), got {list(lengths.shape)}")
     if lengths.is_meta and not input.is_meta:
         raise RuntimeError(f"lengths: expected a device with data, as {input.device}, got meta")
-    lengths = lengths.to(input.device, torch.int64)
-    valid = torch.arange(T, device=input.device)[:, None] < lengths
-    return lengths, torch.where(valid if input.dim() == 2 else valid[..., None], input, 0)
+    return lengths.to(input.device, torch.int64)
 
 
 def check_resets(resets: Any, reset_state: Any, expected: Sequence[int], device: torch.device) -> None:
@@ -249,7 +244,7 @@ def _checked(
 
     start, fresh = states("state", state), states("reset_state", reset_state)
     if lengths is not None:
-        lengths, input = given_lengths(lengths, input)
+        lengths = given_lengths(lengths, input)
     return _network(cell, input, start, weights, dropout, training, lengths, resets, fresh)[:2]
 
 
@@ -326,13 +321,18 @@ def _network(
     resets: Tensor | None,
     reset_states: States | None,
     all_states: bool = False,
+    batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, States, Tensor | None]:
     """output, the final states and, for an LSTM with ``all_states``, every c of the last layer [T, B, D*H].
 
     The latter is read from what the recurrence keeps for its backward anyway, so it has derivatives of every order. A
     gradient that reaches it takes the composite (see ``saved`` in autograd.py); without one backward stays fused.
+
+    With batch_sizes the input is packed, [N, I], and every layer must fit (``layer.fits``).
     """
-    _check_input(input)
+    if batch_sizes is None:
+        _check_input(input)
+    B = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
     D = len(weights[0])
 
     def of_layer(states: States | None, layer: int) -> States | None:
@@ -347,11 +347,14 @@ def _network(
         if start is None:
             first = layer_weights[0]
             widths = (first.weight_hh.shape[1], first.weight_hh.shape[0] // CELLS[cell].gates)
-            start = tuple(output.new_zeros(input.shape[1], D * n) for n in widths[: CELLS[cell].states])
+            start = tuple(output.new_zeros(B, D * n) for n in widths[: CELLS[cell].states])
         every_c = all_states and layer == len(weights) - 1
-        if not every_c and fused.fits(output, layer_weights, (*start, *(fresh or ())), (lengths, resets)):
-            output, h_n, c_n = fused.layer(cell, output, layer_weights, start, lengths, resets, fresh)
+        fits = not every_c and fused.fits(output, layer_weights, (*start, *(fresh or ())), (lengths, resets))
+        if fits or batch_sizes is not None:
+            output, h_n, c_n = fused.layer(cell, output, layer_weights, start, lengths, resets, fresh, batch_sizes)
         else:
+            if layer == 0 and lengths is not None:
+                output = fused.without_padding(output, lengths)
             if output.dim() == 2 and not CELLS[cell].separate_gates_hh:
                 layer_weights = [_one_bias(w) for w in layer_weights]
             gates_ih = _project(output, layer_weights)

@@ -90,7 +90,7 @@ def _arguments(cell: str, input: Tensor, given: Sequence[Any], flat: Sequence[Te
 
 
 class _Layer(torch.autograd.Function):
-    """Arguments: cell, batch_sizes, input, h_0, c_0, lengths, resets, reset_h, reset_c, then FIELDS weights a direction."""
+    """Arguments: cell, batch_sizes, input, h_0, c_0, lengths, resets, reset_h, reset_c, FIELDS weights a direction."""
 
     @staticmethod
     def forward(ctx: Any, cell: str, batch_sizes: Tensor | None, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -113,7 +113,7 @@ class _Layer(torch.autograd.Function):
         weight_ih, weight_hh, _, _, weight_hr = _stacked(rest[6:])
         assert weight_hh is not None
         needs, P = ctx.needs_input_grad[2:], weight_hh.shape[0]
-        needed = _Needed(needs[0], *(any(needs[7 + i :: FIELDS]) for i in range(FIELDS)), needs[1] or needs[2])
+        needed = _Needed(needs[0], needs[1] or needs[2], *(any(needs[7 + i :: FIELDS]) for i in range(FIELDS)))
         fused = weight_hr is None and grads[3] is None and not torch.is_grad_enabled() and is_plain_call()
         if fused and all(map(is_plain, grads)):
             wanted = [needed.input, needed.weight_ih, needed.weight_hh, needed.bias_ih, needed.bias_hh, needed.initial]
@@ -139,18 +139,18 @@ class _Needed(NamedTuple):
     """Which gradients are asked for; initial: that of h_0 or c_0."""
 
     input: bool
+    initial: bool
     weight_ih: bool
     weight_hh: bool
     bias_ih: bool
     bias_hh: bool
     weight_hr: bool
-    initial: bool
 
 
 def _composed(
     cell: str,
     needed: _Needed,
-    grads: Sequence[Tensor | None],
+    grads: Grads,
     given: tuple[Any, ...],
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:
@@ -159,11 +159,13 @@ def _composed(
     h_0, c_0, lengths, resets, reset_h, reset_c = states
     P = weight_hh.shape[0]
     if batch_sizes is not None:
+        lengths = pad(output, batch_sizes)[1]
         input, output, saved, grad_output, grad_saved = (
-            None if x is None else pad(x, batch_sizes) for x in (input, output, saved, grads[0], grads[3])
+            None if x is None else pad(x, batch_sizes)[0] for x in (input, output, saved, grads[0], grads[3])
         )
         grads = (grad_output, *grads[1:3], grad_saved)
-        lengths = lengths_of(batch_sizes)
+    elif lengths is not None and input is not None:
+        input = without_padding(input, lengths)
     pulled = pull_forward(
         [cell, None, weight_hh, None, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, [False, True][:P], True],
         (output, saved),
@@ -195,15 +197,20 @@ def _composed(
     return grad_input, fields, (pulled[5], pulled[6], pulled[9], pulled[10])
 
 
-def lengths_of(batch_sizes: Tensor) -> Tensor:
-    """[B], falling: how many steps each row of a packed sequence has."""
-    return (batch_sizes[:, None] > torch.arange(int(batch_sizes[0]))).sum(0)
+def without_padding(input: Tensor, lengths: Tensor) -> Tensor:
+    """input [T, B, I] or [T, B] with zeros behind each row's end.
+
+    A recurrence ignores what stands there, but a NaN would reach weight_ih's gradient through 0 * NaN.
+    """
+    if lengths.dim() == 2:  # a group's each
+        lengths = lengths.amax(1)
+    valid = torch.arange(input.shape[0], device=input.device)[:, None] < lengths
+    return torch.where(valid if input.dim() == 2 else valid[..., None], input, 0)
 
 
-def pad(x: Tensor, batch_sizes: Tensor) -> Tensor:
-    """[N, n] -> [T, B, n], zeros behind each row's end."""
-    padded, _ = torch._VF._pad_packed_sequence(x, batch_sizes, False, 0.0, batch_sizes.shape[0])  # type: ignore[attr-defined]
-    return padded
+def pad(x: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, n] -> [T, B, n], zeros behind each row's end, and the lengths [B], falling."""
+    return torch._VF._pad_packed_sequence(x, batch_sizes, False, 0.0, batch_sizes.shape[0])  # type: ignore[attr-defined]
 
 
 def pack(x: Tensor, lengths: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from torch.nn import RNNBase
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional
+from . import functional, layer
 from .functional import LayerWeights, States
 from .ops import CELLS
 
@@ -207,18 +207,24 @@ class _Recurrent(RNNBase):
         lengths: Tensor | None,
         resets: Tensor | None = None,
         reset_states: States | None = None,
+        batch_sizes: Tensor | None = None,
     ) -> tuple[Tensor, States, Tensor | None]:
-        """input [T, B, I] or [T, B], states as the user's -> output, final states as the user's, every c or None."""
+        """input [T, B, I] or [T, B], states as the user's -> output, final states as the user's, every c or None.
+
+        With batch_sizes: input [N, I], output [N, D*R].
+        """
+        batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
         if self.state_batch_first:
             states, reset_states = (
                 None if s is None else tuple(x.transpose(0, 1) for x in s) for s in (states, reset_states)
             )
         if self.learn_initial_state:
             if states is None:
-                states = self._initial_states(input.shape[1])
+                states = self._initial_states(batch)
             if resets is not None and reset_states is None:
-                reset_states = self._initial_states(input.shape[1])
-        output, finals, cells = self._network(input, states, lengths=lengths, resets=resets, reset_states=reset_states)
+                reset_states = self._initial_states(batch)
+        sequence = dict(lengths=lengths, resets=resets, reset_states=reset_states, batch_sizes=batch_sizes)
+        output, finals, cells = self._network(input, states, **sequence)
         if self.state_batch_first:
             finals = tuple(x.transpose(0, 1).contiguous() for x in finals)
         return output, finals, cells
@@ -238,7 +244,12 @@ class _Recurrent(RNNBase):
             sequence.get("resets"),
             fresh,
             self.return_all_states,
+            sequence.get("batch_sizes"),
         )
+
+    def _takes_packed(self, data: Tensor, states: States | None) -> bool:
+        """Can the kernels read a packed sequence as it is?"""
+        return not self.return_all_states and all(layer.fits(data, w, states or (), ()) for w in self._weights())
 
     def _check_states(self, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
         for state in states:
@@ -298,7 +309,7 @@ class _Recurrent(RNNBase):
             input = input.transpose(0, 1)
             resets = None if resets is None else resets.transpose(0, 1)
         if lengths is not None:
-            lengths, input = functional.given_lengths(lengths, input)
+            lengths = functional.given_lengths(lengths, input)
         output, finals, cells = self._layers(input, states, lengths, resets, reset_states)
         if self.batch_first:
             output, cells = output.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
@@ -317,14 +328,15 @@ class _Recurrent(RNNBase):
         if states is not None:
             self._check_states(data, states, batch_sizes)
             states = tuple(_permute(x, sorted_indices, state_dim) for x in states)
-        padded, lengths = torch._VF._pad_packed_sequence(  # type: ignore[attr-defined]
-            data, batch_sizes, False, 0.0, batch_sizes.shape[0]
-        )
-        output, finals, cells = self._layers(padded, states, lengths)
+        if self._takes_packed(data, states):
+            output, finals, cells = self._layers(data, states, None, batch_sizes=batch_sizes)
+        else:
+            padded, lengths = layer.pad(data, batch_sizes)
+            output, finals, cells = self._layers(padded, states, lengths)
+            output, cells = layer.pack(output, lengths), None if cells is None else layer.pack(cells, lengths)
 
         def packed(x: Tensor) -> PackedSequence:
-            data, _ = torch._VF._pack_padded_sequence(x, lengths, False)  # type: ignore[attr-defined]
-            return PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
+            return PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices)
 
         finals = tuple(_permute(x, unsorted_indices, state_dim) for x in finals)
         return packed(output), finals, None if cells is None else packed(cells)

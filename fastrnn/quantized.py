@@ -175,6 +175,9 @@ class _Quantized(_Recurrent):
             finals.append([functional._unfold(x, directions) for x in (h_n, c_n)[: len(widths)]])
         return output, tuple(torch.cat(each) if len(each) > 1 else each[0] for each in zip(*finals, strict=True)), None
 
+    def _takes_packed(self, data: Tensor, states: States | None) -> bool:
+        return False
+
     def _matrix(self, name: str) -> tuple[Tensor | None, ...]:
         """With its scales and sums, where it has any."""
         return tuple(self._buffers.get(name + suffix) for suffix in ("", "_scale", "_sum"))

@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn import functional, layer, ops, reference
@@ -317,3 +318,60 @@ def test_no_result_without_a_history():
         torch.ops.fastrnn.gemm(torch.autograd.forward_ad.make_dual(a, a), a, None, False, False)
     with pytest.raises(NotImplementedError, match="no derivative"):
         torch.func.grad(lambda a: torch.ops.fastrnn.gemm(a, a, None, False, False).sum())(a)
+
+
+@pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
+def test_packed_as_it_lies(cell, projected, monkeypatch):
+    """A packed sequence against the same one padded, every gradient; two directions, rows of one step, odd sizes."""
+    for (T, B, h, size), threads in product([(5, 7, 3, 17), (40, 17, 33, 1), (9, 33, 129, 5), (3, 1, 17, 3)], (1, 3)):
+        torch.set_num_threads(threads)
+        given = arguments_of(Case(cell, T, B, 2, h, projected if projected < h else 0), size, seed=T)
+        leaves = [x.requires_grad_() for x in given.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        lengths = torch.randint(1, T + 1, (B,)).sort(descending=True).values
+        lengths[0] = T
+        weights = [tuple(None if given[k] is None else given[k][p] for k in FIELDS) for p in range(2)]
+        states = tuple(given[k] for k in STATES[0] if given[k] is not None)
+        data, batch_sizes, *_ = pack_padded_sequence(given["input"], lengths)
+        padded = layer.layer(cell, given["input"], weights, states, lengths, None, None)
+        want = (pack_padded_sequence(padded[0], lengths).data, *padded[1:])
+        with monkeypatch.context() as patch:
+            if given["weight_hr"] is None:
+                patch.setattr(layer, "pad", None)  # nothing is padded
+            got = layer.layer(cell, data, weights, states, None, None, None, batch_sizes)
+            which = [i for i, x in enumerate(want) if x.numel()]
+            grads = [torch.randn_like(want[i]) for i in which]
+            found = torch.autograd.grad([got[i] for i in which], leaves, grads, retain_graph=True)
+        expected = torch.autograd.grad([want[i] for i in which], leaves, grads)
+        assert_equal(dict(enumerate([*got, *found])), dict(enumerate([*want, *expected])))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradgradcheck_of_a_packed_sequence(kind):
+    module = build(fastrnn, kind, 2, 3, bidirectional=True, dtype=torch.float64)
+    packed = pack_padded_sequence(randn(3, 3, 2).double(), torch.tensor([2, 3, 1]), enforce_sorted=False)
+
+    def run(data, *parameters):
+        output, state = torch.func.functional_call(
+            module, dict(zip(dict(module.named_parameters()), parameters, strict=True)), (packed._replace(data=data),)
+        )
+        return output.data, *(state if isinstance(state, tuple) else (state,))
+
+    leaves = [packed.data.requires_grad_(), *(p.detach().requires_grad_() for p in module.parameters())]
+    assert torch.autograd.gradcheck(run, leaves) and torch.autograd.gradgradcheck(run, leaves)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([2, 3], "do not grow"),
+        ([3, 1], "expected a sum of 5 (rows of data), got 4"),
+        ([6, -1], "do not grow, got -1 at index 1"),
+        ([], "expected a contiguous vector of int64"),
+    ],
+)
+def test_refuses_batch_sizes(sizes, message):
+    given = arguments_of(Case("gru", 5, 1, 1, 3), 2, 0)
+    given["input"] = given["input"][:, 0]
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        layer_forward(*given.values(), False, torch.tensor(sizes, dtype=torch.int64))
+    assert message in str(caught.value)

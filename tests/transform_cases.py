@@ -247,9 +247,8 @@ def count_calls() -> Iterator[collections.Counter[str]]:
     steps of the reference, seen at its cells, so that it does not matter who holds its functions.
     """
     seen: collections.Counter[str] = collections.Counter()
-    kernels = {
-        recurrent_forward: "forward", layer_forward: "forward", recurrent_backward: "backward", layer_backward: "backward",
-    }  # fmt: skip
+    kernels = dict.fromkeys((recurrent_forward, layer_forward), "forward")
+    kernels |= dict.fromkeys((recurrent_backward, layer_backward), "backward")
 
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
