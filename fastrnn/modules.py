@@ -27,7 +27,7 @@ from torch.nn import RNNBase
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional, layer
+from . import _C, functional, layer
 from .functional import LayerWeights, States
 from .ops import CELLS
 
@@ -264,6 +264,14 @@ class _Recurrent(RNNBase):
         """As forward takes and returns it: a tensor, or for an LSTM a pair."""
         return states[0]
 
+    def _plain(self, input: Any, hx: Any) -> tuple[Any, ...] | None:
+        """(output, h_n[, c_n]) of a call that asks for nothing special, the short way; None where it does."""
+        if self.bidirectional or (self.dropout and self.training) or torch.compiler.is_compiling():
+            return None
+        if any(option in self.__dict__ for option in _OPTIONS):
+            return None
+        return _C.plain_forward(self._parameters, self._all_weights, self.mode, self.batch_first, input, hx)
+
     def _run(
         self,
         input: Tensor | PackedSequence,
@@ -376,6 +384,10 @@ class _SingleState(_Recurrent):
 
         Returns output [T, B, D*H], laid out like the input, and h_n [L*D, B, H].
         """
+        if lengths is None and resets is None and reset_state is None:
+            plain = self._plain(input, hx)
+            if plain is not None:
+                return plain[0], plain[1]
         output, finals, _ = self._run(input, hx, lengths, resets, reset_state)
         return output, finals[0]
 
@@ -430,6 +442,10 @@ class LSTM(_Recurrent):
         Returns output [T, B, D*R], laid out like the input, and ``(h_n, c_n)``; with ``return_all_states`` also the
         last layer's c after every step, [T, B, D*H].
         """
+        if lengths is None and resets is None and reset_state is None:
+            plain = self._plain(input, hx)
+            if plain is not None:
+                return plain[0], (plain[1], plain[2])
         output, finals, cells = self._run(input, hx, lengths, resets, reset_state)
         state = (finals[0], finals[1])
         return (output, state) if cells is None else (output, state, cells)
@@ -468,11 +484,18 @@ class RNN(_SingleState):
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
 
 
+_CELL_NAMES = ([["weight_ih", "weight_hh"]], [["weight_ih", "weight_hh", "bias_ih", "bias_hh"]])  # without, with bias
+
+
 class _Cell(RNNCellBase):
     def _weights(self) -> LayerWeights:
         return LayerWeights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
 
     def _step(self, cell: str, input: Tensor, hx: Any) -> States:
+        if not torch.compiler.is_compiling():
+            plain = _C.plain_forward(self._parameters, _CELL_NAMES[self.bias], cell, None, input, hx)
+            if plain is not None:
+                return plain[1:]
         kind = type(self).__name__
         states = None if hx is None else functional.given_states(cell, "hx", hx)
         if input.dim() not in (1, 2):

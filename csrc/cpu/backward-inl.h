@@ -373,20 +373,44 @@ class BackwardWorker {
   void add_weight_gradient(void* grad_weight, const T* gates, const T* const* x, int64_t size, int64_t count) {
     if (!grad_weight) return;
     T* out = static_cast<T*>(grad_weight) + group * G * p.hidden * size;
+    if (count <= kFewRows) return add_few_rows(out, gates, x, size, count);
     const auto pack = [&](int64_t k0, int64_t depth, int64_t v, int n, T* panel) {
       for (int64_t k = k0; k < k0 + depth; ++k)
         for (int q = 0; q < n; ++q, panel += L)
           store(panel, load_or_zero<T>(x[k], (v + q) * L, valid(size, (v + q) * L)));
     };
     const auto keep = [&](int64_t row, int64_t v, int64_t k0, V sum) {
-      const int64_t gate = row / b.gates_padded, unit = row % b.gates_padded;
-      if (unit >= p.hidden) return;
+      const int64_t weight_row = row_of_weight(row);
+      if (weight_row < 0) return;
       const int n = valid(size, v * L);
-      T* to = out + (gate * p.hidden + unit) * size + v * L;
+      T* to = out + weight_row * size + v * L;
       if (k0 > 0 || !first_product) sum = sum + load(to, n);
       store(to, sum, n);
     };
     multiply<T, true>(b.products, own_gates(), {0, ceil_div(size, L)}, count, gates, b.gates_stride, pack, keep);
+  }
+  // Which row of a weight has this place among a row's gate gradients; -1: it is padding.
+  int64_t row_of_weight(int64_t i) const {
+    if (b.gates_padded == p.hidden) return i;
+    const int64_t unit = i % b.gates_padded;
+    return unit < p.hidden ? i / b.gates_padded * p.hidden + unit : -1;
+  }
+
+  static constexpr int64_t kFewRows = 4;  // of which packing would cost more than the product
+  void add_few_rows(T* out, const T* gates, const T* const* x, int64_t size, int64_t count) {
+    const Range own = own_gates();
+    for (int64_t row = own.begin; row < own.end; ++row) {
+      const int64_t weight_row = row_of_weight(row);
+      if (weight_row < 0) continue;
+      for (int64_t j = 0; j < size; j += L) {
+        const int n = valid(size, j);
+        T* to = out + weight_row * size + j;
+        V sum = first_product ? V(0) : V(load(to, n));
+        for (int64_t i = 0; i < count; ++i)
+          sum = sum + V(gates[i * b.gates_stride + row]) * load_or_zero<T>(x[i], j, n);
+        store(to, sum, n);
+      }
+    }
   }
   Range own_gates() const { return share(G * b.gates_padded, member, plan.team_size); }
 
@@ -438,8 +462,7 @@ class BackwardWorker {
     const Range own = own_gates();
     const auto each_row = [&](auto body) {
       for (int64_t i = own.begin; i < own.end; ++i)
-        if (i % b.gates_padded < p.hidden)
-          body(i, group * G * p.hidden + i / b.gates_padded * p.hidden + i % b.gates_padded);
+        if (row_of_weight(i) >= 0) body(i, group * G * p.hidden + row_of_weight(i));
     };
     const auto weight = [&](void* grad, int64_t size) {
       if (!grad || !first_product) return;

@@ -11,6 +11,7 @@
 #include "../cells/registry.h"
 #include "../cpu/plan.h"
 #include "../launch.h"
+#include "plain_call.h"
 #if defined(FASTRNN_CUDA_ARCHS)
 #include "../cuda/launch.h"
 #endif
@@ -105,6 +106,11 @@ py::dict cuda_plan(int cell, const std::string& dtype, int64_t T, int64_t B, int
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  static PyMethodDef plain[] = {
+      {"plain_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fastrnn::plain_forward)),
+       METH_FASTCALL, nullptr},
+      {nullptr, nullptr, 0, nullptr}};
+  if (PyModule_AddFunctions(m.ptr(), plain) != 0) throw py::error_already_set();
   m.def("instruction_set", &fastrnn::cpu::instruction_set);
   m.def("cpu_plan", &cpu_plan);
 #if defined(FASTRNN_CUDA_ARCHS)

@@ -1,0 +1,196 @@
+"""The short way of an inference call (csrc/torch/plain_call.cpp): same bits as the long one, and only where nothing
+asks for more."""
+
+import contextlib
+import functools
+from itertools import product
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastrnn
+from fastrnn import _C, modules
+
+from .helpers import CELL_KINDS, KINDS, assert_equal, build, make_state, map_state, randn, tensors
+
+normal = functools.partial(randn, dtype=torch.float32)
+
+
+@pytest.fixture
+def long_way(monkeypatch):
+    """Runs a function without the short way."""
+
+    def run(function, *args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(_C, "plain_forward", lambda *call: None)
+            return function(*args, **kwargs)
+
+    return run
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Whether each call took the short way."""
+    taken, plain_forward = [], _C.plain_forward
+
+    def spy(*args):
+        found = plain_forward(*args)
+        taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr(_C, "plain_forward", spy)
+    return taken
+
+
+def flat(results):
+    return [x for each in tensors(results) for x in tensors(each)]
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(flat(a), flat(b), strict=True):
+        assert x.shape == y.shape and x.dtype == y.dtype and x.stride() == y.stride() and torch.equal(x, y)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("kind", "proj"), [*((kind, 0) for kind in KINDS), ("LSTM", 5)])
+def test_same_bits(kind, proj, dtype, mode, long_way, calls):
+    for layers, bias, batch_first, given, (T, B) in product(
+        (1, 3), (True, False), (True, False), (True, False), ((1, 1), (1, 17), (30, 3))
+    ):
+        options = {"proj_size": proj} if proj else {}
+        module = build(
+            fastrnn, kind, 9, 17, num_layers=layers, bias=bias, batch_first=batch_first, dtype=dtype, **options
+        )
+        input = normal(*((B, T) if batch_first else (T, B)), 9, dtype=dtype)
+        hx = make_state(kind, layers, B, hidden=17, proj=proj, dtype=dtype) if given else None
+        with mode():
+            assert_same_bits(module(input, hx), long_way(module, input, hx))
+    assert len(calls) == 48 and all(calls)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", CELL_KINDS)
+def test_same_bits_of_cells(kind, bias, long_way, calls):
+    for B, given in product((1, 17, 40), (True, False)):
+        module = build(fastrnn, kind, 9, 17, bias=bias)
+        hx = make_state(kind, B, hidden=17, dtype=torch.float32) if given else None
+        with torch.no_grad():
+            assert_same_bits(module(normal(B, 9), hx), long_way(module, normal(B, 9), hx))
+    assert len(calls) == 6 and all(calls)
+
+
+def test_any_layout_of_the_input(long_way, calls):
+    module = build(fastrnn, "LSTM", 6, 9)
+    for x in (
+        normal(5, 4, 12)[..., ::2],
+        normal(4, 5, 6).transpose(0, 1),
+        normal(10, 4, 6)[::2],
+        normal(1, 4, 6).expand(5, 4, 6),
+    ):
+        with torch.no_grad():
+            assert_equal(dict(enumerate(flat(module(x)))), dict(enumerate(flat(long_way(module, x)))))
+    assert calls == [False, True, True, True]  # features that lie apart are for others
+
+
+class _Ones(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class _Sub(torch.Tensor):
+    pass
+
+
+SPECIAL = {
+    "gradients": contextlib.nullcontext,
+    "dispatch mode": _Ones,
+    "function mode": lambda: torch.device("cpu"),
+    "autocast": lambda: torch.autocast("cpu"),
+}
+
+
+@pytest.mark.parametrize("what", SPECIAL)
+def test_not_where_more_is_asked_for(what, calls):
+    module, x = build(fastrnn, "GRU", 3, 5), normal(4, 2, 3)
+    with contextlib.nullcontext() if what == "gradients" else torch.no_grad(), SPECIAL[what]():
+        module(x)
+    assert calls == [False]
+
+
+def test_not_for_special_tensors(calls):
+    module, x = build(fastrnn, "GRU", 3, 5), normal(4, 2, 3)
+    with torch.no_grad():
+        module(x.as_subclass(_Sub))
+        with forward_ad.dual_level():
+            output, _ = module(forward_ad.make_dual(x, torch.ones_like(x)))
+            assert forward_ad.unpack_dual(output).tangent is not None
+        torch.func.vmap(lambda x: module(x)[0])(normal(3, 4, 2, 3))
+        module.to("meta")(x.to("meta"))
+    assert calls == [False] * 4
+
+
+def test_not_for_special_modules(calls):
+    x = normal(4, 2, 3)
+
+    class Double(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    with torch.no_grad():
+        plain = build(fastrnn, "GRU", 3, 5)
+        expected = fastrnn.GRU(3, 5)
+        expected.load_state_dict(plain.state_dict())
+        expected.weight_hh_l0.mul_(2)
+        parametrize.register_parametrization(plain, "weight_hh_l0", Double())
+        assert torch.equal(plain(x)[0], expected(x)[0])
+        build(fastrnn, "GRU", 3, 5, bidirectional=True)(x)
+        build(fastrnn, "GRU", 3, 5, state_batch_first=True)(x)
+        build(fastrnn, "GRU", 3, 5, num_layers=2, dropout=0.5)(x)
+        build(fastrnn, "GRU", 3, 5)(x, lengths=torch.tensor([1, 4]))
+        build(fastrnn, "GRU", 3, 5)(x[:, 0])  # unbatched
+    assert calls == [False, True, False]
+
+
+def test_sees_new_weights(calls):
+    module, x = build(fastrnn, "LSTM", 3, 5), normal(4, 2, 3)
+    with torch.no_grad():
+        first = module(x)[0]
+        module.weight_hh_l0.data.mul_(3)
+        changed = module(x)[0]
+        other = {name: p + 1 for name, p in module.named_parameters()}
+        called = torch.func.functional_call(module, other, (x,))[0]
+    assert not torch.equal(first, changed) and not torch.equal(changed, called) and all(calls)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (normal(4, 2, 4),),
+        (normal(4, 2, 3), (normal(1, 2, 5), normal(1, 3, 5))),
+        (normal(4, 2, 3).double(),),
+        (normal(4, 2, 3), normal(1, 2, 5)),
+        ("text",),
+    ],
+)
+def test_errors_are_the_long_ways(args, long_way):
+    module, messages = build(fastrnn, "LSTM", 3, 5), []
+    for way in (lambda *a: module(*a), lambda *a: long_way(module, *a)):
+        with torch.no_grad(), pytest.raises(Exception) as caught:
+            way(*args)
+        messages.append((type(caught.value), str(caught.value)))
+    assert messages[0] == messages[1]
+
+
+def test_results_own_their_memory():
+    module, x = build(fastrnn, "LSTM", 3, 5), normal(1, 2, 3)
+    with torch.no_grad():
+        output, (h_n, c_n) = module(x)
+        h_n.zero_(), c_n.zero_()
+    assert output.abs().sum() > 0
+    assert map_state(lambda x: x.is_inference(), (h_n, c_n)) == (False, False)
+    assert modules._OPTIONS  # of which each sends a call the long way
