@@ -1,4 +1,4 @@
-"""Derivatives of the two ops: one kernel of our own at the Autograd key of each.
+"""Derivatives of the ops: one kernel of our own at the Autograd key of each.
 
 The kernel decides, in this order:
 
@@ -24,7 +24,15 @@ from torch._functorch.utils import enable_single_level_autograd_function
 
 from . import reference
 from .ops import CELLS, library, recurrent_backward, recurrent_forward
-from .products import transposed_product
+from .products import (
+    grouped_linear,
+    grouped_outer,
+    is_vmapped_call,
+    linear_by_aten,
+    outer_by_aten,
+    outer_products,
+    transposed_product,
+)
 
 Grads = tuple[Tensor | None, ...]
 
@@ -37,7 +45,7 @@ class _Rule(NamedTuple):
     """An op and how it is differentiated."""
 
     op: Any
-    composite: Callable[..., tuple[Tensor, ...]]
+    composite: Callable[..., Any]
     pullback: Callable[[list[Any], Sequence[Tensor], Sequence[bool], Grads], Grads]
     reads: frozenset[int]  # arguments that the pullback looks at
     keeps: tuple[int, ...]  # results that the pullback looks at
@@ -91,10 +99,7 @@ def _grad_weight(grad: Tensor, x: Tensor) -> Tensor:
     """sum over T, B of grad[t, b, p, :] x[t, b, p, :]^T: [P, m, n] from [T, B, P*m] and [T, B, P, n]."""
     # reshape throughout, for legacy vmap (is_grads_batched=True) has no rule for flatten and unflatten
     P, n = x.shape[2:]
-    if P == 1:
-        return transposed_product(grad.reshape(-1, grad.shape[2]), x.reshape(-1, n))[None]
-    rows = grad.reshape(-1, P, grad.shape[2] // P)
-    return torch.bmm(rows.permute(1, 2, 0), x.reshape(-1, P, n).transpose(0, 1))
+    return outer_products(grad.reshape(-1, P, grad.shape[2] // P), x.reshape(-1, P, n))
 
 
 def _grad_weight_hh(
@@ -110,7 +115,8 @@ def _grad_weight_hh(
     P, T = len(reverse), output.shape[0]
     if T == 0:
         return output.new_zeros(P, grad_gates_hh.shape[2] // P, output.shape[2] // P)
-    if resets is not None or P > 4:
+    # Under vmap the rows of a sample may be few, and a sum of two products for each would be most of the work.
+    if resets is not None or P > 4 or is_vmapped_call(grad_gates_hh, output):
         return _grad_weight(grad_gates_hh, reference.previous_h(output, h_0, lengths, resets, reset_h, reverse))
     # The states before are the outputs one step on, so views of both serve and nothing is copied: at padded steps both
     # are 0. What is left is each row's first step, whose state before is h_0.
@@ -162,14 +168,39 @@ _FORWARD = _Rule(
     frozenset((0, 2, 4, 5, 6, 7, 8, 9, 10, 11)),
     (0, 3),  # output and saved; h_n and c_n stay free for in-place use
 )
+
+
+def _pull_linear(args: list[Any], results: Sequence[Tensor], needed: Sequence[bool], grads: Grads) -> Grads:
+    input, weight, _ = args
+    (grad,) = grads
+    assert grad is not None
+    return (
+        grouped_linear(grad, weight.transpose(1, 2), None) if needed[0] else None,
+        grouped_outer(grad, input) if needed[1] else None,
+        grad.sum(0) if needed[2] else None,
+    )
+
+
+def _pull_outer(args: list[Any], results: Sequence[Tensor], needed: Sequence[bool], grads: Grads) -> Grads:
+    a, b = args
+    (grad,) = grads
+    assert grad is not None
+    return (
+        grouped_linear(b, grad, None) if needed[0] else None,
+        grouped_linear(a, grad.transpose(1, 2), None) if needed[1] else None,
+    )
+
+
 _BACKWARD = _Rule(recurrent_backward, reference.backward, _pull_backward, frozenset(range(16)), ())
+_LINEAR = _Rule(grouped_linear, linear_by_aten, _pull_linear, frozenset((0, 1)), ())
+_OUTER = _Rule(grouped_outer, outer_by_aten, _pull_outer, frozenset((0, 1)), ())
 
 
 class _Recurrent(torch.autograd.Function):
-    """The one node type, for either op."""
+    """The one node type, for any of the ops."""
 
     @staticmethod
-    def forward(ctx: Any, rule: _Rule, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, rule: _Rule, keyset: Any, *args: Any) -> Any:
         # Function.forward runs with both grad modes off, but a functorch level below this one must see them on.
         with (
             torch.enable_grad(),
@@ -183,7 +214,7 @@ class _Recurrent(torch.autograd.Function):
         ctx.plain = [None if isinstance(a, Tensor) else a for a in read]
         ctx.places = [i for i, a in enumerate(read) if isinstance(a, Tensor)]
         ctx.save_for_backward(*(read[i] for i in ctx.places), *(results[i] for i in rule.keeps))
-        return tuple(results)
+        return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
@@ -234,5 +265,5 @@ def _autograd_kernel(rule: _Rule) -> Callable[..., Any]:
     return kernel
 
 
-library.impl("recurrent_forward", _autograd_kernel(_FORWARD), "Autograd", with_keyset=True)
-library.impl("recurrent_backward", _autograd_kernel(_BACKWARD), "Autograd", with_keyset=True)
+for _rule in (_FORWARD, _BACKWARD, _LINEAR, _OUTER):
+    library.impl(_rule.op._schema.name, _autograd_kernel(_rule), "Autograd", with_keyset=True)

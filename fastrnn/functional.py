@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import layer as fused
 from .ops import CELLS, recurrent_forward
+from .products import linear
 
 
 class LayerWeights(NamedTuple):
@@ -268,7 +269,7 @@ def _cell(cell: str, input: Tensor, states: States, weights: LayerWeights) -> St
     if fused.fits(input, [weights], states, ()):
         _, h_n, c_n = fused.layer(cell, input[None], [weights], states, None, None, None)
     else:
-        gates_ih = F.linear(input, weights.weight_ih, weights.bias_ih)[None]
+        gates_ih = linear(input, weights.weight_ih, weights.bias_ih)[None]
         _, h_n, c_n, _ = _recurrence(cell, gates_ih, [weights], states, None, None, None)
     return h_n, c_n
 
@@ -378,9 +379,9 @@ def _project(input: Tensor, weights: Sequence[LayerWeights]) -> Tensor:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     if len(weights) == 1:
-        return F.linear(input, weights[0].weight_ih, weights[0].bias_ih)
+        return linear(input, weights[0].weight_ih, weights[0].bias_ih)
     biases = [w.bias_ih for w in weights if w.bias_ih is not None]
-    return F.linear(input, torch.cat([w.weight_ih for w in weights]), torch.cat(biases) if biases else None)
+    return linear(input, torch.cat([w.weight_ih for w in weights]), torch.cat(biases) if biases else None)
 
 
 def _look_up(tokens: Tensor, weight_ih: Tensor) -> Tensor:

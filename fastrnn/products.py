@@ -1,18 +1,24 @@
-"""The matrix products around a recurrence: its weight gradients and its input's gradient.
+"""The matrix products around a recurrence: its input projection, its weight gradients and its input's gradient.
 
-In plain eager execution on a CPU they run on the recurrence's own micro-kernel (``fastrnn::gemm``). Under everything
-else (graph capture, torch.func, forward-mode AD, autocast, half types, double backward, other devices, few rows) they
-are ATen's, so every transform has its rule already.
+In plain eager execution on a CPU they run on the recurrence's own micro-kernel (``fastrnn::gemm``). So they do under
+``torch.func.vmap``, as two ops with rules of their own, for the products of many samples or members are what per-sample
+gradients and ensembles spend their time in. Under everything else (graph capture, other transforms of torch.func,
+forward-mode AD, autocast, half types, double backward, other devices, few rows) they are ATen's, so every transform has
+its rule already.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import _C  # noqa: F401  (registers the op)
+from .ops import library
 
 _gemm = torch.ops.fastrnn.gemm.default
 # What make_fx records, of real tensors too, may be differentiated later. Other dispatch modes change nothing: a
@@ -43,6 +49,38 @@ def _has_gemm(a: Tensor, b: Tensor) -> bool:
     return is_plain_call() and is_plain(a) and is_plain(b) and {a.dtype, b.dtype} <= {torch.float32, torch.float64}
 
 
+def is_vmapped_call(*tensors: Tensor | None) -> bool:
+    """Is torch.func.vmap in force and nothing that makes a graph or casts, and can the micro-kernel take the tensors?"""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    if torch.is_autocast_enabled("cpu") or torch._C._get_dispatch_mode(_MAKE_FX) is not None:
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return (
+        any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+        and all(map(is_plain, tensors))
+        and {x.dtype for x in tensors if x is not None} in ({torch.float32}, {torch.float64})
+    )
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``."""
+    if not is_vmapped_call(input, weight, bias):
+        return F.linear(input, weight, bias)
+    rows = input.reshape(-1, 1, input.shape[-1])
+    out = grouped_linear(rows, weight.unsqueeze(0), None if bias is None else bias.unsqueeze(0))
+    return out.reshape(*input.shape[:-1], weight.shape[0])
+
+
+def outer_products(a: Tensor, b: Tensor) -> Tensor:
+    """sum over rows r of a[r, p, :] b[r, p, :]^T: [P, m, n] from [rows, P, m] and [rows, P, n]."""
+    if is_vmapped_call(a, b):
+        return grouped_outer(a, b)
+    if a.shape[1] == 1:
+        return transposed_product(a.squeeze(1), b.squeeze(1)).unsqueeze(0)
+    return outer_by_aten(a, b)
+
+
 def transposed_product(a: Tensor, b: Tensor) -> Tensor:
     """a^T b: [m, n] from [rows, m] and [rows, n]."""
     if torch.is_grad_enabled() or not _has_gemm(a, b) or a.shape[0] < _FEWEST_ROWS:
@@ -60,3 +98,54 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 @torch.library.register_fake("fastrnn::gemm")
 def _(a: Tensor, b: Tensor, bias: Tensor | None, transpose_a: bool, transpose_b: bool) -> Tensor:
     return a.new_empty(a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
+
+
+# ---- products of groups ----
+
+grouped_linear = torch.ops.fastrnn.grouped_linear.default
+grouped_outer = torch.ops.fastrnn.grouped_outer.default
+
+
+def linear_by_aten(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """weight[p] input[r, p, :] + bias[p]: [rows, P, m] from [rows, P, n], [P, m, n] and [P, m]."""
+    out = torch.bmm(input.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+    return out if bias is None else out + bias
+
+
+def outer_by_aten(a: Tensor, b: Tensor) -> Tensor:
+    return torch.bmm(a.permute(1, 2, 0), b.transpose(0, 1))
+
+
+@torch.library.register_fake("fastrnn::grouped_linear", lib=library)
+def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return input.new_empty(weight.shape[0], input.shape[0], weight.shape[1]).transpose(0, 1)
+
+
+@torch.library.register_fake("fastrnn::grouped_outer", lib=library)
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[1], a.shape[2], b.shape[2])
+
+
+def _into(x: Tensor, dim: int | None, n: int, at: int) -> Tensor:
+    """The batch dimension (or n copies where x has none) moved to `at`."""
+    return x.unsqueeze(at).expand(*x.shape[:at], n, *x.shape[at:]) if dim is None else x.movedim(dim, at)
+
+
+@torch.library.register_vmap("fastrnn::grouped_linear", lib=library)
+def _(
+    info: Any, in_dims: Sequence[int | None], input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, int]:
+    n = info.batch_size
+    input = _into(input, in_dims[0], n, 1)  # behind the rows: [T, B] stays in its order
+    if in_dims[1] is None and in_dims[2] is None:  # more rows
+        return grouped_linear(input.flatten(0, 1), weight, bias).unflatten(0, (-1, n)), 1
+    weight = _into(weight, in_dims[1], n, 0).flatten(0, 1)  # more groups
+    bias = None if bias is None else _into(bias, in_dims[2], n, 0).flatten(0, 1)
+    return grouped_linear(input.flatten(1, 2), weight, bias).unflatten(1, (n, -1)), 1
+
+
+@torch.library.register_vmap("fastrnn::grouped_outer", lib=library)
+def _(info: Any, in_dims: Sequence[int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
+    n = info.batch_size
+    a, b = (_into(x, dim, n, 1).flatten(1, 2) for x, dim in zip((a, b), in_dims, strict=True))
+    return grouped_outer(a, b).unflatten(0, (n, -1)), 0

@@ -9,6 +9,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "../cells/registry.h"
@@ -102,6 +104,56 @@ Tensor gemm_cpu(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bo
   return call.out;
 }
 
+// Products of many groups, each on one thread where there are enough of them. Small ones are ATen's: preparing a call
+// of ours would cost more than the product.
+bool are_large(int64_t m, int64_t n, int64_t k) { return m * n * k >= 1 << 16; }
+
+void run(const std::vector<PreparedGemm>& calls) {
+  if (calls.empty() || calls[0].out.numel() == 0) return;
+  const int64_t count = calls.size();
+  const int each = count < threads() ? threads() : 1;
+  at::parallel_for(0, count, each == 1 ? 1 : count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) cpu::gemm(calls[i].params, each);
+  });
+}
+
+Tensor grouped_linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  TORCH_CHECK(input.dim() == 3 && weight.dim() == 3 && input.size(1) == weight.size(0) &&
+                  input.size(2) == weight.size(2) && (!bias || bias->sizes() == weight.sizes().slice(0, 2)),
+              "grouped_linear: expected input [rows, P, n], weight [P, m, n] and bias [P, m], got ", input.sizes(), ", ",
+              weight.sizes(), " and ", bias ? bias->sizes() : at::IntArrayRef{});
+  const int64_t rows = input.size(0), P = input.size(1), m = weight.size(1), n = weight.size(2);
+  if (!are_large(rows, m, n)) {
+    Tensor out = at::bmm(input.transpose(0, 1), weight.transpose(1, 2));
+    if (bias) out += bias->unsqueeze(1);
+    return out.transpose(0, 1);
+  }
+  const Tensor out = at::empty({P, rows, m}, input.options());
+  const bool columns = weight.stride(2) != 1 && weight.stride(1) == 1;
+  std::vector<PreparedGemm> calls;
+  for (int64_t p = 0; p < P; ++p) {
+    const Tensor w = weight.select(0, p);
+    calls.push_back(prepare_gemm(input.select(1, p), columns ? w.t() : w,
+                                 bias ? OptionalTensor(bias->select(0, p)) : std::nullopt, false, !columns,
+                                 out.select(0, p)));
+  }
+  run(calls);
+  return out.transpose(0, 1);
+}
+
+Tensor grouped_outer_cpu(const Tensor& a, const Tensor& b) {
+  TORCH_CHECK(a.dim() == 3 && b.dim() == 3 && a.sizes().slice(0, 2) == b.sizes().slice(0, 2),
+              "grouped_outer: expected a [rows, P, m] and b [rows, P, n], got ", a.sizes(), " and ", b.sizes());
+  const int64_t rows = a.size(0), P = a.size(1), m = a.size(2), n = b.size(2);
+  if (!are_large(m, n, rows)) return at::bmm(a.permute({1, 2, 0}), b.transpose(0, 1));
+  const Tensor out = at::empty({P, m, n}, a.options());
+  std::vector<PreparedGemm> calls;
+  for (int64_t p = 0; p < P; ++p)
+    calls.push_back(prepare_gemm(a.select(1, p), b.select(1, p), std::nullopt, true, false, out.select(0, p)));
+  run(calls);
+  return out;
+}
+
 // For ops that only fastrnn's own autograd calls, where no derivative is asked for: a call that would need one fails,
 // instead of giving a result without a history.
 void without_derivative(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
@@ -168,6 +220,10 @@ TORCH_LIBRARY(fastrnn, m) {
   // autograd calls it where none is asked for.
   m.def("gemm(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor",
         {at::Tag::pt2_compliant_tag});
+  // linear and a sum of outer products for each of P groups: input [rows, P, n], weight [P, m, n], bias [P, m] to
+  // [rows, P, m]; a [rows, P, m], b [rows, P, n] to [P, m, n]. float32 and float64.
+  m.def("grouped_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("grouped_outer(Tensor a, Tensor b) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("cell_names() -> str[]", cell_names);
   // gates, states, saved, params, 1 if grad_gates_hh is a tensor of its own
   m.def("cell_info(str cell) -> int[]", cell_info);
@@ -180,6 +236,8 @@ TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("layer_backward", layer_backward_cpu);
   m.impl("quantized_forward", quantized_forward_cpu);
   m.impl("gemm", gemm_cpu);
+  m.impl("grouped_linear", grouped_linear_cpu);
+  m.impl("grouped_outer", grouped_outer_cpu);
 }
 
 TORCH_LIBRARY_IMPL(fastrnn, Autograd, m) {

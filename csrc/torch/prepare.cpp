@@ -430,7 +430,7 @@ PreparedBackward prepare_layer_backward(const Recurrence& args, const Given& giv
 }
 
 PreparedGemm prepare_gemm(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool transpose_a,
-                          bool transpose_b) {
+                          bool transpose_b, const Tensor& out) {
   TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "gemm: a and b: expected 2 dimensions each, got ", text(a.sizes()), " and ",
               text(b.sizes()));
   const auto dtype = a.scalar_type();
@@ -461,7 +461,7 @@ PreparedGemm prepare_gemm(const Tensor& a, const Tensor& b, const OptionalTensor
   p.b = kept_b.const_data_ptr();
   p.b_stride = kept_b.stride(0);
   p.bias = bias ? matrix("bias", *bias).const_data_ptr() : nullptr;
-  call.out = at::empty({p.m, p.n}, a.options());
+  call.out = out.defined() ? out : at::empty({p.m, p.n}, a.options());
   p.out = call.out.mutable_data_ptr();
   return call;
 }

@@ -81,8 +81,9 @@ struct PreparedGemm {
   std::vector<Tensor> keep;
 };
 
+// Writes to `out` [m, n], contiguous, if it is given.
 PreparedGemm prepare_gemm(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool transpose_a,
-                          bool transpose_b);
+                          bool transpose_b, const Tensor& out = {});
 
 // The position of a cell in kCells; throws ValueError naming the cells there are.
 int find_cell(std::string_view name);
