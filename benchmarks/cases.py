@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MODES = ("fwd", "train")  # fwd: inference_mode; train: forward + backward to input and all parameters
+PER_SAMPLE = ("persample",)  # the gradients of each sample's own loss by all parameters
 DTYPE_SUFFIX = {"float32": "", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
 
 

@@ -115,6 +115,9 @@ def run_row(row: Row, suite: Suite, peers: dict[str, Peer], settings: Settings, 
 
     ours, theirs, what = peers[settings.ours], peers[row.peer], (row.case, row.mode)
     reason = theirs.missing() or theirs.supports(*what) or ours.supports(*what)
+    if not reason and row.mode == "persample":
+        without = [peer.key for peer in (ours, theirs) if not getattr(peer, "per_sample", False)]
+        reason = f"{', '.join(without)}: no per-sample gradients" if without else None
     longest = suite.longest_s if settings.longest_s is None else settings.longest_s
     if not reason and floor and longest is not None and floor.seconds > longest:
         reason = f"a call takes at least {floor.seconds:.1f} s here (its floor), more than {longest:g} (--longest)"

@@ -34,7 +34,7 @@ def floor(case: Case, mode: str, roofline: dict[str, Any]) -> Floor:
     """
     gates, size = GATES[case.cell.removesuffix("Cell")], BYTES[case.dtype]
     directions = 2 if case.bidirectional else 1
-    R, training = case.proj or case.H, mode == "train"
+    R, training = case.proj or case.H, mode != "fwd"
     peaks, threads = roofline["gemm_flops"], roofline["threads"]
     peak = max(peaks.get(case.dtype, 0.0), 0.0 if case.dtype == "float64" else peaks["float32"])
     total = Floor(0.0, 0.0, 0.0, "L1", "flops")
@@ -44,7 +44,8 @@ def floor(case: Case, mode: str, roofline: dict[str, Any]) -> Floor:
         I = case.I if layer == 0 else R * directions  # noqa: E741 (the dimension's name)
         recurrent = gates * case.H * R + (R * case.H if case.proj else 0)  # elements read at every step
         products = (3 if training else 1) * 2 * steps(case) * directions
-        input_flops, recurrent_flops = products * gates * case.H * I, products * recurrent
+        input_products = products * 2 // 3 if mode == "persample" else products  # no gradient of the input
+        input_flops, recurrent_flops = input_products * gates * case.H * I, products * recurrent
         reads = case.T * (2 if training else 1)
         streamed = reads * directions * recurrent * size
         resident = directions * recurrent * size

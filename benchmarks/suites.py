@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from benchmarks.cases import Row, Size, Suite, entries
+from benchmarks.cases import PER_SAMPLE, Row, Size, Suite, entries
 
 FORWARD, TRAIN = ("fwd",), ("train",)
 
@@ -205,6 +205,13 @@ QUANTIZED = [
     *entries("gru", "GRU", (1, 1, 512, 512), (100, 1, 512, 512), (64, 16, 512, 512), modes=FORWARD),
 ]
 
+PER_SAMPLE_LAYERS = [  # gradients a sample, as in differentially private training
+    *entries("persample", "LSTM", (64, 64, 128, 128), (16, 64, 64, 64), (256, 16, 128, 128), modes=PER_SAMPLE),
+    *entries("persample", "GRU", (64, 64, 128, 128), modes=PER_SAMPLE),
+    *entries("persample", "RNN", (64, 64, 128, 128), modes=PER_SAMPLE),
+]
+PER_SAMPLE_PEERS = ("sampleloop", "oursampleloop", "opacus")
+
 SUITES: dict[str, Suite] = {
     "quick": Suite("every family at its smaller sizes, about two minutes", tuple(QUICK), budget_s=1.5),
     "decode": Suite("one step: layers at T = 1 with a state, and the cells", tuple(DECODE), budget_s=2.0),
@@ -217,6 +224,12 @@ SUITES: dict[str, Suite] = {
     "variants": Suite("every option of the layers at one size", tuple(VARIANTS), budget_s=2.0),
     "rl": Suite("resets inside sequences, against three hand loops", tuple(RL), peers=("loop", "cellloop", "perstep")),
     "memory": Suite("peak memory of a step, each side in processes of its own", tuple(MEMORY), kind="memory"),
+    "persample": Suite(
+        "per-sample gradients by vmap, against loops and Opacus", tuple(PER_SAMPLE_LAYERS), peers=PER_SAMPLE_PEERS,
+    ),
+    "persamplememory": Suite(
+        "peak memory of per-sample gradients", tuple(PER_SAMPLE_LAYERS[:1]), kind="memory", peers=PER_SAMPLE_PEERS,
+    ),
     "scaling": Suite(
         "cost against T, B, H and threads, with fitted exponents", tuple(SCALING), budget_s=1.5,
         threads=thread_counts(os.cpu_count() or 1),

@@ -15,6 +15,7 @@ from benchmarks.peers.loops import CellLoop, CompiledLoopPeer, HandLoop, LayerPe
 from benchmarks.peers.modules import ModulePeer, prepare_module
 from benchmarks.peers.onnx_runtimes import OnnxRuntimePeer, OpenVinoPeer
 from benchmarks.peers.our_quantized import QuantizedPeer
+from benchmarks.peers.per_sample import OpacusPeer, SampleLoop
 from benchmarks.peers.torch_others import AtenPeer, DynamicInt8Peer
 
 __all__ = ["PEERS", "ModulePeer", "NoResult", "Peer", "Prepared", "prepare_module"]
@@ -30,6 +31,9 @@ CONTESTANTS: tuple[Peer, ...] = (
     CompiledLoopPeer(),
     LoopPeer("cellloop", "loop over torch.nn's cell", CellLoop, "ATen, eager loop over cells"),
     LoopPeer("perstep", "torch.nn's layer, a call a step", LayerPerStep, "a torch.nn layer called at every step"),
+    SampleLoop("sampleloop", "torch.nn"),
+    SampleLoop("oursampleloop", "fastrnn"),
+    OpacusPeer(),
     OnnxRuntimePeer(),
     OpenVinoPeer(),
     JaxPeer(),

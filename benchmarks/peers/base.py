@@ -35,6 +35,7 @@ class Prepared:
 class Peer(Protocol):
     key: str  # in row ids and options: letters and digits
     title: str
+    # An attribute `per_sample` that is true: it has mode `persample`, and may have no other.
 
     def missing(self) -> str | None:
         """Why it cannot be used here, None if it can. Never raises, and is quick: it may only look for a package."""

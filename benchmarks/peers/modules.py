@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from benchmarks.cases import Case
 from benchmarks.data import Data, module_arguments
 from benchmarks.peers.base import Prepared
+from benchmarks.peers.per_sample import prepare_vmap, supports_per_sample
 
 
 class ModulePeer:
@@ -30,10 +31,11 @@ class ModulePeer:
         kernel: Callable[[Case, str], str] = lambda case, mode: "",
         resets: bool = False,
     ) -> None:
-        """`kernel` says what a call runs; `resets`: forward takes resets=."""
+        """`kernel` says what a call runs; `resets`: forward takes resets= (and vmap goes through it)."""
         self.key, self.title = key, title
         self._import_name, self._version_of = import_name, version_of or import_name
         self._kernel, self._resets = kernel, resets
+        self.per_sample = resets
 
     @property
     def namespace(self) -> ModuleType:
@@ -50,11 +52,15 @@ class ModulePeer:
         return str(getattr(importlib.import_module(self._version_of), "__version__", "unknown"))
 
     def supports(self, case: Case, mode: str) -> str | None:
+        if mode == "persample":
+            return supports_per_sample(case, mode)
         return "it has no resets inside a sequence" if case.resets and not self._resets else None
 
     def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
         module = getattr(self.namespace, case.cell)(**module_arguments(case))
         module.load_state_dict(data.weights)
+        if mode == "persample":
+            return prepare_vmap(module, data)
         prepared = prepare_module(module, case, mode, data)
         return replace(prepared, kernel=lambda: self._kernel(case, mode))
 
