@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import _C, functional, layer
 from .functional import LayerWeights, States
 from .ops import CELLS
+from .products import is_plain_call
 
 _OPTIONS = ("learn_initial_state", "state_batch_first", "return_all_states")
 
@@ -52,6 +53,13 @@ def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
         raise RuntimeError(
             f"batch_sizes: expected sizes that do not grow and sum to {rows} (rows of data), got {batch_sizes}"
         )
+
+
+def _packed_layout(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """lengths [B], and where each row of packed data stands among the T * B rows of padded data."""
+    rows = torch.arange(int(batch_sizes[0]))
+    valid = rows < batch_sizes[:, None]  # [T, B]
+    return valid.sum(0), valid.flatten().nonzero().squeeze(1)
 
 
 class _Recurrent(RNNBase):
@@ -338,10 +346,18 @@ class _Recurrent(RNNBase):
             states = tuple(_permute(x, sorted_indices, state_dim) for x in states)
         if self._takes_packed(data, states):
             output, finals, cells = self._layers(data, states, None, batch_sizes=batch_sizes)
-        else:
+        elif is_plain_call():
             padded, lengths = layer.pad(data, batch_sizes)
             output, finals, cells = self._layers(padded, states, lengths)
             output, cells = layer.pack(output, lengths), None if cells is None else layer.pack(cells, lengths)
+        else:  # torch's routines have neither a forward derivative nor a rule for vmap
+            lengths, places = _packed_layout(batch_sizes)
+            T, B, places = len(batch_sizes), len(lengths), places.to(data.device)
+            padded = data.new_zeros(T * B, *data.shape[1:]).index_copy(0, places, data)
+            output, finals, cells = self._layers(padded.reshape(T, B, *data.shape[1:]), states, lengths)
+            output, cells = (
+                None if x is None else x.flatten(0, 1).index_select(0, places) for x in (output, cells)
+            )
 
         def packed(x: Tensor) -> PackedSequence:
             return PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices)

@@ -65,10 +65,16 @@ def is_vmapped_call(*tensors: Tensor | None) -> bool:
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``."""
-    if not is_vmapped_call(input, weight, bias):
+    if not torch._C._are_functorch_transforms_active():
         return F.linear(input, weight, bias)
-    rows = input.reshape(-1, 1, input.shape[-1])
-    out = grouped_linear(rows, weight.unsqueeze(0), None if bias is None else bias.unsqueeze(0))
+    rows = input.reshape(-1, input.shape[-1])
+    if is_vmapped_call(input, weight, bias):
+        out = grouped_linear(
+            rows.unsqueeze(1), weight.unsqueeze(0), None if bias is None else bias.unsqueeze(0)
+        ).squeeze(1)
+    else:
+        # Not of 3 dimensions: F.linear looks at sizes in a way that make_fx of a torch.func.grad cannot trace.
+        out = F.linear(rows, weight, bias)
     return out.reshape(*input.shape[:-1], weight.shape[0])
 
 

@@ -34,7 +34,7 @@ def test_private_names_that_autograd_py_needs_exist():
     for owner, names in {
         torch._C: "_AutoDispatchBelowAutograd _ExcludeDispatchKeyGuard _after_autograd_keyset DispatchKeySet "
         "_any_requires_grad _are_functorch_transforms_active DispatchKey _get_dispatch_mode _TorchDispatchModeKey",
-        torch._C._functorch: "peek_interpreter_stack TransformType",
+        torch._C._functorch: "peek_interpreter_stack get_interpreter_stack TransformType",
         torch._functorch.utils: "enable_single_level_autograd_function",
         torch.autograd.function: "_SingleLevelFunction",
         forward_ad: "_current_level _set_fwd_grad_enabled",
