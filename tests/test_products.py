@@ -53,6 +53,51 @@ def test_gemm_refuses(a, b, bias, message):
     assert message in str(caught.value)
 
 
+# ---- products of groups ----
+
+GROUPS = [(40, 3, 65, 33), (2, 3, 4, 5), (70, 1, 50, 40), (0, 2, 3, 4), (40, 0, 65, 33)]  # rows, P, m, n
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", GROUPS, ids=str)
+def test_grouped_products(sizes, dtype, threads):
+    """On the micro-kernel and, small, on ATen's product: with rows apart, and weights that are transposed views."""
+    torch.set_num_threads(threads)
+    rows, P, m, n = sizes
+    input, out = (torch.randn(P, rows, k, dtype=dtype).transpose(0, 1) for k in (n, m))
+    bias = torch.randn(P, m, dtype=dtype)
+    for weight in (torch.randn(P, m, n, dtype=dtype), torch.randn(P, n, m, dtype=dtype).transpose(1, 2)):
+        for given in (None, bias):
+            got, want = (f(input, weight, given) for f in (products.grouped_linear, products.linear_by_aten))
+            torch.testing.assert_close(got, want)
+    torch.testing.assert_close(products.grouped_outer(out, input), products.outer_by_aten(out, input))
+
+
+@pytest.mark.parametrize("op", [products.grouped_linear, products.grouped_outer], ids=str)
+def test_derivatives_of_grouped_products(op):
+    """Of any order and in any mode: with rows enough for the micro-kernel, checked by finite differences."""
+    shapes = ((33, 2, 3), (2, 4, 3), (2, 4)) if op is products.grouped_linear else ((33, 2, 4), (33, 2, 3))
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(op, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(lambda *x: op(*x).sin(), inputs, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(5, 2, 3), torch.ones(2, 4, 4), None), "expected input [rows, P, n], weight [P, m, n]"),
+        ((torch.ones(5, 2, 3), torch.ones(2, 4, 3), torch.ones(4)), "and bias [P, m]"),
+        ((torch.ones(5, 2, 3), torch.ones(5, 3, 3)), "expected a [rows, P, m] and b [rows, P, n]"),
+    ],
+)
+def test_grouped_products_refuse(arguments, message):
+    op = products.grouped_linear if len(arguments) == 3 else products.grouped_outer
+    with pytest.raises(RuntimeError) as caught:
+        op(*arguments)
+    assert message in str(caught.value)
+
+
 def test_gemm_opcheck():
     for turn_a, turn_b in product((False, True), repeat=2):
         a = torch.randn(5, 3) if turn_a else torch.randn(3, 5)

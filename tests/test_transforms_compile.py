@@ -129,6 +129,33 @@ def test_automatic_dynamic_sizes(kind: str):
     assert _graphs() <= 2
 
 
+def test_twenty_sizes():
+    """One compilation serves 20 pairs of T and B, forward and backward, with torch's own code generator."""
+    module = make_module("lstm")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    sizes = [(3 + 3 * i, 2 + (7 * i) % 23) for i in range(20)]  # a first T of 2 has a part of size 1, which is fixed
+    assert len(set(sizes)) == 20
+    for i, (T, B) in enumerate(sizes):
+        x = torch.randn(T, B, 8)
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            actual = results_and_gradients(compiled, list(module.parameters()), x)
+        assert_close(actual, results_and_gradients(module, list(module.parameters()), x), 1e-4)
+    assert _graphs() == 1
+
+
+@every_module
+def test_graph_of_long_sequences(kind: str):
+    """Graphs are as large for T = 4096 as for T = 64, so compiling takes as long; tools/compile_time.py times it."""
+    counts = []
+    for T in (64, 4096):
+        torch._dynamo.reset()
+        recorder = Recorder()
+        compiled = torch.compile(make_module(kind), fullgraph=True, dynamic=False, backend=recorder.backend)
+        loss_of(compiled)(torch.randn(T, 2, 8)).backward()
+        counts.append([len(graph.nodes) for graph in (*recorder.forward, *recorder.backward)])
+    assert counts[0] == counts[1]
+
+
 # ---- transforms inside of compiled functions ----
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.cpp_extension
 from torch import Tensor
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -30,6 +35,8 @@ from .transform_cases import (
     modules_by_reference,
     variants,
 )
+
+ROOT = Path(__file__).parent.parent
 
 # ---- export ----
 
@@ -144,6 +151,137 @@ def test_opcheck_backward_without_some_gradients(cell: str, given: tuple[bool, b
     case = make_case(cell, lengths="rows")
     for initial in (True, False):
         opcheck(recurrent_backward, tuple(backward_arguments(case, given=given, initial=initial)))
+
+
+def _samples() -> dict[str, tuple[Any, ...]]:
+    """Arguments for every op that takes tensors."""
+    case = make_case("lstm", requires_grad=False)
+    zeros = (torch.zeros(3, 4), torch.zeros(3, 4))
+    module = fastrnn.quantize(fastrnn.LSTM(3, 4), torch.bfloat16)
+    narrow = (module.weight_ih_l0, None, None, module.bias_ih_l0, module.weight_hh_l0, None, None, module.bias_hh_l0)
+    rest = (None, *zeros, None, None, None, None, [False])
+    whole = (torch.randn(5, 3, 3), torch.randn(1, 16, 3), None, torch.randn(1, 16, 4), None)
+    groups = torch.randn(70, 2, 40)
+    return {
+        "recurrent_forward": (*case.arguments(), True),
+        "recurrent_backward": tuple(backward_arguments(case)),
+        "layer_forward": ("lstm", *whole, *rest, True),
+        "quantized_forward": ("lstm", torch.randn(5, 3, 3), *narrow, *rest),
+        "gemm": (torch.randn(40, 6), torch.randn(40, 5), None, True, False),
+        "grouped_linear": (groups, torch.randn(2, 30, 40), torch.randn(2, 30)),
+        "grouped_outer": (groups, groups[..., :30]),
+    }
+
+
+def test_every_op_is_checked():
+    """Whatever is registered under torch.ops.fastrnn, so that no new op is forgotten."""
+    names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastrnn::")}
+    ops = {name.partition(".")[0]: getattr(torch.ops.fastrnn, name).default for name in names}
+    samples = _samples()
+    of_tensors = {name for name, op in ops.items() if any("Tensor" in str(a.type) for a in op._schema.arguments)}
+    assert of_tensors == samples.keys()
+    for name, arguments in samples.items():
+        opcheck(ops[name], arguments)
+
+
+@pytest.mark.parametrize("name", ["grouped_linear", "grouped_outer"])
+def test_opcheck_grouped_products_with_grad(name: str):
+    arguments = [x.requires_grad_() for x in _samples()[name]]
+    opcheck(getattr(torch.ops.fastrnn, name).default, tuple(x.detach().requires_grad_() for x in arguments))
+
+
+# ---- other processes ----
+
+
+class Network(torch.nn.Module):
+    """Every kind of layer and cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = fastrnn.LSTM(8, 12, num_layers=2, bidirectional=True, proj_size=7)
+        self.gru, self.rnn = fastrnn.GRU(14, 9), fastrnn.RNN(9, 10, nonlinearity="relu")
+        self.cells = torch.nn.ModuleList([fastrnn.LSTMCell(10, 6), fastrnn.GRUCell(6, 5), fastrnn.RNNCell(5, 4)])
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.rnn(self.gru(self.lstm(x, lengths=lengths)[0])[0])[0]
+        lstm, gru, rnn = self.cells
+        return y, rnn(gru(lstm(y[-1])[0]))
+
+
+def _example(T: int, B: int) -> tuple[Tensor, Tensor]:
+    """The same numbers in any process, and in the C++ program."""
+    return torch.arange(T * B * 8, dtype=torch.float32).reshape(T, B, 8).sin(), torch.arange(B) % T + 1
+
+
+@pytest.fixture(scope="module")
+def exported() -> tuple[ExportedProgram, tuple[Tensor, Tensor]]:
+    """A program of every module with dynamic T and B, and its results for T, B = 7, 5."""
+    torch.manual_seed(5)
+    network = Network()
+    T, B = Dim("T", min=2, max=100), Dim("B", min=2, max=100)
+    with torch.no_grad():
+        program = export(network, _example(4, 3), dynamic_shapes=({0: T, 1: B}, {0: B}))
+        return program, network(*_example(7, 5))
+
+
+@pytest.fixture(scope="module")
+def package(exported: tuple, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """AOTInductor's package of it."""
+    file = tmp_path_factory.mktemp("aoti") / "network.pt2"
+    torch._inductor.aoti_compile_and_package(exported[0], package_path=str(file))
+    return file
+
+
+def _in_a_fresh_process(code: str, *arguments: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+_LOAD = """
+import sys, torch, fastrnn
+results = {loaded}(*torch.load(sys.argv[2]))
+torch.testing.assert_close(results, torch.load(sys.argv[3]), rtol=1e-5, atol=1e-6)
+"""
+
+
+def _files(folder: Path, results: tuple[Tensor, Tensor]) -> tuple[Path, Path]:
+    torch.save(_example(7, 5), folder / "inputs.pt")
+    torch.save(tuple(results), folder / "results.pt")
+    return folder / "inputs.pt", folder / "results.pt"
+
+
+def test_program_in_a_fresh_process(exported: tuple, tmp_path: Path):
+    torch.export.save(exported[0], tmp_path / "program.pt2")
+    code = _LOAD.format(loaded="torch.export.load(sys.argv[1]).module()")
+    _in_a_fresh_process(code, tmp_path / "program.pt2", *_files(tmp_path, exported[1]))
+
+
+def test_aot_inductor_package_in_a_fresh_process(exported: tuple, package: Path, tmp_path: Path):
+    code = _LOAD.format(loaded="torch._inductor.aoti_load_package(sys.argv[1])")
+    _in_a_fresh_process(code, package, *_files(tmp_path, exported[1]))
+
+
+def test_aot_inductor_package_from_cpp(exported: tuple, package: Path, tmp_path: Path):
+    """A program without an interpreter: torch's loader, and our extension module for its ops alone.
+
+    The module refers to Python's symbols, so the shared libpython is loaded first, which is not everywhere.
+    """
+    python = Path(sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("INSTSONAME"))
+    if not python.name.startswith("libpython") or ".so" not in python.name or not python.exists():
+        pytest.skip("this Python has no shared library")
+    torch_lib, program = Path(torch.__file__).parent / "lib", tmp_path / "run_package"
+    includes = [f"-I{path}" for path in torch.utils.cpp_extension.include_paths()]
+    libraries = [f"-L{torch_lib}", f"-Wl,-rpath,{torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
+    source = ROOT / "tests/cpp/run_package.cpp"
+    subprocess.run(["g++", "-std=c++20", "-O0", str(source), "-o", str(program), *includes, *libraries], check=True)
+    done = subprocess.run(
+        [str(program), str(package), str(python), fastrnn._C.__file__], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    sums = torch.tensor([float(word) for word in done.stdout.split()])
+    torch.testing.assert_close(sums, torch.stack([y.abs().sum() for y in exported[1]]), rtol=1e-4, atol=1e-5)
 
 
 # ---- tracing and tensors without data ----

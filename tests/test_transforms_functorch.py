@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastrnn
 
 from .transform_cases import (
     FUSED,
@@ -238,6 +241,35 @@ def test_vectorized_jacobian(cell: str, options: dict):
         jacobian(case.fused, case.inputs, vectorize=True),
         jacobian(case.composite, case.inputs),
     )
+
+
+# ---- products ----
+
+
+def test_products_under_vmap_are_one_op():
+    """What per-sample gradients and ensembles spend their time in: the micro-kernel, once for all of them."""
+    module = fastrnn.LSTM(40, 50, dtype=torch.float64)
+    parameters = {name: torch.randn_like(p) / 8 for name, p in module.named_parameters()}
+    x = torch.randn(35, 6, 40, dtype=torch.float64)
+
+    def run() -> dict[str, Tensor]:
+        of_sample = grad(lambda p, x: _loss(module, p, x.unsqueeze(1)))
+        return vmap(of_sample, in_dims=(None, 1))(parameters, x)
+
+    names: list[str] = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        actual = run()
+    assert names.count("fastrnn.grouped_linear.default") == 1
+    assert names.count("fastrnn.grouped_outer.default") == 2
+    assert not {"aten.mm.default", "aten.addmm.default", "aten.bmm.default"} & set(names)
+    with modules_by_reference():
+        assert_close(actual, run())
 
 
 # ---- modules ----
