@@ -50,7 +50,7 @@ def _has_gemm(a: Tensor, b: Tensor) -> bool:
 
 
 def is_vmapped_call(*tensors: Tensor | None) -> bool:
-    """Is torch.func.vmap in force and nothing that makes a graph or casts, and can the micro-kernel take the tensors?"""
+    """Is torch.func.vmap in force, and nothing that makes a graph or casts, and fit the tensors the micro-kernel?"""
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return False
     if torch.is_autocast_enabled("cpu") or torch._C._get_dispatch_mode(_MAKE_FX) is not None:

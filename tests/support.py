@@ -1,8 +1,8 @@
 """What docs/support.md says, as one list: checks, each run on fastrnn's modules and, unchanged, on torch.nn's.
 
 A case is a kind of module, an option and a check. ``tests/test_support.py`` runs every case. Those in
-``tests/support_failures.json`` must fail, with the error that stands there, and all others must pass: so the page, which
-is written from these lists, cannot be out of date.
+``tests/support_failures.json`` must fail, with the error that stands there, and all others must pass: so the page,
+which is written from these lists, cannot be out of date.
 
     python -m tests.support --measure    runs every case and writes support_failures.json, then the page
     python -m tests.support --write      writes docs/support.md
@@ -428,7 +428,9 @@ def checkpoints(s: Subject) -> None:
 def vmap_input(s: Subject) -> None:
     def mapped(module: nn.Module) -> list[Any]:
         many = torch.stack([s.x(), s.x().cos(), -s.x()])
-        return [vmap(lambda x: s.call(module, x), in_dims=d, randomness="same")(many.movedim(0, d)) for d in (0, 1, 2, -1)]
+        return [
+            vmap(lambda x: s.call(module, x), in_dims=d, randomness="same")(many.movedim(0, d)) for d in (0, 1, 2, -1)
+        ]
 
     s.same(mapped)
 
@@ -443,7 +445,7 @@ def vmap_weights(s: Subject) -> None:
         run, parameters = s.function(module)
         members = _members(parameters)
         swapped = {name: p.movedim(0, -1) for name, p in members.items()}
-        all_but_one = {name: 0 for name in members} | {(first := next(iter(members))): None}
+        all_but_one = dict.fromkeys(members, 0) | {(first := next(iter(members))): None}
         return [
             vmap(run, in_dims=(0, None), randomness="same")(members, s.x()),
             vmap(run, in_dims=(-1, None), randomness="same")(swapped, s.x()),
@@ -711,7 +713,7 @@ def described(error: BaseException) -> str:
 
 
 def outcome(case: Case, device: str = "cpu") -> str:
-    """"" if the case passes, else what it raised."""
+    """ "" if the case passes, else what it raised."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     try:
@@ -749,13 +751,13 @@ INTRODUCTION = """\
 Written by `python -m tests.support --write` from the lists that `tests/test_support.py` runs; a test fails while this
 page and those differ. **yes** means that a test passes: for a row `check` and a column `kind` it is
 `tests/test_support.py::test_support[cpu-fastrnn-KIND-CHECK]`, and for torch's column the same test with `torch.nn`
-in place of `fastrnn`. **no** means that the very same test must fail, with the error that stands below; if it passes one
-day, the test fails and so says that this page is out of date. Results are compared with `fastrnn/reference.py` on equal
-parameters, in float32 unless said.
+in place of `fastrnn`. **no** means that the very same test must fail, with the error that stands below; if it passes
+one day, the test fails and so says that this page is out of date. Results are compared with `fastrnn/reference.py` on
+equal parameters, in float32 unless said.
 
 torch's column is measured with torch {torch} on a CPU. **CUDA**: the tests are the same with `cuda` in place of `cpu`
-(and `tests/test_cuda.py`); they are skipped without a GPU and **have not been run on one**, so nothing is claimed there.
-cuDNN was not measured.
+(and `tests/test_cuda.py`); they are skipped without a GPU and **have not been run on one**, so nothing is claimed
+there. cuDNN was not measured.
 """
 
 
@@ -798,7 +800,12 @@ def page() -> str:
         options = [option for option in OPTIONS if applies(library, "LSTM", option)]
         rows = [[f"`{o}`", *(found(library, LAYERS, o, name) for name in COMBINED)] for o in options]
         lines += table(["", *(f"`{name}`" for name in COMBINED)], rows)
-    lines += ["", "## More tests", "", *table(["", "test"], [[what, f"`tests/{where}`"] for what, where in MORE.items()])]
+    lines += [
+        "",
+        "## More tests",
+        "",
+        *table(["", "test"], [[what, f"`tests/{where}`"] for what, where in MORE.items()]),
+    ]
     for library in LIBRARIES:
         lines += ["", f"## What fails in {library}, by name", ""]
         by_error: dict[str, list[str]] = {}

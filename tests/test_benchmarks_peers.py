@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import measure
-from benchmarks.cases import MODES, Case, Row, entries
+from benchmarks import cli, measure
+from benchmarks.cases import MODES, PER_SAMPLE, Case, Row, entries
 from benchmarks.data import make_data
 from benchmarks.peers import PEERS, NoResult, base, keras_layers, loops, onnx_model
 from benchmarks.peers.kernels import torch_kernel
+from benchmarks.suites import SUITES
 
 from .benchmark_documents import SETTINGS
 
@@ -55,7 +56,8 @@ CONTESTS = [
     for key in RUN_HERE
     for cell in ("LSTM", "GRU", "RNN")
     for options in OPTIONS
-    for mode in MODES
+    for mode in MODES + PER_SAMPLE
+    if mode in MODES or getattr(PEERS[key], "per_sample", False)
     if not PEERS[key].supports(case := tiny(cell, mode, **options), mode) and key not in ("compiled", "fastrnn")
 ]
 
@@ -77,8 +79,21 @@ def test_who_has_resets_and_who_trains() -> None:
     have = {key for key, peer in PEERS.items() if not peer.supports(resets, "train")}
     assert have == {"fastrnn", "loop", "cellloop", "perstep", "compiled"}
     inference_only = {key for key, peer in PEERS.items() if peer.supports(plain, "train")}
-    assert inference_only == {"int8", "onnxruntime", "openvino", "ourint8", "ourbf16"}
+    per_sample_only = {"sampleloop", "oursampleloop", "opacus"}
+    assert inference_only == {"int8", "onnxruntime", "openvino", "ourint8", "ourbf16"} | per_sample_only
+    assert {PEERS[key].supports(plain, "train") for key in per_sample_only} == {"per-sample gradients only"}
+    inference_only -= per_sample_only
     assert all("inference only" in (PEERS[key].supports(plain, "train") or "") for key in inference_only)
+
+
+def test_rows_of_per_sample_gradients_need_both_sides() -> None:
+    case = tiny("LSTM", "persample")
+    for ours, theirs, said in (("fastrnn", "loop", "loop: no"), ("torch", "sampleloop", "torch: no")):
+        settings = replace(SETTINGS, ours=ours)
+        row, suite = Row("timing", case, "persample", theirs), SUITES["persample"]
+        result = cli.run_row(row, suite, PEERS, settings, None)
+        assert (result.status, result.message) == ("skipped", f"{said} per-sample gradients")
+    assert "not with PackedSequence" in (PEERS["fastrnn"].supports(tiny("LSTM", shortest=2), "persample") or "")
 
 
 def test_a_peer_names_itself_and_what_runs_inside() -> None:
@@ -117,7 +132,7 @@ def test_int8_is_checked_with_a_tolerance_that_is_told() -> None:
 
 def test_a_package_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
-    for key in ("onnxruntime", "openvino", "jax", "keras"):
+    for key in ("onnxruntime", "openvino", "jax", "keras", "opacus"):
         reason = PEERS[key].missing()
         assert reason is not None
         assert reason.startswith("not installed: ")

@@ -21,7 +21,7 @@ from benchmarks.peers.torch_others import AtenPeer, DynamicInt8Peer
 __all__ = ["PEERS", "ModulePeer", "NoResult", "Peer", "Prepared", "prepare_module"]
 
 CONTESTANTS: tuple[Peer, ...] = (
-    ModulePeer("fastrnn", "fastrnn", "fastrnn", kernel=fastrnn_kernel, resets=True),
+    ModulePeer("fastrnn", "fastrnn", "fastrnn", kernel=fastrnn_kernel, resets=True, per_sample=True),
     QuantizedPeer("ourint8", torch.int8),
     QuantizedPeer("ourbf16", torch.bfloat16),
     ModulePeer("torch", "torch.nn", "torch.nn", version_of="torch", kernel=torch_kernel),

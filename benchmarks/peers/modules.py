@@ -30,12 +30,13 @@ class ModulePeer:
         version_of: str | None = None,
         kernel: Callable[[Case, str], str] = lambda case, mode: "",
         resets: bool = False,
+        per_sample: bool = False,
     ) -> None:
-        """`kernel` says what a call runs; `resets`: forward takes resets= (and vmap goes through it)."""
+        """`kernel` says what a call runs; `resets`: forward takes resets=; `per_sample`: vmap goes through."""
         self.key, self.title = key, title
         self._import_name, self._version_of = import_name, version_of or import_name
         self._kernel, self._resets = kernel, resets
-        self.per_sample = resets
+        self.per_sample = per_sample
 
     @property
     def namespace(self) -> ModuleType:

@@ -84,7 +84,7 @@ class SampleLoop:
 
 
 class OpacusPeer(PackagePeer):
-    """Opacus' DP layers under its GradSampleModule: a linear layer a gate, with hooks that keep per-sample gradients."""
+    """Opacus' layers under its GradSampleModule: linear layers with hooks that keep per-sample gradients."""
 
     key, title = "opacus", "Opacus' DPLSTM, DPGRU, DPRNN"
     packages = imports = ("opacus",)
