@@ -735,6 +735,9 @@ MORE = {
     "the same package run from C++, without Python": "test_transforms_export.py::test_aot_inductor_package_from_cpp",
     "`torch.export` program loaded in a fresh process": "test_transforms_export.py::test_program_in_a_fresh_process",
     "one compilation for 20 sizes (T, B), forward and backward": "test_transforms_compile.py::test_twenty_sizes",
+    "compiled module given a PackedSequence, one compilation for all lengths": (
+        "test_transforms_compile.py::test_packed_sequence"
+    ),
     "compiled graph with one node a layer": "test_transforms_compile.py::test_train",
     "compiled graph of equal size at T = 64 and T = 4096": "test_transforms_compile.py::test_graph_of_long_sequences",
     "one kernel call for an ensemble, for per-sample gradients, for nested `vmap`": (

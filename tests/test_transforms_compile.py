@@ -14,6 +14,7 @@ from torch._dynamo import compiled_autograd
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from .transform_cases import (
     Function,
@@ -140,6 +141,23 @@ def test_twenty_sizes():
         with torch._dynamo.config.patch(error_on_recompile=i > 0):
             actual = results_and_gradients(compiled, list(module.parameters()), x)
         assert_close(actual, results_and_gradients(module, list(module.parameters()), x), 1e-4)
+    assert _graphs() == 1
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_packed_sequence(kind: str):
+    """As an argument of a compiled module: one graph for all lengths, forward and backward."""
+    module = make_module(kind)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T, lengths in ((5, [3, 5, 2]), (9, [2, 9, 4, 2, 1, 7]), (11, [11, 11])):
+        data = pack_padded_sequence(torch.randn(T, len(lengths), 8), torch.tensor(lengths), enforce_sorted=False)
+
+        def run(function: Function) -> Any:
+            output, state = function(data)
+            results = (output.data, state)
+            return results, torch.autograd.grad(loss_of(lambda: results)(), list(module.parameters()))
+
+        assert_close(run(compiled), run(module), 1e-4)
     assert _graphs() == 1
 
 
