@@ -112,7 +112,7 @@ def _grad_weight_hh(
     reverse: Sequence[bool],
 ) -> Tensor:
     """[P, G*h, R]: every step's gate gradients times the state before it."""
-    P, T = len(reverse), output.shape[0]
+    P, (T, B, _) = len(reverse), output.shape
     if T == 0:
         return output.new_zeros(P, grad_gates_hh.shape[2] // P, output.shape[2] // P)
     # Under vmap the rows of a sample may be few, and a sum of two products for each would be most of the work.
@@ -123,7 +123,11 @@ def _grad_weight_hh(
     weights = []
     for p, backwards in enumerate(reverse):
         grad, h, first = _group(grad_gates_hh, p, P), _group(output, p, P), _group(h_0, p, P)
-        later, before = (grad[:-1], h[1:]) if backwards else (grad[1:], h[:-1])
+        # By rows and not by steps: a graph of T = 2 would hold one step, and take that size for fixed.
+        later, before = (
+            x.reshape(-1, x.shape[2]).narrow(0, at, (T - 1) * B)
+            for x, at in ((grad, 0 if backwards else B), (h, B if backwards else 0))
+        )
         # -1 and not T - 1: indexing with a symbolic size would fix it
         start = grad[-1 if backwards else 0]
         if backwards and lengths is not None:
@@ -132,8 +136,7 @@ def _grad_weight_hh(
             start = grad.gather(0, ends.expand(1, -1, grad.shape[2]))[0]
         weight = start.t() @ first
         if T > 1:
-            rows = later.reshape(-1, later.shape[2]), before.reshape(-1, before.shape[2])
-            weight = weight + transposed_product(*rows)
+            weight = weight + transposed_product(later, before)
         weights.append(weight)
     return torch.stack(weights) if P > 1 else weights[0][None]
 
