@@ -161,11 +161,14 @@ def _samples() -> dict[str, tuple[Any, ...]]:
     narrow = (module.weight_ih_l0, None, None, module.bias_ih_l0, module.weight_hh_l0, None, None, module.bias_hh_l0)
     rest = (None, *zeros, None, None, None, None, [False])
     whole = (torch.randn(5, 3, 3), torch.randn(1, 16, 3), None, torch.randn(1, 16, 4), None)
+    output, _, _, saved = torch.ops.fastrnn.layer_forward.default("lstm", *whole, *rest, True)
+    grads, weights = (output.cos(), None, None), (whole[0], whole[1], torch.randn(1, 16, 4))
     groups = torch.randn(70, 2, 40)
     return {
         "recurrent_forward": (*case.arguments(), True),
         "recurrent_backward": tuple(backward_arguments(case)),
         "layer_forward": ("lstm", *whole, *rest, True),
+        "layer_backward": ("lstm", *grads, *weights, *rest[1:], output, saved, [True] * 6),
         "quantized_forward": ("lstm", torch.randn(5, 3, 3), *narrow, *rest),
         "gemm": (torch.randn(40, 6), torch.randn(40, 5), None, True, False),
         "grouped_linear": (groups, torch.randn(2, 30, 40), torch.randn(2, 30)),
