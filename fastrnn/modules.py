@@ -355,9 +355,8 @@ class _Recurrent(RNNBase):
             T, B, places = len(batch_sizes), len(lengths), places.to(data.device)
             padded = data.new_zeros(T * B, *data.shape[1:]).index_copy(0, places, data)
             output, finals, cells = self._layers(padded.reshape(T, B, *data.shape[1:]), states, lengths)
-            output, cells = (
-                None if x is None else x.flatten(0, 1).index_select(0, places) for x in (output, cells)
-            )
+            output = output.flatten(0, 1).index_select(0, places)
+            cells = None if cells is None else cells.flatten(0, 1).index_select(0, places)
 
         def packed(x: Tensor) -> PackedSequence:
             return PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices)
