@@ -508,7 +508,7 @@ class _Cell(RNNCellBase):
 
     def _step(self, cell: str, input: Tensor, hx: Any) -> States:
         if not torch.compiler.is_compiling():
-            plain = _C.plain_forward(self._parameters, _CELL_NAMES[self.bias], cell, None, input, hx)
+            plain = _C.plain_forward(self._parameters, _CELL_NAMES[bool(self.bias)], cell, None, input, hx)
             if plain is not None:
                 return plain[1:]
         kind = type(self).__name__

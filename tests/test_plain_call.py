@@ -3,6 +3,7 @@ asks for more."""
 
 import contextlib
 import functools
+import threading
 from itertools import product
 
 import pytest
@@ -194,3 +195,28 @@ def test_results_own_their_memory():
     assert output.abs().sum() > 0
     assert map_state(lambda x: x.is_inference(), (h_n, c_n)) == (False, False)
     assert modules._OPTIONS  # of which each sends a call the long way
+
+
+def test_many_calls_from_several_threads():
+    """10,000 calls from four Python threads, short and long way, some shared over OpenMP threads: always the same."""
+    torch.set_num_threads(2)
+    cases = []
+    for kind, T, B, H in [("LSTM", 1, 1, 16), ("GRU", 3, 2, 17), ("RNN_TANH", 1, 5, 33), ("LSTM", 20, 16, 128)]:
+        module, x = build(fastrnn, kind, 8, H), normal(T, B, 8)
+        with torch.no_grad():
+            cases.append((module, x, flat(module(x))))
+    wrong = []
+
+    def work(worker):
+        for i in range(2500):
+            module, x, expected = cases[3 if i % 25 == 0 else (i + worker) % 3]
+            with torch.set_grad_enabled(i % 10 == 0):
+                if not all(torch.equal(a, b) for a, b in zip(flat(module(x)), expected, strict=True)):
+                    wrong.append((worker, i))
+
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -276,7 +276,8 @@ def test_aot_inductor_package_from_cpp(exported: tuple, package: Path, tmp_path:
         pytest.skip("this Python has no shared library")
     torch_lib, program = Path(torch.__file__).parent / "lib", tmp_path / "run_package"
     includes = [f"-I{path}" for path in torch.utils.cpp_extension.include_paths()]
-    libraries = [f"-L{torch_lib}", f"-Wl,-rpath,{torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
+    search = f"-Wl,--disable-new-dtags,-rpath,{torch_lib}"  # for what our module needs, too
+    libraries = [f"-L{torch_lib}", search, "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
     source = ROOT / "tests/cpp/run_package.cpp"
     subprocess.run(["g++", "-std=c++20", "-O0", str(source), "-o", str(program), *includes, *libraries], check=True)
     done = subprocess.run(
