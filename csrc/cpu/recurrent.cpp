@@ -146,7 +146,7 @@ Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
 
   // Packing costs about as much as this many products with a row. A single row that streams weights from beyond the
   // second-level cache reads them as fast unpacked.
-  constexpr int64_t kRowsWorthPacking = 24, kSecondLevel = 1 << 20;
+  constexpr int64_t kRowsWorthPacking = 96, kSecondLevel = 1 << 20;
   // So do the four rows that an unpacked product takes at once, where weights are narrower unpacked than packed.
   const DType weight_dtype = layer ? layer->weight_dtype : p.dtype;
   const bool narrow = weight_dtype != p.dtype;
