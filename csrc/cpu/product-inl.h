@@ -7,7 +7,7 @@
 // Rows that fit the register file beside N vectors of weights: 32 registers with AVX-512, 16 elsewhere.
 constexpr int kWide = FASTRNN_VECTOR_BYTES == 64;
 constexpr int max_rows(int vectors) {
-  return kWide ? (vectors == 4 ? 6 : 8) : (vectors == 4 ? 3 : vectors == 3 ? 4 : 6);
+  return kWide ? (vectors == 4 ? 6 : 8) : (vectors == 4 ? 2 : vectors == 3 ? 4 : 6);
 }
 constexpr int kMaxVectors = 4;
 
