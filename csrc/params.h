@@ -81,6 +81,9 @@ struct BackwardParams : ForwardParams {
   // In float32 where dtype is a half type, since a row may have many resets:
   void* grad_reset_h;  // [B, P*R], already zero, or null where not wanted
   void* grad_reset_c;  // [B, P*h], already zero, or null
+  // The gradient of the states, as a step hands it to the one before or to what it started from, is clamped to
+  // [-grad_clip, grad_clip]; 0: it is not.
+  double grad_clip;
 };
 
 // What a layer's backward call has beside BackwardParams: it makes the gradients of weights and input from the gate

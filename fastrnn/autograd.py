@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
 from . import reference
-from .ops import CELLS, library, recurrent_backward, recurrent_forward
+from .ops import CELLS, clamp_gradient, library, recurrent_backward, recurrent_forward
 from .products import (
     grouped_linear,
     grouped_outer,
@@ -35,10 +35,11 @@ from .products import (
 )
 
 Grads = tuple[Tensor | None, ...]
+_SAVE = 12  # recurrent_forward's save; behind it, where it is not 0, grad_clip
 
 
 def _composite_forward(*args: Any) -> tuple[Tensor, ...]:
-    return reference.forward(*args[:-1])
+    return reference.forward(*args[:_SAVE], *args[_SAVE + 1 :])
 
 
 class _Rule(NamedTuple):
@@ -52,7 +53,7 @@ class _Rule(NamedTuple):
 
 
 def pull_forward(args: list[Any], results: Sequence[Tensor], needed: Sequence[bool], grads: Grads) -> Grads:
-    cell, _, weight_hh, _, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, _ = args
+    cell, _, weight_hh, _, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, _, *clip = args
     output, saved = results
     grad_output, grad_h_n, grad_c_n, grad_saved = grads
     states = (h_0, c_0, lengths, resets, reset_h, reset_c, reverse)
@@ -67,9 +68,9 @@ def pull_forward(args: list[Any], results: Sequence[Tensor], needed: Sequence[bo
     )
     initial = needed[5] or needed[6]
     if grad_saved is None:
-        pulled = recurrent_backward(*given, output, saved, initial)
+        pulled = recurrent_backward(*given, output, saved, initial, *clip)
     else:
-        pulled = reference.backward(*given, output, saved, initial, grad_saved)
+        pulled = reference.backward(*given, output, saved, initial, *clip or (0.0,), grad_saved)
     grad_gates_ih, grad_gates_hh, grad_projected, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c = pulled
     if not CELLS[cell].separate_gates_hh:
         grad_gates_hh = grad_gates_ih
@@ -90,8 +91,7 @@ def pull_forward(args: list[Any], results: Sequence[Tensor], needed: Sequence[bo
         None,
         when(9, lambda: grad_reset_h),
         when(10, lambda: grad_reset_c),
-        None,
-        None,
+        *(None,) * (len(args) - 11),
     )
 
 
@@ -168,7 +168,7 @@ _FORWARD = _Rule(
     recurrent_forward,
     _composite_forward,
     pull_forward,
-    frozenset((0, 2, 4, 5, 6, 7, 8, 9, 10, 11)),
+    frozenset((0, 2, 4, 5, 6, 7, 8, 9, 10, 11, _SAVE, _SAVE + 1)),
     (0, 3),  # output and saved; h_n and c_n stay free for in-place use
 )
 
@@ -194,7 +194,7 @@ def _pull_outer(args: list[Any], results: Sequence[Tensor], needed: Sequence[boo
     )
 
 
-_BACKWARD = _Rule(recurrent_backward, reference.backward, _pull_backward, frozenset(range(16)), ())
+_BACKWARD = _Rule(recurrent_backward, reference.backward, _pull_backward, frozenset(range(17)), ())
 _LINEAR = _Rule(grouped_linear, linear_by_aten, _pull_linear, frozenset((0, 1)), ())
 _OUTER = _Rule(grouped_outer, outer_by_aten, _pull_outer, frozenset((0, 1)), ())
 
@@ -257,7 +257,7 @@ def _autograd_kernel(rule: _Rule) -> Callable[..., Any]:
             return rule.composite(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             if rule is _FORWARD:
-                args = (*args[:-1], True)  # save: only here is it known that backward may follow
+                args = (*args[:_SAVE], True, *args[_SAVE + 1 :])  # save: only here is it known that backward may follow
             if not torch._C._are_functorch_transforms_active():
                 return _Recurrent.apply(rule, keyset, *args)
             with enable_single_level_autograd_function():
@@ -270,3 +270,43 @@ def _autograd_kernel(rule: _Rule) -> Callable[..., Any]:
 
 for _rule in (_FORWARD, _BACKWARD, _LINEAR, _OUTER):
     library.impl(_rule.op._schema.name, _autograd_kernel(_rule), "Autograd", with_keyset=True)
+
+
+# ---- clamp_gradient: the identity, whose gradient is clamped ----
+
+
+class _Clamp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, x: Tensor, limit: float) -> Tensor:
+        ctx.limit = limit
+        with (
+            torch.enable_grad(),
+            forward_ad._set_fwd_grad_enabled(True),
+            torch._C._AutoDispatchBelowAutograd(),
+        ):
+            return clamp_gradient.redispatch(keyset & torch._C._after_autograd_keyset, x, limit)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Grads:
+        return None, grad.clamp(-ctx.limit, ctx.limit), None
+
+
+class _ClampLevel(torch.autograd.function._SingleLevelFunction):
+    forward = staticmethod(_Clamp.forward)
+    backward = staticmethod(_Clamp.backward)
+
+
+def _clamp_kernel(keyset: Any, x: Tensor, limit: float) -> Tensor:
+    if _has_tangent((x,)):  # the tangent is the derivative's: nothing is clamped on the way forward
+        primal, tangent = forward_ad.unpack_dual(x, level=0)
+        return forward_ad.make_dual(clamp_gradient(primal, limit), tangent, level=0)
+    if torch.is_grad_enabled() and x.requires_grad:
+        if not torch._C._are_functorch_transforms_active():
+            return _Clamp.apply(keyset, x, limit)
+        with enable_single_level_autograd_function():
+            return _ClampLevel.apply(keyset, x, limit)  # type: ignore[attr-defined]
+    with torch._C._AutoDispatchBelowAutograd():
+        return clamp_gradient.redispatch(keyset & torch._C._after_autograd_keyset, x, limit)
+
+
+library.impl("clamp_gradient", _clamp_kernel, "Autograd", with_keyset=True)

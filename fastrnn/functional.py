@@ -283,6 +283,7 @@ def _recurrence(
     resets: Tensor | None,
     reset_states: States | None,
     save: bool = False,
+    grad_clip: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op, with one group a direction. gates_ih [T, B, D*G*H]; states [B, D*n]."""
 
@@ -308,6 +309,7 @@ def _recurrence(
         fresh[1] if len(fresh) > 1 else None,
         [direction == 1 for direction in range(len(weights))],
         save,
+        *((grad_clip,) if grad_clip else ()),
     )
 
 
@@ -323,6 +325,7 @@ def _network(
     reset_states: States | None,
     all_states: bool = False,
     batch_sizes: Tensor | None = None,
+    grad_clip: float = 0.0,
 ) -> tuple[Tensor, States, Tensor | None]:
     """output, the final states and, for an LSTM with ``all_states``, every c of the last layer [T, B, D*H].
 
@@ -352,7 +355,7 @@ def _network(
         every_c = all_states and layer == len(weights) - 1
         fits = not every_c and fused.fits(output, layer_weights, (*start, *(fresh or ())), (lengths, resets))
         if fits or batch_sizes is not None:
-            output, h_n, c_n = fused.layer(cell, output, layer_weights, start, lengths, resets, fresh, batch_sizes)
+            output, h_n, c_n = fused.layer(cell, output, layer_weights, start, lengths, resets, fresh, batch_sizes, grad_clip)
         else:
             if layer == 0 and lengths is not None:
                 output = fused.without_padding(output, lengths)
@@ -360,7 +363,9 @@ def _network(
                 layer_weights = [_one_bias(w) for w in layer_weights]
             gates_ih = _project(output, layer_weights)
             start = tuple(x.to(gates_ih.dtype) for x in start) if states is None else start
-            output, h_n, c_n, saved = _recurrence(cell, gates_ih, layer_weights, start, lengths, resets, fresh, every_c)
+            output, h_n, c_n, saved = _recurrence(
+                cell, gates_ih, layer_weights, start, lengths, resets, fresh, every_c, grad_clip
+            )
             if every_c:
                 S = CELLS[cell].saved
                 cells = torch.cat(saved.chunk(D * S, -1)[S - 1 :: S], -1)  # c is the last of each direction's values

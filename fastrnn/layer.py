@@ -51,6 +51,7 @@ def layer(
     resets: Tensor | None,
     reset_states: Sequence[Tensor] | None,
     batch_sizes: Tensor | None = None,
+    grad_clip: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """One layer: input [T, B, I], weights one ``LayerWeights`` a direction, states [B, D*n] each.
 
@@ -70,7 +71,7 @@ def layer(
     )
     flat = [x for direction in weights for x in direction]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(input, *given, *flat):
-        return _Layer.apply(cell, batch_sizes, input, *given, *flat)[:3]
+        return _Layer.apply(cell, batch_sizes, grad_clip, input, *given, *flat)[:3]
     return _layer_forward(*_arguments(cell, input, given, flat), False, batch_sizes)[:3]
 
 
@@ -90,17 +91,20 @@ def _arguments(cell: str, input: Tensor, given: Sequence[Any], flat: Sequence[Te
 
 
 class _Layer(torch.autograd.Function):
-    """Arguments: cell, batch_sizes, input, h_0, c_0, lengths, resets, reset_h, reset_c, FIELDS weights a direction."""
+    """Arguments: cell, batch_sizes, grad_clip, input, h_0, c_0, lengths, resets, reset_h, reset_c, FIELDS weights a
+    direction."""
 
     @staticmethod
-    def forward(ctx: Any, cell: str, batch_sizes: Tensor | None, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, cell: str, batch_sizes: Tensor | None, grad_clip: float, input: Tensor, *rest: Any
+    ) -> tuple[Tensor, ...]:
         results = _layer_forward(*_arguments(cell, input, rest[:6], rest[6:]), True, batch_sizes)
         ctx.set_materialize_grads(False)
-        ctx.cell = cell
+        ctx.cell, ctx.grad_clip = cell, grad_clip
         # Biases are not looked at again; the input is for weight_ih's gradient alone, and weight_ih for the input's.
-        dropped = {2, 3} | (set() if ctx.needs_input_grad[2] else {0})
+        dropped = {2, 3} | (set() if ctx.needs_input_grad[3] else {0})
         kept = [x if i < 6 or (i - 6) % FIELDS not in dropped else None for i, x in enumerate(rest)]
-        kept_input = input if any(ctx.needs_input_grad[9::FIELDS]) else None
+        kept_input = input if any(ctx.needs_input_grad[10::FIELDS]) else None
         ctx.save_for_backward(batch_sizes, kept_input, *kept, results[0], results[3])
         return tuple(results)
 
@@ -112,19 +116,19 @@ class _Layer(torch.autograd.Function):
         states = rest[:6]
         weight_ih, weight_hh, _, _, weight_hr = _stacked(rest[6:])
         assert weight_hh is not None
-        needs, P = ctx.needs_input_grad[2:], weight_hh.shape[0]
+        needs, P = ctx.needs_input_grad[3:], weight_hh.shape[0]
         needed = _Needed(needs[0], needs[1] or needs[2], *(any(needs[7 + i :: FIELDS]) for i in range(FIELDS)))
         fused = weight_hr is None and grads[3] is None and not torch.is_grad_enabled() and is_plain_call()
         if fused and all(map(is_plain, grads)):
             wanted = [needed.input, needed.weight_ih, needed.weight_hh, needed.bias_ih, needed.bias_hh, needed.initial]
             grad_input, weight_ih, weight_hh, bias_ih, bias_hh, *of_states = _layer_backward(
                 ctx.cell, *grads[:2], grads[2] if states[1] is not None else None, input, weight_ih, weight_hh, *states,
-                [False, True][:P], output, saved, wanted, batch_sizes,
+                [False, True][:P], output, saved, wanted, batch_sizes, ctx.grad_clip,
             )  # fmt: skip
             fields: Sequence[Tensor | None] = (weight_ih, weight_hh, bias_ih, bias_hh, None)
         else:
             given = (input, states, weight_ih, weight_hh, weight_hr, output, saved)
-            grad_input, fields, of_states = _composed(ctx.cell, needed, grads, given, batch_sizes)
+            grad_input, fields, of_states = _composed(ctx.cell, needed, grads, given, batch_sizes, ctx.grad_clip)
         of_weights = [
             x[p] if x is not None and needs[7 + p * FIELDS + i] else None
             for p in range(P)
@@ -132,7 +136,7 @@ class _Layer(torch.autograd.Function):
         ]
         given_grads = (grad_input, *of_states[:2], None, None, *of_states[2:])
         wanted_grads = [x if need else None for x, need in zip(given_grads, needs, strict=False)]
-        return (None, None, *wanted_grads, *of_weights)
+        return (None, None, None, *wanted_grads, *of_weights)
 
 
 class _Needed(NamedTuple):
@@ -153,6 +157,7 @@ def _composed(
     grads: Grads,
     given: tuple[Any, ...],
     batch_sizes: Tensor | None,
+    grad_clip: float,
 ) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:
     """A layer's backward of ops that have derivatives: the gradients of input, weights and states."""
     input, states, weight_ih, weight_hh, weight_hr, output, saved = given
@@ -167,7 +172,8 @@ def _composed(
     elif lengths is not None and input is not None:
         input = without_padding(input, lengths)
     pulled = pull_forward(
-        [cell, None, weight_hh, None, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, [False, True][:P], True],
+        [cell, None, weight_hh, None, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, [False, True][:P], True,
+         *([grad_clip] if grad_clip else [])],
         (output, saved),
         [
             False, needed.input or needed.weight_ih or needed.bias_ih, needed.weight_hh, needed.bias_hh,
@@ -239,7 +245,7 @@ def _(
 @torch.library.register_fake("fastrnn::layer_backward")
 def _(
     cell, grad_output, grad_h_n, grad_c_n, input, weight_ih, weight_hh, h_0, c_0, lengths, resets, reset_h, reset_c,
-    reverse, output, saved, wanted, batch_sizes=None,
+    reverse, output, saved, wanted, batch_sizes=None, grad_clip=0.0,
 ):  # fmt: skip
     def like(x, wanted=True):
         return output.new_empty(x.shape if x is not None and wanted else 0)

@@ -15,6 +15,9 @@ Options that torch does not have are keyword-only arguments of the constructors:
 * ``return_all_states`` (LSTM): ``forward`` returns a third result, the last layer's c after every step [T, B, D*H],
   laid out and padded like the output. A gradient that reaches it makes backward the composite of ``reference.py``:
   right to any order, but not fused.
+* ``grad_clip`` (float above 0): in backward, the gradient of h and of c is clamped to [-grad_clip, grad_clip] wherever a
+  step hands it to the step before, or to the state that it started from; what the output's own gradient brings is added
+  after. NaN stays NaN. Forward-mode AD has nothing to clamp.
 """
 
 from __future__ import annotations
@@ -33,6 +36,18 @@ from .ops import CELLS
 from .products import is_plain_call
 
 _OPTIONS = ("learn_initial_state", "state_batch_first", "return_all_states")
+_VALUES = ("grad_clip",)  # options that are no switches
+
+
+def _checked_values(options: dict[str, Any]) -> dict[str, Any]:
+    clip = options.get("grad_clip")
+    if clip is not None:
+        if isinstance(clip, bool) or not isinstance(clip, (int, float)):
+            raise TypeError(f"grad_clip should be of type float or None, got: {type(clip).__name__}")
+        if not clip > 0:
+            raise ValueError(f"grad_clip should be above 0, got {clip}")
+        options["grad_clip"] = float(clip)
+    return options
 
 
 def _permute(x: Tensor, permutation: Tensor | None, dim: int = 1) -> Tensor:
@@ -69,15 +84,18 @@ class _Recurrent(RNNBase):
     learn_initial_state: bool = False
     state_batch_first: bool = False
     return_all_states: bool = False
+    grad_clip: float | None = None
 
     def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name, False) for name in _OPTIONS}
         for name, value in options.items():
             if not isinstance(value, bool):
                 raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+        options |= _checked_values({name: kwargs.pop(name) for name in _VALUES if name in kwargs})
         super().__init__(mode, *args, **kwargs)
-        for name in (name for name, on in options.items() if on):
-            setattr(self, name, True)
+        for name, value in options.items():
+            if value:
+                setattr(self, name, value)
         if self.learn_initial_state:
             weight = getattr(self, self._all_weights[0][0])
             for names, width in zip(self._initial_names(), self._state_widths(), strict=True):
@@ -92,7 +110,8 @@ class _Recurrent(RNNBase):
                     nn.init.zeros_(getattr(self, name))
 
     def extra_repr(self) -> str:
-        return ", ".join([super().extra_repr(), *(f"{name}=True" for name in _OPTIONS if getattr(self, name))])
+        options = ((name, getattr(self, name)) for name in (*_OPTIONS, *_VALUES))
+        return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in options if value)])
 
     def _state_widths(self) -> tuple[int, ...]:
         """Of h and, for an LSTM, c."""
@@ -253,6 +272,7 @@ class _Recurrent(RNNBase):
             fresh,
             self.return_all_states,
             sequence.get("batch_sizes"),
+            self.grad_clip or 0.0,
         )
 
     def _takes_packed(self, data: Tensor, states: States | None) -> bool:
@@ -413,7 +433,7 @@ class LSTM(_Recurrent):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as
             in ``torch.nn.LSTM``.
-        learn_initial_state, state_batch_first, return_all_states: keyword-only, False; see :mod:`fastrnn.modules`.
+        learn_initial_state, state_batch_first, return_all_states: keyword-only, False; grad_clip: keyword-only, None; see :mod:`fastrnn.modules`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -470,7 +490,7 @@ class GRU(_SingleState):
     """``torch.nn.GRU``: same arguments, parameters and results.
 
     Args:
-        learn_initial_state, state_batch_first: keyword-only, False; see :mod:`fastrnn.modules`.
+        learn_initial_state, state_batch_first: keyword-only, False; grad_clip: keyword-only, None; see :mod:`fastrnn.modules`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -483,7 +503,7 @@ class RNN(_SingleState):
     """``torch.nn.RNN``: same arguments (the fourth by position is ``nonlinearity``), parameters and results.
 
     Args:
-        learn_initial_state, state_batch_first: keyword-only, False; see :mod:`fastrnn.modules`.
+        learn_initial_state, state_batch_first: keyword-only, False; grad_clip: keyword-only, None; see :mod:`fastrnn.modules`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

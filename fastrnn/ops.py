@@ -15,6 +15,7 @@ from . import _C  # noqa: F401  (registers the ops)
 library = torch.library.Library("fastrnn", "FRAGMENT")
 recurrent_forward = torch.ops.fastrnn.recurrent_forward.default
 recurrent_backward = torch.ops.fastrnn.recurrent_backward.default
+clamp_gradient = torch.ops.fastrnn.clamp_gradient.default
 
 
 class CellInfo(NamedTuple):
@@ -112,14 +113,21 @@ class _Door:
             self.placed("resets", resets)
 
 
+def _check_grad_clip(op: str, grad_clip: float) -> None:
+    if not grad_clip >= 0:
+        raise ValueError(f"{op}: grad_clip: expected 0 (none) or a number above, got {grad_clip}")
+
+
 @torch.library.register_fake("fastrnn::recurrent_forward", lib=library)
 def _(
-    cell, gates_ih, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, save
+    cell, gates_ih, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, save,
+    grad_clip=0.0,
 ):  # fmt: skip
     args = dict(
         bias_hh=bias_hh, weight_hr=weight_hr, h_0=h_0, c_0=c_0, lengths=lengths, resets=resets, reset_h=reset_h,
         reset_c=reset_c, reverse=reverse,
     )  # fmt: skip
+    _check_grad_clip("recurrent_forward", grad_clip)
     d = _Door("recurrent_forward", cell, "gates_ih", gates_ih, weight_hh, args)
     empty = gates_ih.new_empty
     return (
@@ -133,12 +141,13 @@ def _(
 @torch.library.register_fake("fastrnn::recurrent_backward", lib=library)
 def _(
     cell, grad_output, grad_h_n, grad_c_n, weight_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c,
-    reverse, output, saved, initial=True,
+    reverse, output, saved, initial=True, grad_clip=0.0,
 ):  # fmt: skip
     args = dict(
         grad_output=grad_output, grad_h_n=grad_h_n, grad_c_n=grad_c_n, weight_hr=weight_hr, h_0=h_0, c_0=c_0,
         lengths=lengths, resets=resets, reset_h=reset_h, reset_c=reset_c, reverse=reverse, saved=saved,
     )  # fmt: skip
+    _check_grad_clip("recurrent_backward", grad_clip)
     d = _Door("recurrent_backward", cell, "output", output, weight_hh, args)
     empty = output.new_empty
     return (
@@ -150,6 +159,11 @@ def _(
         empty(d.B, d.P * d.R) if reset_h is not None else empty(0),
         empty(d.B, d.P * d.h) if reset_c is not None else empty(0),
     )
+
+
+@torch.library.register_fake("fastrnn::clamp_gradient", lib=library)
+def _(x, limit):
+    return torch.empty_like(x)
 
 
 # ---- vmap: a batched call is one call with a larger batch, or, where weights are batched, with more groups ----
@@ -178,12 +192,15 @@ def _mask_into_groups(x: Tensor, dim: int | None, n: int, kind: str, groups: int
     return _fold(x, dim, n, _INTO_GROUPS[kind])
 
 
+_DEFAULTS = (True, 0.0)  # of the last arguments: recurrent_backward's initial, and grad_clip
+
+
 def _vmap_rule(op: Callable[..., tuple[Tensor, ...]], kinds: str, results: str) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         n = info.batch_size
         # torch leaves out trailing arguments that have their default value
         in_dims = (*in_dims, *(None for _ in kinds[len(in_dims) :]))
-        args = (*args, *(True for _ in kinds[len(args) :]))
+        args = (*args, *_DEFAULTS[len(_DEFAULTS) - (len(kinds) - len(args)) :])
         into_groups = any(k == "w" and d is not None for k, d in zip(kinds, in_dims, strict=True))
         places = _INTO_GROUPS if into_groups else _INTO_BATCH
         groups = len(args[kinds.index("d")])
@@ -208,11 +225,16 @@ def _vmap_rule(op: Callable[..., tuple[Tensor, ...]], kinds: str, results: str) 
 
 
 torch.library.register_vmap(
-    "fastrnn::recurrent_forward", _vmap_rule(recurrent_forward, "-swwwvvlrvvd-", "svvs"), lib=library
+    "fastrnn::recurrent_forward", _vmap_rule(recurrent_forward, "-swwwvvlrvvd--", "svvs"), lib=library
 )
 torch.library.register_vmap(
-    "fastrnn::recurrent_backward", _vmap_rule(recurrent_backward, "-svvwwvvlrvvdss-", "sssvvvv"), lib=library
+    "fastrnn::recurrent_backward", _vmap_rule(recurrent_backward, "-svvwwvvlrvvdss--", "sssvvvv"), lib=library
 )
+
+
+@torch.library.register_vmap("fastrnn::clamp_gradient", lib=library)
+def _(info, in_dims, x, limit):
+    return clamp_gradient(x, limit), in_dims[0]
 
 
 # ---- autocast: the recurrence runs in the autocast dtype, as torch's matrix products do ----

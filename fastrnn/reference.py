@@ -195,6 +195,7 @@ def forward(
     reset_h: Tensor | None,
     reset_c: Tensor | None,
     reverse: Sequence[bool],
+    grad_clip: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``recurrent_forward`` without its ``save``.
 
@@ -218,6 +219,9 @@ def forward(
     kept: list[Tensor] = []
     for k in range(T):
         states = walk.restart(k, states, fresh)
+        held = states  # a row without this step hands its state's gradient on untouched
+        if grad_clip:
+            states = tuple(torch.ops.fastrnn.clamp_gradient(s, grad_clip) for s in states)
         gates_hh = _product(states[0], weight.transpose(1, 2))
         if bias_hh is not None:
             gates_hh = gates_hh + bias_hh.to(wide)
@@ -229,7 +233,7 @@ def forward(
         if walk.valid is not None:
             valid = walk.valid[k][..., None]
             output, record = torch.where(valid, output, 0), torch.where(valid, record, 0)
-            after = tuple(torch.where(valid, a, b) for a, b in zip(after, states, strict=True))
+            after = tuple(torch.where(valid, a, b) for a, b in zip(after, held, strict=True))
         states = after
         outputs.append(output)
         kept.append(record)
@@ -257,6 +261,7 @@ def backward(
     output: Tensor,
     saved: Tensor,
     initial: bool = True,
+    grad_clip: float = 0.0,
     grad_saved: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``recurrent_backward``, from forward's output and saved, and differentiable in its turn.
@@ -327,6 +332,8 @@ def backward(
         recurrent = _product(gates_hh[-1], weight)
         # The projection's input is pointwise in c alone: what the cell passes to h belongs to the unprojected case.
         grads = (recurrent if weight_hr is not None else grads[0] + recurrent, *grads[1:])
+        if grad_clip:
+            grads = tuple(g.clamp(-grad_clip, grad_clip) for g in grads)
         if held is not None:
             grads = tuple(a + b for a, b in zip(grads, held, strict=True))
         if walk.resets is not None:

@@ -218,7 +218,7 @@ class BackwardWorker {
     if (i >= was_running)
       grad = load_or_zero<T>(static_cast<const S*>(p.grad_h_n), at, n);
     else {
-      grad = p.weight_hr ? recurrent : recurrent + load(b.carry_h + (rows->first + i) * b.stride + j);
+      grad = clipped(p.weight_hr ? recurrent : recurrent + load(b.carry_h + (rows->first + i) * b.stride + j));
       if (reset_crossed(i)) {
         if (p.grad_reset_h) add(static_cast<T*>(p.grad_reset_h) + at, grad, n);
         grad = V(0);
@@ -250,7 +250,7 @@ class BackwardWorker {
       if (i >= was_running)
         grad_c = load_or_zero<T>(static_cast<const S*>(p.grad_c_n), at, n);
       else {
-        grad_c = load(carry_c);
+        grad_c = clipped(load(carry_c));
         if (reset_crossed(i)) {
           if (p.grad_reset_c) add(static_cast<T*>(p.grad_reset_c) + at, grad_c, n);
           grad_c = V(0);
@@ -479,6 +479,7 @@ class BackwardWorker {
     bias(layer->grad_bias_hh, b.bias + b.gates_stride);
   }
 
+  V clipped(V x) const { return p.grad_clip > 0 ? clamp(x, T(p.grad_clip)) : x; }
   static void add(T* p, V x, int n) { store(p, load(p, n) + x, n); }
   bool reset_crossed(int64_t i) const {
     return p.resets && reset_before(p, group, rows->row[i], rows->length[i], t_from);

@@ -69,6 +69,14 @@ FASTRNN_HD Vec<T> where_positive(Vec<T> y, Vec<T> a) {
   return y.v <= T(0) ? typename Vec<T>::Native{} : a.v;
 }
 
+// To [-limit, limit]; NaN stays.
+template <class T>
+FASTRNN_HD Vec<T> clamp(Vec<T> a, T limit) {
+  const typename Vec<T>::Native high = typename Vec<T>::Native{} + limit, low = -high;
+  const typename Vec<T>::Native x = a.v > high ? high : a.v;
+  return x < low ? low : x;
+}
+
 // exp(x) = 2^n (1 + m) with integer n and m = e^r - 1, |r| <= ln2 / 2, by r's Taylor series, whose first neglected
 // term is below half an ulp of m.
 template <class T>

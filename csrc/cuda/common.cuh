@@ -354,9 +354,13 @@ FASTRNN_INLINE void load_backward(const BackwardParams& p, const Row& r, int k, 
 // unless there is none or a reset cut it off. crossed: reset_before(k + 1). at: of the element in
 // grad_last [B, P*n] and in grad_reset.
 template <class S>
-FASTRNN_INLINE Wide<S> arriving(const Row& r, int k, int64_t at, Wide<S> later, bool crossed,
+FASTRNN_INLINE Wide<S> arriving(const BackwardParams& p, const Row& r, int k, int64_t at, Wide<S> later, bool crossed,
                                 const void* grad_last, void* grad_reset) {
   if (r.last(k)) return load_or_zero<S>(grad_last, at);
+  if (p.grad_clip > 0) {  // comparisons, and not fmin and fmax, which lose NaN
+    const Wide<S> limit = Wide<S>(p.grad_clip);
+    later = later > limit ? limit : later < -limit ? -limit : later;
+  }
   if (!crossed) return later;
   if (grad_reset) static_cast<Wide<S>*>(grad_reset)[at] += later;
   return Wide<S>(0);
@@ -367,7 +371,7 @@ FASTRNN_INLINE Wide<S> arriving(const Row& r, int k, int64_t at, Wide<S> later, 
 template <class S>
 FASTRNN_INLINE Wide<S> backward_h(const BackwardParams& p, const Row& r, int k, int j, Wide<S> later, bool crossed,
                                   S grad_output) {
-  return arriving<S>(r, k, r.place(p) * p.width + j, later, crossed, p.grad_h_n, p.grad_reset_h) +
+  return arriving<S>(p, r, k, r.place(p) * p.width + j, later, crossed, p.grad_h_n, p.grad_reset_h) +
          widen(grad_output);
 }
 
@@ -391,7 +395,7 @@ FASTRNN_INLINE void backward_cell(const BackwardParams& p, const Row& r, int k, 
   in.grad_state[0] = grad_h;
   if constexpr (C > 0)
     in.grad_state[C] =
-        arriving<S>(r, k, r.place(p) * p.hidden + j, carried, crossed, p.grad_c_n, p.grad_reset_c);
+        arriving<S>(p, r, k, r.place(p) * p.hidden + j, carried, crossed, p.grad_c_n, p.grad_reset_c);
   Cell::backward(in, out);
 
   carried = out.grad_state_prev[C];
@@ -423,7 +427,7 @@ __host__ __device__ inline bool finish_wanted(const BackwardParams& p) { return 
 template <class S>
 FASTRNN_INLINE void finish_h(const BackwardParams& p, const Row& r, int j, Wide<S> later, bool crossed) {
   const int64_t at = r.place(p) * p.width + j;
-  const Wide<S> grad = arriving<S>(r, -1, at, later, crossed, p.grad_h_n, p.grad_reset_h);
+  const Wide<S> grad = arriving<S>(p, r, -1, at, later, crossed, p.grad_h_n, p.grad_reset_h);
   if (p.grad_h_0) store<S>(p.grad_h_0, at, grad);
 }
 // grad_c_0, unit j < h; nothing where h is the only state.
@@ -431,7 +435,7 @@ template <class Cell, class S>
 FASTRNN_INLINE void finish_carried(const BackwardParams& p, const Row& r, int j, Wide<S> carried, bool crossed) {
   if constexpr (Cell::kStates > 1) {
     const int64_t at = r.place(p) * p.hidden + j;
-    const Wide<S> grad = arriving<S>(r, -1, at, carried, crossed, p.grad_c_n, p.grad_reset_c);
+    const Wide<S> grad = arriving<S>(p, r, -1, at, carried, crossed, p.grad_c_n, p.grad_reset_c);
     if (p.grad_c_0) store<S>(p.grad_c_0, at, grad);
   }
 }

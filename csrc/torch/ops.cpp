@@ -3,6 +3,7 @@
 //
 //   T steps, B batch, P groups, G gates, h hidden units a group, R width of state 0 (h, or the projected size),
 //   S saved values (cell_info). Results that do not apply have size 0; none aliases an argument or another result.
+//   grad_clip: 0 (none), or what the states' gradient is clamped to; recurrent_forward has it for its derivative.
 //   initial: are the gradients of h_0 and c_0 wanted?
 //   batch_sizes [T]: of a packed sequence; tensors [T, B, ..] are [N, ..] then, as torch packs them.
 //   lengths [B] or [B, P], any integer dtype; resets bool [T, B] or [T, B, P]; reverse: P values.
@@ -26,7 +27,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(
     c10::string_view cell, const Tensor& gates_ih, const Tensor& weight_hh, const OptionalTensor& bias_hh,
     const OptionalTensor& weight_hr, const Tensor& h_0, const OptionalTensor& c_0, const OptionalTensor& lengths,
     const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
-    const c10::List<bool>& reverse, bool save) {
+    const c10::List<bool>& reverse, bool save, double grad_clip) {
+  check_grad_clip("recurrent_forward", grad_clip);  // for its derivative
   PreparedForward call = prepare_forward(
       {cell, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse}, gates_ih, save);
   if (call.params.batch > 0) cpu::recurrent_forward(call.params, threads());
@@ -65,10 +67,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     const OptionalTensor& grad_c_n, const Tensor& weight_hh, const OptionalTensor& weight_hr, const Tensor& h_0,
     const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
     const OptionalTensor& reset_h, const OptionalTensor& reset_c, const c10::List<bool>& reverse, const Tensor& output,
-    const Tensor& saved, bool initial) {
+    const Tensor& saved, bool initial, double grad_clip) {
   PreparedBackward call = prepare_backward(
       {cell, weight_hh, std::nullopt, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse},
-      {grad_output, grad_h_n, grad_c_n, output, saved}, initial);
+      {grad_output, grad_h_n, grad_c_n, output, saved, grad_clip}, initial);
   if (call.params.batch > 0) cpu::recurrent_backward(call.params, threads());
   const auto dtype = output.scalar_type();
   return {call.grad_gates_ih, call.grad_gates_hh, call.grad_projected,        call.grad_h_0,
@@ -83,11 +85,12 @@ Gradients layer_backward_cpu(c10::string_view cell, const OptionalTensor& grad_o
                              const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
                              const OptionalTensor& reset_h, const OptionalTensor& reset_c,
                              const c10::List<bool>& reverse, const Tensor& output, const Tensor& saved,
-                             const c10::List<bool>& wanted, const OptionalTensor& batch_sizes) {
+                             const c10::List<bool>& wanted, const OptionalTensor& batch_sizes,
+                             double grad_clip) {
   PreparedBackward call = prepare_layer_backward({cell, weight_hh, std::nullopt, std::nullopt, h_0, c_0, lengths, resets,
                                                   reset_h, reset_c, reverse, batch_sizes},
-                                                 {grad_output, grad_h_n, grad_c_n, output, saved}, input, weight_ih,
-                                                 wanted);
+                                                 {grad_output, grad_h_n, grad_c_n, output, saved, grad_clip}, input,
+                                                 weight_ih, wanted);
   if (call.params.batch > 0) {
     cpu::layer_backward(call.params, call.layer, threads());
   } else {
@@ -184,13 +187,13 @@ TORCH_LIBRARY(fastrnn, m) {
   m.def(
       "recurrent_forward(str cell, Tensor gates_ih, Tensor weight_hh, Tensor? bias_hh, Tensor? weight_hr, "
       "Tensor h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, bool[] reverse, "
-      "bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)",
+      "bool save, float grad_clip=0.0) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "recurrent_backward(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor weight_hh, "
       "Tensor? weight_hr, Tensor h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, "
-      "bool[] reverse, Tensor output, Tensor saved, bool initial=True) -> (Tensor grad_gates_ih, Tensor grad_gates_hh, "
-      "Tensor grad_projected, Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c)",
+      "bool[] reverse, Tensor output, Tensor saved, bool initial=True, float grad_clip=0.0) -> "
+      "(Tensor grad_gates_ih, Tensor grad_gates_hh, Tensor grad_projected, Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c)",
       {at::Tag::pt2_compliant_tag});
   // recurrent_forward of gates_ih = weight_ih input + bias_ih, which are made a few steps at a time and never stored.
   // weight_ih [P, G*h, I], bias_ih [P, G*h]. No derivative of its own: fastrnn/layer.py makes the node.
@@ -204,7 +207,8 @@ TORCH_LIBRARY(fastrnn, m) {
   m.def(
       "layer_backward(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? input, "
       "Tensor? weight_ih, Tensor weight_hh, Tensor h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, Tensor? reset_h, "
-      "Tensor? reset_c, bool[] reverse, Tensor output, Tensor saved, bool[] wanted, Tensor? batch_sizes=None) -> "
+      "Tensor? reset_c, bool[] reverse, Tensor output, Tensor saved, bool[] wanted, Tensor? batch_sizes=None, "
+      "float grad_clip=0.0) -> "
       "(Tensor grad_input, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, Tensor grad_bias_hh, "
       "Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c)",
       {at::Tag::pt2_compliant_tag});
@@ -224,6 +228,8 @@ TORCH_LIBRARY(fastrnn, m) {
   // [rows, P, m]; a [rows, P, m], b [rows, P, n] to [P, m, n]. float32 and float64.
   m.def("grouped_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("grouped_outer(Tensor a, Tensor b) -> Tensor", {at::Tag::pt2_compliant_tag});
+  // x, whose gradient is clamped to [-limit, limit]: what grad_clip means, for the composite of fastrnn/reference.py.
+  m.def("clamp_gradient(Tensor x, float limit) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("cell_names() -> str[]", cell_names);
   // gates, states, saved, params, 1 if grad_gates_hh is a tensor of its own
   m.def("cell_info(str cell) -> int[]", cell_info);
@@ -238,6 +244,10 @@ TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("gemm", gemm_cpu);
   m.impl("grouped_linear", grouped_linear_cpu);
   m.impl("grouped_outer", grouped_outer_cpu);
+}
+
+TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
+  m.impl("clamp_gradient", [](const Tensor& x, double) { return x.clone(); });
 }
 
 TORCH_LIBRARY_IMPL(fastrnn, Autograd, m) {

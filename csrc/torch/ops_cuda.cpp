@@ -146,11 +146,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(
     c10::string_view cell, const Tensor& gates_ih, const Tensor& weight_hh, const OptionalTensor& bias_hh,
     const OptionalTensor& weight_hr, const Tensor& h_0, const OptionalTensor& c_0, const OptionalTensor& lengths,
     const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
-    const c10::List<bool>& reverse, bool save) {
+    const c10::List<bool>& reverse, bool save, double grad_clip) {
   const at::AutoDispatchBelowADInplaceOrView below;  // the products' out= tensors meet no autograd
   TORCH_CHECK(gates_ih.is_cuda(), "recurrent_forward: gates_ih: expected a CUDA device, as that of another argument, got ",
               gates_ih.device());
   const c10::cuda::CUDAGuard guard(gates_ih.device());
+  check_grad_clip("recurrent_forward", grad_clip);  // for its derivative
   PreparedForward call = prepare_forward(
       {cell, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse}, gates_ih, save);
   const ForwardParams& p = call.params;
@@ -173,14 +174,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda
     const OptionalTensor& grad_c_n, const Tensor& weight_hh, const OptionalTensor& weight_hr, const Tensor& h_0,
     const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
     const OptionalTensor& reset_h, const OptionalTensor& reset_c, const c10::List<bool>& reverse,
-    const Tensor& output, const Tensor& saved, bool initial) {
+    const Tensor& output, const Tensor& saved, bool initial, double grad_clip) {
   const at::AutoDispatchBelowADInplaceOrView below;
   TORCH_CHECK(output.is_cuda(),
               "recurrent_backward: output: expected a CUDA device, as that of another argument, got ", output.device());
   const c10::cuda::CUDAGuard guard(output.device());
   PreparedBackward call = prepare_backward(
       {cell, weight_hh, std::nullopt, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse},
-      {grad_output, grad_h_n, grad_c_n, output, saved}, initial);
+      {grad_output, grad_h_n, grad_c_n, output, saved, grad_clip}, initial);
   const BackwardParams& p = call.params;
   if (p.batch > 0) {
     const cuda::Choice choice = choose("recurrent_backward", p, true);

@@ -252,6 +252,10 @@ int find_cell(std::string_view name) {
   TORCH_CHECK_VALUE(false, "cell: expected one of ", names, ", got '", std::string(name), "'");
 }
 
+void check_grad_clip(const char* op, double grad_clip) {
+  TORCH_CHECK_VALUE(grad_clip >= 0, op, ": grad_clip: expected 0 (none) or a number above, got ", grad_clip);
+}
+
 namespace {
 
 // What both forms of the forward call share, after the door has seen the sequence.
@@ -352,6 +356,8 @@ void prepare_gradients(const char* op, Door& door, const Recurrence& args, const
                        PreparedBackward& out) {
   const auto [T, B, P, G, h, R, S, packed, rows] = door.dims();
   BackwardParams& p = out.params;
+  check_grad_clip(op, given.grad_clip);
+  p.grad_clip = given.grad_clip;
   door.weights(args, p);
   door.fill(args, p, out.own);
   const bool c = door.info().states > 1;

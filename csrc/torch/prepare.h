@@ -45,6 +45,7 @@ struct PreparedForward {
 struct Given {
   OptionalTensor grad_output, grad_h_n, grad_c_n;
   Tensor output, saved;
+  double grad_clip;
 };
 
 struct PreparedBackward {
@@ -84,6 +85,9 @@ struct PreparedGemm {
 // Writes to `out` [m, n], contiguous, if it is given.
 PreparedGemm prepare_gemm(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool transpose_a,
                           bool transpose_b, const Tensor& out = {});
+
+// 0, or a limit above it.
+void check_grad_clip(const char* op, double grad_clip);
 
 // The position of a cell in kCells; throws ValueError naming the cells there are.
 int find_cell(std::string_view name);
