@@ -70,7 +70,7 @@ def pull_forward(args: list[Any], results: Sequence[Tensor], needed: Sequence[bo
     if grad_saved is None:
         pulled = recurrent_backward(*given, output, saved, initial, *clip)
     else:
-        pulled = reference.backward(*given, output, saved, initial, *clip or (0.0,), grad_saved)
+        pulled = reference.backward(*given, output, saved, initial, clip[0] if clip else 0.0, grad_saved)
     grad_gates_ih, grad_gates_hh, grad_projected, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c = pulled
     if not CELLS[cell].separate_gates_hh:
         grad_gates_hh = grad_gates_ih

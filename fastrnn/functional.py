@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import layer as fused
+from . import segments
 from .ops import CELLS, recurrent_forward
 from .products import linear
 
@@ -284,6 +286,7 @@ def _recurrence(
     reset_states: States | None,
     save: bool = False,
     grad_clip: float = 0.0,
+    reverse: list[bool] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op, with one group a direction. gates_ih [T, B, D*G*H]; states [B, D*n]."""
 
@@ -307,10 +310,46 @@ def _recurrence(
         resets,
         fresh[0] if fresh else None,
         fresh[1] if len(fresh) > 1 else None,
-        [direction == 1 for direction in range(len(weights))],
+        [direction == 1 for direction in range(len(weights))] if reverse is None else reverse,
         save,
         *((grad_clip,) if grad_clip else ()),
     )
+
+
+def _checkpointed(
+    cell: str,
+    input: Tensor,
+    weights: Sequence[LayerWeights],
+    states: States,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_states: States | None,
+    grad_clip: float,
+    every: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer by segments of `every` steps, each a checkpoint of torch's: output, h_n, c_n."""
+
+    def run(part: Tensor, s: segments.Segment, w: LayerWeights, walk: segments.Walk) -> tuple[Tensor, ...]:
+        gates_ih = _project(part, [w])
+        start = tuple(x.to(gates_ih.dtype) for x in s.entry)
+        masks = s.lengths, s.resets, walk.fresh
+        return _recurrence(cell, gates_ih, [w], start, *masks, False, grad_clip, [walk.reverse])[:3]
+
+    parts = input.split(every)  # one gradient for all, where a slice each would have one of full size
+    outputs, finals = [], []
+    for direction, w in enumerate(weights):
+        walk = segments.Walk(direction == 1, input.shape[0], states, lengths, resets, reset_states, len(weights), every)
+        found = {}
+        for segment in walk:
+            part = parts[segment.begin // every]
+            found[segment.begin], *after = checkpoint(
+                run, part, segment, w, walk, use_reentrant=False, preserve_rng_state=False
+            )
+            walk.leave(after[: len(states)])
+        outputs.append(torch.cat([found[t] for t in sorted(found)]))
+        finals.append(walk.states)
+    h_n, *c_n = (torch.cat(each, 1) for each in zip(*finals, strict=True))
+    return torch.cat(outputs, -1), h_n, c_n[0] if c_n else h_n
 
 
 def _network(
@@ -326,6 +365,7 @@ def _network(
     all_states: bool = False,
     batch_sizes: Tensor | None = None,
     grad_clip: float = 0.0,
+    recompute: int = 0,
 ) -> tuple[Tensor, States, Tensor | None]:
     """output, the final states and, for an LSTM with ``all_states``, every c of the last layer [T, B, D*H].
 
@@ -355,17 +395,23 @@ def _network(
         every_c = all_states and layer == len(weights) - 1
         fits = not every_c and fused.fits(output, layer_weights, (*start, *(fresh or ())), (lengths, resets))
         if fits or batch_sizes is not None:
-            output, h_n, c_n = fused.layer(cell, output, layer_weights, start, lengths, resets, fresh, batch_sizes, grad_clip)
+            given = (cell, output, layer_weights, start, lengths, resets, fresh, batch_sizes, grad_clip)
+            output, h_n, c_n = segments.layer(*given, recompute) if recompute else fused.layer(*given)
         else:
             if layer == 0 and lengths is not None:
                 output = fused.without_padding(output, lengths)
             if output.dim() == 2 and not CELLS[cell].separate_gates_hh:
                 layer_weights = [_one_bias(w) for w in layer_weights]
-            gates_ih = _project(output, layer_weights)
-            start = tuple(x.to(gates_ih.dtype) for x in start) if states is None else start
-            output, h_n, c_n, saved = _recurrence(
-                cell, gates_ih, layer_weights, start, lengths, resets, fresh, every_c, grad_clip
-            )
+            if recompute and not every_c and segments.can_checkpoint():
+                output, h_n, c_n = _checkpointed(
+                    cell, output, layer_weights, start, lengths, resets, fresh, grad_clip, recompute
+                )
+            else:
+                gates_ih = _project(output, layer_weights)
+                start = tuple(x.to(gates_ih.dtype) for x in start) if states is None else start
+                output, h_n, c_n, saved = _recurrence(
+                    cell, gates_ih, layer_weights, start, lengths, resets, fresh, every_c, grad_clip
+                )
             if every_c:
                 S = CELLS[cell].saved
                 cells = torch.cat(saved.chunk(D * S, -1)[S - 1 :: S], -1)  # c is the last of each direction's values

@@ -59,9 +59,20 @@ def layer(
 
     Returns output [T, B, D*R], h_n [B, D*R] and c_n [B, D*H] (of size 0 for cells without c).
     """
+    given = given_of(states, lengths, resets, reset_states)
+    flat = [x for direction in weights for x in direction]
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(input, *given, *flat):
+        return _Layer.apply(cell, batch_sizes, grad_clip, input, *given, *flat)[:3]
+    return _layer_forward(*_arguments(cell, input, given, flat), False, batch_sizes)[:3]
+
+
+def given_of(
+    states: Sequence[Tensor], lengths: Tensor | None, resets: Tensor | None, reset_states: Sequence[Tensor] | None
+) -> tuple[Tensor | None, ...]:
+    """h_0, c_0, lengths, resets, reset_h, reset_c."""
     h, *c = states
     fresh = reset_states or ()
-    given = (
+    return (
         h,
         c[0] if c else None,
         lengths,
@@ -69,13 +80,9 @@ def layer(
         fresh[0] if fresh else None,
         fresh[1] if len(fresh) > 1 else None,
     )
-    flat = [x for direction in weights for x in direction]
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(input, *given, *flat):
-        return _Layer.apply(cell, batch_sizes, grad_clip, input, *given, *flat)[:3]
-    return _layer_forward(*_arguments(cell, input, given, flat), False, batch_sizes)[:3]
 
 
-def _stacked(flat: Sequence[Tensor | None]) -> list[Tensor | None]:
+def stacked(flat: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The weights of all directions, field by field: [D, ...] each."""
     if len(flat) == FIELDS:
         return [None if x is None else x.unsqueeze(0) for x in flat]
@@ -85,7 +92,7 @@ def _stacked(flat: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _arguments(cell: str, input: Tensor, given: Sequence[Any], flat: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = _stacked(flat)
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = stacked(flat)
     reverse = [False, True][: len(flat) // FIELDS]
     return (cell, input, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, *given, reverse)
 
@@ -114,21 +121,14 @@ class _Layer(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         batch_sizes, input, *rest, output, saved = ctx.saved_tensors
         states = rest[:6]
-        weight_ih, weight_hh, _, _, weight_hr = _stacked(rest[6:])
+        weight_ih, weight_hh, _, _, weight_hr = stacked(rest[6:])
         assert weight_hh is not None
         needs, P = ctx.needs_input_grad[3:], weight_hh.shape[0]
-        needed = _Needed(needs[0], needs[1] or needs[2], *(any(needs[7 + i :: FIELDS]) for i in range(FIELDS)))
-        fused = weight_hr is None and grads[3] is None and not torch.is_grad_enabled() and is_plain_call()
-        if fused and all(map(is_plain, grads)):
-            wanted = [needed.input, needed.weight_ih, needed.weight_hh, needed.bias_ih, needed.bias_hh, needed.initial]
-            grad_input, weight_ih, weight_hh, bias_ih, bias_hh, *of_states = _layer_backward(
-                ctx.cell, *grads[:2], grads[2] if states[1] is not None else None, input, weight_ih, weight_hh, *states,
-                [False, True][:P], output, saved, wanted, batch_sizes, ctx.grad_clip,
-            )  # fmt: skip
-            fields: Sequence[Tensor | None] = (weight_ih, weight_hh, bias_ih, bias_hh, None)
-        else:
-            given = (input, states, weight_ih, weight_hh, weight_hr, output, saved)
-            grad_input, fields, of_states = _composed(ctx.cell, needed, grads, given, batch_sizes, ctx.grad_clip)
+        needed = Needed(needs[0], needs[1] or needs[2], *(any(needs[7 + i :: FIELDS]) for i in range(FIELDS)))
+        given = (input, states, weight_ih, weight_hh, weight_hr, output, saved)
+        grad_input, fields, of_states = gradients(
+            ctx.cell, needed, grads, given, [False, True][:P], batch_sizes, ctx.grad_clip
+        )
         of_weights = [
             x[p] if x is not None and needs[7 + p * FIELDS + i] else None
             for p in range(P)
@@ -139,7 +139,7 @@ class _Layer(torch.autograd.Function):
         return (None, None, None, *wanted_grads, *of_weights)
 
 
-class _Needed(NamedTuple):
+class Needed(NamedTuple):
     """Which gradients are asked for; initial: that of h_0 or c_0."""
 
     input: bool
@@ -151,11 +151,38 @@ class _Needed(NamedTuple):
     weight_hr: bool
 
 
-def _composed(
+def gradients(
     cell: str,
-    needed: _Needed,
+    needed: Needed,
     grads: Grads,
     given: tuple[Any, ...],
+    reverse: list[bool],
+    batch_sizes: Tensor | None,
+    grad_clip: float,
+) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """A layer's backward: the gradients of input, of the weights' fields and of h_0, c_0, reset_h, reset_c.
+
+    grads: of layer_forward's results. given: input, the six that ``layer`` gives after it, weight_ih, weight_hh and
+    weight_hr of all directions, output and saved.
+    """
+    input, states, weight_ih, weight_hh, weight_hr, output, saved = given
+    fused = weight_hr is None and grads[3] is None and not torch.is_grad_enabled() and is_plain_call()
+    if not (fused and all(map(is_plain, grads))):
+        return _composed(cell, needed, grads, given, reverse, batch_sizes, grad_clip)
+    wanted = [needed.input, needed.weight_ih, needed.weight_hh, needed.bias_ih, needed.bias_hh, needed.initial]
+    grad_input, weight_ih, weight_hh, bias_ih, bias_hh, *of_states = _layer_backward(
+        cell, *grads[:2], grads[2] if states[1] is not None else None, input, weight_ih, weight_hh, *states,
+        reverse, output, saved, wanted, batch_sizes, grad_clip,
+    )  # fmt: skip
+    return grad_input, (weight_ih, weight_hh, bias_ih, bias_hh, None), of_states
+
+
+def _composed(
+    cell: str,
+    needed: Needed,
+    grads: Grads,
+    given: tuple[Any, ...],
+    reverse: list[bool],
     batch_sizes: Tensor | None,
     grad_clip: float,
 ) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:
@@ -172,7 +199,7 @@ def _composed(
     elif lengths is not None and input is not None:
         input = without_padding(input, lengths)
     pulled = pull_forward(
-        [cell, None, weight_hh, None, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, [False, True][:P], True,
+        [cell, None, weight_hh, None, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, True,
          *([grad_clip] if grad_clip else [])],
         (output, saved),
         [

@@ -15,9 +15,15 @@ Options that torch does not have are keyword-only arguments of the constructors:
 * ``return_all_states`` (LSTM): ``forward`` returns a third result, the last layer's c after every step [T, B, D*H],
   laid out and padded like the output. A gradient that reaches it makes backward the composite of ``reference.py``:
   right to any order, but not fused.
-* ``grad_clip`` (float above 0): in backward, the gradient of h and of c is clamped to [-grad_clip, grad_clip] wherever a
-  step hands it to the step before, or to the state that it started from; what the output's own gradient brings is added
-  after. NaN stays NaN. Forward-mode AD has nothing to clamp.
+* ``grad_clip`` (float above 0): in backward, the gradient of h and of c is clamped to [-grad_clip, grad_clip] wherever
+  a step hands it to the step before, or to the state that it started from; what the output's own gradient brings is
+  added after. NaN stays NaN. Forward-mode AD has nothing to clamp. Double backward differentiates the clamps, and
+  clamps again what it takes back through the forward pass.
+* ``recompute`` (int, 0: off): training keeps the states at every ``recompute``-th step alone, and backward makes the
+  rest again from there, so many steps at a time. The square root of T takes about the least memory. Results are equal
+  up to rounding, and in every bit from run to run. Double backward needs the memory of the default, and so does a last
+  layer with ``return_all_states``. Nothing is recomputed under torch.compile, torch.func and forward-mode AD; half
+  types, autocast, tokens and other devices go by ``torch.utils.checkpoint``.
 """
 
 from __future__ import annotations
@@ -36,7 +42,7 @@ from .ops import CELLS
 from .products import is_plain_call
 
 _OPTIONS = ("learn_initial_state", "state_batch_first", "return_all_states")
-_VALUES = ("grad_clip",)  # options that are no switches
+_VALUES = ("grad_clip", "recompute")  # options that are no switches
 
 
 def _checked_values(options: dict[str, Any]) -> dict[str, Any]:
@@ -47,6 +53,11 @@ def _checked_values(options: dict[str, Any]) -> dict[str, Any]:
         if not clip > 0:
             raise ValueError(f"grad_clip should be above 0, got {clip}")
         options["grad_clip"] = float(clip)
+    steps = options.get("recompute", 0)
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"recompute should be of type int, got: {type(steps).__name__}")
+    if steps < 0:
+        raise ValueError(f"recompute should be 0 (off) or a number of steps, got {steps}")
     return options
 
 
@@ -85,6 +96,7 @@ class _Recurrent(RNNBase):
     state_batch_first: bool = False
     return_all_states: bool = False
     grad_clip: float | None = None
+    recompute: int = 0
 
     def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name, False) for name in _OPTIONS}
@@ -273,6 +285,7 @@ class _Recurrent(RNNBase):
             self.return_all_states,
             sequence.get("batch_sizes"),
             self.grad_clip or 0.0,
+            self.recompute,
         )
 
     def _takes_packed(self, data: Tensor, states: States | None) -> bool:
@@ -433,7 +446,8 @@ class LSTM(_Recurrent):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as
             in ``torch.nn.LSTM``.
-        learn_initial_state, state_batch_first, return_all_states: keyword-only, False; grad_clip: keyword-only, None; see :mod:`fastrnn.modules`.
+        learn_initial_state, state_batch_first, return_all_states: keyword-only, False; see :mod:`fastrnn.modules`.
+        grad_clip, recompute: keyword-only, None and 0; see there.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -490,7 +504,8 @@ class GRU(_SingleState):
     """``torch.nn.GRU``: same arguments, parameters and results.
 
     Args:
-        learn_initial_state, state_batch_first: keyword-only, False; grad_clip: keyword-only, None; see :mod:`fastrnn.modules`.
+        learn_initial_state, state_batch_first: keyword-only, False; see :mod:`fastrnn.modules`.
+        grad_clip, recompute: keyword-only, None and 0; see there.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -503,7 +518,8 @@ class RNN(_SingleState):
     """``torch.nn.RNN``: same arguments (the fourth by position is ``nonlinearity``), parameters and results.
 
     Args:
-        learn_initial_state, state_batch_first: keyword-only, False; grad_clip: keyword-only, None; see :mod:`fastrnn.modules`.
+        learn_initial_state, state_batch_first: keyword-only, False; see :mod:`fastrnn.modules`.
+        grad_clip, recompute: keyword-only, None and 0; see there.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

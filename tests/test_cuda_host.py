@@ -6,6 +6,7 @@ backward call on an emulator's memory. The tests below know no tier.
 
 import ctypes
 import shutil
+import struct
 import sys
 from functools import cache
 from itertools import product
@@ -73,7 +74,7 @@ class Call:
         self.wide = torch.promote_types(self.dtype, torch.float32)
         self.results, self.written = {}, []
         self.reverse = (ctypes.c_uint8 * self.P)(*reverse)
-        self.numbers = [T, B, self.P, self.h, self.R, CELLS.index(cell), DTYPES.index(self.dtype), *[0] * 9]
+        self.numbers = [T, B, self.P, self.h, self.R, CELLS.index(cell), DTYPES.index(self.dtype), *[0] * 10]
         self.places = dict.fromkeys(ADDRESSES)
         self.places["reverse"] = ctypes.addressof(self.reverse)
         for name, x in (("weight_hh", weight_hh), ("weight_hr", weight_hr), ("h_0", h_0), ("c_0", c_0),
@@ -84,7 +85,7 @@ class Call:
 
     @property
     def sizes(self):
-        return (ctypes.c_int64 * 16)(*self.numbers)
+        return (ctypes.c_int64 * 17)(*self.numbers)
 
     @property
     def addresses(self):
@@ -144,10 +145,11 @@ def forward_call(cuda, arguments, save=True):
 
 
 def backward_call(cuda, cell, grad_output, grad_h_n, grad_c_n, weight_hh, weight_hr, h_0, c_0, lengths, resets,
-                  reset_h, reset_c, reverse, output, saved, initial=True):  # fmt: skip
+                  reset_h, reset_c, reverse, output, saved, initial=True, grad_clip=0.0):  # fmt: skip
     T, B = output.shape[:2]
     call = Call(cuda, cell, weight_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, B, T)
     call.read("grad_output", grad_output, 14)
+    call.numbers[16] = struct.unpack("q", struct.pack("d", grad_clip))[0]
     for name, x in (("grad_h_n", grad_h_n), ("grad_c_n", grad_c_n), ("output", output), ("saved", saved)):
         call.read(name, x)
     P, h, R, second = call.P, call.h, call.R, call.info.states > 1
@@ -464,6 +466,18 @@ def test_absent_arguments(cuda, tier, cell, projected, dtype):
         assert runs or not tier.tiles(case, False)
 
 
+@each_tier
+@each_cell
+def test_grad_clip(cuda, tier, cell, projected):
+    case = Case(cell, 4, 5, 2, 7, projected, "rows", "state", "alternate", torch.float32)
+    problem = Problem(case)
+    for tile in tier.tiles(case, True):
+        back = [*problem.back, True, 0.02]
+        got = run_backward(cuda, tier, tile, back)
+        check_backward(got, back, tile, case)
+        assert not torch.allclose(got[3], run_backward(cuda, tier, tile, problem.back)[3])
+
+
 @pytest.mark.parametrize("tier", ["resident", "grid"])
 def test_the_last_product_is_saved(cuda, tier):
     """Where nobody wants the initial state's gradient, backward ends with step 0 (params.h)."""
@@ -603,12 +617,12 @@ def test_a_tier_by_name(cuda, tier, forward, backward, case):
     """What FASTRNN_CUDA_TIER asks: what it can run it runs, worth it or not; what it cannot is refused."""
     cuda.reset()
     T, B, P, h, R = case.T, case.B, case.P, case.h, case.projected or case.h
-    numbers = [T, B, P, h, R, CELLS.index(case.cell), DTYPES.index(case.dtype), *[0] * 9]
+    numbers = [T, B, P, h, R, CELLS.index(case.cell), DTYPES.index(case.dtype), *[0] * 10]
     places = dict.fromkeys(ADDRESSES) | {"weight_hr": 1 if case.projected else None}  # looked at, never behind
     for back, want in ((False, forward), (True, backward)):
         choice = (ctypes.c_int64 * 8)()
         taken = cuda.library.cuda_choose_from(
-            (ctypes.c_int64 * 16)(*numbers), (ctypes.c_void_p * 25)(*places.values()), tier.encode(), back, 132, 90,
+            (ctypes.c_int64 * 17)(*numbers), (ctypes.c_void_p * 25)(*places.values()), tier.encode(), back, 132, 90,
             ctypes.c_int64(232448), choice)  # fmt: skip
         assert bool(taken) == want, back
         assert not taken or (choice[0] == list(TIERS).index(tier) and choice[7] <= 232448)

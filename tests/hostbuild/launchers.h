@@ -1,6 +1,8 @@
 // How launchers.cpp, and faulty copies of tiers (tests/test_cuda_host_faults.py), take a call from ctypes: sizes in one
 // array, addresses in another, in the order of params.h.
 #pragma once
+#include <cstring>
+
 #include "cuda/launch.h"
 
 #define FASTRNN_EXPORT extern "C" __attribute__((visibility("default")))
@@ -8,7 +10,7 @@
 namespace fastrnn::cuda {
 
 // sizes: T, B, P, h, R, cell, dtype, then the strides of gates_ih (t, b), lengths (b, p), resets (t, b, p) and
-// grad_output (t, b). addresses: as below; forward reads the first 15.
+// grad_output (t, b), and the bits of grad_clip. addresses: as below; forward reads the first 15.
 inline BackwardParams unpack(const int64_t* n, void* const* a, bool backward) {
   BackwardParams p{};
   p.steps = n[0], p.batch = n[1], p.groups = n[2], p.hidden = n[3], p.width = n[4];
@@ -25,6 +27,7 @@ inline BackwardParams unpack(const int64_t* n, void* const* a, bool backward) {
   p.grad_output = a[15], p.grad_h_n = a[16], p.grad_c_n = a[17];
   p.grad_gates_ih = a[18], p.grad_gates_hh = a[19], p.grad_projected = a[20];
   p.grad_h_0 = a[21], p.grad_c_0 = a[22], p.grad_reset_h = a[23], p.grad_reset_c = a[24];
+  std::memcpy(&p.grad_clip, &n[16], sizeof p.grad_clip);
   return p;
 }
 
