@@ -14,7 +14,7 @@ from . import autograd as _autograd  # noqa: F401  (gives the ops their derivati
 from . import functional
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .quantized import quantize
-from .sequences import detach, pool
+from .sequences import detach, pool, streaming
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "instruction_set",
     "pool",
     "quantize",
+    "streaming",
 ]
 
 

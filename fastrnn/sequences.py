@@ -1,13 +1,16 @@
-"""Around a recurrent network: a sequence's outputs as one vector, and a state without its history."""
+"""Around a recurrent network: a sequence's outputs as one vector, a state without its history, the same bits in chunks."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from ._C import set_uniform
 from .products import is_plain, is_plain_call
 
 
@@ -110,3 +113,23 @@ def detach(state: Any) -> Any:
     if isinstance(state, (tuple, list)):
         return type(state)(map(detach, state)) if type(state) in (tuple, list) else type(state)(*map(detach, state))
     raise TypeError(f"state: expected tensors, None, tuples, lists or dicts of them, got {type(state).__name__}")
+
+
+@contextlib.contextmanager
+def streaming() -> Iterator[None]:
+    """Within it a sequence gives the same bits in one call and in chunks of any sizes, on any number of threads.
+
+    Otherwise a short call may add up a sum in another order than a long one. For equal inputs and states every output
+    and final state of a forward pass is equal: of float32 and float64, dense input or tokens, of quantized modules,
+    with and without gradients. Calls must have the same rows (batch), run on the CPU, in this thread, and in plain eager
+    mode: under torch.compile, autocast and torch.func, and for half types, torch's own matrix product takes part, whose
+    sums are its own. Gradients are not covered. A reverse direction has no chunks to hand its state along.
+
+    A call of one step costs the same. A longer one of fewer than 24 rows is slower, for its weights are read as they
+    lie; see docs/performance-cpu.md.
+    """
+    before = set_uniform(True)
+    try:
+        yield
+    finally:
+        set_uniform(before)

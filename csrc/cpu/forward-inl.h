@@ -233,7 +233,7 @@ class ForwardWorker {
         T* panel = b.panels_ih + (plan.pack_late ? units.begin : v) * G * L * I;
         if (plan.pack_late) pack_ih(v, vectors, panel);
         for_each_tile(count, static_cast<const T*>(input), b.input_stride, static_cast<const T*>(panel), N * L, I, N,
-                      bias_ih ? b.bias_ih + v * G * L : nullptr, keep);
+                      bias_ih ? b.bias_ih + v * G * L : nullptr, keep, plan.uniform);
       } else
         for_each_dot_tile(count, static_cast<const T*>(input), b.input_stride, weight_ih + v * L * I, I, p.hidden, G,
                           vectors, p.hidden - v * L, I, bias_ih ? bias_ih + v * L : nullptr, keep);
@@ -275,7 +275,7 @@ class ForwardWorker {
                               cells);
       else if (plan.pack_hh)
         for_each_tile(active, h_prev, b.stride, b.panels_hh + v * G * L * p.width, vectors * G * L, p.width,
-                      vectors * G, bias_hh ? b.bias + v * G * L : nullptr, cells);
+                      vectors * G, bias_hh ? b.bias + v * G * L : nullptr, cells, plan.uniform);
       else
         for_each_dot_tile(active, h_prev, b.stride, weight_hh + v * L * p.width, p.width, p.hidden, G, vectors,
                           p.hidden - v * L, p.width, bias_hh ? bias_hh + v * L : nullptr, cells);
@@ -290,7 +290,7 @@ class ForwardWorker {
       };
       if (plan.pack_hh)
         for_each_tile(active, hidden, b.stride, b.panels_hr + v * L * p.hidden, vectors * L, p.hidden, vectors,
-                      static_cast<const T*>(nullptr), states);
+                      static_cast<const T*>(nullptr), states, plan.uniform);
       else
         for_each_dot_tile(active, hidden, b.stride, weight_hr + v * L * p.hidden, p.hidden, 0, 1, vectors,
                           p.width - v * L, p.hidden, static_cast<const S*>(nullptr), states);

@@ -75,6 +75,7 @@ struct Plan {
   bool split_rows;
   // Weights are packed first; a short call reads them as they lie. pack_late: those of the projection just before use.
   bool pack_hh, pack_ih, pack_late;
+  bool uniform;                // no sum of a forward pass depends on how many steps or threads there are
   bool shared_lengths;         // all groups have the same
   int64_t chunk;               // of a layer's call: steps whose gates, or gate gradients, are held at a time; else 0
   std::vector<Rows> all_rows;  // [groups or 1][members or 1]
@@ -84,6 +85,9 @@ struct Plan {
     return all_rows[split_rows ? (shared_lengths ? 0 : group) * team_size + member : shared_lengths ? 0 : group];
   }
 };
+
+// Are the plans that this thread makes uniform from now on? Returns whether they were: false at first.
+bool set_uniform(bool on);
 
 // layer: null where gates_ih are given.
 Plan make_plan(const ForwardParams& params, const LayerParams* layer, int threads);

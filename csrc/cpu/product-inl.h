@@ -13,14 +13,13 @@ constexpr int kMaxVectors = 4;
 
 // out[m][n] = sum_k a[m * stride + k] panel[k * panel_stride + n * L] + bias[n]; bias null means 0. It comes last: sums
 // that start from a large one lose their small terms. out does not alias the rest. A packed panel has panel_stride
-// N * L. Turned: a stands transposed, a[k * stride + m].
-template <class T, bool Turned, int M, int N>
+// N * L. Turned: a stands transposed, a[k * stride + m]. With few sums in flight the chain of additions would wait for
+// itself: U of them are interleaved over k.
+template <class T, bool Turned, int M, int N, int U>
 __attribute__((noinline)) void product(const T* a, int64_t stride, const T* panel, int64_t panel_stride, int64_t depth,
                                        const T* bias, T* out) {
   using V = Vec<T>;
   constexpr int L = V::kLanes;
-  // With few sums in flight the chain of additions would wait for itself: interleave U of them over k.
-  constexpr int U = M * N >= 8 ? 1 : M * N >= 4 ? 2 : 4;
   typename V::Native sum[U][M][N];
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n)
@@ -67,25 +66,28 @@ template <class T>
 using Product = void (*)(const T*, int64_t, const T*, int64_t, int64_t, const T*, T*);
 
 template <class T, bool Turned, int N, int M = 1>
-Product<T> pick_product(int rows) {
+Product<T> pick_product(int rows, bool uniform) {
   if constexpr (M < max_rows(N)) {
-    if (rows > M) return pick_product<T, Turned, N, M + 1>(rows);
+    if (rows > M) return pick_product<T, Turned, N, M + 1>(rows, uniform);
   }
-  return product<T, Turned, M, N>;
+  constexpr int U = M * N >= 8 ? 1 : M * N >= 4 ? 2 : 4;
+  if constexpr (!Turned && U > 1)
+    if (uniform) return product<T, Turned, M, N, 1>;
+  return product<T, Turned, M, N, U>;
 }
 
-// rows in 1..max_rows(vectors), vectors in 1..kMaxVectors
+// rows in 1..max_rows(vectors), vectors in 1..kMaxVectors. uniform (not Turned): sums are the same whatever these are.
 template <class T, bool Turned = false>
-Product<T> pick_product(int rows, int vectors) {
+Product<T> pick_product(int rows, int vectors, bool uniform) {
   switch (vectors) {
     case 1:
-      return pick_product<T, Turned, 1>(rows);
+      return pick_product<T, Turned, 1>(rows, uniform);
     case 2:
-      return pick_product<T, Turned, 2>(rows);
+      return pick_product<T, Turned, 2>(rows, uniform);
     case 3:
-      return pick_product<T, Turned, 3>(rows);
+      return pick_product<T, Turned, 3>(rows, uniform);
     default:
-      return pick_product<T, Turned, 4>(rows);
+      return pick_product<T, Turned, 4>(rows, uniform);
   }
 }
 
@@ -93,13 +95,13 @@ Product<T> pick_product(int rows, int vectors) {
 // even as can be, so that no tile is left with a single row.
 template <class T, bool Turned = false, class Body>
 FASTRNN_HD void for_each_tile(int64_t count, const T* a, int64_t stride, const T* panel, int64_t panel_stride,
-                              int64_t depth, int vectors, const T* bias, Body body) {
+                              int64_t depth, int vectors, const T* bias, Body body, bool uniform = false) {
   alignas(64) T sums[8 * kMaxVectors * Vec<T>::kLanes];
   const int64_t tiles = ceil_div(count, max_rows(vectors));
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t begin = count * i / tiles, end = count * (i + 1) / tiles;
-    pick_product<T, Turned>(int(end - begin), vectors)(a + (Turned ? begin : begin * stride), stride, panel,
-                                                       panel_stride, depth, bias, sums);
+    pick_product<T, Turned>(int(end - begin), vectors, uniform)(a + (Turned ? begin : begin * stride), stride, panel,
+                                                                panel_stride, depth, bias, sums);
     body(begin, int(end - begin), static_cast<const T*>(sums));
   }
 }

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../cells/registry.h"
 #include "../launch.h"
@@ -93,6 +94,11 @@ bool run_backward(const BackwardParams& params, const LayerBackwardParams* layer
 
 }  // namespace
 
+namespace {
+thread_local bool uniform = false;
+}
+bool set_uniform(bool on) { return std::exchange(uniform, on); }
+
 const char* instruction_set() { return kernels().name; }
 
 void share_rows(const ForwardParams& p, Plan& plan) {
@@ -150,7 +156,10 @@ Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
   // So do the four rows that an unpacked product takes at once, where weights are narrower unpacked than packed.
   const DType weight_dtype = layer ? layer->weight_dtype : p.dtype;
   const bool narrow = weight_dtype != p.dtype;
-  const bool pack = weight_dtype != DType::kInt8 && p.steps * p.batch >= kRowsWorthPacking;
+  // Packed and unpacked products sum in different orders: where plan.uniform, the steps have no say in which it is.
+  plan.uniform = uniform;
+  const int64_t pack_rows = (uniform ? 1 : p.steps) * p.batch;
+  const bool pack = weight_dtype != DType::kInt8 && pack_rows >= kRowsWorthPacking;
   plan.pack_ih = layer && pack;
   plan.pack_hh = pack && !(p.batch == 1 && weights / plan.team_size > kSecondLevel) && !(narrow && p.batch <= 4);
 

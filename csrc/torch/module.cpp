@@ -113,6 +113,7 @@ PYBIND11_MODULE(_C, m) {
   if (PyModule_AddFunctions(m.ptr(), plain) != 0) throw py::error_already_set();
   m.def("instruction_set", &fastrnn::cpu::instruction_set);
   m.def("cpu_plan", &cpu_plan);
+  m.def("set_uniform", &fastrnn::cpu::set_uniform);
 #if defined(FASTRNN_CUDA_ARCHS)
   m.def("cuda_plan", &cuda_plan);
 #endif
