@@ -38,7 +38,10 @@ class Segment(NamedTuple):
 
 
 class Walk:
-    """The segments of one direction, in the order in which it runs. After each one ``leave`` takes its final states."""
+    """The segments of one direction, in the order in which it runs. After each one ``leave`` takes its final states.
+
+    in_place: are the states copied into one place? Only then can a sequence be packed, and no gradient asked for.
+    """
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class Walk:
         directions: int,
         every: int,
         batch_sizes: Tensor | None = None,
+        in_place: bool = False,
     ) -> None:
         self.reverse, self.steps, self.every = reverse, steps, every
         self.lengths, self.resets, self.batch_sizes = lengths, resets, batch_sizes
@@ -58,7 +62,8 @@ class Walk:
         def own(x: Tensor) -> Tensor:
             return x.chunk(directions, 1)[int(reverse)]
 
-        self.states: States = tuple(map(own, states))
+        self.in_place = in_place
+        self.states: States = tuple(own(x).clone() if in_place else own(x) for x in states)
         self.fresh: States | None = None if reset_states is None else tuple(map(own, reset_states))
 
     def __iter__(self) -> Iterator[Segment]:
@@ -85,12 +90,11 @@ class Walk:
             yield Segment(begin, rows, batch, lengths, resets, batch_sizes, crossed, entry)
 
     def leave(self, after: Sequence[Tensor]) -> None:
-        self.states = tuple(map(_replaced, self.states, after))
-
-
-def _replaced(x: Tensor, first: Tensor) -> Tensor:
-    """x with other first rows."""
-    return first if len(first) == len(x) else torch.cat([first, x[len(first) :]])
+        if self.in_place:  # less garbage between what stays: the heap of a long sequence keeps few holes
+            for x, first in zip(self.states, after, strict=True):
+                x[: len(first)].copy_(first)
+        else:
+            self.states = tuple(after)
 
 
 def can_checkpoint() -> bool:
@@ -138,11 +142,16 @@ class _Call:
     def weights(self, direction: int) -> Sequence[Tensor | None]:
         return self.flat[direction * FIELDS : (direction + 1) * FIELDS]
 
-    def walk(self, direction: int, states: Sequence[Tensor]) -> Walk:
+    def walk(self, direction: int) -> Walk:
         return Walk(
-            direction == 1, self.steps, states, self.lengths, self.resets, self.fresh, self.directions, self.every,
-            self.batch_sizes,
+            direction == 1, self.steps, self.states, self.lengths, self.resets, self.fresh, self.directions, self.every,
+            self.batch_sizes, in_place=True,
         )  # fmt: skip
+
+    def entry(self, kept: Sequence[Tensor], direction: int, s: Segment) -> States:
+        """Where the states that a segment is entered with are kept."""
+        count = len(self.states)
+        return tuple(x[s.begin // self.every, : s.batch] for x in kept[direction * count : (direction + 1) * count])
 
     def run(self, walk: Walk, weights: Sequence[Tensor | None], s: Segment, save: bool) -> tuple[Tensor, ...]:
         """The segment's forward: what layer_forward gives."""
@@ -161,21 +170,30 @@ class _Segments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Any, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         call = _Call(options, input, rest)
-        entries: list[Tensor] = []
-        finals = []
+        finals: list[States] = []
+        kept: list[Tensor] = []  # of each direction and state [segments, B, n], first of all: no holes in the heap
+        for _ in range(call.directions):
+            kept += [
+                x.new_empty(-(-call.steps // call.every), len(x), x.shape[1] // call.directions) for x in call.states
+            ]
+        output = input.new_empty(*input.shape[:-1], call.states[0].shape[1])
+
+        def run(walk: Walk, weights: Sequence[Tensor | None], s: Segment) -> None:
+            entry = call.entry(kept, int(walk.reverse), s)
+            for to, x in zip(entry, s.entry, strict=True):
+                to.copy_(x)
+            part, *after, _ = call.run(walk, weights, s._replace(entry=entry), False)
+            output[s.rows].chunk(call.directions, -1)[int(walk.reverse)].copy_(part)
+            walk.leave(after[: len(call.states)])
+
         for direction in range(call.directions):
-            walk, weights = call.walk(direction, call.states), fused.stacked(call.weights(direction))
+            walk, weights = call.walk(direction), fused.stacked(call.weights(direction))
             for s in walk:
-                part, *after, _ = call.run(walk, weights, s, False)
-                if direction == 0 and s.begin == 0:
-                    output = part.new_empty(*input.shape[:-1], call.directions * part.shape[-1])
-                output[s.rows].chunk(call.directions, -1)[direction].copy_(part)
-                entries += s.entry
-                walk.leave(after[: len(call.states)])
+                run(walk, weights, s)
             finals.append(walk.states)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.arguments = options, 1 + len(rest)
-        ctx.save_for_backward(input, *rest, *entries)
+        ctx.save_for_backward(input, *rest, *kept)
         h_n, *c_n = (torch.cat(each, 1) for each in zip(*finals, strict=True))
         return output, h_n, c_n[0] if c_n else h_n.new_empty(0)
 
@@ -185,26 +203,35 @@ class _Segments(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * (1 + len(needs))
         tensors = ctx.saved_tensors
-        arguments, entries = tensors[: ctx.arguments], tensors[ctx.arguments :]
-        if torch.is_grad_enabled() or not is_plain_call() or not all(map(is_plain, grads)):
+        arguments, kept = tensors[: ctx.arguments], tensors[ctx.arguments :]
+        if torch.is_grad_enabled() or not is_plain_call() or not all(map(_is_unbatched, grads)):
             return (None, *_differentiable(ctx.options, arguments, needs, grads))
-        return (None, *_by_segments(_Call(ctx.options, arguments[0], arguments[1:]), iter(entries), needs, grads))
+        return (None, *_by_segments(_Call(ctx.options, arguments[0], arguments[1:]), kept, needs, grads))
 
 
-def _by_segments(call: _Call, entries: Iterator[Tensor], needs: Sequence[bool], grads: Grads) -> Grads:
+def _is_unbatched(x: Tensor | None) -> bool:
+    functorch = torch._C._functorch  # is_grads_batched=True looks like an ordinary backward otherwise
+    return x is None or (
+        is_plain(x) and not functorch.is_functorch_wrapped_tensor(x) and not functorch.is_legacy_batchedtensor(x)
+    )
+
+
+def _by_segments(call: _Call, kept: Sequence[Tensor], needs: Sequence[bool], grads: Grads) -> Grads:
     D, count = call.directions, len(call.states)
     needed = Needed(needs[0], True, *(any(needs[7 + i :: FIELDS]) for i in range(FIELDS)))
     grad_input = torch.empty_like(call.input) if needs[0] else None
     of_weights: list[Tensor | None] = []
     of_states: list[list[Tensor | None]] = []  # of each direction: h_0, c_0, reset_h, reset_c
-    for direction in range(D):
-        walk, weights = call.walk(direction, call.states), fused.stacked(call.weights(direction))
-        segments = [s._replace(entry=tuple(next(entries) for _ in range(count))) for s in walk]
+
+    def through(direction: int) -> None:
+        walk, weights = call.walk(direction), fused.stacked(call.weights(direction))
         grad_output, *of_finals = (None if g is None else g.chunk(D, -1)[direction] for g in grads[: 1 + count])
-        later = [torch.zeros_like(x) if g is None else g for g, x in zip(of_finals, walk.states, strict=True)]
+        # Written over from segment to segment: of what a segment allocates nothing outlives it but the first sums.
+        later = [torch.zeros_like(x) if g is None else g.clone() for g, x in zip(of_finals, walk.states, strict=True)]
         totals: list[Tensor | None] = [None] * FIELDS
         fresh: list[Tensor | None] = [None] * count
-        for s in reversed(segments):
+
+        def back(s: Segment) -> None:
             output, _, _, saved = call.run(walk, weights, s, True)
             of_results = [None if grad_output is None else grad_output[s.rows], *(g[: s.batch] for g in later)]
             of_results += [None] * (4 - len(of_results))
@@ -223,18 +250,28 @@ def _by_segments(call: _Call, entries: Iterator[Tensor], needs: Sequence[bool], 
             if grad_input is not None and part is not None:
                 to = grad_input[s.rows]
                 to.copy_(part) if direction == 0 else to.add_(part)
-            totals = [_sum(a, b if need else None) for a, b, need in zip(totals, fields, needed[2:], strict=True)]
-            before = [x for x in states[:count] if x is not None]  # all: needed says so
-            if walk.fresh is not None:
-                fresh = [_sum(a, b) for a, b in zip(fresh, states[2 : 2 + count], strict=True)]
-            if s.crossed is not None:
+            for i, x in enumerate(fields):
+                if needed[2 + i]:
+                    totals[i] = _sum(totals[i], x)
+            for i in range(count):
+                before = states[i]
+                assert before is not None  # needed says so
                 if walk.fresh is not None:
-                    fresh = [_sum(a, torch.where(s.crossed, b, 0)) for a, b in zip(fresh, before, strict=True)]
-                before = [torch.where(s.crossed, 0, x) for x in before]
-            later = [_replaced(g, x) for g, x in zip(later, before, strict=True)]
-        of_weights += [None if x is None else x[0] for x in totals]
+                    fresh[i] = _sum(fresh[i], states[2 + i])
+                if s.crossed is not None:
+                    if walk.fresh is not None:
+                        fresh[i] = _sum(fresh[i], torch.where(s.crossed, before, 0))
+                    before = torch.where(s.crossed, 0, before)
+                later[i][: s.batch].copy_(before)
+
+        for s in reversed(list(walk)):
+            back(s._replace(entry=call.entry(kept, direction, s)))
+        of_weights.extend(None if x is None else x[0] for x in totals)
         absent = [None] * (2 - count)
         of_states.append([*later, *absent, *fresh, *absent])
+
+    for direction in range(D):
+        through(direction)
     h_0, c_0, reset_h, reset_c = (
         torch.cat(present, 1) if (present := [x for x in each if x is not None]) else None
         for each in zip(*of_states, strict=True)
