@@ -125,7 +125,7 @@ def streaming() -> Iterator[None]:
     eager mode: under torch.compile, autocast and torch.func, and for half types, torch's own matrix product takes part,
     whose sums are its own. Gradients are not covered. A reverse direction has no chunks to hand its state along.
 
-    A call of one step costs the same. A longer one of fewer than 24 rows is slower, for its weights are read as they
+    A call of one step costs the same. A longer one of fewer than 96 rows is slower, for its weights are read as they
     lie; see docs/performance-cpu.md.
     """
     before = set_uniform(True)
