@@ -171,6 +171,7 @@ def _samples() -> dict[str, tuple[Any, ...]]:
         "layer_backward": ("lstm", *grads, *weights, *rest[1:], output, saved, [True] * 6),
         "quantized_forward": ("lstm", torch.randn(5, 3, 3), *narrow, *rest),
         "gemm": (torch.randn(40, 6), torch.randn(40, 5), None, True, False),
+        "clamp_gradient": (torch.randn(3, 4, requires_grad=True), 0.5),
         "grouped_linear": (groups, torch.randn(2, 30, 40), torch.randn(2, 30)),
         "grouped_outer": (groups, groups[..., :30]),
     }
