@@ -15,6 +15,7 @@ from . import functional
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .quantized import quantize
 from .sequences import detach, pool, streaming
+from .swap import convert, patch, to_torch, unconverted
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,12 +26,16 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "build_info",
+    "convert",
     "detach",
     "functional",
     "instruction_set",
+    "patch",
     "pool",
     "quantize",
     "streaming",
+    "to_torch",
+    "unconverted",
 ]
 
 

@@ -1,0 +1,193 @@
+"""torch.nn's recurrent modules and ours in each other's places: in a model, and by name.
+
+A module changes its class and stays the object that it was. Its parameters, hooks and parametrizations stay, and
+whoever holds it or them (optimizers, other modules, two names in one model) sees the same as before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules import rnn
+from torch.nn.utils import parametrize
+
+from . import modules
+
+M = TypeVar("M", bound=nn.Module)
+
+_NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
+_OURS: dict[type[nn.Module], type[nn.Module]] = {getattr(rnn, name): getattr(modules, name) for name in _NAMES}
+_TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
+
+
+def convert(model: M, *, strict: bool = False) -> M:
+    """Swaps every torch.nn.LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell in a model for ours, in place.
+
+    Args:
+        model: one of them, or a module that holds some at any depth; any device and dtype. A copy of the model that
+            stays torch's: ``fastrnn.convert(copy.deepcopy(model))``.
+        strict: raise where a recurrent module would be left alone, and convert nothing.
+
+    Returns:
+        The model. Modules and Parameters are the same objects as before, so that optimizers, tied weights, hooks,
+        parametrizations and wrappers around the model keep working; the state_dict is the same. What changes is a
+        module's class: ``isinstance(m, torch.nn.LSTM)`` is False afterwards. For code that asks, see :func:`patch`.
+
+    What is left alone is told in a UserWarning, and by :func:`unconverted` at any time.
+
+    Raises:
+        TypeError: ``model`` is no module, or with ``strict`` something would be left alone.
+    """
+    _check_module("model", model)
+    left = unconverted(model)
+    if left:
+        told = "; ".join(f"{name or 'the module itself'} {reason}" for name, reason in left.items())
+        if strict:
+            raise TypeError(f"model: expected recurrent modules that can all be converted, but {told}")
+        warnings.warn(f"fastrnn.convert leaves alone: {told}", stacklevel=2)
+    return _swapped(model, _OURS, left)
+
+
+def unconverted(model: nn.Module) -> dict[str, str]:
+    """The recurrent modules of a model that :func:`convert` leaves alone: why, by name ("" is the model itself).
+
+    Those are subclasses of torch.nn's classes (their own methods may count on torch's), modules that torch has
+    quantized or scripted, and modules whose ``forward`` was replaced on the instance.
+    """
+    found = ((name, _why_not(module)) for name, module in model.named_modules())
+    return {name: reason for name, reason in found if reason}
+
+
+def to_torch(model: M) -> M:
+    """The way back: swaps every recurrent module of ours in a model for torch.nn's, in place, as :func:`convert` does.
+
+    For what knows only torch's, as ``torch.onnx.export(fastrnn.to_torch(copy.deepcopy(model)), ...)``.
+
+    Raises:
+        TypeError: ``model`` is no module; it holds something that torch.nn has no twin for (an option of ours that is
+            switched on, a quantized module, a subclass). Nothing is swapped then.
+    """
+    _check_module("model", model)
+    refused = [
+        f"{name or 'the module itself'} {reason}" for name, m in model.named_modules() if (reason := _no_twin(m))
+    ]
+    if refused:
+        raise TypeError(f"model: expected recurrent modules that torch.nn has, but {'; '.join(refused)}")
+    return _swapped(model, _TORCHS, {})
+
+
+_patch_lock = threading.Lock()
+_patch_depth = 0
+
+
+@contextlib.contextmanager
+def patch() -> Iterator[None]:
+    """Inside, torch.nn.LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell are ours.
+
+    A context manager or decorator, for code that builds its modules as ``torch.nn.LSTM(...)`` or asks
+    ``isinstance(m, torch.nn.LSTM)``: ours are made, and ours are instances. Modules keep their class when it ends.
+    It may be entered again inside itself, and ends where an exception leaves it.
+
+    Out of reach are names that were bound earlier (``from torch.nn import LSTM`` in a module that is imported already)
+    and classes derived from torch's before. Such names bound inside keep ours afterwards. ``torch.nn.modules.rnn``
+    keeps torch's classes, so that they can be pickled inside. The names change for all threads.
+
+    ``torch._dynamo.config.allow_rnn`` is True inside, in this thread: torch.compile refuses instances of torch.nn.LSTM,
+    which ours then are.
+    """
+    import torch._dynamo  # before the names change: it may look at them
+
+    global _patch_depth
+    with torch._dynamo.config.patch(allow_rnn=True):
+        with _patch_lock:
+            _patch_depth += 1
+            if _patch_depth == 1:
+                _rename(_OURS)
+        try:
+            yield
+        finally:
+            with _patch_lock:
+                _patch_depth -= 1
+                if _patch_depth == 0:
+                    _rename({torchs: torchs for torchs in _OURS})
+
+
+def _rename(classes: dict[type[nn.Module], type[nn.Module]]) -> None:
+    for torchs, cls in classes.items():
+        for namespace in (torch.nn, torch.nn.modules):
+            setattr(namespace, torchs.__name__, cls)
+
+
+def _check_module(name: str, module: Any) -> None:
+    if not isinstance(module, nn.Module):
+        got = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
+        raise TypeError(f"{name}: expected a torch.nn.Module, got {got}")
+
+
+def _plain_type(module: nn.Module) -> type[nn.Module]:
+    """The class without its parametrizations."""
+    return parametrize.type_before_parametrizations(module)
+
+
+def _why_not(module: nn.Module) -> str:
+    """Why a recurrent module cannot be converted; "" for others."""
+    cls = _plain_type(module)
+    if cls in _OURS:
+        return "has a forward of its own, set on the instance" if "forward" in vars(module) else ""
+    for torchs in _OURS:
+        if issubclass(cls, torchs):
+            return f"is a {_full_name(cls)}, derived from torch.nn.{torchs.__name__}"
+    scripted = getattr(module, "original_name", None) if isinstance(module, torch.jit.ScriptModule) else None
+    if scripted in _NAMES:
+        return f"is a torch.nn.{scripted} scripted by torch.jit"
+    if cls.__module__.startswith("torch.ao.nn.") and any(
+        base.__name__ in (*_NAMES, "RNNBase", "RNNCellBase") for base in cls.__mro__
+    ):
+        return f"is a {_full_name(cls)}"
+    return ""
+
+
+def _no_twin(module: nn.Module) -> str:
+    """Why a recurrent module of ours has no twin in torch.nn; "" for others."""
+    cls = _plain_type(module)
+    if cls not in _TORCHS:
+        return f"is a {_full_name(cls)}" if isinstance(module, tuple(_TORCHS)) else ""
+    if "forward" in vars(module):
+        return "has a forward of its own, set on the instance"
+    options = [f"{k}={getattr(module, k)!r}" for k, default in _options(cls).items() if getattr(module, k) != default]
+    return f"has {', '.join(options)}" if options else ""
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _options(cls: type[nn.Module]) -> dict[str, Any]:
+    """What instances of a class of ours have beyond torch's, and the values that mean torch's."""
+    ours, torchs = (vars(c(1, 2, device="meta")) for c in (cls, _TORCHS[cls]))  # type: ignore[call-arg]
+    return {name: value for name, value in ours.items() if name not in torchs}
+
+
+def _swapped(model: M, classes: dict[type[nn.Module], type[nn.Module]], left: dict[str, str]) -> M:
+    found = [(m, _plain_type(m)) for name, m in model.named_modules() if name not in left]
+    for module, cls, new in [(m, cls, classes[cls]) for m, cls in found if cls in classes]:
+        if new in _TORCHS:
+            for name, default in _options(new).items():
+                vars(module).setdefault(name, copy.copy(default))
+            if isinstance(module, nn.RNNBase):  # torch's forward leaves computed weights here, which cannot be copied
+                module._flat_weights = [w if w is None or w.is_leaf else w.detach() for w in module._flat_weights]
+        else:
+            for name in _options(cls):
+                vars(module).pop(name, None)
+        if parametrize.is_parametrized(module):  # torch gave it a class of its own, with a property for each
+            own = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__", "__doc__")}
+            new = type(f"Parametrized{new.__name__}", (new,), own)
+        module.__class__ = new
+    return model
