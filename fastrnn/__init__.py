@@ -16,6 +16,7 @@ from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .quantized import quantize
 from .sequences import detach, pool, streaming
 from .swap import convert, patch, to_torch, unconverted
+from .weights import from_keras, from_onnx, load_keras, to_keras, to_onnx
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,12 +29,17 @@ __all__ = [
     "build_info",
     "convert",
     "detach",
+    "from_keras",
+    "from_onnx",
     "functional",
     "instruction_set",
+    "load_keras",
     "patch",
     "pool",
     "quantize",
     "streaming",
+    "to_keras",
+    "to_onnx",
     "to_torch",
     "unconverted",
 ]

@@ -1,0 +1,95 @@
+"""The parameters of a module by layer and direction, in another runtime's order of gates.
+
+A runtime's order is written as a permutation: its k-th gate is torch's ``order[k]``-th.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.rnn import RNNCellBase
+
+from ..functional import LayerWeights
+from ..ops import CELLS
+from ..swap import _TORCHS, _no_twin, _plain_type
+
+Module = nn.RNNBase | RNNCellBase
+Cell = str  # 'LSTM', 'GRU' or 'RNN'
+
+
+def check_module(name: str, module: Any) -> Cell:
+    """A module or cell of ours, or torch.nn's, without options that torch.nn lacks."""
+    if not isinstance(module, Module) or _plain_type(module) not in (*_TORCHS, *_TORCHS.values()):
+        reason = _no_twin(module) if isinstance(module, nn.Module) else ""
+        got = reason.removeprefix("is a ") or type(module).__name__
+        raise TypeError(f"{name}: expected an LSTM, GRU or RNN or a cell of fastrnn or torch.nn, got {got}")
+    if _plain_type(module) in _TORCHS and (reason := _no_twin(module)):
+        raise ValueError(f"{name}: expected nothing that torch.nn lacks, but it {reason}")
+    if getattr(module, "proj_size", 0):
+        raise ValueError(f"{name}: expected proj_size=0, got {module.proj_size}: there is none elsewhere")
+    kind = _plain_type(module).__name__.removesuffix("Cell")
+    assert kind in ("LSTM", "GRU", "RNN")
+    return kind
+
+
+def gates(kind: Cell) -> int:
+    return CELLS["rnn_tanh" if kind == "RNN" else kind.lower()].gates
+
+
+def names(module: Module) -> list[list[str]]:
+    """``[layer][direction]``: what comes after "weight_ih" in the names of parameters."""
+    if isinstance(module, RNNCellBase):
+        return [[""]]
+    suffixes = ("", "_reverse") if module.bidirectional else ("",)
+    return [[f"_l{layer}{suffix}" for suffix in suffixes] for layer in range(module.num_layers)]
+
+
+def directions(module: Module) -> Iterator[list[LayerWeights]]:
+    """The weights of each layer, one a direction, detached."""
+    for layer in names(module):
+        found = [[getattr(module, field + suffix, None) for field in LayerWeights._fields] for suffix in layer]
+        yield [LayerWeights(*(None if x is None else x.detach() for x in each)) for each in found]  # type: ignore[arg-type]
+
+
+def reordered(x: Tensor, order: Sequence[int]) -> Tensor:
+    """x [G*H, ...] with torch's gate ``order[k]`` at place k."""
+    return x.unflatten(0, (len(order), -1))[list(order)].flatten(0, 1)
+
+
+def restored(x: Tensor, order: Sequence[int]) -> Tensor:
+    """The way back."""
+    return reordered(x, [order.index(k) for k in range(len(order))])
+
+
+def tensor(x: Any) -> Tensor:
+    """A tensor with a copy of an array; NumPy's bfloat16 of ml_dtypes included."""
+    if isinstance(x, Tensor):
+        return x.detach().clone()
+    if getattr(getattr(x, "dtype", None), "name", "") == "bfloat16":
+        return torch.tensor(x.astype("float32")).to(torch.bfloat16)
+    return torch.tensor(x)
+
+
+def copy_into(module: Module, weights: Sequence[Sequence[LayerWeights]]) -> None:
+    """``weights[layer][direction]`` into the parameters: all of them, or with an error none."""
+    plan: list[tuple[Tensor, Tensor]] = []
+    for layer, suffixes in zip(weights, names(module), strict=True):
+        for each, suffix in zip(layer, suffixes, strict=True):
+            for field, x in zip(each._fields, each, strict=True):
+                if x is None:
+                    continue
+                parameter = module._parameters.get(field + suffix)
+                if parameter is None:
+                    raise ValueError(
+                        f"module: expected {field + suffix} to be a parameter; "
+                        "remove its parametrization, weight norm or pruning first"
+                    )
+                if parameter.shape != x.shape:
+                    raise ValueError(f"{field + suffix}: expected {list(parameter.shape)}, got {list(x.shape)}")
+                plan.append((parameter, x))
+    with torch.no_grad():
+        for target, x in plan:
+            target.copy_(x)
