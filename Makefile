@@ -1,6 +1,7 @@
 # make test    everything a fresh machine needs, then the tests
 # make bench   the benchmark suite (out/bench/report.html), then a short run of the language model on both backends
 # make bench-peers      installs the other runtimes into an environment of their own (.venv-peers, 3 GB) and times those
+# make test-extras      other packages' models and runtimes, in an environment of their own (.venv-extras, 4 GB)
 # make lint    formatting, lint and types
 # make check-cuda       compiles the kernels for every architecture; registers, spills, disassembly (needs nvcc)
 # make test-cuda-build  the whole extension against torch's CUDA build, in an environment of its own (6 GB)
@@ -15,13 +16,15 @@ STAMP := $(VENV)/.installed-torch-$(TORCH)
 BUILT := build/.built-torch-$(TORCH)
 PEERS_VENV ?= .venv-peers
 PEERS_STAMP := $(PEERS_VENV)/.installed-torch-$(TORCH)
+EXTRAS_VENV ?= .venv-extras
+EXTRAS_STAMP := $(EXTRAS_VENV)/.installed-torch-$(TORCH)
 OUT := out/bench
 WRITE = --json $(OUT)/$(1).json --markdown $(OUT)/$(1).md --html $(OUT)/$(1).html --plots $(OUT)/$(1)-plots
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup build test bench bench-peers lint check-cuda test-cuda-build clean distclean
+.PHONY: setup build test test-extras bench bench-peers lint check-cuda test-cuda-build clean distclean
 
 setup: $(STAMP)
 build: $(BUILT)
@@ -59,6 +62,17 @@ bench-peers: $(BUILT) $(PEERS_STAMP)
 	$(PEERS_VENV)/bin/python -m benchmarks --suite peers $(call WRITE,peers) $(ARGS); status=$$?; \
 	echo "the report as a page: $(OUT)/peers.html"; exit $$status
 
+$(EXTRAS_STAMP): tests/optional/requirements.txt requirements-dev.txt
+	test -x $(EXTRAS_VENV)/bin/python || $(PYTHON) -m venv $(EXTRAS_VENV)
+	$(EXTRAS_VENV)/bin/python -m pip install --quiet torch==$(TORCH)
+	echo "torch==$(TORCH)" > $(EXTRAS_VENV)/constraints.txt
+	$(EXTRAS_VENV)/bin/python -m pip install --quiet --constraint $(EXTRAS_VENV)/constraints.txt \
+		--requirement tests/optional/requirements.txt
+	touch $@
+
+test-extras: $(BUILT) $(EXTRAS_STAMP)
+	FASTRNN_EXTRAS=1 $(EXTRAS_VENV)/bin/python -m pytest tests/optional $(ARGS)
+
 lint: $(BUILT)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -74,4 +88,4 @@ clean:
 	rm -rf build dist fastrnn/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
 distclean: clean
-	rm -rf $(VENV) $(PEERS_VENV)
+	rm -rf $(VENV) $(PEERS_VENV) $(EXTRAS_VENV)
