@@ -194,6 +194,18 @@ class _Recurrent(RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing: there is no flat weight buffer; parameters are read by name at each forward."""
 
+    def _init_flat_weights(self) -> None:
+        super()._init_flat_weights()
+        self._drop_references()
+
+    def __setstate__(self, d: dict[str, Any]) -> None:
+        super().__setstate__(d)
+        self._drop_references()
+
+    def _drop_references(self) -> None:
+        """torch.nn looks there for parameters that were exchanged; ``torch.utils.swap_tensors`` refuses any."""
+        self._flat_weight_refs = [None] * len(self._flat_weights)
+
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         weight = getattr(self, self._all_weights[0][0])
         if (

@@ -178,11 +178,13 @@ def _options(cls: type[nn.Module]) -> dict[str, Any]:
 def _swapped(model: M, classes: dict[type[nn.Module], type[nn.Module]], left: dict[str, str]) -> M:
     found = [(m, _plain_type(m)) for name, m in model.named_modules() if name not in left]
     for module, cls, new in [(m, cls, classes[cls]) for m, cls in found if cls in classes]:
-        if new in _TORCHS:
+        to_ours = new in _TORCHS
+        if to_ours:
             for name, default in _options(new).items():
                 vars(module).setdefault(name, copy.copy(default))
             if isinstance(module, nn.RNNBase):  # torch's forward leaves computed weights here, which cannot be copied
                 module._flat_weights = [w if w is None or w.is_leaf else w.detach() for w in module._flat_weights]
+                module._flat_weight_refs = [None] * len(module._flat_weights)  # as ours have it
         else:
             for name in _options(cls):
                 vars(module).pop(name, None)
@@ -190,4 +192,6 @@ def _swapped(model: M, classes: dict[type[nn.Module], type[nn.Module]], left: di
             own = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__", "__doc__")}
             new = type(f"Parametrized{new.__name__}", (new,), own)
         module.__class__ = new
+        if not to_ours and isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
     return model

@@ -274,6 +274,16 @@ def test_random_numbers_are_not_used() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_exchanged_parameters_are_seen_after_the_way_back(kind: str) -> None:
+    """torch.nn's layers look by weak references for parameters that functional_call exchanged."""
+    module, x = build(nn, kind, 4, 6), torch.randn(5, 3, 4)
+    fastrnn.to_torch(fastrnn.convert(module))
+    zeros = {n: torch.zeros_like(p) for n, p in module.named_parameters()}
+    assert not torch.func.functional_call(module, zeros, (x,))[0].any()
+    assert module(x)[0].any()
+
+
 def test_module_compiled_before() -> None:
     """module.compile() was called: the next call compiles ours."""
     module, x = nn.GRU(4, 6), torch.randn(5, 3, 4)
