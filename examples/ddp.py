@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -80,6 +81,9 @@ def main() -> None:
         if rank == 0 and (step < 5 or step % 20 == 19):
             print(f"step {step + 1:4d}   loss {total.item() / ranks:.6f}", flush=True)
     if dist.is_initialized():
+        time.sleep(
+            0.2
+        )  # gloo's threads need the interpreter to let go of the last tensors, and who joins them holds it
         dist.destroy_process_group()
 
 

@@ -587,7 +587,10 @@ class _Cell(RNNCellBase):
                 raise RuntimeError(
                     f"hidden{i} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
                 )
-        after = functional._cell(cell, input, states, self._weights())
+        weights = self._weights()
+        if input.dtype != weights.weight_ih.dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(f"input: expected {weights.weight_ih.dtype} (that of weight_ih), got {input.dtype}")
+        after = functional._cell(cell, input, states, weights)
         return after if batched else tuple(x if x.dim() < 2 else x.squeeze(0) for x in after)
 
 
