@@ -64,11 +64,11 @@ def torchrl_gru() -> Model:
 
 
 def demucs() -> Model:
-    """demucs' Demucs, small (16 channels, depth 4, bidirectional LSTMs inside), on 16,000 samples of sound."""
+    """demucs' Demucs, small (16 channels, depth 4, bidirectional LSTMs inside), on 8,000 samples of sound."""
     from demucs.demucs import Demucs
 
     model = Demucs(["speech", "noise"], audio_channels=1, channels=16, depth=4, lstm_layers=2, dconv_lstm=2)
-    x = torch.randn(1, 1, 16000)
+    x = torch.randn(1, 1, 8000)
     return model, lambda m: m(x).square().mean()
 
 
