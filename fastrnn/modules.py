@@ -202,8 +202,12 @@ class _Recurrent(RNNBase):
         super().__setstate__(d)
         self._drop_references()
 
+    def _weights_have_changed(self) -> bool:
+        pairs = zip(self._flat_weights_names, self._flat_weights, strict=True)
+        return any(getattr(self, name, None) is not weight for name, weight in pairs)
+
     def _drop_references(self) -> None:
-        """torch.nn looks there for parameters that were exchanged; ``torch.utils.swap_tensors`` refuses any."""
+        """Of torch.nn's layers, for them to see exchanged parameters; ``torch.utils.swap_tensors`` refuses any."""
         self._flat_weight_refs = [None] * len(self._flat_weights)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:

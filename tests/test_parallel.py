@@ -264,6 +264,16 @@ def test_swap_tensors(kind: str, swapped_parameters: None) -> None:
         assert [id(p) for p in module.parameters()] == ids
 
 
+@KIND
+def test_copies_after_a_parameter_was_exchanged_unseen(kind: str) -> None:
+    """As wrappers do that write to a module's dictionary of parameters: copies carry no parameter twice."""
+    module = build(fastrnn, kind, 4, 6)
+    module._parameters["weight_hh_l0"] = nn.Parameter(torch.zeros_like(module.weight_hh_l0))
+    twin = copy.deepcopy(module)
+    assert_equal(run(twin), run(module), tolerance=0.0)
+    assert twin._flat_weights[1] is twin.weight_hh_l0
+
+
 @ANY_KIND
 @pytest.mark.parametrize("how", ["orthogonal", "spectral_norm", "weight_norm"])
 def test_training_with_parametrizations(kind: str, how: str) -> None:
