@@ -7,7 +7,6 @@ whoever holds it or them (optimizers, other modules, two names in one model) see
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
 import warnings
 from collections.abc import Iterator
@@ -161,37 +160,25 @@ def _no_twin(module: nn.Module) -> str:
         return f"is a {_full_name(cls)}" if isinstance(module, tuple(_TORCHS)) else ""
     if "forward" in vars(module):
         return "has a forward of its own, set on the instance"
-    options = [f"{k}={getattr(module, k)!r}" for k, default in _options(cls).items() if getattr(module, k) != default]
-    return f"has {', '.join(options)}" if options else ""
+    on = [name for name in modules._OPTIONS if getattr(module, name, None) != getattr(cls, name, None)]
+    return f"has {', '.join(f'{name}={getattr(module, name)!r}' for name in on)}" if on else ""
 
 
 def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _options(cls: type[nn.Module]) -> dict[str, Any]:
-    """What instances of a class of ours have beyond torch's, and the values that mean torch's."""
-    ours, torchs = (vars(c(1, 2, device="meta")) for c in (cls, _TORCHS[cls]))  # type: ignore[call-arg]
-    return {name: value for name, value in ours.items() if name not in torchs}
-
-
 def _swapped(model: M, classes: dict[type[nn.Module], type[nn.Module]], left: dict[str, str]) -> M:
     found = [(m, _plain_type(m)) for name, m in model.named_modules() if name not in left]
-    for module, cls, new in [(m, cls, classes[cls]) for m, cls in found if cls in classes]:
-        to_ours = new in _TORCHS
-        if to_ours:
-            for name, default in _options(new).items():
-                vars(module).setdefault(name, copy.copy(default))
-            if isinstance(module, nn.RNNBase):  # torch's forward leaves computed weights here, which cannot be copied
-                module._flat_weights = [w if w is None or w.is_leaf else w.detach() for w in module._flat_weights]
-                module._flat_weight_refs = [None] * len(module._flat_weights)  # as ours have it
-        else:
-            for name in _options(cls):
-                vars(module).pop(name, None)
+    for module, new in [(m, classes[cls]) for m, cls in found if cls in classes]:
+        to_ours, layer = new in _TORCHS, isinstance(module, nn.RNNBase)
+        if to_ours and layer:  # torch's forward leaves computed weights here, which cannot be copied
+            module._flat_weights = [w if w is None or w.is_leaf else w.detach() for w in module._flat_weights]
+            module._flat_weight_refs = [None] * len(module._flat_weights)  # as ours have it
         if parametrize.is_parametrized(module):  # torch gave it a class of its own, with a property for each
             own = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__", "__doc__")}
             new = type(f"Parametrized{new.__name__}", (new,), own)
         module.__class__ = new
-        if not to_ours and isinstance(module, nn.RNNBase):
+        if layer and not to_ours:
             module._init_flat_weights()
     return model

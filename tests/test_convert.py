@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
+from fastrnn.modules import _OPTIONS as OPTIONS
 
 from .helpers import CELL_KINDS, KINDS, assert_equal, build, randn, weighted
 
@@ -349,24 +350,13 @@ def test_arguments_that_are_no_modules(function: Any) -> None:
             function(bad)
 
 
-def test_options_that_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An option of ours: refused by name where it is switched on, made and dropped with the class where it is not."""
-    plain = fastrnn.LSTM.__init__
-
-    def with_option(self: Any, *args: Any, steps: int = 0, **kwargs: Any) -> None:
-        plain(self, *args, **kwargs)
-        self.steps = steps
-
-    monkeypatch.setattr(fastrnn.LSTM, "__init__", with_option)
-    model = nn.Sequential(fastrnn.GRU(4, 4), fastrnn.LSTM(4, 4, steps=3))
-    with pytest.raises(TypeError, match=r"that torch.nn has, but 1 has steps=3"):
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_that_torch_lacks(option: str) -> None:
+    """Refused by name where one is on; nothing is swapped then."""
+    model = nn.Sequential(fastrnn.GRU(4, 4), fastrnn.LSTM(4, 4, **{option: True}))
+    with pytest.raises(TypeError, match=rf"that torch.nn has, but 1 has {option}=True"):
         fastrnn.to_torch(model)
     assert [type(m) for m in model] == [fastrnn.GRU, fastrnn.LSTM]
-    model[1].steps = 0
-    fastrnn.to_torch(model)
-    assert [type(m) for m in model] == [nn.GRU, nn.LSTM]
-    assert not hasattr(model[1], "steps")
-    assert fastrnn.convert(model)[1].steps == 0
 
 
 def test_modules_that_torch_lacks() -> None:

@@ -22,8 +22,9 @@ from tests.test_kernels import BACKWARD_NAMES, FORWARD_NAMES, Case, backward_arg
 
 HERE = Path(__file__).resolve().parent / "hostbuild"
 sys.path.insert(0, str(HERE))
-from build import OUT, ROOT, build, replace_text  # noqa: E402, F401
 from host import Emulator  # noqa: E402
+
+from build import OUT, ROOT, build, replace_text  # noqa: E402, F401
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 

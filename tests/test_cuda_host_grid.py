@@ -16,8 +16,9 @@ from tests.accuracy import assert_as_exact, plain_backward, plain_forward
 from tests.test_kernels import BACKWARD_NAMES, FORWARD_NAMES, Case, backward_arguments, double
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "hostbuild"))
-from build import OUT, ROOT, build
 from host import Emulator
+
+from build import OUT, ROOT, build
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 

@@ -15,8 +15,9 @@ torch = pytest.importorskip("torch")
 
 HERE = Path(__file__).resolve().parent / "hostbuild"
 sys.path.insert(0, str(HERE))
-from build import OUT, ROOT, build  # noqa: E402
 from host import Emulator  # noqa: E402
+
+from build import OUT, ROOT, build  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 

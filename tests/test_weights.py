@@ -425,12 +425,27 @@ def test_reversed_modules() -> None:
         torch.testing.assert_close(module(x[b, :length].detach())[0], alone[0])
     with pytest.raises(ValueError, match="lengths"):
         module(x.nan_to_num(), lengths=torch.tensor([6, 2, 3]))
-    with pytest.raises(ValueError, match="lengths: expected None with an input of 2 dimensions"):
+    with pytest.raises(ValueError, match="lengths: expected None with unbatched input"):
         module(x[0], lengths=torch.tensor([5]))
     with pytest.raises(TypeError, match="input: expected a tensor, got PackedSequence"):
         module(nn.utils.rnn.pack_sequence([x[0].detach()]))
     with pytest.raises(TypeError, match="module: expected an LSTM, GRU or RNN of one direction"):
         Reversed(fastrnn.GRU(I, H, bidirectional=True))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_reversed_modules_of_tokens_and_every_c(batch_first: bool) -> None:
+    module = Reversed(fastrnn.LSTM(I, H, batch_first=batch_first, return_all_states=True))
+    tokens = torch.randint(I, (B, T) if batch_first else (T, B))
+    dense = nn.functional.one_hot(tokens, I).float()
+    time = 1 if batch_first else 0
+    for lengths in (None, torch.tensor(LENGTHS)):
+        found, expected = (module(x, lengths=lengths) for x in (tokens, dense))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+        output, (h_n, c_n), cells = found
+        torch.testing.assert_close(output.select(time, 0), h_n[0])
+        torch.testing.assert_close(cells.select(time, 0), c_n[0])
 
 
 def test_to_onnx_without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:

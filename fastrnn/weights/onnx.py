@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import modules
-from ..functional import LayerWeights, given_lengths
+from ..functional import LayerWeights, are_tokens, given_lengths
 from .parameters import Cell, Module, check_module, copy_into, directions, gates, reordered, restored, tensor
 
 _ORDERS: dict[Cell, tuple[int, ...]] = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
@@ -39,30 +39,28 @@ class Reversed(nn.Module):
             raise TypeError(f"module: expected an LSTM, GRU or RNN of one direction, got {module!r}")
         self.module = module
 
-    def forward(self, input: Tensor, hx: Any = None, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
-        """input and hx as of the module; lengths integer [B] or None. Returns output and final state."""
+    def forward(self, input: Tensor, hx: Any = None, *, lengths: Tensor | None = None) -> tuple[Any, ...]:
+        """input and hx as of the module; lengths integer [B] or None. Returns what the module returns."""
         if not isinstance(input, Tensor):
             raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
-        batch_first = self.module.batch_first and input.dim() == 3
+        batched = input.dim() + are_tokens(input) == 3
+        time = 1 if self.module.batch_first and batched else 0
         if lengths is None:
-            dim = 1 if batch_first else 0
-            output, finals = self.module(input.flip(dim), hx)
-            return output.flip(dim), finals
-        if input.dim() != 3:
-            raise ValueError(f"lengths: expected None with an input of {input.dim()} dimensions, got a tensor")
-        steps = input.transpose(0, 1) if batch_first else input
-        lengths, steps = given_lengths(lengths, steps)
-        steps = _flipped(steps, lengths)
-        output, finals = self.module(steps.transpose(0, 1) if batch_first else steps, hx, lengths=lengths)
-        output = _flipped(output.transpose(0, 1) if batch_first else output, lengths)
-        return output.transpose(0, 1) if batch_first else output, finals
+            output, finals, *cells = self.module(input.flip(time), hx)
+            return output.flip(time), finals, *(x.flip(time) for x in cells)
+        if not batched:
+            raise ValueError("lengths: expected None with unbatched input, got a tensor")
+        lengths = given_lengths(lengths, input.transpose(0, time))
+        output, finals, *cells = self.module(_flipped(input, lengths, time), hx, lengths=lengths)
+        return _flipped(output, lengths, time), finals, *(_flipped(x, lengths, time) for x in cells)
 
 
-def _flipped(x: Tensor, lengths: Tensor) -> Tensor:
-    """x [T, B, n] with the valid steps of each row in the other order."""
-    t = torch.arange(x.shape[0], device=x.device)[:, None]
-    source = torch.where(t < lengths, lengths - 1 - t, t).clamp(max=x.shape[0] - 1)  # the module refuses longer ones
-    return x.gather(0, source[..., None].expand_as(x))
+def _flipped(x: Tensor, lengths: Tensor, time: int) -> Tensor:
+    """The valid steps of each row in the other order; x [T, B, ...], or [B, T, ...] for time=1."""
+    t, last = torch.arange(x.shape[time], device=x.device), lengths[:, None] - 1
+    source = torch.where(t <= last, last - t, t).clamp(max=x.shape[time] - 1)  # [B, T]; the module refuses longer ones
+    source = (source if time else source.t()).reshape(*x.shape[:2], *(1 for _ in x.shape[2:]))
+    return x.gather(time, source.expand_as(x))
 
 
 class OnnxLayer(NamedTuple):
