@@ -9,7 +9,17 @@ def plain_forward(
     parameters: Any, names: list[list[str]], cell: str, batch_first: bool | None, input: Any, hx: Any, /
 ) -> tuple[Any, ...] | None: ...
 def cpu_plan(
-    cell: int, dtype: str, T: int, B: int, P: int, h: int, R: int, projected: bool, input: int, threads: int
+    cell: int,
+    dtype: str,
+    T: int,
+    B: int,
+    P: int,
+    h: int,
+    R: int,
+    projected: bool,
+    input: int,
+    threads: int,
+    backward: bool,
 ) -> dict[str, Any]: ...
 
 # Only in builds with CUDA kernels.

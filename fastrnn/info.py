@@ -101,14 +101,15 @@ def environment() -> dict[str, Any]:
 def cpu_choice(call: Call, features: int, threads: int) -> dict[str, Any]:
     """How a CPU call is shared out over threads, for a layer of so many input features run eagerly.
 
-    A call with lengths splits its rows by them, the rest is equal. Half types and graphs project the input before the
-    recurrence, whose forward call is then shared out as the backward one.
+    A call with lengths splits its rows by them, the rest is equal. Half types and graphs run the recurrence alone, with
+    the products before and behind it; so does the backward of a projection. ``steps_at_a_time``: of which a layer's own
+    call holds gates or their gradients.
     """
     fused = features if call.dtype in ("float32", "float64") else 0
     return {
         "instruction_set": fastrnn.instruction_set(),
-        "forward": _C.cpu_plan(*call.sizes(), fused, threads),
-        "backward": _C.cpu_plan(*call.sizes(), 0, threads),
+        "forward": _C.cpu_plan(*call.sizes(), fused, threads, False),
+        "backward": _C.cpu_plan(*call.sizes(), fused if call.h == call.R else 0, threads, True),
     }
 
 

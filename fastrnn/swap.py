@@ -160,7 +160,8 @@ def _no_twin(module: nn.Module) -> str:
         return f"is a {_full_name(cls)}" if isinstance(module, tuple(_TORCHS)) else ""
     if "forward" in vars(module):
         return "has a forward of its own, set on the instance"
-    on = [name for name in modules._OPTIONS if getattr(module, name, None) != getattr(cls, name, None)]
+    options = (*modules._OPTIONS, "grad_clip")  # recompute changes no result
+    on = [name for name in options if getattr(module, name, None) != getattr(cls, name, None)]
     return f"has {', '.join(f'{name}={getattr(module, name)!r}' for name in on)}" if on else ""
 
 

@@ -53,14 +53,15 @@ def test_cpu_choice(cell, capsys):
 
 def test_cpu_choice_knows_of_the_projection(capsys):
     """A step of one row is worth a second thread for its two products together, and for neither alone."""
-    asked = ("--steps", "1", "--batch", "1", "--hidden", "512", "--device", "cpu", "--threads", "2")
+    asked = ("--steps", "1", "--batch", "1", "--hidden", "256", "--device", "cpu", "--threads", "2")
     few, same, half = (
         json.loads(run(capsys, *asked, *more)[1].out)["cpu"]
         for more in (("--features", "1"), (), ("--dtype", "bfloat16"))
     )
     assert (few["forward"]["threads"], same["forward"]["threads"], half["forward"]["threads"]) == (1, 2, 1)
-    assert same["forward"]["steps_projected_at_a_time"] == 1 and same["forward"]["split"] == "units"
-    assert few["backward"] == same["backward"] == half["forward"] == half["backward"]
+    assert same["forward"]["steps_at_a_time"] == 1 and same["forward"]["split"] == "units"
+    assert few["backward"] == few["forward"] and same["backward"] == same["forward"]
+    assert half["forward"] == half["backward"] and "steps_at_a_time" not in half["backward"]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])

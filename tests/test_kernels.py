@@ -152,7 +152,7 @@ def test_threads(cell, projected, threads):
         lengths = "rows" if B % 2 == 0 else ""
         check(Case(cell, 30, B, P, h, projected, lengths, "state"), seed=B)
         number = list(ops.CELLS).index(cell)
-        plan = ops._C.cpu_plan(number, "float64", 30, B, P, h, projected or h, bool(projected), 0, threads)
+        plan = ops._C.cpu_plan(number, "float64", 30, B, P, h, projected or h, bool(projected), 0, threads, False)
         splits.add((plan["split"], plan["threads"] > 1))
     if threads == 2 and not projected:
         assert {("units", True), ("rows", True), ("none", True)} <= splits, "every way to split must have been taken"

@@ -130,7 +130,7 @@ void share_rows(const ForwardParams& p, Plan& plan) {
 Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
   Plan plan;
   // Waking a thread costs some microseconds, and as much as the call if its core is busy: short calls stay on one.
-  constexpr int64_t kWorthAThread = 1 << 19;  // multiply-adds a thread and call
+  constexpr int64_t kWorthAThread = 1 << 18;  // multiply-adds a thread and call
   const int64_t products = p.batch * kCells[p.cell].gates * p.hidden * p.width;  // a group and step
   const int64_t projected = layer ? p.batch * kCells[p.cell].gates * p.hidden * layer->size : 0;
   threads = static_cast<int>(

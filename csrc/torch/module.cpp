@@ -59,19 +59,24 @@ struct Call {
 
 // input: the features of a layer that projects them itself; 0 for a recurrence that is given its gates.
 py::dict cpu_plan(int cell, const std::string& dtype, int64_t T, int64_t B, int64_t P, int64_t h, int64_t R,
-                  bool projected, int64_t input, int threads) {
+                  bool projected, int64_t input, int threads, bool backward) {
   const Call call(cell, dtype, T, B, P, h, R, projected, /*lengths=*/false, /*resets=*/false);
   if (input < 0) throw std::invalid_argument("features: expected 0 or more");
   fastrnn::LayerParams projection{};
   projection.weight_dtype = call.params.dtype;
   projection.size = input;
-  const fastrnn::cpu::Plan plan = fastrnn::cpu::make_plan(call.params, input > 0 ? &projection : nullptr, threads);
+  fastrnn::LayerBackwardParams products{};
+  products.size = input;
+  namespace cpu = fastrnn::cpu;
+  const cpu::Plan plan =
+      backward ? cpu::make_backward_plan(call.params, input > 0 ? &products : nullptr, threads)
+               : cpu::make_plan(call.params, input > 0 ? &projection : nullptr, threads);
   py::dict out;
   out["threads"] = plan.threads();
   out["teams"] = plan.teams;
   out["team_size"] = plan.team_size;
   out["split"] = plan.team_size == 1 ? "none" : plan.split_rows ? "rows" : "units";
-  if (input > 0) out["steps_projected_at_a_time"] = plan.chunk;
+  if (input > 0) out["steps_at_a_time"] = plan.chunk;
   return out;
 }
 
