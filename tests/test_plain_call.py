@@ -4,6 +4,7 @@ asks for more."""
 import contextlib
 import functools
 import threading
+import time
 from itertools import product
 
 import pytest
@@ -220,3 +221,25 @@ def test_many_calls_from_several_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_weights_may_be_exchanged_meanwhile():
+    """Another thread gives the parameters other memory, of the same values, while the kernel runs without the lock."""
+    torch.set_num_threads(1)
+    module, x = fastrnn.LSTM(64, 256, num_layers=2).requires_grad_(False), normal(60, 4, 64)
+    expected = module(x)[0].clone()
+    values, done = {name: p.clone() for name, p in module.named_parameters()}, threading.Event()
+
+    def exchange():
+        while not done.is_set():
+            for name, value in values.items():
+                module._parameters[name].data = value.clone()
+            [torch.full_like(value, 1e3) for value in values.values()]  # into the memory that was given back
+            time.sleep(0)
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    results = [module(x)[0] for _ in range(60)]
+    done.set()
+    thread.join()
+    assert all(torch.equal(y, expected) for y in results)

@@ -63,8 +63,19 @@ bool has_sizes(const Tensor& t, std::initializer_list<int64_t> sizes) {
   return t.sizes() == at::IntArrayRef(sizes) && t.is_contiguous();
 }
 
+// What a call reads once the GIL is released: another thread may give a parameter other memory then, or let it go.
+struct Held {
+  c10::Storage storage;
+  const void* data = nullptr;
+
+  Held() = default;
+  explicit Held(const Tensor& t) : storage(t.storage()), data(t.const_data_ptr()) {}
+  const void* at(int64_t bytes) const { return data ? static_cast<const char*>(data) + bytes : nullptr; }
+};
+
 struct LayerWeights {
-  const Tensor *ih, *hh, *bias_ih, *bias_hh, *hr;
+  int64_t size, width, hidden;  // I, R, h
+  Held ih, hh, bias_ih, bias_hh, hr;
 };
 
 int cell_of(const char* name) {
@@ -82,28 +93,24 @@ class ReleasedGil {
   PyThreadState* state_;
 };
 
-const void* data(const Tensor* t, int64_t offset = 0) {
-  return t ? static_cast<const char*>(t->const_data_ptr()) + offset * t->element_size() : nullptr;
-}
-
 struct Call {
   int cell;
   bool step;  // a cell's
   at::ScalarType dtype;
   int64_t T, B, stride_t, stride_b;  // of input
-  const Tensor *input, *h_0, *c_0;   // states null for zeros
+  Held input, h_0, c_0;              // states without data for zeros
   std::vector<LayerWeights> layers;
 };
 
 // output [T, B, R], h_n [L, B, R], c_n [L, B, H].
 std::array<Tensor, 3> run(const Call& call) {
-  const int64_t T = call.T, B = call.B, G = kCells[call.cell].gates, L = call.layers.size();
+  const int64_t T = call.T, B = call.B, L = call.layers.size();
   const bool second = kCells[call.cell].states > 1;
-  const int64_t R = call.layers[0].hh->size(1), h = call.layers[0].hh->size(0) / G;
+  const int64_t R = call.layers[0].width, h = call.layers[0].hidden, element = c10::elementSize(call.dtype);
   const auto empty = [&](at::IntArrayRef sizes) { return at::detail::empty_cpu(sizes, call.dtype); };
   const auto state = [&](int64_t n) { return call.step ? empty({B, n}) : empty({L, B, n}); };
   Tensor h_n = state(R), c_n = second ? state(h) : Tensor(), output, zeros;
-  if (!call.h_0) {
+  if (!call.h_0.data) {
     zeros = empty({B, std::max(R, h)});
     std::memset(zeros.mutable_data_ptr(), 0, zeros.nbytes());
   }
@@ -115,12 +122,12 @@ std::array<Tensor, 3> run(const Call& call) {
     const Tensor below = output;
     output = empty({T, B, R});
     LayerParams layer{};
-    layer.size = w.ih->size(1);
-    layer.input = i == 0 ? call.input->const_data_ptr() : below.const_data_ptr();
+    layer.size = w.size;
+    layer.input = i == 0 ? call.input.data : below.const_data_ptr();
     layer.input_stride_t = i == 0 ? call.stride_t : B * R;
     layer.input_stride_b = i == 0 ? call.stride_b : R;
-    layer.weight = data(w.ih);
-    layer.bias = data(w.bias_ih);
+    layer.weight = w.ih.data;
+    layer.bias = w.bias_ih.data;
     ForwardParams p{};
     p.steps = T;
     p.batch = B;
@@ -129,15 +136,15 @@ std::array<Tensor, 3> run(const Call& call) {
     p.width = R;
     p.cell = call.cell;
     p.dtype = layer.weight_dtype = call.dtype == at::kDouble ? DType::kFloat64 : DType::kFloat32;
-    p.weight_hh = data(w.hh);
-    p.bias_hh = data(w.bias_hh);
-    p.weight_hr = data(w.hr);
-    p.h_0 = call.h_0 ? data(call.h_0, i * B * R) : zeros.const_data_ptr();
-    if (second) p.c_0 = call.c_0 ? data(call.c_0, i * B * h) : zeros.const_data_ptr();
+    p.weight_hh = w.hh.data;
+    p.bias_hh = w.bias_hh.data;
+    p.weight_hr = w.hr.data;
+    p.h_0 = call.h_0.data ? call.h_0.at(i * B * R * element) : zeros.const_data_ptr();
+    if (second) p.c_0 = call.c_0.data ? call.c_0.at(i * B * h * element) : zeros.const_data_ptr();
     p.reverse = &reverse;
     p.output = output.mutable_data_ptr();
-    p.h_n = const_cast<void*>(data(&h_n, i * B * R));
-    if (second) p.c_n = const_cast<void*>(data(&c_n, i * B * h));
+    p.h_n = static_cast<char*>(h_n.mutable_data_ptr()) + i * B * R * element;
+    if (second) p.c_n = static_cast<char*>(c_n.mutable_data_ptr()) + i * B * h * element;
     cpu::layer_forward(p, layer, threads);
   }
   return {output, h_n, c_n};
@@ -157,16 +164,16 @@ bool find_weights(PyObject* parameters, PyObject* names, const Tensor& input, Ca
       found[k] = plain(PyDict_GetItem(parameters, PyList_GET_ITEM(of_layer, k)), call.dtype);
       if (!found[k]) return false;
     }
-    LayerWeights w{found[0], found[1], nullptr, nullptr, nullptr};
-    if (count >= 4) w.bias_ih = found[2], w.bias_hh = found[3];
-    if (count % 2) w.hr = found[count - 1];
-    if (w.ih->dim() != 2 || w.hh->dim() != 2) return false;
-    const int64_t R = w.hh->size(1), h = w.hh->size(0) / G;
-    const bool good = R > 0 && h > 0 && has_sizes(*w.ih, {G * h, size}) && has_sizes(*w.hh, {G * h, R}) &&
-                      (!w.bias_ih || (has_sizes(*w.bias_ih, {G * h}) && has_sizes(*w.bias_hh, {G * h}))) &&
-                      (w.hr ? has_sizes(*w.hr, {R, h}) && kCells[call.cell].states > 1 : R == h);
-    if (!good || (i > 0 && (R != size || h != call.layers[0].hh->size(0) / G))) return false;
-    call.layers.push_back(w);
+    const Tensor *ih = found[0], *hh = found[1], *hr = count % 2 ? found[count - 1] : nullptr;
+    const Tensor *bias_ih = count >= 4 ? found[2] : nullptr, *bias_hh = count >= 4 ? found[3] : nullptr;
+    if (ih->dim() != 2 || hh->dim() != 2) return false;
+    const int64_t R = hh->size(1), h = hh->size(0) / G;
+    const bool good = R > 0 && h > 0 && has_sizes(*ih, {G * h, size}) && has_sizes(*hh, {G * h, R}) &&
+                      (!bias_ih || (has_sizes(*bias_ih, {G * h}) && has_sizes(*bias_hh, {G * h}))) &&
+                      (hr ? has_sizes(*hr, {R, h}) && kCells[call.cell].states > 1 : R == h);
+    if (!good || (i > 0 && (R != size || h != call.layers[0].hidden))) return false;
+    const auto held = [](const Tensor* t) { return t ? Held(*t) : Held(); };
+    call.layers.push_back({size, R, h, held(ih), held(hh), held(bias_ih), held(bias_hh), held(hr)});
     size = R;
   }
   return !call.layers.empty();
@@ -176,17 +183,16 @@ bool find_states(PyObject* hx, Call& call) {
   if (hx == Py_None) return true;
   const bool second = kCells[call.cell].states > 1;
   const LayerWeights& w = call.layers[0];
-  const int64_t L = call.layers.size(), R = w.hh->size(1), h = w.hh->size(0) / kCells[call.cell].gates;
-  const auto state = [&](PyObject* x, int64_t width) {
+  const int64_t L = call.layers.size();
+  const auto hold = [&](PyObject* x, int64_t width, Held& held) {
     const Tensor* t = plain(x, call.dtype);
     const bool good = t && (call.step ? has_sizes(*t, {call.B, width}) : has_sizes(*t, {L, call.B, width}));
-    return good ? t : nullptr;
+    if (good) held = Held(*t);
+    return good;
   };
-  if (!second) return (call.h_0 = state(hx, R)) != nullptr;
+  if (!second) return hold(hx, w.width, call.h_0);
   if (!PyTuple_CheckExact(hx) || PyTuple_GET_SIZE(hx) != 2) return false;
-  call.h_0 = state(PyTuple_GET_ITEM(hx, 0), R);
-  call.c_0 = state(PyTuple_GET_ITEM(hx, 1), h);
-  return call.h_0 && call.c_0;
+  return hold(PyTuple_GET_ITEM(hx, 0), w.width, call.h_0) && hold(PyTuple_GET_ITEM(hx, 1), w.hidden, call.c_0);
 }
 
 }  // namespace
@@ -204,7 +210,7 @@ PyObject* plain_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   call.step = args[3] == Py_None;
   if (input->dim() != (call.step ? 2 : 3) || (input->stride(-1) != 1 && input->size(-1) != 1)) Py_RETURN_NONE;
   call.dtype = input->scalar_type();
-  call.input = input;
+  call.input = Held(*input);
   const int time = batch_first ? 1 : 0, batch = call.step || batch_first ? 0 : 1;
   call.T = call.step ? 1 : input->size(time);
   call.stride_t = call.step ? 0 : input->stride(time);
