@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from ._C import set_uniform
+from .functional import given_lengths
 from .products import is_plain, is_plain_call
 
 
@@ -63,7 +64,7 @@ def pool(
         raise RuntimeError(f"output: expected at least one step, got {list(output.shape)}")
     if bidirectional and N % 2:
         raise RuntimeError(f"output: expected an even last dimension with bidirectional, got {N}")
-    ends = torch.full((B,), T, device=output.device) if lengths is None else _given(lengths, T, B, output.device)
+    ends = torch.full((B,), T, device=output.device) if lengths is None else _ends(lengths, output)
     ends = ends[:, None]
     if how == "last":
         last = output.gather(0, (ends - 1).clamp(min=0).expand(B, N)[None])[0]
@@ -77,19 +78,14 @@ def pool(
     return (torch.where(valid, output, 0).sum(0, dtype=wide) / ends.clamp(min=1)).to(output.dtype)
 
 
-def _given(lengths: Any, T: int, B: int, device: torch.device) -> Tensor:
-    """lengths [B] as int64 on the device. Their values are looked at where that waits for nothing, else clamped."""
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"lengths: expected an integer tensor [{B}], got {type(lengths).__name__}")
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
-    if tuple(lengths.shape) != (B,):
-        raise RuntimeError(f"lengths: expected [{B}] (batch), got {list(lengths.shape)}")
+def _ends(lengths: Any, output: Tensor) -> Tensor:
+    """lengths as int64 on output's device. Their values are looked at where that waits for nothing, else clamped."""
+    T, found = output.shape[0], given_lengths(lengths, output)
     if is_plain_call() and is_plain(lengths):
         wrong = lengths[(lengths < 0) | (lengths > T)]
         if wrong.numel():
             raise ValueError(f"lengths: expected values in [0, {T}], got {int(wrong[0])}")
-    return lengths.to(device, torch.int64).clamp(0, T)
+    return found.clamp(0, T)
 
 
 def detach(state: Any) -> Any:

@@ -190,33 +190,41 @@ def test_gradcheck(cell, taken):
     assert taken
 
 
+def check_gradients(case: Case, size: int) -> None:
+    """Every argument's, the states' and the reset states' included, against reference.py in float64."""
+    P = case.P
+    given = arguments_of(case, size, seed=case.B + case.h)
+    leaves = {k: x.requires_grad_() for k, x in given.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    weights = [tuple(None if given[k] is None else given[k][p] for k in FIELDS) for p in range(P)]
+    states, fresh = (tuple(given[k] for k in names if given[k] is not None) for names in STATES)
+    got = layer.layer(case.cell, given["input"], weights, states, given["lengths"], given["resets"], fresh)
+    want = by_reference(*given.values())
+    which = [i for i, x in enumerate(want[:3]) if x.numel()]
+    grads = [torch.randn_like(want[i]) for i in which]
+    found, expected = (
+        torch.autograd.grad([results[i] for i in which], list(leaves.values()), grads, retain_graph=True)
+        for results in (got, want)
+    )
+    for name, a, b in zip(leaves, found, expected, strict=True):
+        error = (a - b).abs().max() / (1 + b.abs().max())
+        assert error <= 1e-11, (case, size, name, error)
+
+
 @pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
 @pytest.mark.parametrize("masks", [("", ""), ("rows", "state"), ("groups", "groups")], ids=str)
 def test_gradients_at_odd_sizes(cell, projected, masks, taken):
-    """Every argument's, the states' and the reset states' included, against reference.py in float64."""
     for B, h, size in [(1, 3, 17), (17, 1, 3), (3, 17, 129), (129, 3, 1), (3, 129, 17)]:
-        if projected >= h:
-            continue
-        case = Case(cell, 4, B, 2, h, projected, *masks)
-        given = arguments_of(case, size, seed=B + h)
-        leaves = {
-            k: x.requires_grad_() for k, x in given.items() if isinstance(x, torch.Tensor) and x.is_floating_point()
-        }
-        weights = [tuple(None if given[k] is None else given[k][p] for k in FIELDS) for p in range(2)]
-        states, fresh = (tuple(given[k] for k in names if given[k] is not None) for names in STATES)
-        masked = given["lengths"], given["resets"]
-        got = layer.layer(cell, given["input"], weights, states, *masked, fresh)
-        want = by_reference(*given.values())
-        which = [i for i, x in enumerate(want[:3]) if x.numel()]
-        grads = [torch.randn_like(want[i]) for i in which]
-        found, expected = (
-            torch.autograd.grad([results[i] for i in which], list(leaves.values()), grads, retain_graph=True)
-            for results in (got, want)
-        )
-        for name, a, b in zip(leaves, found, expected, strict=True):
-            error = (a - b).abs().max() / (1 + b.abs().max())
-            assert error <= 1e-11, (case, size, name, error)
+        if projected < h:
+            check_gradients(Case(cell, 4, B, 2, h, projected, *masks), size)
     assert taken
+
+
+@pytest.mark.parametrize("B", [3, 100])
+@pytest.mark.parametrize(("cell", "h"), [("lstm", 1030), ("gru", 1370)])
+def test_gradients_of_deep_products(cell, h, B):
+    """More gate gradients of a row than a product takes at once, with any instruction set; rows of several blocks."""
+    torch.set_num_threads(2)
+    check_gradients(Case(cell, 2, B, 1, h, 0, "rows"), 5)
 
 
 @pytest.mark.parametrize("which", range(6))

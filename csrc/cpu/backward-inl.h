@@ -173,7 +173,7 @@ class BackwardWorker {
 
   // Step s < T computes the gradients of time t; step T finishes the rows still running.
   void step(int64_t s) {
-    t = reverse ? s : p.steps - 1 - s;
+    t = time_of(s);
     t_from = reverse ? t - 1 : t + 1;
     was_running = running;
     running = s < p.steps ? rows->active(t) : 0;
@@ -265,23 +265,14 @@ class BackwardWorker {
     const S* saved = static_cast<const S*>(p.saved) + cell_at * kSaved * h + j;
     if constexpr (Cell::kSaved > 0)
       for (int k = 0; k < Cell::kSaved; ++k) in.saved[k] = load(saved + k * h, n);
-    const bool reset = reset_before(p, group, row, rows->length[i], t);
-    const bool first = t == (reverse ? rows->length[i] - 1 : 0);
-    // The state at the same place of `sequence` one step before, or what stood there instead.
-    const auto previous = [&](const void* sequence, int64_t stride, int64_t offset, const void* start,
-                              const void* restart) {
-      if (reset) return load_or_zero<T>(static_cast<const S*>(restart), at, n);
-      if (first) return V(load(static_cast<const S*>(start) + at, n));
-      const int64_t cell_before = (p.first_row(reverse ? t + 1 : t - 1) + row) * p.groups + group;
-      return V(load(static_cast<const S*>(sequence) + cell_before * stride + offset + j, n));
-    };
     if constexpr (Cell::kStates == 1) {  // width == hidden
       in.state[0] = load(static_cast<const S*>(p.output) + cell_at * h + j, n);
-      in.state_prev[0] = previous(p.output, h, 0, p.h_0, p.reset_h);
+      in.state_prev[0] = load_or_zero<T>(h_before(t, i), j, n);
     } else {  // no cell with a second state reads h
       in.state[0] = in.state_prev[0] = V(0);
       in.state[1] = load(saved + Cell::kSaved * h, n);
-      in.state_prev[1] = previous(p.saved, kSaved * h, Cell::kSaved * h, p.c_0, p.reset_c);
+      in.state_prev[1] =
+          load_or_zero<T>(before(t, i, h, p.saved, kSaved * h, Cell::kSaved * h, p.c_0, p.reset_c), j, n);
     }
     Cell::backward(in, out);
 
@@ -301,9 +292,25 @@ class BackwardWorker {
     }
   }
 
+  int64_t time_of(int64_t s) const { return reverse ? s : p.steps - 1 - s; }
+
+  // A row's state before its step, of `size` values; null for zeros. It stands at `offset` in the `stride` values that
+  // `sequence` has for the step before, or there was none.
+  const S* before(int64_t time, int64_t i, int64_t size, const void* sequence, int64_t stride, int64_t offset,
+                  const void* start, const void* restart) const {
+    const int64_t row = rows->row[i], at = (row * p.groups + group) * size;
+    if (reset_before(p, group, row, rows->length[i], time))
+      return restart ? static_cast<const S*>(restart) + at : nullptr;
+    if (time == (reverse ? rows->length[i] - 1 : 0)) return static_cast<const S*>(start) + at;
+    const int64_t cell_before = (p.first_row(reverse ? time + 1 : time - 1) + row) * p.groups + group;
+    return static_cast<const S*>(sequence) + cell_before * stride + offset;
+  }
+  const S* h_before(int64_t time, int64_t i) const {
+    return before(time, i, p.width, p.output, p.width, 0, p.h_0, p.reset_h);
+  }
+
   // ---- a layer's call: the products with a chunk's gate gradients ----
 
-  int64_t time_of(int64_t s) const { return reverse ? s : p.steps - 1 - s; }
   // Where a member's rows start: in the chunk, and in grad_gates.
   int64_t first_row(const Rows& x) const { return b.slots * x.first; }
   T* grad_gates(const Rows& x) const { return b.grad_gates + (b.slots + 1) * x.first * b.gates_stride; }
@@ -343,7 +350,8 @@ class BackwardWorker {
     chunk_rows = 0;
   }
 
-  // What weight gradients multiply with, and where the input's gradient goes. The team shares all rows where units are split.
+  // What weight gradients multiply with, and where the input's gradient goes. The team shares all rows where units are
+  // split.
   void gather(int64_t end) {
     const S* input = static_cast<const S*>(layer->input);
     int64_t at = first_row(*rows);
@@ -360,16 +368,7 @@ class BackwardWorker {
     }
   }
 
-  // The state before a row's step, or null for zeros.
-  const S* h_before(int64_t time, int64_t i) const {
-    const int64_t row = rows->row[i], at = (row * p.groups + group) * p.width;
-    if (reset_before(p, group, row, rows->length[i], time))
-      return p.reset_h ? static_cast<const S*>(p.reset_h) + at : nullptr;
-    if (time == (reverse ? rows->length[i] - 1 : 0)) return static_cast<const S*>(p.h_0) + at;
-    return static_cast<const S*>(p.output) + p.first_row(reverse ? time + 1 : time - 1) * p.groups * p.width + at;
-  }
-
-  // grad_weight [P, G*h, size] += gates^T x, x's rows anywhere: this member's rows of it, of which each gate's padding is left out.
+  // grad_weight [P, G*h, size] += gates^T x, x's rows anywhere: this member's rows of it, the gates' padding left out.
   void add_weight_gradient(void* grad_weight, const T* gates, const T* const* x, int64_t size, int64_t count) {
     if (!grad_weight) return;
     T* out = static_cast<T*>(grad_weight) + group * G * p.hidden * size;

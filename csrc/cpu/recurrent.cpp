@@ -92,11 +92,10 @@ bool run_backward(const BackwardParams& params, const LayerBackwardParams* layer
   });
 }
 
+thread_local bool uniform = false;
+
 }  // namespace
 
-namespace {
-thread_local bool uniform = false;
-}
 bool set_uniform(bool on) { return std::exchange(uniform, on); }
 
 const char* instruction_set() { return kernels().name; }

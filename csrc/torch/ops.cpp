@@ -193,7 +193,8 @@ TORCH_LIBRARY(fastrnn, m) {
       "recurrent_backward(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor weight_hh, "
       "Tensor? weight_hr, Tensor h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, "
       "bool[] reverse, Tensor output, Tensor saved, bool initial=True, float grad_clip=0.0) -> "
-      "(Tensor grad_gates_ih, Tensor grad_gates_hh, Tensor grad_projected, Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c)",
+      "(Tensor grad_gates_ih, Tensor grad_gates_hh, Tensor grad_projected, Tensor grad_h_0, Tensor grad_c_0, "
+      "Tensor grad_reset_h, Tensor grad_reset_c)",
       {at::Tag::pt2_compliant_tag});
   // recurrent_forward of gates_ih = weight_ih input + bias_ih, which are made a few steps at a time and never stored.
   // weight_ih [P, G*h, I], bias_ih [P, G*h]. No derivative of its own: fastrnn/layer.py makes the node.
