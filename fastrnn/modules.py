@@ -321,13 +321,18 @@ class _Recurrent(RNNBase):
         """As forward takes and returns it: a tensor, or for an LSTM a pair."""
         return states[0]
 
-    def _plain(self, input: Any, hx: Any) -> tuple[Any, ...] | None:
+    def _plain(self, input: Any, hx: Any, resets: Any) -> tuple[Any, ...] | None:
         """(output, h_n[, c_n]) of a call that asks for nothing special, the short way; None where it does."""
         if self.bidirectional or (self.dropout and self.training) or torch.compiler.is_compiling():
             return None
         if any(option in self.__dict__ for option in _OPTIONS):
             return None
-        return _C.plain_forward(self._parameters, self._all_weights, self.mode, self.batch_first, input, hx)
+        tensors, names = self._weights_by_name()
+        return _C.plain_forward(tensors, names, self.mode, self.batch_first, input, hx, resets)
+
+    def _weights_by_name(self) -> tuple[dict[str, Any], list[Any]]:
+        """For the short way: a dict of tensors, and by layer its keys, see csrc/torch/plain_call.cpp."""
+        return self._parameters, self._all_weights
 
     def _run(
         self,
@@ -448,8 +453,8 @@ class _SingleState(_Recurrent):
 
         Returns output [T, B, D*H], laid out like the input, and h_n [L*D, B, H].
         """
-        if lengths is None and resets is None and reset_state is None:
-            plain = self._plain(input, hx)
+        if lengths is None and reset_state is None:
+            plain = self._plain(input, hx, resets)
             if plain is not None:
                 return plain[0], plain[1]
         output, finals, _ = self._run(input, hx, lengths, resets, reset_state)
@@ -507,8 +512,8 @@ class LSTM(_Recurrent):
         Returns output [T, B, D*R], laid out like the input, and ``(h_n, c_n)``; with ``return_all_states`` also the
         last layer's c after every step, [T, B, D*H].
         """
-        if lengths is None and resets is None and reset_state is None:
-            plain = self._plain(input, hx)
+        if lengths is None and reset_state is None:
+            plain = self._plain(input, hx, resets)
             if plain is not None:
                 return plain[0], (plain[1], plain[2])
         output, finals, cells = self._run(input, hx, lengths, resets, reset_state)
@@ -560,7 +565,7 @@ class _Cell(RNNCellBase):
 
     def _step(self, cell: str, input: Tensor, hx: Any) -> States:
         if not torch.compiler.is_compiling():
-            plain = _C.plain_forward(self._parameters, _CELL_NAMES[bool(self.bias)], cell, None, input, hx)
+            plain = _C.plain_forward(self._parameters, _CELL_NAMES[bool(self.bias)], cell, None, input, hx, None)
             if plain is not None:
                 return plain[1:]
         kind = type(self).__name__

@@ -25,6 +25,10 @@ from .ops import CELLS
 _quantized_forward = torch.ops.fastrnn.quantized_forward.default
 _UNITS, _DEPTH = 16, 4  # of a block; see LayerParams in csrc/params.h
 DTYPES = (torch.int8, torch.bfloat16)
+_FIELDS = (  # of a layer's weights, by name and suffix, in the order of csrc/torch/plain_call.cpp
+    *((field, "") for field in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")),
+    *((field, suffix) for field in ("weight_ih", "weight_hh") for suffix in ("_scale", "_sum")),
+)
 
 
 def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
@@ -98,6 +102,15 @@ def _converted(module: _Recurrent, dtype: torch.dtype) -> _Quantized:
     if module.learn_initial_state:
         for name in (name for names in module._initial_names() for name in names):
             out.register_buffer(name, getattr(module, name).detach().clone())
+    states = out._state_widths()
+    out._names = [
+        [
+            *(name if name in out._buffers else None for name in (f"{field}_l{i}{end}" for field, end in _FIELDS)),
+            states[0],
+            states[-1],
+        ]
+        for i in range(module.num_layers)
+    ]
     return out.eval()
 
 
@@ -128,6 +141,7 @@ class _Quantized(_Recurrent):
     """What the three share."""
 
     dtype: torch.dtype
+    _names: list[list[str | int | None]]  # for the short way
 
     def train(self, mode: bool = True) -> _Quantized:
         """Stays in eval mode: there is nothing to train, and no dropout."""
@@ -149,6 +163,9 @@ class _Quantized(_Recurrent):
         if input.device.type != "cpu":
             raise RuntimeError(f"input: expected device cpu for quantized weights, got {input.device}")
         self._check_input_size(input, batch_sizes)
+
+    def _weights_by_name(self) -> tuple[dict[str, Any], list[Any]]:
+        return self._buffers, self._names
 
     def _network(self, input: Tensor, states: States | None, **sequence: Any) -> tuple[Tensor, States, None]:
         fresh = sequence.get("reset_states")

@@ -86,6 +86,57 @@ def test_same_bits_of_cells(kind, bias, long_way, calls):
     assert len(calls) == 6 and all(calls)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(("kind", "proj"), [*((kind, 0) for kind in KINDS), ("LSTM", 5)])
+def test_same_bits_with_resets(kind, proj, batch_first, long_way, calls):
+    options = {"proj_size": proj} if proj else {}
+    module = build(fastrnn, kind, 9, 17, num_layers=2, batch_first=batch_first, **options)
+    for T, B in ((1, 1), (1, 17), (30, 3)):
+        sizes = (B, T) if batch_first else (T, B)
+        input, hx = normal(*sizes, 9), make_state(kind, 2, B, hidden=17, proj=proj, dtype=torch.float32)
+        for resets in (torch.rand(sizes) < 0.5, (torch.rand(sizes[::-1]) < 0.5).t(), torch.ones(sizes).bool()):
+            with torch.no_grad():
+                short = module(input, hx, resets=resets)
+                assert_same_bits(short, long_way(module, input, hx, resets=resets))
+                zeros = map_state(torch.zeros_like, hx)
+                assert_same_bits(short, long_way(module, input, hx, resets=resets, reset_state=zeros))
+    assert len(calls) == 9 and all(calls)
+
+
+@pytest.mark.parametrize("dtype", fastrnn.quantized.DTYPES, ids=str)
+@pytest.mark.parametrize(("kind", "proj"), [*((kind, 0) for kind in KINDS), ("LSTM", 5)])
+def test_same_bits_of_narrow_weights(kind, proj, dtype, long_way, calls):
+    options = {"proj_size": proj} if proj else {}
+    for layers, bias, batch_first, given, (T, B) in product(
+        (1, 3), (True, False), (True, False), (True, False), ((1, 1), (1, 17), (30, 3))
+    ):
+        module = fastrnn.quantize(
+            build(fastrnn, kind, 9, 17, num_layers=layers, bias=bias, batch_first=batch_first, **options), dtype
+        )
+        input = normal(*((B, T) if batch_first else (T, B)), 9)
+        hx = make_state(kind, layers, B, hidden=17, proj=proj, dtype=torch.float32) if given else None
+        resets = torch.rand(input.shape[:2]) < 0.5 if layers == 1 else None
+        assert_same_bits(module(input, hx, resets=resets), long_way(module, input, hx, resets=resets))
+    assert len(calls) == 48 and all(calls)
+
+
+def test_not_for_narrow_weights_that_have_changed_their_kind(long_way, calls):
+    for dtype, change in (
+        (torch.int8, lambda m: m.double()),
+        (torch.int8, lambda m: m.register_buffer("weight_hh_l0_scale", torch.ones(3))),
+        (torch.bfloat16, lambda m: m.float()),
+    ):
+        module = fastrnn.quantize(build(fastrnn, "GRU", 9, 17), dtype)
+        change(module)
+        messages = []
+        for way in (lambda x, m=module: m(x), lambda x, m=module: long_way(m, x)):
+            with pytest.raises((TypeError, RuntimeError, ValueError)) as caught:
+                way(normal(4, 2, 9))
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
+    assert calls == [False] * 3
+
+
 def test_any_layout_of_the_input(long_way, calls):
     module = build(fastrnn, "LSTM", 6, 9)
     for x in (
@@ -154,6 +205,7 @@ def test_not_for_special_modules(calls):
         build(fastrnn, "GRU", 3, 5, state_batch_first=True)(x)
         build(fastrnn, "GRU", 3, 5, num_layers=2, dropout=0.5)(x)
         build(fastrnn, "GRU", 3, 5)(x, lengths=torch.tensor([1, 4]))
+        build(fastrnn, "GRU", 3, 5, learn_initial_state=True)(x, resets=torch.ones(4, 2).bool())
         build(fastrnn, "GRU", 3, 5)(x[:, 0])  # unbatched
     assert calls == [False, True, False]
 

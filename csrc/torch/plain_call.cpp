@@ -1,9 +1,13 @@
 // A module's forward call from Python without the way through dispatcher, checks and composition, for the common case: an
 // inference on ordinary CPU tensors, one direction. That way takes about 25 us, as much as a step of 512 units itself.
 //
-// plain_forward(parameters, names, cell, batch_first, input, hx) -> (output, h_n[, c_n]), or None where the call is any
-// other: it has to go the long way then, which also knows what is wrong with it. batch_first is None for a cell's single
-// step, whose input is [B, I] and whose states are [B, n].
+// plain_forward(tensors, names, cell, batch_first, input, hx, resets) -> (output, h_n[, c_n]), or None where the call is
+// any other: it has to go the long way then, which also knows what is wrong with it. batch_first is None for a cell's
+// single step, whose input is [B, I] and whose states are [B, n].
+//
+// names[layer] are the keys of its weights in the dict `tensors`: weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr], as
+// torch.nn lists them. Quantized modules list all of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, scale_ih, sum_ih,
+// scale_hh and sum_hh, None for what there is not, and then the numbers R and h; their tensors are [1, ..].
 #include "plain_call.h"
 
 #include <ATen/EmptyTensor.h>
@@ -73,9 +77,12 @@ struct Held {
   const void* at(int64_t bytes) const { return data ? static_cast<const char*>(data) + bytes : nullptr; }
 };
 
+constexpr int kNarrowFields = 9;
+
 struct LayerWeights {
   int64_t size, width, hidden;  // I, R, h
-  Held ih, hh, bias_ih, bias_hh, hr;
+  DType dtype;                  // of ih and hh
+  Held ih, hh, bias_ih, bias_hh, hr, scale_ih, sum_ih, scale_hh, sum_hh;
 };
 
 int cell_of(const char* name) {
@@ -99,6 +106,8 @@ struct Call {
   at::ScalarType dtype;
   int64_t T, B, stride_t, stride_b;  // of input
   Held input, h_0, c_0;              // states without data for zeros
+  Held resets;
+  int64_t resets_stride_t, resets_stride_b;
   std::vector<LayerWeights> layers;
 };
 
@@ -128,6 +137,11 @@ std::array<Tensor, 3> run(const Call& call) {
     layer.input_stride_b = i == 0 ? call.stride_b : R;
     layer.weight = w.ih.data;
     layer.bias = w.bias_ih.data;
+    layer.weight_dtype = w.dtype;
+    layer.scale_ih = static_cast<const float*>(w.scale_ih.data);
+    layer.scale_hh = static_cast<const float*>(w.scale_hh.data);
+    layer.sum_ih = static_cast<const int32_t*>(w.sum_ih.data);
+    layer.sum_hh = static_cast<const int32_t*>(w.sum_hh.data);
     ForwardParams p{};
     p.steps = T;
     p.batch = B;
@@ -135,12 +149,15 @@ std::array<Tensor, 3> run(const Call& call) {
     p.hidden = h;
     p.width = R;
     p.cell = call.cell;
-    p.dtype = layer.weight_dtype = call.dtype == at::kDouble ? DType::kFloat64 : DType::kFloat32;
+    p.dtype = call.dtype == at::kDouble ? DType::kFloat64 : DType::kFloat32;
     p.weight_hh = w.hh.data;
     p.bias_hh = w.bias_hh.data;
     p.weight_hr = w.hr.data;
     p.h_0 = call.h_0.data ? call.h_0.at(i * B * R * element) : zeros.const_data_ptr();
     if (second) p.c_0 = call.c_0.data ? call.c_0.at(i * B * h * element) : zeros.const_data_ptr();
+    p.resets = static_cast<const uint8_t*>(call.resets.data);
+    p.resets_stride_t = call.resets_stride_t;
+    p.resets_stride_b = call.resets_stride_b;
     p.reverse = &reverse;
     p.output = output.mutable_data_ptr();
     p.h_n = static_cast<char*>(h_n.mutable_data_ptr()) + i * B * R * element;
@@ -150,31 +167,75 @@ std::array<Tensor, 3> run(const Call& call) {
   return {output, h_n, c_n};
 }
 
-// The weights by name, in the order ih, hh and, where there are such, bias_ih, bias_hh, hr: as torch.nn lists them.
-bool find_weights(PyObject* parameters, PyObject* names, const Tensor& input, Call& call) {
-  const int64_t G = kCells[call.cell].gates;
-  int64_t size = input.size(-1);
+// A module's own weights, of input's dtype.
+bool find_weights(PyObject* tensors, PyObject* names, int64_t size, const Call& call, LayerWeights& out) {
+  const Py_ssize_t count = PyList_GET_SIZE(names);
+  if (count < 2 || count > 5) return false;
+  std::array<const Tensor*, 5> found{};
+  for (Py_ssize_t k = 0; k < count; ++k) {
+    found[k] = plain(PyDict_GetItem(tensors, PyList_GET_ITEM(names, k)), call.dtype);
+    if (!found[k]) return false;
+  }
+  const Tensor *ih = found[0], *hh = found[1], *hr = count % 2 ? found[count - 1] : nullptr;
+  const Tensor *bias_ih = count >= 4 ? found[2] : nullptr, *bias_hh = count >= 4 ? found[3] : nullptr;
+  if (ih->dim() != 2 || hh->dim() != 2) return false;
+  const int64_t G = kCells[call.cell].gates, R = hh->size(1), h = hh->size(0) / G;
+  const bool good = R > 0 && h > 0 && has_sizes(*ih, {G * h, size}) && has_sizes(*hh, {G * h, R}) &&
+                    (!bias_ih || (has_sizes(*bias_ih, {G * h}) && has_sizes(*bias_hh, {G * h}))) &&
+                    (hr ? has_sizes(*hr, {R, h}) && kCells[call.cell].states > 1 : R == h);
+  if (!good) return false;
+  const auto held = [](const Tensor* t) { return t ? Held(*t) : Held(); };
+  const DType dtype = call.dtype == at::kDouble ? DType::kFloat64 : DType::kFloat32;
+  out = {size, R, h, dtype, held(ih), held(hh), held(bias_ih), held(bias_hh), held(hr), {}, {}, {}, {}};
+  return true;
+}
+
+// A quantized module's, see prepare_quantized.
+bool find_narrow_weights(PyObject* tensors, PyObject* names, int64_t size, const Call& call, LayerWeights& out) {
+  PyObject* first = PyDict_GetItem(tensors, PyList_GET_ITEM(names, 0));
+  const bool int8 = plain(first, at::kChar) != nullptr;
+  const int64_t R = PyLong_AsLongLong(PyList_GET_ITEM(names, kNarrowFields));
+  const int64_t h = PyLong_AsLongLong(PyList_GET_ITEM(names, kNarrowFields + 1));
+  if (R <= 0 || h <= 0 || call.dtype != at::kFloat) return false;
+  const int64_t G = kCells[call.cell].gates, blocks = (h + 15) / 16;
+  const auto hold = [&](int k, Held& held, at::ScalarType dtype, std::initializer_list<int64_t> sizes) {
+    PyObject* name = PyList_GET_ITEM(names, k);
+    if (name == Py_None) return true;
+    const Tensor* t = plain(PyDict_GetItem(tensors, name), dtype);
+    const bool good = t && has_sizes(*t, sizes);
+    if (good) held = Held(*t);
+    return good;
+  };
+  const auto weight = [&](int k, Held& held, int64_t n) {
+    return int8 ? hold(k, held, at::kChar, {1, blocks, (n + 3) / 4, G, 16, 4})
+                : hold(k, held, at::kBFloat16, {1, G * h, n});
+  };
+  out.size = size;
+  out.width = R;
+  out.hidden = h;
+  out.dtype = int8 ? DType::kInt8 : DType::kBFloat16;
+  const bool good = weight(0, out.ih, size) && weight(1, out.hh, R) && hold(2, out.bias_ih, at::kFloat, {1, G * h}) &&
+                    hold(3, out.bias_hh, at::kFloat, {1, G * h}) &&
+                    hold(4, out.hr, int8 ? at::kFloat : at::kBFloat16, {1, R, h}) &&
+                    hold(5, out.scale_ih, at::kFloat, {1, blocks, G, 16}) &&
+                    hold(6, out.sum_ih, at::kInt, {1, blocks, G, 16}) &&
+                    hold(7, out.scale_hh, at::kFloat, {1, blocks, G, 16}) &&
+                    hold(8, out.sum_hh, at::kInt, {1, blocks, G, 16});
+  const bool scaled = out.scale_ih.data && out.sum_ih.data && out.scale_hh.data && out.sum_hh.data;
+  return good && out.ih.data && out.hh.data && scaled == int8 && (out.hr.data ? true : R == h);
+}
+
+bool find_layers(PyObject* tensors, PyObject* names, int64_t size, Call& call) {
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(names); ++i) {
     PyObject* of_layer = PyList_GET_ITEM(names, i);
     if (!PyList_Check(of_layer)) return false;
-    const Py_ssize_t count = PyList_GET_SIZE(of_layer);
-    if (count < 2 || count > 5) return false;
-    std::array<const Tensor*, 5> found{};
-    for (Py_ssize_t k = 0; k < count; ++k) {
-      found[k] = plain(PyDict_GetItem(parameters, PyList_GET_ITEM(of_layer, k)), call.dtype);
-      if (!found[k]) return false;
-    }
-    const Tensor *ih = found[0], *hh = found[1], *hr = count % 2 ? found[count - 1] : nullptr;
-    const Tensor *bias_ih = count >= 4 ? found[2] : nullptr, *bias_hh = count >= 4 ? found[3] : nullptr;
-    if (ih->dim() != 2 || hh->dim() != 2) return false;
-    const int64_t R = hh->size(1), h = hh->size(0) / G;
-    const bool good = R > 0 && h > 0 && has_sizes(*ih, {G * h, size}) && has_sizes(*hh, {G * h, R}) &&
-                      (!bias_ih || (has_sizes(*bias_ih, {G * h}) && has_sizes(*bias_hh, {G * h}))) &&
-                      (hr ? has_sizes(*hr, {R, h}) && kCells[call.cell].states > 1 : R == h);
-    if (!good || (i > 0 && (R != size || h != call.layers[0].hidden))) return false;
-    const auto held = [](const Tensor* t) { return t ? Held(*t) : Held(); };
-    call.layers.push_back({size, R, h, held(ih), held(hh), held(bias_ih), held(bias_hh), held(hr)});
-    size = R;
+    LayerWeights found{};
+    const bool good = PyList_GET_SIZE(of_layer) == kNarrowFields + 2
+                          ? find_narrow_weights(tensors, of_layer, size, call, found)
+                          : find_weights(tensors, of_layer, size, call, found);
+    if (!good || (i > 0 && (found.width != size || found.hidden != call.layers[0].hidden))) return false;
+    size = found.width;
+    call.layers.push_back(std::move(found));
   }
   return !call.layers.empty();
 }
@@ -195,12 +256,23 @@ bool find_states(PyObject* hx, Call& call) {
   return hold(PyTuple_GET_ITEM(hx, 0), w.width, call.h_0) && hold(PyTuple_GET_ITEM(hx, 1), w.hidden, call.c_0);
 }
 
+// bool [T, B], or [B, T] like the input.
+bool find_resets(PyObject* resets, int time, Call& call) {
+  if (resets == Py_None) return true;
+  const Tensor* t = plain(resets, at::kBool);
+  if (!t || call.step || t->dim() != 2 || t->size(time) != call.T || t->size(1 - time) != call.B) return false;
+  call.resets = Held(*t);
+  call.resets_stride_t = t->stride(time);
+  call.resets_stride_b = t->stride(1 - time);
+  return true;
+}
+
 }  // namespace
 
 PyObject* plain_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 6 && PyDict_Check(args[0]) && PyList_Check(args[1]) && PyUnicode_Check(args[2]),
-                   "plain_forward: expected (dict, list, str, bool or None, input, hx)");
+  TORCH_CHECK_TYPE(count == 7 && PyDict_Check(args[0]) && PyList_Check(args[1]) && PyUnicode_Check(args[2]),
+                   "plain_forward: expected (dict, list, str, bool or None, input, hx, resets)");
   if (!is_plain_thread()) Py_RETURN_NONE;
   const bool batch_first = args[3] == Py_True;
   const Tensor* input = plain(args[4], std::nullopt);
@@ -216,7 +288,8 @@ PyObject* plain_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   call.stride_t = call.step ? 0 : input->stride(time);
   call.B = input->size(batch);
   call.stride_b = input->stride(batch);
-  if (call.T < 1 || call.B < 1 || !find_weights(args[0], args[1], *input, call) || !find_states(args[5], call))
+  if (call.T < 1 || call.B < 1 || !find_layers(args[0], args[1], input->size(-1), call) ||
+      !find_states(args[5], call) || !find_resets(args[6], time, call))
     Py_RETURN_NONE;
   RECORD_FUNCTION("fastrnn::layer_forward", {});
   auto [output, h_n, c_n] = run(call);
