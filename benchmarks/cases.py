@@ -24,12 +24,24 @@ class Case:
     bidirectional: bool = False
     proj: int = 0
     shortest: int = 0  # > 0: a PackedSequence, lengths uniform in shortest..T
+    padded: bool = False  # with shortest: padded input and lengths= in place of a PackedSequence
     stateful: bool = False  # an initial state is passed in (always so for cells)
     resets: int = 0  # > 0: episodes of this mean length begin inside the sequences, the state is zeroed there
     nonlinearity: str = ""  # RNN only: "relu", or tanh
     bias: bool = True
     batch_first: bool = False
     dtype: str = "float32"
+    tokens: bool = False  # the input is integers [T, B] in [0, I), stored by token where a layer knows how
+    recompute: int = 0  # > 0: training keeps the states of every such step and makes the rest again
+    frozen: bool = False  # training asks for no gradient of the input
+
+    @property
+    def beyond_torch(self) -> list[str]:
+        """What torch.nn's layers have not got."""
+        options = {
+            "resets": self.resets, "lengths=": self.padded, "tokens": self.tokens, "recompute": self.recompute,
+        }  # fmt: skip
+        return [name for name, there in options.items() if there]
 
     @property
     def is_cell(self) -> bool:
@@ -39,7 +51,7 @@ class Case:
     def name(self) -> str:
         """Unique among cases; letters, digits and dashes only, so that it is its own regular expression."""
         options = [
-            f"packed{self.shortest}" if self.shortest else "",
+            f"{'lengths' if self.padded else 'packed'}{self.shortest}" if self.shortest else "",
             f"layers{self.layers}" if self.layers > 1 else "",
             "bi" if self.bidirectional else "",
             f"proj{self.proj}" if self.proj else "",
@@ -49,6 +61,9 @@ class Case:
             "" if self.bias else "nobias",
             "batchfirst" if self.batch_first else "",
             DTYPE_SUFFIX[self.dtype],
+            "tokens" if self.tokens else "",
+            f"recompute{self.recompute}" if self.recompute else "",
+            "frozen" if self.frozen else "",
         ]
         return "-".join([self.cell.lower(), f"{self.T}x{self.B}x{self.I}x{self.H}", *filter(None, options)])
 

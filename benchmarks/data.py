@@ -16,7 +16,7 @@ class Data:
     """All in torch.nn's names and layouts. O = (proj or H) * directions."""
 
     weights: dict[str, Tensor]  # state_dict of the torch.nn module
-    input: Tensor  # [T, B, I], cells [B, I]; zero past a row's length
+    input: Tensor  # [T, B, I], cells [B, I]; zero past a row's length; tokens int64 [T, B]
     lengths: Tensor | None  # [B] int64
     state: tuple[Tensor, ...] | None  # h_0 (and c_0) [layers * directions, B, H], cells [B, H]
     grad_outputs: tuple[Tensor, ...]  # of output [T, B, O] (0 past the lengths); of a cell's h (and c) [B, H]
@@ -86,7 +86,7 @@ def make_data(case: Case, seed: int = 0) -> Data:
         state = tuple(2 * torch.rand(*rows, size, generator=generator, dtype=wide) - 1 for size in sizes)
     count = 2 if case.cell == "LSTMCell" else 1  # a cell's h and c are both used further on
     grad_outputs = tuple(sequence((case.proj or case.H) * directions) for _ in range(count))
-    input = sequence(case.I)
+    input = torch.randint(case.I, leading, generator=generator) if case.tokens else sequence(case.I)
     resets = torch.rand(case.T, case.B, generator=generator) < 1 / case.resets if case.resets else None
     data = Data(weights, input, lengths, state, grad_outputs, resets)
     return data.to(getattr(torch, case.dtype))

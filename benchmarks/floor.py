@@ -41,10 +41,12 @@ def floor(case: Case, mode: str, roofline: dict[str, Any]) -> Floor:
     order = ("L1", "L2", "L3", "DRAM")
     spent = {"flops": 0.0, "weights": 0.0}
     for layer in range(case.layers):
-        I = case.I if layer == 0 else R * directions  # noqa: E741 (the dimension's name)
+        below = 0 if case.tokens else case.I  # a look-up multiplies nothing
+        I = below if layer == 0 else R * directions  # noqa: E741 (the dimension's name)
         recurrent = gates * case.H * R + (R * case.H if case.proj else 0)  # elements read at every step
         products = (3 if training else 1) * 2 * steps(case) * directions
-        input_products = products * 2 // 3 if mode == "persample" else products  # no gradient of the input
+        no_gradient = mode == "persample" or (case.frozen and layer == 0)  # of the input
+        input_products = products * 2 // 3 if training and no_gradient else products
         input_flops, recurrent_flops = input_products * gates * case.H * I, products * recurrent
         reads = case.T * (2 if training else 1)
         streamed = reads * directions * recurrent * size

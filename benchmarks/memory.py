@@ -50,7 +50,16 @@ def peak_of(step: Callable[[], object]) -> int:
 def small(case: Case) -> Case:
     """The same kind of case, next to nothing in size."""
     lengths = 1 if case.shortest else 0
-    return replace(case, T=min(case.T, 2), B=1, I=8, H=8, proj=4 if case.proj else 0, shortest=lengths)
+    return replace(
+        case,
+        T=min(case.T, 2),
+        B=1,
+        I=8,
+        H=8,
+        proj=4 if case.proj else 0,
+        shortest=lengths,
+        recompute=min(case.recompute, 1),
+    )
 
 
 def child(side: str, row_id: str, seed: int, threads: int) -> int:

@@ -156,10 +156,32 @@ VARIANTS = [
 ]  # fmt: skip
 
 RL = [  # sequences with episode boundaries inside, as policies are trained on
-    *entries("rl", "LSTM", (128, 32, 256, 256), resets=100),
+    *entries("rl", "LSTM", (128, 32, 256, 256), resets=50),
     *entries("rl", "LSTM", (16, 256, 128, 128), (512, 16, 128, 128), modes=TRAIN, resets=100),
-    *entries("rl", "GRU", (128, 32, 256, 256), resets=100),
+    *entries("rl", "GRU", (128, 32, 256, 256), resets=50),
     *entries("rl", "GRU", (64, 64, 128, 128), modes=TRAIN, resets=20),
+]
+
+MASKS = [  # what lengths and resets cost, or save, of the same call without
+    *(
+        entry
+        for cell in ("LSTM", "GRU", "RNN")
+        for options in ({"resets": 50}, {"shortest": 16}, {"shortest": 16, "padded": True})
+        for entry in entries("masks", cell, (128, 32, 256, 256), **options)  # type: ignore[arg-type]
+    ),
+    *entries("masks", "LSTM", (512, 16, 128, 128), (16, 256, 128, 128), (128, 1, 256, 256), resets=50),
+    *entries("masks", "LSTM", (1, 1, 256, 256), (1, 32, 256, 256), modes=FORWARD, stateful=True, resets=50),
+]
+
+VOCABULARY = 50_000
+TOKENS = [
+    entry for cell in ("LSTM", "GRU") for entry in entries("tokens", cell, (128, 32, VOCABULARY, 256), tokens=True)
+]
+
+RECOMPUTE = [
+    entry
+    for frozen in (True, False)
+    for entry in entries("recompute", "LSTM", (4096, 16, 128, 128), modes=TRAIN, recompute=64, frozen=frozen)
 ]
 
 MEMORY = [
@@ -222,7 +244,15 @@ SUITES: dict[str, Suite] = {
     "mlperf": Suite("layers of GNMT and RNN-T", tuple(MLPERF)),
     "sweep": Suite("a grid over H, B and T, for the heat maps", tuple(SWEEP), budget_s=1.0, longest_s=2.0),
     "variants": Suite("every option of the layers at one size", tuple(VARIANTS), budget_s=2.0),
-    "rl": Suite("resets inside sequences, against three hand loops", tuple(RL), peers=("loop", "cellloop", "perstep")),
+    "rl": Suite(
+        "resets inside sequences, against three hand loops and TorchRL", tuple(RL),
+        peers=("loop", "cellloop", "perstep", "torchrlpad", "torchrlscan"),
+    ),
+    "masks": Suite("what lengths and resets cost beside a call without", tuple(MASKS), peers=("unmasked",)),
+    "tokens": Suite("tokens of a large vocabulary against an embedding", tuple(TOKENS), peers=("embedding", "columns")),
+    "tokensmemory": Suite("peak memory of the same", tuple(TOKENS), kind="memory", peers=("embedding", "columns")),
+    "recompute": Suite("training with recompute against without", tuple(RECOMPUTE), peers=("everykept",)),
+    "recomputememory": Suite("peak memory of the same", tuple(RECOMPUTE), kind="memory", peers=("everykept",)),
     "memory": Suite("peak memory of a step, each side in processes of its own", tuple(MEMORY), kind="memory"),
     "persample": Suite(
         "per-sample gradients by vmap, against loops and Opacus", tuple(PER_SAMPLE_LAYERS), peers=PER_SAMPLE_PEERS,

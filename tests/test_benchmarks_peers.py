@@ -25,7 +25,7 @@ from .benchmark_documents import SETTINGS
 
 OPTIONS: tuple[dict[str, Any], ...] = (
     {}, {"stateful": True}, {"resets": 3}, {"shortest": 2}, {"layers": 2, "bidirectional": True}, {"bias": False},
-    {"batch_first": True},
+    {"batch_first": True}, {"shortest": 2, "padded": True}, {"tokens": True}, {"recompute": 2}, {"frozen": True},
 )  # fmt: skip
 RUN_HERE = [key for key in PEERS if not PEERS[key].missing()]
 
@@ -77,8 +77,15 @@ def test_relu_where_it_is_claimed(key: str) -> None:
 def test_who_has_resets_and_who_trains() -> None:
     resets, plain = tiny("LSTM", resets=3), tiny("LSTM")
     have = {key for key, peer in PEERS.items() if not peer.supports(resets, "train")}
-    assert have == {"fastrnn", "loop", "cellloop", "perstep", "compiled"}
+    assert have == {"fastrnn", "loop", "cellloop", "perstep", "compiled", "unmasked", "torchrlpad", "torchrlscan"}
+    assert {key for key, peer in PEERS.items() if not peer.supports(tiny("LSTM", tokens=True), "train")} == {
+        "fastrnn", "columns", "embedding",
+    }  # fmt: skip
     inference_only = {key for key, peer in PEERS.items() if peer.supports(plain, "train")}
+    needs_more = {"unmasked", "everykept", "columns", "embedding", "torchrlpad", "torchrlscan"}
+    for mode in MODES:
+        assert all(PEERS[key].supports(plain, mode) for key in needs_more)
+    inference_only -= needs_more
     per_sample_only = {"sampleloop", "oursampleloop", "opacus"}
     assert inference_only == {"int8", "onnxruntime", "openvino", "ourint8", "ourbf16"} | per_sample_only
     assert {PEERS[key].supports(plain, "train") for key in per_sample_only} == {"per-sample gradients only"}

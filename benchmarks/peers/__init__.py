@@ -16,12 +16,19 @@ from benchmarks.peers.modules import ModulePeer, prepare_module
 from benchmarks.peers.onnx_runtimes import OnnxRuntimePeer, OpenVinoPeer
 from benchmarks.peers.our_quantized import QuantizedPeer
 from benchmarks.peers.per_sample import OpacusPeer, SampleLoop
+from benchmarks.peers.sequences import (
+    EmbeddingPeer,
+    EverythingKeptPeer,
+    TokenColumnsPeer,
+    TorchRLPeer,
+    UnmaskedPeer,
+)
 from benchmarks.peers.torch_others import AtenPeer, DynamicInt8Peer
 
 __all__ = ["PEERS", "ModulePeer", "NoResult", "Peer", "Prepared", "prepare_module"]
 
 CONTESTANTS: tuple[Peer, ...] = (
-    ModulePeer("fastrnn", "fastrnn", "fastrnn", kernel=fastrnn_kernel, resets=True, per_sample=True),
+    ModulePeer("fastrnn", "fastrnn", "fastrnn", kernel=fastrnn_kernel, options=True, per_sample=True),
     QuantizedPeer("ourint8", torch.int8),
     QuantizedPeer("ourbf16", torch.bfloat16),
     ModulePeer("torch", "torch.nn", "torch.nn", version_of="torch", kernel=torch_kernel),
@@ -34,6 +41,12 @@ CONTESTANTS: tuple[Peer, ...] = (
     SampleLoop("sampleloop", "torch.nn"),
     SampleLoop("oursampleloop", "fastrnn"),
     OpacusPeer(),
+    UnmaskedPeer("unmasked", "fastrnn without lengths and resets", "fastrnn", kernel=fastrnn_kernel, options=True),
+    EverythingKeptPeer("everykept", "fastrnn without recompute", "fastrnn", kernel=fastrnn_kernel, options=True),
+    TokenColumnsPeer("columns", "fastrnn, tokens as columns", "fastrnn", kernel=fastrnn_kernel, options=True),
+    EmbeddingPeer(),
+    TorchRLPeer("pad"),
+    TorchRLPeer("scan"),
     OnnxRuntimePeer(),
     OpenVinoPeer(),
     JaxPeer(),

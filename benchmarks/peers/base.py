@@ -78,7 +78,8 @@ def plain_layer(
         return f"no {case.cell}: it has {', '.join(cells)}"
     options = {
         "PackedSequence": case.shortest,
-        "resets": case.resets,
+        **dict.fromkeys(case.beyond_torch, True),
+        "a frozen input": case.frozen,
         "proj_size": case.proj,
         "a single layer only": case.layers > 1,
         "one direction only": case.bidirectional,

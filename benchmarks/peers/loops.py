@@ -146,6 +146,7 @@ class LoopPeer:
         options = {
             "cells": case.is_cell, "PackedSequence": case.shortest, "proj_size": case.proj, "layers": case.layers > 1,
             "directions": case.bidirectional, "bias=False": not case.bias, "batch_first": case.batch_first,
+            "tokens": case.tokens, "recompute": case.recompute,
         }  # fmt: skip
         refused = [name for name, there in options.items() if there]
         return f"the loop is written without {', '.join(refused)}" if refused else None

@@ -22,6 +22,8 @@ from benchmarks.peers.per_sample import prepare_vmap, supports_per_sample
 class ModulePeer:
     """Anything with torch.nn's classes under torch.nn's names."""
 
+    by_token = True  # weight_ih_l0 is stored by token where the input is tokens
+
     def __init__(
         self,
         key: str,
@@ -29,13 +31,13 @@ class ModulePeer:
         import_name: str,
         version_of: str | None = None,
         kernel: Callable[[Case, str], str] = lambda case, mode: "",
-        resets: bool = False,
+        options: bool = False,
         per_sample: bool = False,
     ) -> None:
-        """`kernel` says what a call runs; `resets`: forward takes resets=; `per_sample`: vmap goes through."""
+        """`kernel` says what a call runs; `options`: it has Case.beyond_torch, too; `per_sample`: vmap goes through."""
         self.key, self.title = key, title
         self._import_name, self._version_of = import_name, version_of or import_name
-        self._kernel, self._resets = kernel, resets
+        self._kernel, self._options = kernel, options
         self.per_sample = per_sample
 
     @property
@@ -55,11 +57,14 @@ class ModulePeer:
     def supports(self, case: Case, mode: str) -> str | None:
         if mode == "persample":
             return supports_per_sample(case, mode)
-        return "it has no resets inside a sequence" if case.resets and not self._resets else None
+        return f"it has no {', '.join(case.beyond_torch)}" if case.beyond_torch and not self._options else None
 
     def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
-        module = getattr(self.namespace, case.cell)(**module_arguments(case))
+        options = {"recompute": case.recompute} if case.recompute else {}
+        module = getattr(self.namespace, case.cell)(**module_arguments(case), **options)
         module.load_state_dict(data.weights)
+        if case.tokens and self.by_token:
+            module.store_by_token()
         if mode == "persample":
             return prepare_vmap(module, data)
         prepared = prepare_module(module, case, mode, data)
@@ -75,7 +80,10 @@ def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -
         data.input = data.input.transpose(0, 1).contiguous()
         grad_outputs = [grad.transpose(0, 1).contiguous() for grad in grad_outputs]
     sequence: Tensor | PackedSequence = data.input  # [T, B, I], or [B, T, I] with batch_first
-    if data.lengths is not None:
+    options: dict[str, Any] = {} if data.resets is None else {"resets": data.resets}
+    if case.padded:
+        options["lengths"], leaf = data.lengths, data.input
+    elif data.lengths is not None:
         packed = pack_padded_sequence(data.input, data.lengths, enforce_sorted=False)
         grads = [pack_padded_sequence(grad, data.lengths, enforce_sorted=False) for grad in grad_outputs]
         leaf = packed.data.detach()  # [sum(lengths), I]
@@ -87,7 +95,6 @@ def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -
     if data.state is not None:
         state = data.state if case.cell.startswith("LSTM") else data.state[0]
     arguments = (sequence,) if state is None else (sequence, state)
-    options = {} if data.resets is None else {"resets": data.resets}
 
     if not training:
 
@@ -101,11 +108,11 @@ def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -
         return Prepared(forward, forward_results, context=torch.inference_mode)
 
     parameters = dict(module.named_parameters())
-    leaf.requires_grad_()
+    has_gradient = leaf.is_floating_point() and not case.frozen
     states = dict(zip(("h_0", "c_0"), data.state or (), strict=False)) if case.is_cell else {}
     for tensor in states.values():
         tensor.requires_grad_()
-    leaves = {"input": leaf, **states, **parameters}
+    leaves = {**({"input": leaf.requires_grad_()} if has_gradient else {}), **states, **parameters}
     weights = list(parameters.values())
 
     def train() -> Any:
@@ -122,9 +129,9 @@ def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -
             if tensor.grad is None:
                 raise AssertionError(f"no gradient reached {name}")
             named[f"grad_{name}"] = tensor.grad
-        if isinstance(sequence, PackedSequence):
+        if isinstance(sequence, PackedSequence) and has_gradient:
             named["grad_input"] = unpack(repack(sequence, named["grad_input"]))
-        if case.batch_first:
+        if case.batch_first and has_gradient:
             named["grad_input"] = named["grad_input"].transpose(0, 1)
         return {name: tensor.detach().clone() for name, tensor in named.items()}
 
@@ -150,7 +157,7 @@ def named_results(case: Case, result: Any) -> dict[str, Tensor]:
         output = unpack(output)
     elif case.batch_first:
         output = output.transpose(0, 1)
-    elif case.shortest:
+    elif case.shortest and not case.padded:
         raise AssertionError("a PackedSequence came in but none came out")
     return {"output": output, **dict(zip(("h_n", "c_n"), states, strict=False))}
 

@@ -18,11 +18,13 @@ class QuantizedPeer(ModulePeer):
     def __init__(self, key: str, dtype: torch.dtype) -> None:
         self.dtype = dtype
         name = str(dtype).removeprefix("torch.")
-        super().__init__(key, f"fastrnn, weights {name}", "fastrnn", resets=True)
+        super().__init__(key, f"fastrnn, weights {name}", "fastrnn", options=True)
 
     def supports(self, case: Case, mode: str) -> str | None:
         if mode == "train":
             return "inference only"
+        if case.tokens or case.recompute:
+            return "neither tokens nor recompute"
         return "only float32 layers" if case.dtype != "float32" or case.is_cell else None
 
     def prepare(self, case: Case, mode: str, data: Data) -> Prepared:

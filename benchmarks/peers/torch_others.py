@@ -60,7 +60,7 @@ class DynamicInt8Peer:
             return "inference only"
         if case.dtype != "float32" or case.proj or case.cell == "RNN" or not case.bias:
             return "only float32 LSTM, GRU and cells, with bias and without proj_size"
-        return "it has no resets inside a sequence" if case.resets else None
+        return f"it has no {', '.join(case.beyond_torch)}" if case.beyond_torch else None
 
     def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
         kind = getattr(torch.nn, case.cell)
