@@ -96,6 +96,8 @@ struct LayerBackwardParams {
   const void* input;  // [T, B, I], last dimension contiguous; null without grad_weight_ih
   int64_t input_stride_t, input_stride_b;
   const void* weight;    // [P, G*h, I]; null without grad_input
+  const void* grad_cells;  // [T, B, P*h], last dimension contiguous: gradient of c after every step, or null
+  int64_t grad_cells_stride_t, grad_cells_stride_b;
   void* grad_input;      // [P, T, B, I], a part for every group; already zero where lengths are given
   void* grad_weight_ih;  // [P, G*h, I]
   void* grad_weight_hh;  // [P, G*h, h]

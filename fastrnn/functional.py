@@ -269,7 +269,7 @@ def _elman(nonlinearity: str) -> str:
 
 def _cell(cell: str, input: Tensor, states: States, weights: LayerWeights) -> States:
     if fused.fits(input, [weights], states, ()):
-        _, h_n, c_n = fused.layer(cell, input[None], [weights], states, None, None, None)
+        _, h_n, c_n, _ = fused.layer(cell, input[None], [weights], states, None, None, None)
     else:
         gates_ih = linear(input, weights.weight_ih, weights.bias_ih)[None]
         _, h_n, c_n, _ = _recurrence(cell, gates_ih, [weights], states, None, None, None)
@@ -369,8 +369,8 @@ def _network(
 ) -> tuple[Tensor, States, Tensor | None]:
     """output, the final states and, for an LSTM with ``all_states``, every c of the last layer [T, B, D*H].
 
-    The latter is read from what the recurrence keeps for its backward anyway, so it has derivatives of every order. A
-    gradient that reaches it takes the composite (see ``saved`` in autograd.py); without one backward stays fused.
+    The latter is read from what the recurrence keeps for its backward anyway, so it has derivatives of every order.
+    Where a layer is no single op, a gradient that reaches it takes the composite (see ``saved`` in autograd.py).
 
     With batch_sizes the input is packed, [N, I], and every layer must fit (``layer.fits``).
     """
@@ -393,10 +393,13 @@ def _network(
             widths = (first.weight_hh.shape[1], first.weight_hh.shape[0] // CELLS[cell].gates)
             start = tuple(output.new_zeros(B, D * n) for n in widths[: CELLS[cell].states])
         every_c = all_states and layer == len(weights) - 1
-        fits = not every_c and fused.fits(output, layer_weights, (*start, *(fresh or ())), (lengths, resets))
+        fits = fused.fits(output, layer_weights, (*start, *(fresh or ())), (lengths, resets))
         if fits or batch_sizes is not None:
             given = (cell, output, layer_weights, start, lengths, resets, fresh, batch_sizes, grad_clip)
-            output, h_n, c_n = segments.layer(*given, recompute) if recompute else fused.layer(*given)
+            if recompute and not every_c:
+                output, h_n, c_n = segments.layer(*given, recompute)
+            else:
+                output, h_n, c_n, cells = fused.layer(*given, every_c)
         else:
             if layer == 0 and lengths is not None:
                 output = fused.without_padding(output, lengths)
@@ -413,8 +416,7 @@ def _network(
                     cell, gates_ih, layer_weights, start, lengths, resets, fresh, every_c, grad_clip
                 )
             if every_c:
-                S = CELLS[cell].saved
-                cells = torch.cat(saved.chunk(D * S, -1)[S - 1 :: S], -1)  # c is the last of each direction's values
+                cells = fused.every_c(cell, saved, D)
         finals.append(tuple(_unfold(s, D) for s in (h_n, c_n)[: CELLS[cell].states]))
     if len(finals) == 1:
         return output, finals[0], cells

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd import Grads, pull_forward
@@ -52,18 +53,29 @@ def layer(
     reset_states: Sequence[Tensor] | None,
     batch_sizes: Tensor | None = None,
     grad_clip: float = 0.0,
-) -> tuple[Tensor, ...]:
+    all_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """One layer: input [T, B, I], weights one ``LayerWeights`` a direction, states [B, D*n] each.
 
     With batch_sizes, int64 [T] on the CPU, input and output are packed: [N, ..] in place of [T, B, ..].
 
-    Returns output [T, B, D*R], h_n [B, D*R] and c_n [B, D*H] (of size 0 for cells without c).
+    Returns output [T, B, D*R], h_n [B, D*R], c_n [B, D*H] (of size 0 for cells without c) and, for an LSTM with
+    all_states, c after every step [T, B, D*H], else None.
     """
     given = given_of(states, lengths, resets, reset_states)
     flat = [x for direction in weights for x in direction]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(input, *given, *flat):
-        return _Layer.apply(cell, batch_sizes, grad_clip, input, *given, *flat)[:3]
-    return _layer_forward(*_arguments(cell, input, given, flat), False, batch_sizes)[:3]
+        output, h_n, c_n, _, cells = _Layer.apply(cell, batch_sizes, grad_clip, all_states, input, *given, *flat)
+    else:
+        output, h_n, c_n, saved = _layer_forward(*_arguments(cell, input, given, flat), all_states, batch_sizes)
+        cells = every_c(cell, saved, len(weights)) if all_states else None
+    return output, h_n, c_n, cells
+
+
+def every_c(cell: str, saved: Tensor, directions: int) -> Tensor:
+    """[.., D*H] of saved [.., D*S*H]: the last of each direction's S values."""
+    S = CELLS[cell].saved
+    return torch.cat(saved.chunk(directions * S, -1)[S - 1 :: S], -1)
 
 
 def given_of(
@@ -98,22 +110,22 @@ def _arguments(cell: str, input: Tensor, given: Sequence[Any], flat: Sequence[Te
 
 
 class _Layer(torch.autograd.Function):
-    """Arguments: cell, batch_sizes, grad_clip, input, h_0, c_0, lengths, resets, reset_h, reset_c, FIELDS weights a
-    direction."""
+    """Arguments: cell, batch_sizes, grad_clip, all_states, input, h_0, c_0, lengths, resets, reset_h, reset_c, FIELDS
+    weights a direction."""
 
     @staticmethod
     def forward(
-        ctx: Any, cell: str, batch_sizes: Tensor | None, grad_clip: float, input: Tensor, *rest: Any
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, cell: str, batch_sizes: Tensor | None, grad_clip: float, all_states: bool, input: Tensor, *rest: Any
+    ) -> tuple[Tensor | None, ...]:
         results = _layer_forward(*_arguments(cell, input, rest[:6], rest[6:]), True, batch_sizes)
         ctx.set_materialize_grads(False)
         ctx.cell, ctx.grad_clip = cell, grad_clip
         # Biases are not looked at again; the input is for weight_ih's gradient alone, and weight_ih for the input's.
-        dropped = {2, 3} | (set() if ctx.needs_input_grad[3] else {0})
+        dropped = {2, 3} | (set() if ctx.needs_input_grad[4] else {0})
         kept = [x if i < 6 or (i - 6) % FIELDS not in dropped else None for i, x in enumerate(rest)]
-        kept_input = input if any(ctx.needs_input_grad[10::FIELDS]) else None
+        kept_input = input if any(ctx.needs_input_grad[11::FIELDS]) else None
         ctx.save_for_backward(batch_sizes, kept_input, *kept, results[0], results[3])
-        return tuple(results)
+        return (*results, every_c(cell, results[3], len(rest[6:]) // FIELDS) if all_states else None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
@@ -123,7 +135,7 @@ class _Layer(torch.autograd.Function):
         states = rest[:6]
         weight_ih, weight_hh, _, _, weight_hr = stacked(rest[6:])
         assert weight_hh is not None
-        needs, P = ctx.needs_input_grad[3:], weight_hh.shape[0]
+        needs, P = ctx.needs_input_grad[4:], weight_hh.shape[0]
         needed = Needed(needs[0], needs[1] or needs[2], *(any(needs[7 + i :: FIELDS]) for i in range(FIELDS)))
         given = (input, states, weight_ih, weight_hh, weight_hr, output, saved)
         grad_input, fields, of_states = gradients(
@@ -136,7 +148,7 @@ class _Layer(torch.autograd.Function):
         ]
         given_grads = (grad_input, *of_states[:2], None, None, *of_states[2:])
         wanted_grads = [x if need else None for x, need in zip(given_grads, needs, strict=False)]
-        return (None, None, None, *wanted_grads, *of_weights)
+        return (None, None, None, None, *wanted_grads, *of_weights)
 
 
 class Needed(NamedTuple):
@@ -162,19 +174,29 @@ def gradients(
 ) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:
     """A layer's backward: the gradients of input, of the weights' fields and of h_0, c_0, reset_h, reset_c.
 
-    grads: of layer_forward's results. given: input, the six that ``layer`` gives after it, weight_ih, weight_hh and
-    weight_hr of all directions, output and saved.
+    grads: of layer_forward's results and of every c. given: input, the six that ``layer`` gives after it, weight_ih,
+    weight_hh and weight_hr of all directions, output and saved.
     """
     input, states, weight_ih, weight_hh, weight_hr, output, saved = given
+    *of_results, of_cells = grads
     fused = weight_hr is None and grads[3] is None and not torch.is_grad_enabled() and is_plain_call()
     if not (fused and all(map(is_plain, grads))):
-        return _composed(cell, needed, grads, given, reverse, batch_sizes, grad_clip)
+        if of_cells is not None:
+            of_results[3] = _in_saved(cell, of_cells, len(reverse), of_results[3])
+        return _composed(cell, needed, tuple(of_results), given, reverse, batch_sizes, grad_clip)
     wanted = [needed.input, needed.weight_ih, needed.weight_hh, needed.bias_ih, needed.bias_hh, needed.initial]
     grad_input, weight_ih, weight_hh, bias_ih, bias_hh, *of_states = _layer_backward(
         cell, *grads[:2], grads[2] if states[1] is not None else None, input, weight_ih, weight_hh, *states,
-        reverse, output, saved, wanted, batch_sizes, grad_clip,
+        reverse, output, saved, wanted, batch_sizes, grad_clip, of_cells,
     )  # fmt: skip
     return grad_input, (weight_ih, weight_hh, bias_ih, bias_hh, None), of_states
+
+
+def _in_saved(cell: str, grad: Tensor, directions: int, others: Tensor | None) -> Tensor:
+    """The gradient of every c as one of saved, added to the others of that."""
+    S, H = CELLS[cell].saved, grad.shape[-1] // directions
+    placed = F.pad(grad.unflatten(-1, (directions, H)), ((S - 1) * H, 0)).flatten(-2)
+    return placed if others is None else placed + others
 
 
 def _composed(
@@ -272,7 +294,7 @@ def _(
 @torch.library.register_fake("fastrnn::layer_backward")
 def _(
     cell, grad_output, grad_h_n, grad_c_n, input, weight_ih, weight_hh, h_0, c_0, lengths, resets, reset_h, reset_c,
-    reverse, output, saved, wanted, batch_sizes=None, grad_clip=0.0,
+    reverse, output, saved, wanted, batch_sizes=None, grad_clip=0.0, grad_cells=None,
 ):  # fmt: skip
     def like(x, wanted=True):
         return output.new_empty(x.shape if x is not None and wanted else 0)

@@ -13,8 +13,9 @@ Options that torch does not have are keyword-only arguments of the constructors:
   named as the weights are and zero at first. They are the state where none is passed, and the ``reset_state``.
 * ``state_batch_first``: states come and go as [B, L*D, n] (unbatched ones are [L*D, n] as ever).
 * ``return_all_states`` (LSTM): ``forward`` returns a third result, the last layer's c after every step [T, B, D*H],
-  laid out and padded like the output. A gradient that reaches it makes backward the composite of ``reference.py``:
-  right to any order, but not fused.
+  laid out and padded like the output. A gradient that reaches it is part of the fused backward in plain float32 and
+  float64 calls on the CPU without ``proj_size``; elsewhere, and in double backward, it makes backward the composite of
+  ``reference.py``.
 * ``grad_clip`` (float above 0): in backward, the gradient of h and of c is clamped to [-grad_clip, grad_clip] wherever
   a step hands it to the step before, or to the state that it started from; what the output's own gradient brings is
   added after. NaN stays NaN. Forward-mode AD has nothing to clamp. Double backward differentiates the clamps, and
@@ -306,7 +307,7 @@ class _Recurrent(RNNBase):
 
     def _takes_packed(self, data: Tensor, states: States | None) -> bool:
         """Can the kernels read a packed sequence as it is?"""
-        return not self.return_all_states and all(layer.fits(data, w, states or (), ()) for w in self._weights())
+        return all(layer.fits(data, w, states or (), ()) for w in self._weights())
 
     def _check_states(self, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
         for state in states:

@@ -124,7 +124,7 @@ def layer(
     flat = [x for direction in weights for x in direction]
     if states[0].shape[0] > 0 and torch.is_grad_enabled() and torch._C._any_requires_grad(input, *given, *flat):
         return _Segments.apply((cell, batch_sizes, grad_clip, every), input, *given, *flat)
-    return fused.layer(cell, input, weights, states, lengths, resets, reset_states, batch_sizes, grad_clip)
+    return fused.layer(cell, input, weights, states, lengths, resets, reset_states, batch_sizes, grad_clip)[:3]
 
 
 class _Call:
@@ -234,7 +234,7 @@ def _by_segments(call: _Call, kept: Sequence[Tensor], needs: Sequence[bool], gra
         def back(s: Segment) -> None:
             output, _, _, saved = call.run(walk, weights, s, True)
             of_results = [None if grad_output is None else grad_output[s.rows], *(g[: s.batch] for g in later)]
-            of_results += [None] * (4 - len(of_results))
+            of_results += [None] * (5 - len(of_results))
             given = (
                 call.input[s.rows] if needed.weight_ih else None,
                 fused.given_of(s.entry, s.lengths, s.resets, walk.fresh),
@@ -291,7 +291,7 @@ def _differentiable(options: Any, arguments: Sequence[Any], needs: Sequence[bool
     with torch.enable_grad():
         # Views, so that nothing goes on from them: one argument may be made of another.
         input, *rest = (x.view_as(x) if need else x for x, need in zip(arguments, needs, strict=True))
-        results = fused._Layer.apply(cell, batch_sizes, grad_clip, input, *rest)[:3]
+        results = fused._Layer.apply(cell, batch_sizes, grad_clip, False, input, *rest)[:3]
     pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
     leaves = [x for x, need in zip((input, *rest), needs, strict=True) if need]
     found = iter(

@@ -197,9 +197,13 @@ def check_gradients(case: Case, size: int) -> None:
     leaves = {k: x.requires_grad_() for k, x in given.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
     weights = [tuple(None if given[k] is None else given[k][p] for k in FIELDS) for p in range(P)]
     states, fresh = (tuple(given[k] for k in names if given[k] is not None) for names in STATES)
-    got = layer.layer(case.cell, given["input"], weights, states, given["lengths"], given["resets"], fresh)
-    want = by_reference(*given.values())
-    which = [i for i, x in enumerate(want[:3]) if x.numel()]
+    lstm = case.cell == "lstm"
+    masked = given["lengths"], given["resets"]
+    got = layer.layer(case.cell, given["input"], weights, states, *masked, fresh, all_states=lstm)
+    *want, saved = by_reference(*given.values())
+    if lstm:
+        want.append(layer.every_c("lstm", saved, P))
+    which = [i for i, x in enumerate(want) if x.numel()]
     grads = [torch.randn_like(want[i]) for i in which]
     found, expected = (
         torch.autograd.grad([results[i] for i in which], list(leaves.values()), grads, retain_graph=True)
@@ -340,12 +344,12 @@ def test_packed_as_it_lies(cell, projected, monkeypatch):
         weights = [tuple(None if given[k] is None else given[k][p] for k in FIELDS) for p in range(2)]
         states = tuple(given[k] for k in STATES[0] if given[k] is not None)
         data, batch_sizes, *_ = pack_padded_sequence(given["input"], lengths)
-        padded = layer.layer(cell, given["input"], weights, states, lengths, None, None)
+        padded = layer.layer(cell, given["input"], weights, states, lengths, None, None)[:3]
         want = (pack_padded_sequence(padded[0], lengths).data, *padded[1:])
         with monkeypatch.context() as patch:
             if given["weight_hr"] is None:
                 patch.setattr(layer, "pad", None)  # nothing is padded
-            got = layer.layer(cell, data, weights, states, None, None, None, batch_sizes)
+            got = layer.layer(cell, data, weights, states, None, None, None, batch_sizes)[:3]
             which = [i for i, x in enumerate(want) if x.numel()]
             grads = [torch.randn_like(want[i]) for i in which]
             found = torch.autograd.grad([got[i] for i in which], leaves, grads, retain_graph=True)

@@ -680,8 +680,9 @@ def test_every_c_under_vmap() -> None:
     torch.testing.assert_close(per_row, torch.autograd.grad(module(x)[2].sin().sum(), x)[0])
 
 
-def test_backward_is_fused_without_a_gradient_of_c() -> None:
-    module, x = fastrnn.LSTM(3, 5, return_all_states=True), torch.randn(6, 2, 3)
+@pytest.mark.parametrize("proj", [0, 2])
+def test_when_backward_is_fused(proj: int) -> None:
+    module, x = fastrnn.LSTM(3, 5, return_all_states=True, proj_size=proj), torch.randn(6, 2, 3)
     with count_calls() as seen:
         output, _, c = module(x)
         (output.sum() + c.detach().sum()).backward()
@@ -689,7 +690,20 @@ def test_backward_is_fused_without_a_gradient_of_c() -> None:
     with count_calls() as seen:
         output, _, c = module(x)
         (output.sum() + c.sum()).backward()
-    assert seen == {"forward": 1, "composite backward": 6}
+    assert seen == ({"forward": 1, "composite backward": 6} if proj else FUSED)
+
+
+def test_every_c_of_a_packed_sequence_and_of_lengths_have_the_same_gradients() -> None:
+    module = fastrnn.LSTM(3, 5, **DEEP, return_all_states=True, grad_clip=0.1, dtype=torch.float64)
+    x, lengths, found = leaf(randn(70, 40, 3)), torch.randint(1, 71, (40,)), []
+    for packed in (False, True):
+        if packed:
+            _, _, c = module(pack_padded_sequence(x, lengths, enforce_sorted=False))
+            c = pad_packed_sequence(c, total_length=70)[0]
+        else:
+            c = module(x, lengths=lengths)[2]
+        found.append(torch.autograd.grad(weighted([c]), [x, *module.parameters()]))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -260,6 +260,11 @@ class BackwardWorker {
       in.grad_state[1] = grad_c;
     }
     if (i >= running) return;
+    if constexpr (kHasC)
+      if (layer && layer->grad_cells)
+        in.grad_state[1] = in.grad_state[1] + load(static_cast<const S*>(layer->grad_cells) +
+                                                       row_at(p, t, row, layer->grad_cells_stride_t,
+                                                              layer->grad_cells_stride_b) + group * h + j, n);
 
     const int64_t cell_at = (p.first_row(t) + row) * p.groups + group;
     const S* saved = static_cast<const S*>(p.saved) + cell_at * kSaved * h + j;

@@ -85,12 +85,12 @@ Gradients layer_backward_cpu(c10::string_view cell, const OptionalTensor& grad_o
                              const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
                              const OptionalTensor& reset_h, const OptionalTensor& reset_c,
                              const c10::List<bool>& reverse, const Tensor& output, const Tensor& saved,
-                             const c10::List<bool>& wanted, const OptionalTensor& batch_sizes,
-                             double grad_clip) {
+                             const c10::List<bool>& wanted, const OptionalTensor& batch_sizes, double grad_clip,
+                             const OptionalTensor& grad_cells) {
   PreparedBackward call = prepare_layer_backward({cell, weight_hh, std::nullopt, std::nullopt, h_0, c_0, lengths, resets,
                                                   reset_h, reset_c, reverse, batch_sizes},
                                                  {grad_output, grad_h_n, grad_c_n, output, saved, grad_clip}, input,
-                                                 weight_ih, wanted);
+                                                 weight_ih, grad_cells, wanted);
   if (call.params.batch > 0) {
     cpu::layer_backward(call.params, call.layer, threads());
   } else {
@@ -204,12 +204,13 @@ TORCH_LIBRARY(fastrnn, m) {
       "bool[] reverse, bool save, Tensor? batch_sizes=None) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)",
       {at::Tag::pt2_compliant_tag});
   // Its gradients; recurrent_backward and the products around it. wanted: those of input, weight_ih, weight_hh, bias_ih,
-  // bias_hh, and of h_0 with c_0. Not with weight_hr; float32 and float64.
+  // bias_hh, and of h_0 with c_0. grad_cells [T, B, P*h]: of an LSTM's c after every step, which lies in saved. Not with
+  // weight_hr; float32 and float64.
   m.def(
       "layer_backward(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? input, "
       "Tensor? weight_ih, Tensor weight_hh, Tensor h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, Tensor? reset_h, "
       "Tensor? reset_c, bool[] reverse, Tensor output, Tensor saved, bool[] wanted, Tensor? batch_sizes=None, "
-      "float grad_clip=0.0) -> "
+      "float grad_clip=0.0, Tensor? grad_cells=None) -> "
       "(Tensor grad_input, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, Tensor grad_bias_hh, "
       "Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c)",
       {at::Tag::pt2_compliant_tag});

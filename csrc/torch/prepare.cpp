@@ -399,7 +399,8 @@ PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bo
 }
 
 PreparedBackward prepare_layer_backward(const Recurrence& args, const Given& given, const OptionalTensor& input,
-                                        const OptionalTensor& weight_ih, const c10::List<bool>& wanted) {
+                                        const OptionalTensor& weight_ih, const OptionalTensor& grad_cells,
+                                        const c10::List<bool>& wanted) {
   const char* op = "layer_backward";
   TORCH_CHECK(wanted.size() == 6, op, ": wanted: expected 6 values, got ", wanted.size());
   TORCH_CHECK(!wanted[0] || weight_ih, op, ": weight_ih: expected a tensor where input's gradient is wanted, got none");
@@ -417,6 +418,9 @@ PreparedBackward prepare_layer_backward(const Recurrence& args, const Given& giv
   p.separate_gates_hh = door.info().separate_gates_hh;
   p.input = door.read_strided("input", input, p.size, p.input_stride_t, p.input_stride_b);
   p.weight = door.read("weight_ih", weight_ih, {P, G * h, p.size});
+  TORCH_CHECK(!grad_cells || door.info().states > 1, op, ": grad_cells: expected none for cell '", door.info().name,
+              "', got a tensor");
+  p.grad_cells = door.read_strided("grad_cells", grad_cells, P * h, p.grad_cells_stride_t, p.grad_cells_stride_b);
   auto parts = door.sequence(p.size);
   parts.insert(parts.begin(), P);
   const bool padded = out.params.lengths && !packed;

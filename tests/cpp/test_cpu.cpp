@@ -280,6 +280,11 @@ bool check_call() {
   products.input_stride_b = I;
   products.input_stride_t = B * I;
   products.weight = weight_ih.data;
+  Array grad_cells(d, N * P * h, second && coin());
+  grad_cells.random();
+  products.grad_cells = grad_cells.data;
+  products.grad_cells_stride_b = P * h;
+  products.grad_cells_stride_t = B * P * h;
   const LayerBackwardParams* layer_backward = whole ? &products : nullptr;
 
   const auto compute = [&](const Plan& forward_plan, const Plan& backward_plan, int byte, Results& r) {
