@@ -298,10 +298,11 @@ def test_committed_runs_are_valid_and_hold_no_paths(file: Path) -> None:
 # ---- README
 
 
-def test_the_readme_matches_the_committed_runs() -> None:
-    stale = readme.update(readme.README, write=False)
-    assert stale == [], "python -m benchmarks readme"
-    assert len(readme.PART.findall(readme.README.read_text())) >= 3
+@pytest.mark.parametrize("name", ["README.md", "docs/performance-cpu.md"])
+def test_the_documents_match_the_committed_runs(name: str) -> None:
+    file = readme.ROOT / name
+    assert readme.update(file, write=False) == [], f"python -m benchmarks readme --file {name}"
+    assert len(readme.PART.findall(file.read_text())) >= 3
 
 
 @pytest.fixture
