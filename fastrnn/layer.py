@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _C
 from .autograd import Grads, pull_forward
 from .ops import CELLS
 from .products import is_plain, is_plain_call, product, transposed_product
@@ -78,6 +79,30 @@ def every_c(cell: str, saved: Tensor, directions: int) -> Tensor:
     return torch.cat(saved.chunk(directions * S, -1)[S - 1 :: S], -1)
 
 
+def layers(
+    cell: str, input: Tensor, weights: Sequence[Sequence[Tensor | None]], states: Sequence[Tensor], grad_clip: float
+) -> tuple[Tensor, ...]:
+    """A network of one direction where a derivative is asked for, as ``_C.plain_forward`` found it to be plain.
+
+    input [T, B, I], of every layer five weights, states [L, B, n] or none -> output [T, B, R] and final states.
+    """
+    finals = []
+    for i, of_layer in enumerate(weights):
+        weight_hh = of_layer[1]
+        if states:
+            start = [x[i] for x in states]
+        else:
+            assert weight_hh is not None
+            B, info = input.shape[1], CELLS[cell]
+            widths = (weight_hh.shape[1], weight_hh.shape[0] // info.gates)[: info.states]
+            start = [input.new_zeros(B, n) for n in widths]
+        input, *after = layer(cell, input, [of_layer], start, None, None, None, None, grad_clip)[:3]
+        finals.append(after[: len(start)])
+    if len(finals) == 1:
+        return input, *(x.unsqueeze(0) for x in finals[0])
+    return input, *(torch.stack(each) for each in zip(*finals, strict=True))
+
+
 def given_of(
     states: Sequence[Tensor], lengths: Tensor | None, resets: Tensor | None, reset_states: Sequence[Tensor] | None
 ) -> tuple[Tensor | None, ...]:
@@ -117,7 +142,11 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, cell: str, batch_sizes: Tensor | None, grad_clip: float, all_states: bool, input: Tensor, *rest: Any
     ) -> tuple[Tensor | None, ...]:
-        results = _layer_forward(*_arguments(cell, input, rest[:6], rest[6:]), True, batch_sizes)
+        results = None
+        if not torch.compiler.is_compiling():
+            results = _C.plain_layer_forward(cell, batch_sizes, input, *rest)
+        if results is None:
+            results = _layer_forward(*_arguments(cell, input, rest[:6], rest[6:]), True, batch_sizes)
         ctx.set_materialize_grads(False)
         ctx.cell, ctx.grad_clip = cell, grad_clip
         # Biases are not looked at again; the input is for weight_ih's gradient alone, and weight_ih for the input's.
@@ -131,11 +160,16 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        batch_sizes, input, *rest, output, saved = ctx.saved_tensors
+        kept, needs = ctx.saved_tensors, ctx.needs_input_grad[4:]
+        if not torch.compiler.is_compiling():
+            found = _C.plain_layer_backward(ctx.cell, ctx.grad_clip, needs, grads, kept)
+            if found is not None:
+                return (None, None, None, None, *found)
+        batch_sizes, input, *rest, output, saved = kept
         states = rest[:6]
         weight_ih, weight_hh, _, _, weight_hr = stacked(rest[6:])
         assert weight_hh is not None
-        needs, P = ctx.needs_input_grad[4:], weight_hh.shape[0]
+        P = weight_hh.shape[0]
         needed = Needed(needs[0], needs[1] or needs[2], *(any(needs[7 + i :: FIELDS]) for i in range(FIELDS)))
         given = (input, states, weight_ih, weight_hh, weight_hr, output, saved)
         grad_input, fields, of_states = gradients(

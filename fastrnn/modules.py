@@ -329,7 +329,17 @@ class _Recurrent(RNNBase):
         if any(option in self.__dict__ for option in _OPTIONS):
             return None
         tensors, names = self._weights_by_name()
-        return _C.plain_forward(tensors, names, self.mode, self.batch_first, input, hx, resets)
+        found = _C.plain_forward(tensors, names, self.mode, self.batch_first, input, hx, resets)
+        return self._differentiable(found, input, hx) if isinstance(found, list) else found
+
+    def _differentiable(self, weights: list[Any], input: Tensor, hx: Any) -> tuple[Any, ...] | None:
+        """The same where derivatives are asked for."""
+        if self.recompute:
+            return None
+        states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+        x = input.transpose(0, 1) if self.batch_first else input
+        output, *finals = layer.layers(self.mode.lower(), x, weights, states, self.grad_clip or 0.0)
+        return (output.transpose(0, 1) if self.batch_first else output, *finals)
 
     def _weights_by_name(self) -> tuple[dict[str, Any], list[Any]]:
         """For the short way: a dict of tensors, and by layer its keys, see csrc/torch/plain_call.cpp."""
@@ -567,6 +577,10 @@ class _Cell(RNNCellBase):
     def _step(self, cell: str, input: Tensor, hx: Any) -> States:
         if not torch.compiler.is_compiling():
             plain = _C.plain_forward(self._parameters, _CELL_NAMES[bool(self.bias)], cell, None, input, hx, None)
+            if isinstance(plain, list):
+                given = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+                finals = layer.layers(cell, input[None], plain, [x[None] for x in given], 0.0)[1:]
+                return tuple(x[0] for x in finals)
             if plain is not None:
                 return plain[1:]
         kind = type(self).__name__

@@ -12,6 +12,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
@@ -19,6 +20,7 @@ from fastrnn import _C, modules
 
 from .helpers import CELL_KINDS, KINDS, assert_equal, build, make_state, map_state, randn, tensors
 
+SHORT = ("plain_forward", "plain_layer_forward", "plain_layer_backward")
 normal = functools.partial(randn, dtype=torch.float32)
 
 
@@ -28,7 +30,8 @@ def long_way(monkeypatch):
 
     def run(function, *args, **kwargs):
         with monkeypatch.context() as patch:
-            patch.setattr(_C, "plain_forward", lambda *call: None)
+            for name in SHORT:
+                patch.setattr(_C, name, lambda *call: None)
             return function(*args, **kwargs)
 
     return run
@@ -36,12 +39,12 @@ def long_way(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Whether each call took the short way."""
+    """Whether each inference call took the short way."""
     taken, plain_forward = [], _C.plain_forward
 
     def spy(*args):
         found = plain_forward(*args)
-        taken.append(found is not None)
+        taken.append(isinstance(found, tuple))
         return found
 
     monkeypatch.setattr(_C, "plain_forward", spy)
@@ -73,6 +76,122 @@ def test_same_bits(kind, proj, dtype, mode, long_way, calls):
         with mode():
             assert_same_bits(module(input, hx), long_way(module, input, hx))
     assert len(calls) == 48 and all(calls)
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """How often each function of the short way was taken by training calls."""
+    taken = dict.fromkeys(SHORT, 0)
+
+    def watched(name, function):
+        def spy(*args):
+            found = function(*args)
+            taken[name] += found is not None
+            return found
+
+        return spy
+
+    for name in SHORT:
+        monkeypatch.setattr(_C, name, watched(name, getattr(_C, name)))
+    return taken
+
+
+def step(module, input, hx, options):
+    """Results, and the gradients of all of them by everything."""
+    leaves = [x.detach().requires_grad_() for x in (input, *tensors(hx))]
+    given = () if hx is None else (tuple(leaves[1:]) if isinstance(hx, tuple) else leaves[1],)
+    results = [x for x in flat(module(leaves[0], *given, **options)) if x is not None and x.is_floating_point()]
+    leaves += module.parameters()
+    weights = [torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape) for x in results]
+    return [*results, *torch.autograd.grad(results, leaves, weights, allow_unused=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("kind", "proj"), [*((kind, 0) for kind in KINDS), ("LSTM", 5)])
+def test_same_bits_of_training(kind, proj, dtype, long_way, training):
+    options = {"proj_size": proj} if proj else {}
+    for layers, bias, batch_first, given, (T, B) in product(
+        (1, 3), (True, False), (True, False), (True, False), ((1, 1), (1, 17), (30, 3))
+    ):
+        module = build(
+            fastrnn, kind, 9, 17, num_layers=layers, bias=bias, batch_first=batch_first, dtype=dtype, **options
+        )
+        input = normal(*((B, T) if batch_first else (T, B)), 9, dtype=dtype)
+        hx = make_state(kind, layers, B, hidden=17, proj=proj, dtype=dtype) if given else None
+        assert_same_bits(step(module, input, hx, {}), long_way(step, module, input, hx, {}))
+    calls = 48 * 2  # layers: 1 and 3
+    assert training == dict(zip(SHORT, (48, calls, 0 if proj else calls), strict=True))
+
+
+@pytest.mark.parametrize("kind", CELL_KINDS)
+def test_same_bits_of_training_cells(kind, long_way, training):
+    for B, bias, given in product((1, 17, 40), (True, False), (True, False)):
+        module = build(fastrnn, kind, 9, 17, bias=bias)
+        hx = make_state(kind, B, hidden=17, dtype=torch.float32) if given else None
+        input = normal(B, 9)
+        assert_same_bits(step(module, input, hx, {}), long_way(step, module, input, hx, {}))
+    assert set(training.values()) == {12}
+
+
+@pytest.mark.parametrize("option", ["lengths", "resets", "grad_clip", "packed"])
+def test_same_bits_of_training_with_options(option, long_way, training):
+    """Masks and packed sequences are prepared the long way; the layer itself is called the short one."""
+    for kind in ("LSTM", "GRU"):
+        module = build(fastrnn, kind, 9, 17, num_layers=2, **({"grad_clip": 0.01} if option == "grad_clip" else {}))
+        input, lengths, options = normal(7, 4, 9), torch.tensor([7, 5, 2, 1]), {}
+        if option in ("lengths", "resets"):
+            options[option] = lengths if option == "lengths" else torch.rand(7, 4) < 0.4
+
+        def packed(x, *hx, module=module):
+            return module(pack_padded_sequence(x, lengths), *hx)
+
+        called = packed if option == "packed" else module
+        called.parameters = module.parameters
+        hx = make_state(kind, 2, 4, hidden=17, dtype=torch.float32)
+        assert_same_bits(step(called, input, hx, options), long_way(step, called, input, hx, options))
+    assert training == dict(zip(SHORT, (2 if option == "grad_clip" else 0, 4, 4), strict=True))
+
+
+def test_training_the_short_way_gives_what_torch_expects(long_way):
+    """Only what is asked for, double backward, checkpoints, hooks, modes, and nothing kept after the pass."""
+    module, x = build(fastrnn, "LSTM", 3, 5, num_layers=2), normal(4, 2, 3)
+    module.weight_hh_l0.requires_grad_(False)
+    module.bias_ih_l1.requires_grad_(False)
+    module(x)[0].sum().backward()
+    assert [name for name, p in module.named_parameters() if p.grad is None] == ["weight_hh_l0", "bias_ih_l1"]
+    assert x.grad is None
+    module.requires_grad_().zero_grad()
+    x.requires_grad_()
+
+    def double(call):
+        (g,) = torch.autograd.grad(call(x)[0].sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), [x, *module.parameters()])
+
+    torch.testing.assert_close(double(module), long_way(double, module))
+    plain = torch.autograd.grad(module(x)[0].sin().sum(), x)
+    for how in (
+        lambda: torch.utils.checkpoint.checkpoint(lambda x: module(x)[0], x, use_reentrant=False),
+        lambda: module.__call__(x)[0],
+    ):
+        with torch.autograd.graph.save_on_cpu():
+            y = how()
+        assert_same_bits(torch.autograd.grad(y.sin().sum(), x), plain)
+    with _Ones():
+        y = module(x)[0]
+    assert_same_bits(torch.autograd.grad(y.sin().sum(), x), plain)
+    y = module(x)[0].sin().sum()
+    with _Ones():
+        assert_same_bits(torch.autograd.grad(y, x), plain)
+    y = module(x)[0]
+    module.weight_hh_l0.data.add_(0)  # no version
+    with torch.no_grad():
+        module.weight_hh_l1.add_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    batched = torch.autograd.grad(
+        module(x)[0], x, torch.eye(8).view(8, 4, 2, 1).expand(8, 4, 2, 5), is_grads_batched=True
+    )
+    assert torch.equal(batched[0][3], torch.autograd.grad(module(x)[0][1, 1].sum(), x)[0])
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -111,10 +111,14 @@ py::dict cuda_plan(int cell, const std::string& dtype, int64_t T, int64_t B, int
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  static PyMethodDef plain[] = {
-      {"plain_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fastrnn::plain_forward)),
-       METH_FASTCALL, nullptr},
-      {nullptr, nullptr, 0, nullptr}};
+  const auto fast = [](const char* name, auto* function) {
+    return PyMethodDef{name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL,
+                       nullptr};
+  };
+  static PyMethodDef plain[] = {fast("plain_forward", fastrnn::plain_forward),
+                                fast("plain_layer_forward", fastrnn::plain_layer_forward),
+                                fast("plain_layer_backward", fastrnn::plain_layer_backward),
+                                {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), plain) != 0) throw py::error_already_set();
   m.def("instruction_set", &fastrnn::cpu::instruction_set);
   m.def("cpu_plan", &cpu_plan);

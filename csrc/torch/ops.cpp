@@ -16,6 +16,7 @@
 
 #include "../cells/registry.h"
 #include "../launch.h"
+#include "ops.h"
 #include "prepare.h"
 
 namespace fastrnn {
@@ -32,19 +33,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(
   PreparedForward call = prepare_forward(
       {cell, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse}, gates_ih, save);
   if (call.params.batch > 0) cpu::recurrent_forward(call.params, threads());
-  return {call.output, call.h_n, call.c_n, call.saved};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward_cpu(
-    c10::string_view cell, const Tensor& input, const Tensor& weight_ih, const OptionalTensor& bias_ih,
-    const Tensor& weight_hh, const OptionalTensor& bias_hh, const OptionalTensor& weight_hr, const Tensor& h_0,
-    const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
-    const OptionalTensor& reset_h, const OptionalTensor& reset_c, const c10::List<bool>& reverse, bool save,
-    const OptionalTensor& batch_sizes) {
-  PreparedForward call = prepare_layer(
-      {cell, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, batch_sizes}, input,
-      weight_ih, bias_ih, save);
-  if (call.params.batch > 0) cpu::layer_forward(call.params, call.layer, threads());
   return {call.output, call.h_n, call.c_n, call.saved};
 }
 
@@ -75,30 +63,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
   const auto dtype = output.scalar_type();
   return {call.grad_gates_ih, call.grad_gates_hh, call.grad_projected,        call.grad_h_0,
           call.grad_c_0,      call.grad_reset_h.to(dtype), call.grad_reset_c.to(dtype)};
-}
-
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Gradients layer_backward_cpu(c10::string_view cell, const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                             const OptionalTensor& grad_c_n, const OptionalTensor& input,
-                             const OptionalTensor& weight_ih, const Tensor& weight_hh, const Tensor& h_0,
-                             const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
-                             const OptionalTensor& reset_h, const OptionalTensor& reset_c,
-                             const c10::List<bool>& reverse, const Tensor& output, const Tensor& saved,
-                             const c10::List<bool>& wanted, const OptionalTensor& batch_sizes, double grad_clip,
-                             const OptionalTensor& grad_cells) {
-  PreparedBackward call = prepare_layer_backward({cell, weight_hh, std::nullopt, std::nullopt, h_0, c_0, lengths, resets,
-                                                  reset_h, reset_c, reverse, batch_sizes},
-                                                 {grad_output, grad_h_n, grad_c_n, output, saved, grad_clip}, input,
-                                                 weight_ih, grad_cells, wanted);
-  if (call.params.batch > 0) {
-    cpu::layer_backward(call.params, call.layer, threads());
-  } else {
-    for (const Tensor& x : {call.grad_weight_ih, call.grad_weight_hh, call.grad_bias_ih, call.grad_bias_hh}) x.zero_();
-  }
-  if (wanted[0]) call.grad_input = call.params.groups == 1 ? call.grad_input[0] : call.grad_input.sum(0);
-  return {call.grad_input, call.grad_weight_ih, call.grad_weight_hh, call.grad_bias_ih, call.grad_bias_hh,
-          call.grad_h_0,   call.grad_c_0,       call.grad_reset_h,   call.grad_reset_c};
 }
 
 Tensor gemm_cpu(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool transpose_a, bool transpose_b) {
@@ -182,6 +146,41 @@ std::vector<int64_t> cell_info(c10::string_view cell) {
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward_cpu(
+    c10::string_view cell, const Tensor& input, const Tensor& weight_ih, const OptionalTensor& bias_ih,
+    const Tensor& weight_hh, const OptionalTensor& bias_hh, const OptionalTensor& weight_hr, const Tensor& h_0,
+    const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
+    const OptionalTensor& reset_h, const OptionalTensor& reset_c, const c10::List<bool>& reverse, bool save,
+    const OptionalTensor& batch_sizes) {
+  PreparedForward call = prepare_layer(
+      {cell, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, batch_sizes}, input,
+      weight_ih, bias_ih, save);
+  if (call.params.batch > 0) cpu::layer_forward(call.params, call.layer, threads());
+  return {call.output, call.h_n, call.c_n, call.saved};
+}
+
+Gradients layer_backward_cpu(c10::string_view cell, const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                             const OptionalTensor& grad_c_n, const OptionalTensor& input,
+                             const OptionalTensor& weight_ih, const Tensor& weight_hh, const Tensor& h_0,
+                             const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
+                             const OptionalTensor& reset_h, const OptionalTensor& reset_c,
+                             const c10::List<bool>& reverse, const Tensor& output, const Tensor& saved,
+                             const c10::List<bool>& wanted, const OptionalTensor& batch_sizes, double grad_clip,
+                             const OptionalTensor& grad_cells) {
+  PreparedBackward call = prepare_layer_backward({cell, weight_hh, std::nullopt, std::nullopt, h_0, c_0, lengths, resets,
+                                                  reset_h, reset_c, reverse, batch_sizes},
+                                                 {grad_output, grad_h_n, grad_c_n, output, saved, grad_clip}, input,
+                                                 weight_ih, grad_cells, wanted);
+  if (call.params.batch > 0) {
+    cpu::layer_backward(call.params, call.layer, threads());
+  } else {
+    for (const Tensor& x : {call.grad_weight_ih, call.grad_weight_hh, call.grad_bias_ih, call.grad_bias_hh}) x.zero_();
+  }
+  if (wanted[0]) call.grad_input = call.params.groups == 1 ? call.grad_input[0] : call.grad_input.sum(0);
+  return {call.grad_input, call.grad_weight_ih, call.grad_weight_hh, call.grad_bias_ih, call.grad_bias_hh,
+          call.grad_h_0,   call.grad_c_0,       call.grad_reset_h,   call.grad_reset_c};
+}
 
 TORCH_LIBRARY(fastrnn, m) {
   m.def(

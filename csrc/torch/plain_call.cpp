@@ -1,9 +1,10 @@
-// A module's forward call from Python without the way through dispatcher, checks and composition, for the common case: an
-// inference on ordinary CPU tensors, one direction. That way takes about 25 us, as much as a step of 512 units itself.
+// A module's call from Python without the way through dispatcher, checks and composition, for the common case: ordinary
+// CPU tensors, one direction. That way takes about 25 us, as much as a step of 512 units itself.
 //
 // plain_forward(tensors, names, cell, batch_first, input, hx, resets) -> (output, h_n[, c_n]), or None where the call is
 // any other: it has to go the long way then, which also knows what is wrong with it. batch_first is None for a cell's
-// single step, whose input is [B, I] and whose states are [B, n].
+// single step, whose input is [B, I] and whose states are [B, n]. Where a derivative is asked for, nothing is computed and
+// a list comes back: for every layer weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, of which some may be None.
 //
 // names[layer] are the keys of its weights in the dict `tensors`: weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr], as
 // torch.nn lists them. Quantized modules list all of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, scale_ih, sum_ih,
@@ -30,11 +31,15 @@
 #include "../cells/registry.h"
 #include "../launch.h"
 #include "../params.h"
+#include "ops.h"
 
 namespace fastrnn {
 namespace {
 
 using at::Tensor;
+
+// plain_layer_forward and plain_layer_backward are one layer's ops for such calls, of one direction and without the
+// dispatcher; what they take is what the node of fastrnn/layer.py holds. None where they do not apply.
 
 // An ordinary CPU tensor's keys, with and without autograd's: views of conjugates, functorch's wrappers, fake tensors and
 // so on have others.
@@ -50,17 +55,25 @@ bool is_plain_thread() {
          !at::autocast::is_autocast_enabled(at::kCPU) && at::impl::PythonTorchFunctionTLS::stack_len() == 0;
 }
 
-// The tensor, where it is a plain contiguous one of this dtype whose derivative nobody asks for; else null.
-const Tensor* plain(PyObject* x, std::optional<at::ScalarType> dtype) {
+// The tensor, where it is an ordinary one; else null.
+const Tensor* ordinary(PyObject* x) {
   static const c10::DispatchKeySet keys = ordinary_keys(false), inference_keys = ordinary_keys(true);
   if (!x || !THPVariable_CheckExact(x)) return nullptr;
   const Tensor& t = THPVariable_Unpack(x);
   const c10::DispatchKeySet own = t.key_set();
   if (own != keys && own != inference_keys) return nullptr;
-  const auto type = t.scalar_type();
-  if (dtype ? type != *dtype : type != at::kFloat && type != at::kDouble) return nullptr;
-  if (at::GradMode::is_enabled() && t.requires_grad()) return nullptr;
   return t._fw_grad(/*level=*/0).defined() ? nullptr : &t;
+}
+
+// The same of this dtype, float32 or float64 if none is given. `differentiable` becomes true where a derivative by it is
+// asked for.
+const Tensor* plain(PyObject* x, std::optional<at::ScalarType> dtype, bool& differentiable) {
+  const Tensor* t = ordinary(x);
+  if (!t) return nullptr;
+  const auto type = t->scalar_type();
+  if (dtype ? type != *dtype : type != at::kFloat && type != at::kDouble) return nullptr;
+  differentiable |= at::GradMode::is_enabled() && t->requires_grad();
+  return t;
 }
 
 bool has_sizes(const Tensor& t, std::initializer_list<int64_t> sizes) {
@@ -102,7 +115,8 @@ class ReleasedGil {
 
 struct Call {
   int cell;
-  bool step;  // a cell's
+  bool step;            // a cell's
+  bool differentiable;  // somebody asks for a derivative
   at::ScalarType dtype;
   int64_t T, B, stride_t, stride_b;  // of input
   Held input, h_0, c_0;              // states without data for zeros
@@ -168,12 +182,12 @@ std::array<Tensor, 3> run(const Call& call) {
 }
 
 // A module's own weights, of input's dtype.
-bool find_weights(PyObject* tensors, PyObject* names, int64_t size, const Call& call, LayerWeights& out) {
+bool find_weights(PyObject* tensors, PyObject* names, int64_t size, Call& call, LayerWeights& out) {
   const Py_ssize_t count = PyList_GET_SIZE(names);
   if (count < 2 || count > 5) return false;
   std::array<const Tensor*, 5> found{};
   for (Py_ssize_t k = 0; k < count; ++k) {
-    found[k] = plain(PyDict_GetItem(tensors, PyList_GET_ITEM(names, k)), call.dtype);
+    found[k] = plain(PyDict_GetItem(tensors, PyList_GET_ITEM(names, k)), call.dtype, call.differentiable);
     if (!found[k]) return false;
   }
   const Tensor *ih = found[0], *hh = found[1], *hr = count % 2 ? found[count - 1] : nullptr;
@@ -191,9 +205,9 @@ bool find_weights(PyObject* tensors, PyObject* names, int64_t size, const Call& 
 }
 
 // A quantized module's, see prepare_quantized.
-bool find_narrow_weights(PyObject* tensors, PyObject* names, int64_t size, const Call& call, LayerWeights& out) {
+bool find_narrow_weights(PyObject* tensors, PyObject* names, int64_t size, Call& call, LayerWeights& out) {
   PyObject* first = PyDict_GetItem(tensors, PyList_GET_ITEM(names, 0));
-  const bool int8 = plain(first, at::kChar) != nullptr;
+  const bool int8 = plain(first, at::kChar, call.differentiable) != nullptr;
   const int64_t R = PyLong_AsLongLong(PyList_GET_ITEM(names, kNarrowFields));
   const int64_t h = PyLong_AsLongLong(PyList_GET_ITEM(names, kNarrowFields + 1));
   if (R <= 0 || h <= 0 || call.dtype != at::kFloat) return false;
@@ -201,7 +215,7 @@ bool find_narrow_weights(PyObject* tensors, PyObject* names, int64_t size, const
   const auto hold = [&](int k, Held& held, at::ScalarType dtype, std::initializer_list<int64_t> sizes) {
     PyObject* name = PyList_GET_ITEM(names, k);
     if (name == Py_None) return true;
-    const Tensor* t = plain(PyDict_GetItem(tensors, name), dtype);
+    const Tensor* t = plain(PyDict_GetItem(tensors, name), dtype, call.differentiable);
     const bool good = t && has_sizes(*t, sizes);
     if (good) held = Held(*t);
     return good;
@@ -246,7 +260,7 @@ bool find_states(PyObject* hx, Call& call) {
   const LayerWeights& w = call.layers[0];
   const int64_t L = call.layers.size();
   const auto hold = [&](PyObject* x, int64_t width, Held& held) {
-    const Tensor* t = plain(x, call.dtype);
+    const Tensor* t = plain(x, call.dtype, call.differentiable);
     const bool good = t && (call.step ? has_sizes(*t, {call.B, width}) : has_sizes(*t, {L, call.B, width}));
     if (good) held = Held(*t);
     return good;
@@ -259,12 +273,63 @@ bool find_states(PyObject* hx, Call& call) {
 // bool [T, B], or [B, T] like the input.
 bool find_resets(PyObject* resets, int time, Call& call) {
   if (resets == Py_None) return true;
-  const Tensor* t = plain(resets, at::kBool);
+  const Tensor* t = plain(resets, at::kBool, call.differentiable);
   if (!t || call.step || t->dim() != 2 || t->size(time) != call.T || t->size(1 - time) != call.B) return false;
   call.resets = Held(*t);
   call.resets_stride_t = t->stride(time);
   call.resets_stride_b = t->stride(1 - time);
   return true;
+}
+
+// Where a derivative is asked for: what the node takes.
+PyObject* weights_of_layers(PyObject* tensors, PyObject* names) {
+  const Py_ssize_t layers = PyList_GET_SIZE(names);
+  PyObject* result = PyList_New(layers);
+  for (Py_ssize_t i = 0; result && i < layers; ++i) {
+    PyObject *of_layer = PyList_GET_ITEM(names, i), *weights = PyTuple_New(5);
+    if (!weights) {
+      Py_CLEAR(result);
+      break;
+    }
+    const Py_ssize_t count = PyList_GET_SIZE(of_layer);
+    for (Py_ssize_t k = 0; k < 5; ++k) {
+      const Py_ssize_t at = k == 4 ? (count % 2 ? count - 1 : -1) : k < 2 || count >= 4 ? k : -1;
+      PyObject* x = at < 0 ? Py_None : PyDict_GetItem(tensors, PyList_GET_ITEM(of_layer, at));
+      PyTuple_SET_ITEM(weights, k, Py_NewRef(x));
+    }
+    PyList_SET_ITEM(result, i, weights);
+  }
+  return result;
+}
+
+// Ordinary tensors, or None in their places.
+template <size_t kCount>
+struct Tensors {
+  std::array<OptionalTensor, kCount> all;
+
+  bool take(PyObject* const* from) {
+    for (size_t i = 0; i < kCount; ++i) {
+      if (from[i] == Py_None) continue;
+      const Tensor* t = ordinary(from[i]);
+      if (!t) return false;
+      all[i] = *t;
+    }
+    return true;
+  }
+};
+
+PyObject* const* items(PyObject* tuple) { return reinterpret_cast<PyTupleObject*>(tuple)->ob_item; }
+
+// One direction's, as the ops take them. A view holds the memory if another thread exchanges the parameter's.
+OptionalTensor one(const OptionalTensor& x) { return x ? OptionalTensor(x->unsqueeze(0)) : std::nullopt; }
+
+// Undefined tensors become None.
+PyObject* tuple_of(std::initializer_list<Tensor> tensors) {
+  PyObject* result = PyTuple_New(tensors.size());
+  if (!result) return nullptr;
+  Py_ssize_t i = 0;
+  for (const Tensor& t : tensors) PyTuple_SET_ITEM(result, i++, THPVariable_Wrap(t));
+  return result;
 }
 
 }  // namespace
@@ -275,8 +340,8 @@ PyObject* plain_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
                    "plain_forward: expected (dict, list, str, bool or None, input, hx, resets)");
   if (!is_plain_thread()) Py_RETURN_NONE;
   const bool batch_first = args[3] == Py_True;
-  const Tensor* input = plain(args[4], std::nullopt);
   Call call{};
+  const Tensor* input = plain(args[4], std::nullopt, call.differentiable);
   call.cell = cell_of(PyUnicode_AsUTF8(args[2]));
   if (!input || call.cell < 0) Py_RETURN_NONE;
   call.step = args[3] == Py_None;
@@ -291,16 +356,78 @@ PyObject* plain_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (call.T < 1 || call.B < 1 || !find_layers(args[0], args[1], input->size(-1), call) ||
       !find_states(args[5], call) || !find_resets(args[6], time, call))
     Py_RETURN_NONE;
+  if (call.differentiable) {
+    const DType own = call.layers[0].dtype;
+    const bool narrow = own == DType::kInt8 || own == DType::kBFloat16;
+    return narrow || call.resets.data ? Py_NewRef(Py_None) : weights_of_layers(args[0], args[1]);
+  }
   RECORD_FUNCTION("fastrnn::layer_forward", {});
   auto [output, h_n, c_n] = run(call);
   if (batch_first) output = output.transpose(0, 1);
-  const bool second = c_n.defined();
-  PyObject* results = PyTuple_New(second ? 3 : 2);
-  if (!results) return nullptr;
-  PyTuple_SET_ITEM(results, 0, THPVariable_Wrap(output));
-  PyTuple_SET_ITEM(results, 1, THPVariable_Wrap(h_n));
-  if (second) PyTuple_SET_ITEM(results, 2, THPVariable_Wrap(c_n));
-  return results;
+  return c_n.defined() ? tuple_of({output, h_n, c_n}) : tuple_of({output, h_n});
+  END_HANDLE_TH_ERRORS
+}
+
+// plain_layer_forward(cell, batch_sizes, input, h_0, c_0, lengths, resets, reset_h, reset_c, weight_ih, weight_hh,
+// bias_ih, bias_hh, weight_hr) -> layer_forward's results with save. Weights are those of the one direction.
+PyObject* plain_layer_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Tensors<13> given;
+  if (count != 14 || !is_plain_thread() || !given.take(args + 1)) Py_RETURN_NONE;
+  const auto& [batch_sizes, input, h_0, c_0, lengths, resets, reset_h, reset_c, ih, hh, bias_ih, bias_hh, hr] = given.all;
+  if (!input || !h_0 || !ih || !hh) Py_RETURN_NONE;
+  const c10::string_view cell = PyUnicode_AsUTF8(args[0]);
+  RECORD_FUNCTION("fastrnn::layer_forward", {});
+  std::tuple<Tensor, Tensor, Tensor, Tensor> results;
+  {
+    const ReleasedGil released;
+    results = layer_forward_cpu(cell, *input, ih->unsqueeze(0), one(bias_ih), hh->unsqueeze(0), one(bias_hh), one(hr),
+                                *h_0, c_0, lengths, resets, reset_h, reset_c, {false}, /*save=*/true, batch_sizes);
+  }
+  const auto& [output, h_n, c_n, saved] = results;
+  return tuple_of({output, h_n, c_n, saved});
+  END_HANDLE_TH_ERRORS
+}
+
+// plain_layer_backward(cell, grad_clip, needs, grads, saved) -> the gradients of input, h_0, c_0, lengths, resets, reset_h,
+// reset_c, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, or None in their places.
+// needs: a bool for each of them; grads: of output, h_n, c_n, saved and every c; saved: batch_sizes, then plain_layer_forward's
+// arguments from input on, output, saved.
+PyObject* plain_layer_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  constexpr int kNeeds = 12;
+  const bool good = count == 5 && PyTuple_Check(args[2]) && PyTuple_GET_SIZE(args[2]) == kNeeds &&
+                    PyTuple_Check(args[3]) && PyTuple_GET_SIZE(args[3]) == 5 && PyTuple_Check(args[4]) &&
+                    PyTuple_GET_SIZE(args[4]) == 15;
+  Tensors<5> grads;
+  Tensors<15> given;
+  if (!good || !is_plain_thread() || at::GradMode::is_enabled() || !grads.take(items(args[3])) ||
+      !given.take(items(args[4])))
+    Py_RETURN_NONE;
+  const auto& [batch_sizes, input, h_0, c_0, lengths, resets, reset_h, reset_c, ih, hh, bias_ih, bias_hh, hr, output,
+               saved] = given.all;
+  const auto& [grad_output, grad_h_n, grad_c_n, grad_saved, grad_cells] = grads.all;
+  if (!h_0 || !hh || hr || grad_saved || !output || !saved) Py_RETURN_NONE;
+  const c10::string_view cell = PyUnicode_AsUTF8(args[0]);
+  const double grad_clip = PyFloat_AsDouble(args[1]);
+  std::array<bool, kNeeds> needs;
+  for (int i = 0; i < kNeeds; ++i) needs[i] = PyTuple_GET_ITEM(args[2], i) == Py_True;
+  RECORD_FUNCTION("fastrnn::layer_backward", {});
+  Gradients found;
+  {
+    const ReleasedGil released;
+    found = layer_backward_cpu(cell, grad_output, grad_h_n, c_0 ? grad_c_n : std::nullopt, input, one(ih),
+                               hh->unsqueeze(0), *h_0, c_0, lengths, resets, reset_h, reset_c, {false}, *output, *saved,
+                               {needs[0], needs[7], needs[8], needs[9], needs[10], needs[1] || needs[2]}, batch_sizes,
+                               grad_clip, grad_cells);
+  }
+  const auto& [grad_input, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_h_0, grad_c_0, grad_reset_h,
+               grad_reset_c] = found;
+  const auto first = [](const Tensor& x, bool need) { return need ? x.squeeze(0) : Tensor(); };
+  const auto wanted = [](const Tensor& x, bool need) { return need ? x : Tensor(); };
+  return tuple_of({wanted(grad_input, needs[0]), wanted(grad_h_0, needs[1]), wanted(grad_c_0, needs[2]), Tensor(),
+                   Tensor(), wanted(grad_reset_h, needs[5]), wanted(grad_reset_c, needs[6]), first(grad_ih, needs[7]),
+                   first(grad_hh, needs[8]), first(grad_bias_ih, needs[9]), first(grad_bias_hh, needs[10]), Tensor()});
   END_HANDLE_TH_ERRORS
 }
 

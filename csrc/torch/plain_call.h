@@ -4,4 +4,6 @@
 namespace fastrnn {
 // See plain_call.cpp. METH_FASTCALL: binding by pybind11 would cost as much as the call.
 PyObject* plain_forward(PyObject* module, PyObject* const* args, Py_ssize_t count);
+PyObject* plain_layer_forward(PyObject* module, PyObject* const* args, Py_ssize_t count);
+PyObject* plain_layer_backward(PyObject* module, PyObject* const* args, Py_ssize_t count);
 }  // namespace fastrnn
