@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from . import layer as fused
 from . import segments
 from .ops import CELLS, recurrent_forward
-from .products import linear
+from .products import is_plain, linear
 
 
 class LayerWeights(NamedTuple):
@@ -165,6 +165,13 @@ def given_lengths(lengths: Any, input: Tensor) -> Tensor:
     if lengths.is_meta and not input.is_meta:
         raise RuntimeError(f"lengths: expected a device with data, as {input.device}, got meta")
     return lengths.to(input.device, torch.int64)
+
+
+def check_values_of(lengths: Tensor, T: int) -> None:
+    """For what looks at lengths before a kernel does, which says the same."""
+    wrong = lengths[(lengths < 0) | (lengths > T)]
+    if wrong.numel():
+        raise ValueError(f"lengths: expected values in [0, {T}], got {int(wrong[0])}")
 
 
 def check_resets(resets: Any, reset_state: Any, expected: Sequence[int], device: torch.device) -> None:
@@ -331,9 +338,8 @@ def _checkpointed(
 
     def run(part: Tensor, s: segments.Segment, w: LayerWeights, walk: segments.Walk) -> tuple[Tensor, ...]:
         gates_ih = _project(part, [w])
-        start = tuple(x.to(gates_ih.dtype) for x in s.entry)
         masks = s.lengths, s.resets, walk.fresh
-        return _recurrence(cell, gates_ih, [w], start, *masks, False, grad_clip, [walk.reverse])[:3]
+        return _recurrence(cell, gates_ih, [w], s.entry, *masks, False, grad_clip, [walk.reverse])[:3]
 
     parts = input.split(every)  # one gradient for all, where a slice each would have one of full size
     outputs, finals = [], []
@@ -378,6 +384,8 @@ def _network(
         _check_input(input)
     B = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
     D = len(weights[0])
+    if recompute and lengths is not None and is_plain(lengths) and segments.can_checkpoint():
+        check_values_of(lengths, input.shape[0])  # a segment's kernel sees what lies in it alone
 
     def of_layer(states: States | None, layer: int) -> States | None:
         return None if states is None else tuple(_fold(s[layer * D : (layer + 1) * D]) for s in states)
@@ -391,7 +399,7 @@ def _network(
         if start is None:
             first = layer_weights[0]
             widths = (first.weight_hh.shape[1], first.weight_hh.shape[0] // CELLS[cell].gates)
-            start = tuple(output.new_zeros(B, D * n) for n in widths[: CELLS[cell].states])
+            start = tuple(output.new_zeros(B, D * n, dtype=first.weight_hh.dtype) for n in widths[: CELLS[cell].states])
         every_c = all_states and layer == len(weights) - 1
         fits = fused.fits(output, layer_weights, (*start, *(fresh or ())), (lengths, resets))
         if fits or batch_sizes is not None:
@@ -411,7 +419,6 @@ def _network(
                 )
             else:
                 gates_ih = _project(output, layer_weights)
-                start = tuple(x.to(gates_ih.dtype) for x in start) if states is None else start
                 output, h_n, c_n, saved = _recurrence(
                     cell, gates_ih, layer_weights, start, lengths, resets, fresh, every_c, grad_clip
                 )

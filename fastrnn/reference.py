@@ -345,7 +345,10 @@ def backward(
         return walk(_stack(steps[::-1], after[0], (B, P, width))).reshape(T, B, P * width).to(dtype)
 
     def state(grads: States, which: int, wanted: bool = True) -> Tensor:
-        return grads[which].flatten(1).to(dtype) if wanted and which < len(grads) else _absent(output)
+        if not wanted or which >= len(grads):
+            return _absent(output)
+        x = grads[which]  # reshape, for legacy vmap (is_grads_batched=True) has no rule for flatten
+        return x.reshape(B, P * x.shape[2]).to(dtype)
 
     return (
         collect(gates_ih, Gh),

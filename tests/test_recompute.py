@@ -258,6 +258,18 @@ def test_a_weight_that_changed_since_is_noticed():
         output.sum().backward()
 
 
+@pytest.mark.parametrize("tokens", [False, True])
+def test_bad_input_as_without(tokens):
+    """Segments see parts of it alone, and checkpoints cast."""
+    input = torch.zeros(T, B, dtype=torch.long) if tokens else randn(T, B, I)
+    for module in both("LSTM", 4):
+        for wrong in (T + 1, -1):
+            with pytest.raises(ValueError, match=rf"lengths: expected values in \[0, {T}\], got {wrong}"):
+                module(input, lengths=torch.tensor([T, 1, wrong, 2]))
+        with pytest.raises(RuntimeError, match=r"h_0: expected dtype Double.*got Float"):
+            module(input, make_state("LSTM", 1, B, hidden=H, dtype=torch.float32))
+
+
 def test_without_gradients_it_is_one_call():
     module, _ = both("LSTM", 4)
     with count_calls() as calls, torch.no_grad():

@@ -95,6 +95,19 @@ def test_training_tokens_and_quantized_modules():
                     assert same(in_chunks(narrow, part, None, sizes), whole), (dtype, batch, sizes)
 
 
+def test_every_c():
+    torch.manual_seed(0)
+    module, input = fastrnn.LSTM(64, 24, num_layers=2, return_all_states=True), randn(40, 2, 64, dtype=torch.float32)
+    with torch.no_grad(), threads(1), fastrnn.streaming():
+        output, _, c = module(input)
+        for sizes in chunkings(40, 2, 0):
+            state, found = None, []
+            for chunk in input.split(sizes):
+                part, state, cells = module(chunk, state)
+                found.append((part, cells))
+            assert same([torch.cat(x) for x in zip(*found, strict=True)], (output, c)), sizes
+
+
 def test_it_ends_with_its_block_and_is_the_threads_own():
     def state():
         before = fastrnn._C.set_uniform(False)
