@@ -184,12 +184,11 @@ class _Recurrent(RNNBase):
                 f"x: expected [batch, input_size], tokens [batch] or one row of either, got {list(x.shape)}"
             )
         time = 1 if self.batch_first and dims == 2 else 0
-        if resets is None and reset_state is None:
+        functional.check_resets(resets, reset_state, x.shape[: dims - 1], x.device)
+        if resets is None:
             output, state, *_ = self(x.unsqueeze(time), state)
         else:
-            if isinstance(resets, Tensor):
-                resets = resets.unsqueeze(time)
-            output, state, *_ = self(x.unsqueeze(time), state, resets=resets, reset_state=reset_state)
+            output, state, *_ = self(x.unsqueeze(time), state, resets=resets.unsqueeze(time), reset_state=reset_state)
         return output.squeeze(time), state
 
     def flatten_parameters(self) -> None:
@@ -362,6 +361,8 @@ class _Recurrent(RNNBase):
                 if given is not None:
                     raise ValueError(f"{name}: expected None with a PackedSequence, got {type(given).__name__}")
             return self._run_packed(input, states)
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input: expected a tensor or a PackedSequence, got {type(input).__name__}")
         tokens = functional.are_tokens(input)
         dims = input.dim() + tokens
         if dims not in (2, 3):

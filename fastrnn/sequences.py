@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from ._C import set_uniform
-from .functional import given_lengths
+from .functional import check_values_of, given_lengths
 from .products import is_plain, is_plain_call
 
 
@@ -82,9 +82,7 @@ def _ends(lengths: Any, output: Tensor) -> Tensor:
     """lengths as int64 on output's device. Their values are looked at where that waits for nothing, else clamped."""
     T, found = output.shape[0], given_lengths(lengths, output)
     if is_plain_call() and is_plain(lengths):
-        wrong = lengths[(lengths < 0) | (lengths > T)]
-        if wrong.numel():
-            raise ValueError(f"lengths: expected values in [0, {T}], got {int(wrong[0])}")
+        check_values_of(lengths, T)
     return found.clamp(0, T)
 
 
@@ -95,7 +93,7 @@ def detach(state: Any) -> Any:
         state: a tensor, ``None``, or tuples, lists and dicts of such, however deep.
 
     Returns:
-        The same structure, every tensor detached. Nothing is copied.
+        The same structure (of a subclass of dict or list a plain one), every tensor detached. Nothing is copied.
 
     Raises:
         TypeError: something else in it.
@@ -106,8 +104,10 @@ def detach(state: Any) -> Any:
         return state.detach()
     if isinstance(state, dict):
         return {key: detach(value) for key, value in state.items()}
-    if isinstance(state, (tuple, list)):
-        return type(state)(map(detach, state)) if type(state) in (tuple, list) else type(state)(*map(detach, state))
+    if isinstance(state, list):
+        return [detach(x) for x in state]
+    if isinstance(state, tuple):
+        return tuple(map(detach, state)) if type(state) is tuple else type(state)(*map(detach, state))
     raise TypeError(f"state: expected tensors, None, tuples, lists or dicts of them, got {type(state).__name__}")
 
 

@@ -397,6 +397,11 @@ def test_packed_sequences_take_none_of_them(kind: str, name: str) -> None:
         build(fastrnn, kind, 4, 6)(packed(), **{name: arguments[name]})
 
 
+def test_input_that_is_no_tensor() -> None:
+    with pytest.raises(TypeError, match="input: expected a tensor or a PackedSequence, got ndarray"):
+        fastrnn.GRU(4, 6)(X.numpy())
+
+
 def test_unbatched_input_has_no_lengths() -> None:
     with pytest.raises(ValueError, match=wants("lengths", "None", "unbatched")):
         fastrnn.GRU(4, 6)(X[:, 0], lengths=torch.tensor([2]))

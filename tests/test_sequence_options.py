@@ -391,7 +391,16 @@ def test_step_runs_hooks() -> None:
         (lambda m: m.step(torch.randn(2, 4)), RuntimeError, r"input.size\(-1\) must be equal to input_size"),
         (lambda m: m.step(torch.randn(2, 3), torch.zeros(1, 3, 5)), RuntimeError, r"Expected hidden size \(1, 2, 5\)"),
         (lambda m: m.step(torch.randn(2, 3), resets=torch.ones(2)), TypeError, "resets: expected dtype torch.bool"),
-        (lambda m: m.step(torch.randn(2, 3), resets=[True]), TypeError, "resets: expected a bool tensor"),
+        (
+            lambda m: m.step(torch.randn(2, 3), resets=[True]),
+            TypeError,
+            r"resets: expected a bool tensor \[2\], got list",
+        ),
+        (
+            lambda m: m.step(torch.randn(2, 3), resets=torch.ones((), dtype=torch.bool)),
+            RuntimeError,
+            r"resets: expected \[2\], got \[\]",
+        ),
         (
             lambda m: m.step(torch.randn(2, 3), reset_state=torch.zeros(1, 2, 5)),
             ValueError,
@@ -400,8 +409,9 @@ def test_step_runs_hooks() -> None:
     ],
 )
 def test_step_bad_input(call: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call(fastrnn.GRU(3, 5))
+    for batch_first in (False, True):
+        with pytest.raises(error, match=message):
+            call(fastrnn.GRU(3, 5, batch_first=batch_first))
 
 
 # ---- states with the batch first ----
@@ -630,6 +640,16 @@ def test_every_c(bidirectional: bool, proj: int) -> None:
                     for ys in (got, want)
                 ]
                 torch.testing.assert_close(*found)
+
+
+def test_every_c_batched_gradients() -> None:
+    module = fastrnn.LSTM(3, 5, bidirectional=True, return_all_states=True, dtype=torch.float64)
+    for x in (randn(6, 2, 3), torch.arange(12).reshape(6, 2) % 3):
+        state, vectors = map_state(leaf, make_state("LSTM", 2, 2, hidden=5)), randn(4, 6, 2, 10)
+        leaves, c = [*state, *module.parameters()], module(x, state)[2]
+        got = torch.autograd.grad(c, leaves, vectors, is_grads_batched=True, retain_graph=True)
+        each = [torch.autograd.grad(c, leaves, v, retain_graph=True) for v in vectors]
+        torch.testing.assert_close(got, tuple(map(torch.stack, zip(*each, strict=True))))
 
 
 def test_every_c_of_layouts() -> None:
@@ -974,6 +994,8 @@ def test_detach() -> None:
     pair_of = torch.return_types.max((x, x))
     assert type(fastrnn.detach(PackedSequence(x, torch.tensor([2])))) is PackedSequence
     assert not fastrnn.detach(tuple(pair_of))[0].requires_grad
+    (kept,) = fastrnn.detach(type("Cache", (list,), {})([x]))  # its constructor takes one iterable, as list's does
+    assert torch.equal(kept, x) and not kept.requires_grad
     with pytest.raises(TypeError, match="state: expected tensors, None, tuples, lists or dicts of them, got float"):
         fastrnn.detach((x, 1.0))
 
