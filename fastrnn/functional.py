@@ -336,7 +336,18 @@ def _checkpointed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer by segments of `every` steps, each a checkpoint of torch's: output, h_n, c_n."""
 
-    def run(part: Tensor, s: segments.Segment, w: LayerWeights, walk: segments.Walk) -> tuple[Tensor, ...]:
+    def versions(w: LayerWeights) -> list[int]:
+        read = (input, *w, *states, lengths, resets, *(reset_states or ()))
+        return [x._version for x in read if x is not None and not x.is_inference()]
+
+    def run(
+        part: Tensor, s: segments.Segment, w: LayerWeights, walk: segments.Walk, before: list[int]
+    ) -> tuple[Tensor, ...]:
+        if versions(w) != before:  # a checkpoint saves no tensors, so nobody else would see it
+            raise RuntimeError(
+                "recompute: expected the input, states and weights as they were in the forward pass, "
+                "but one of them has been modified by an inplace operation since"
+            )
         gates_ih = _project(part, [w])
         masks = s.lengths, s.resets, walk.fresh
         return _recurrence(cell, gates_ih, [w], s.entry, *masks, False, grad_clip, [walk.reverse])[:3]
@@ -349,7 +360,7 @@ def _checkpointed(
         for segment in walk:
             part = parts[segment.begin // every]
             found[segment.begin], *after = checkpoint(
-                run, part, segment, w, walk, use_reentrant=False, preserve_rng_state=False
+                run, part, segment, w, walk, versions(w), use_reentrant=False, preserve_rng_state=False
             )
             walk.leave(after[: len(states)])
         outputs.append(torch.cat([found[t] for t in sorted(found)]))

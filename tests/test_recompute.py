@@ -249,11 +249,16 @@ def test_what_is_kept(kind, limit):
     assert kept(module) < limit * kept(plain)
 
 
-def test_a_weight_that_changed_since_is_noticed():
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("changed", ["input", "h_0", "weight_hh_l0", "resets"])
+def test_what_changed_since_is_noticed(tokens, changed):
     module, _ = both("LSTM", 4)
-    output = module(randn(T, B, I))[0]
+    given = {"input": torch.arange(T * B).reshape(T, B) % I if tokens else randn(T, B, I)}
+    state = make_state("LSTM", 1, B, hidden=H)
+    given |= {"h_0": state[0], "resets": randn(T, B) > 0, **dict(module.named_parameters())}
+    output = module(given["input"], state, resets=given["resets"])[0]
     with torch.no_grad():
-        module.weight_hh_l0.add_(1)
+        given[changed].copy_(given[changed].flip(0))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
 

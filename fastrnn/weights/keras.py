@@ -95,7 +95,8 @@ def load_keras(module: Module, source: Any) -> None:
 
     Raises:
         TypeError: ``module`` is none of these.
-        ValueError: a number of layers or arrays, or a shape, that does not fit. Nothing is copied then.
+        ValueError: a number of layers or arrays, or a shape, that does not fit; an option of ``module`` that torch.nn
+            lacks and Keras with it. Nothing is copied then.
     """
     kind = check_module("module", module)
     layers = _by_layer(source)

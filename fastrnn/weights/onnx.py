@@ -168,7 +168,8 @@ def to_onnx(module: Module | Reversed, *, states: bool = False, lengths: bool = 
     Args:
         module: LSTM, GRU or RNN, fastrnn's or torch.nn's, or a :class:`Reversed` of one; float32, float64 or float16.
         states: the model has inputs ``h_0`` (and ``c_0``), [L*D, B, H]; zeros otherwise.
-        lengths: the model has an input ``lengths``, int32 [B].
+        lengths: the model has an input ``lengths``, int32 [B]. For a row of length 0 ONNX Runtime 1.31 gives final
+            states of 0, where the module gives the initial ones.
 
     Returns:
         A model with the input ``input`` and the outputs ``output``, ``h_n`` (and ``c_n``), laid out as the module's,
