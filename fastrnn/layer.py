@@ -228,8 +228,10 @@ def gradients(
 
 def _in_saved(cell: str, grad: Tensor, directions: int, others: Tensor | None) -> Tensor:
     """The gradient of every c as one of saved, added to the others of that."""
-    S, H = CELLS[cell].saved, grad.shape[-1] // directions
-    placed = F.pad(grad.unflatten(-1, (directions, H)), ((S - 1) * H, 0)).flatten(-2)
+    S, (*steps, width) = CELLS[cell].saved, grad.shape
+    H = width // directions
+    # reshape, for legacy vmap (is_grads_batched=True) has no rule for flatten and unflatten
+    placed = F.pad(grad.reshape(*steps, directions, H), ((S - 1) * H, 0)).reshape(*steps, directions * S * H)
     return placed if others is None else placed + others
 
 

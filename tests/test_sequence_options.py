@@ -642,10 +642,11 @@ def test_every_c(bidirectional: bool, proj: int) -> None:
                 torch.testing.assert_close(*found)
 
 
-def test_every_c_batched_gradients() -> None:
-    module = fastrnn.LSTM(3, 5, bidirectional=True, return_all_states=True, dtype=torch.float64)
+@pytest.mark.parametrize("proj", [0, 2])
+def test_every_c_batched_gradients(proj: int) -> None:
+    module = fastrnn.LSTM(3, 5, bidirectional=True, return_all_states=True, proj_size=proj, dtype=torch.float64)
     for x in (randn(6, 2, 3), torch.arange(12).reshape(6, 2) % 3):
-        state, vectors = map_state(leaf, make_state("LSTM", 2, 2, hidden=5)), randn(4, 6, 2, 10)
+        state, vectors = map_state(leaf, make_state("LSTM", 2, 2, hidden=5, proj=proj)), randn(4, 6, 2, 10)
         leaves, c = [*state, *module.parameters()], module(x, state)[2]
         got = torch.autograd.grad(c, leaves, vectors, is_grads_batched=True, retain_graph=True)
         each = [torch.autograd.grad(c, leaves, v, retain_graph=True) for v in vectors]
