@@ -32,6 +32,7 @@ from __future__ import annotations
 from typing import Any, Self
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import RNNBase
 from torch.nn.modules.rnn import RNNCellBase
@@ -469,6 +470,8 @@ class _SingleState(_Recurrent):
             plain = self._plain(input, hx, resets)
             if plain is not None:
                 return plain[0], plain[1]
+        if isinstance(input, torch.fx.Proxy):
+            return _leaf(self, input, hx, lengths=lengths, resets=resets, reset_state=reset_state)
         output, finals, _ = self._run(input, hx, lengths, resets, reset_state)
         return output, finals[0]
 
@@ -528,6 +531,8 @@ class LSTM(_Recurrent):
             plain = self._plain(input, hx, resets)
             if plain is not None:
                 return plain[0], (plain[1], plain[2])
+        if isinstance(input, torch.fx.Proxy):
+            return _leaf(self, input, hx, lengths=lengths, resets=resets, reset_state=reset_state)
         output, finals, cells = self._run(input, hx, lengths, resets, reset_state)
         state = (finals[0], finals[1])
         return (output, state) if cells is None else (output, state, cells)
@@ -569,6 +574,12 @@ class RNN(_SingleState):
 
 
 _CELL_NAMES = ([["weight_ih", "weight_hh"]], [["weight_ih", "weight_hh", "bias_ih", "bias_hh"]])  # without, with bias
+
+
+def _leaf(module: nn.Module, input: Any, *args: Any, **options: Any) -> Any:
+    """A call of the module in the graph that ``torch.fx`` traces: it takes torch.nn's own modules so."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input, *args), given)
 
 
 class _Cell(RNNCellBase):
@@ -629,6 +640,8 @@ class LSTMCell(_Cell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """input [B, I] or [I]; hx ``(h, c)``, each [B, H] or [H], or None. Returns ``(h', c')``."""
+        if isinstance(input, torch.fx.Proxy):
+            return _leaf(self, input, hx)
         h, c = self._step("lstm", input, hx)
         return h, c
 
@@ -643,7 +656,7 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input [B, I] or [I]; hx [B, H] or [H], or None. Returns h'."""
-        return self._step("gru", input, hx)[0]
+        return _leaf(self, input, hx) if isinstance(input, torch.fx.Proxy) else self._step("gru", input, hx)[0]
 
 
 class RNNCell(_Cell):
@@ -667,4 +680,6 @@ class RNNCell(_Cell):
         """input [B, I] or [I]; hx [B, H] or [H], or None. Returns h'."""
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        if isinstance(input, torch.fx.Proxy):
+            return _leaf(self, input, hx)
         return self._step(f"rnn_{self.nonlinearity}", input, hx)[0]

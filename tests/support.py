@@ -627,6 +627,17 @@ def meta(s: Subject) -> None:
     assert all(p.grad.is_meta and p.grad.shape == p.shape for p in m.module.parameters())
 
 
+@check("`torch.fx.symbolic_trace` of a model around it")
+def fx_traces(s: Subject) -> None:
+    model = nn.Sequential(nn.Identity(), Exported(s))
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 2
+    parameters = dict(model.named_parameters())
+    assert all(parameters[name] is p for name, p in traced.named_parameters())
+    assert_near(traced(s.x()), s.call(s.module, s.x()), s.tolerance)
+    assert_near(torch.fx.symbolic_trace(traced)(s.x()), s.call(s.module, s.x()), s.tolerance)
+
+
 @check("`torch.jit.trace`")
 def jit_trace(s: Subject) -> None:
     traced = torch.jit.trace(Exported(s), (s.x(),), check_trace=False)
