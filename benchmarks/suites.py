@@ -22,6 +22,12 @@ DECODE = [  # one step on a state that is passed in, and the three cells
     *entries("cell", "RNNCell", (1, 1, 512, 512), (1, 32, 256, 256), stateful=True),
 ]
 
+SMALL = [
+    entry
+    for cell in ("LSTM", "GRU", "RNN")
+    for entry in entries("small", cell, (1, 1, 64, 64), (1, 1, 256, 256), (16, 1, 64, 64), (16, 8, 64, 64))
+]
+
 PACKED = [
     *entries("packed", "LSTM", (64, 16, 128, 128), shortest=8),
     *entries("packed", "LSTM", (128, 32, 256, 256), shortest=16),
@@ -237,6 +243,7 @@ PER_SAMPLE_PEERS = ("sampleloop", "oursampleloop", "opacus")
 SUITES: dict[str, Suite] = {
     "quick": Suite("every family at its smaller sizes, about two minutes", tuple(QUICK), budget_s=1.5),
     "decode": Suite("one step: layers at T = 1 with a state, and the cells", tuple(DECODE), budget_s=2.0),
+    "small": Suite("few steps of small layers, where what a call costs counts", tuple(SMALL), budget_s=1.0),
     "packed": Suite("PackedSequence, lengths uniform, forward and training", tuple(PACKED)),
     "full": Suite("every family at all sizes, long", tuple(FULL)),
     "accuracy": Suite("error against a float64 run of torch.nn, by dtype", tuple(ACCURACY), kind="accuracy"),
