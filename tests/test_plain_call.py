@@ -359,6 +359,28 @@ def test_errors_are_the_long_ways(args, long_way):
     assert messages[0] == messages[1]
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ["weight_hh_l0", "bias_ih_l0", "h_0"])
+def test_not_without_memory(name, grad, long_way):
+    """A storage that was resized under its tensor: the long way says so."""
+    for size in (0, 4):
+        module, h_0 = build(fastrnn, "GRU", 3, 5), normal(1, 2, 5)
+        (h_0 if name == "h_0" else getattr(module, name)).untyped_storage().resize_(size)
+        for way in (module, functools.partial(long_way, module)):
+            with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="out of bounds for storage"):
+                way(normal(4, 2, 3), h_0)
+
+
+def test_attributes_of_wrong_kinds():
+    module = build(fastrnn, "LSTM", 3, 5)
+    module.grad_clip = "much"
+    with pytest.raises(TypeError, match="must be real number, not str"):
+        module(normal(4, 2, 3))[0].sum().backward()
+    module.mode = "\ud800"
+    with pytest.raises(UnicodeEncodeError):
+        module(normal(4, 2, 3))
+
+
 def test_results_own_their_memory():
     module, x = build(fastrnn, "LSTM", 3, 5), normal(1, 2, 3)
     with torch.no_grad():

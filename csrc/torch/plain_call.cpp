@@ -65,13 +65,20 @@ const Tensor* ordinary(PyObject* x) {
   return t._fw_grad(/*level=*/0).defined() ? nullptr : &t;
 }
 
-// The same of this dtype, float32 or float64 if none is given. `differentiable` becomes true where a derivative by it is
-// asked for.
+// Somebody may have resized its storage.
+bool has_memory(const Tensor& t) {
+  return at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.itemsize(), t.storage_offset()) <=
+         t.storage().nbytes();
+}
+
+// The same of this dtype, float32 or float64 if none is given, and with its memory. `differentiable` becomes true where a
+// derivative by it is asked for.
 const Tensor* plain(PyObject* x, std::optional<at::ScalarType> dtype, bool& differentiable) {
   const Tensor* t = ordinary(x);
   if (!t) return nullptr;
   const auto type = t->scalar_type();
   if (dtype ? type != *dtype : type != at::kFloat && type != at::kDouble) return nullptr;
+  if (!has_memory(*t)) return nullptr;
   differentiable |= at::GradMode::is_enabled() && t->requires_grad();
   return t;
 }
@@ -318,9 +325,17 @@ struct Tensors {
   }
 };
 
+// Python's errors go on as its own.
+const char* text_of(PyObject* x) {
+  const char* text = PyUnicode_AsUTF8(x);
+  if (!text) throw python_error();
+  return text;
+}
+
 PyObject* const* items(PyObject* tuple) { return reinterpret_cast<PyTupleObject*>(tuple)->ob_item; }
 
-// One direction's, as the ops take them. A view holds the memory if another thread exchanges the parameter's.
+// One direction's, as the ops take them. A view holds the memory if another thread exchanges the parameter's; it has to
+// be made under the GIL, which that thread holds then.
 OptionalTensor one(const OptionalTensor& x) { return x ? OptionalTensor(x->unsqueeze(0)) : std::nullopt; }
 
 // Undefined tensors become None.
@@ -342,7 +357,7 @@ PyObject* plain_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const bool batch_first = args[3] == Py_True;
   Call call{};
   const Tensor* input = plain(args[4], std::nullopt, call.differentiable);
-  call.cell = cell_of(PyUnicode_AsUTF8(args[2]));
+  call.cell = cell_of(text_of(args[2]));
   if (!input || call.cell < 0) Py_RETURN_NONE;
   call.step = args[3] == Py_None;
   if (input->dim() != (call.step ? 2 : 3) || (input->stride(-1) != 1 && input->size(-1) != 1)) Py_RETURN_NONE;
@@ -376,13 +391,14 @@ PyObject* plain_layer_forward(PyObject*, PyObject* const* args, Py_ssize_t count
   if (count != 14 || !is_plain_thread() || !given.take(args + 1)) Py_RETURN_NONE;
   const auto& [batch_sizes, input, h_0, c_0, lengths, resets, reset_h, reset_c, ih, hh, bias_ih, bias_hh, hr] = given.all;
   if (!input || !h_0 || !ih || !hh) Py_RETURN_NONE;
-  const c10::string_view cell = PyUnicode_AsUTF8(args[0]);
+  const c10::string_view cell = text_of(args[0]);
   RECORD_FUNCTION("fastrnn::layer_forward", {});
+  const OptionalTensor w_ih = one(ih), w_hh = one(hh), b_ih = one(bias_ih), b_hh = one(bias_hh), w_hr = one(hr);
   std::tuple<Tensor, Tensor, Tensor, Tensor> results;
   {
     const ReleasedGil released;
-    results = layer_forward_cpu(cell, *input, ih->unsqueeze(0), one(bias_ih), hh->unsqueeze(0), one(bias_hh), one(hr),
-                                *h_0, c_0, lengths, resets, reset_h, reset_c, {false}, /*save=*/true, batch_sizes);
+    results = layer_forward_cpu(cell, *input, *w_ih, b_ih, *w_hh, b_hh, w_hr, *h_0, c_0, lengths, resets, reset_h,
+                                reset_c, {false}, /*save=*/true, batch_sizes);
   }
   const auto& [output, h_n, c_n, saved] = results;
   return tuple_of({output, h_n, c_n, saved});
@@ -408,16 +424,18 @@ PyObject* plain_layer_backward(PyObject*, PyObject* const* args, Py_ssize_t coun
                saved] = given.all;
   const auto& [grad_output, grad_h_n, grad_c_n, grad_saved, grad_cells] = grads.all;
   if (!h_0 || !hh || hr || grad_saved || !output || !saved) Py_RETURN_NONE;
-  const c10::string_view cell = PyUnicode_AsUTF8(args[0]);
+  const c10::string_view cell = text_of(args[0]);
   const double grad_clip = PyFloat_AsDouble(args[1]);
+  if (grad_clip == -1 && PyErr_Occurred()) throw python_error();
   std::array<bool, kNeeds> needs;
   for (int i = 0; i < kNeeds; ++i) needs[i] = PyTuple_GET_ITEM(args[2], i) == Py_True;
   RECORD_FUNCTION("fastrnn::layer_backward", {});
+  const OptionalTensor w_ih = one(ih), w_hh = one(hh);
   Gradients found;
   {
     const ReleasedGil released;
-    found = layer_backward_cpu(cell, grad_output, grad_h_n, c_0 ? grad_c_n : std::nullopt, input, one(ih),
-                               hh->unsqueeze(0), *h_0, c_0, lengths, resets, reset_h, reset_c, {false}, *output, *saved,
+    found = layer_backward_cpu(cell, grad_output, grad_h_n, c_0 ? grad_c_n : std::nullopt, input, w_ih, *w_hh,
+                               *h_0, c_0, lengths, resets, reset_h, reset_c, {false}, *output, *saved,
                                {needs[0], needs[7], needs[8], needs[9], needs[10], needs[1] || needs[2]}, batch_sizes,
                                grad_clip, grad_cells);
   }
