@@ -162,6 +162,9 @@ class _Quantized(_Recurrent):
             raise ValueError(f"input: expected torch.float32 for quantized weights, got {input.dtype}")
         if input.device.type != "cpu":
             raise RuntimeError(f"input: expected device cpu for quantized weights, got {input.device}")
+        weight = self._all_weights[0][0]
+        if not getattr(self, weight).is_cpu:
+            raise RuntimeError(f"{weight}: expected device cpu, got {getattr(self, weight).device}")
         self._check_input_size(input, batch_sizes)
 
     def _weights_by_name(self) -> tuple[dict[str, Any], list[Any]]:

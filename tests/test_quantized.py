@@ -259,6 +259,8 @@ def test_refuses():
         made(x.double())
     with pytest.raises(RuntimeError, match="Expected 4, got 6"):
         made(torch.randn(3, 2, 6))
+    with pytest.raises(RuntimeError, match="weight_ih_l0: expected device cpu, got meta"):
+        made.to("meta")(x)
 
 
 def arguments(dtype=torch.int8, **changes):
