@@ -65,26 +65,21 @@ const Tensor* ordinary(PyObject* x) {
   return t._fw_grad(/*level=*/0).defined() ? nullptr : &t;
 }
 
-// Somebody may have resized its storage.
-bool has_memory(const Tensor& t) {
-  return at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.itemsize(), t.storage_offset()) <=
-         t.storage().nbytes();
-}
-
-// The same of this dtype, float32 or float64 if none is given, and with its memory. `differentiable` becomes true where a
-// derivative by it is asked for.
+// The same of this dtype, float32 or float64 if none is given. `differentiable` becomes true where a derivative by it is
+// asked for.
 const Tensor* plain(PyObject* x, std::optional<at::ScalarType> dtype, bool& differentiable) {
   const Tensor* t = ordinary(x);
   if (!t) return nullptr;
   const auto type = t->scalar_type();
   if (dtype ? type != *dtype : type != at::kFloat && type != at::kDouble) return nullptr;
-  if (!has_memory(*t)) return nullptr;
   differentiable |= at::GradMode::is_enabled() && t->requires_grad();
   return t;
 }
 
+// Contiguous, and with its memory: somebody may have resized the storage.
 bool has_sizes(const Tensor& t, std::initializer_list<int64_t> sizes) {
-  return t.sizes() == at::IntArrayRef(sizes) && t.is_contiguous();
+  return t.sizes() == at::IntArrayRef(sizes) && t.is_contiguous() &&
+         (t.storage_offset() + t.numel()) * t.itemsize() <= t.storage().nbytes();
 }
 
 // What a call reads once the GIL is released: another thread may give a parameter other memory then, or let it go.
