@@ -1,14 +1,16 @@
 // A module's call from Python without the way through dispatcher, checks and composition, for the common case: ordinary
 // CPU tensors, one direction. That way takes about 25 us, as much as a step of 512 units itself.
 //
-// plain_forward(tensors, names, cell, batch_first, input, hx, resets) -> (output, h_n[, c_n]), or None where the call is
-// any other: it has to go the long way then, which also knows what is wrong with it. batch_first is None for a cell's
-// single step, whose input is [B, I] and whose states are [B, n]. Where a derivative is asked for, nothing is computed and
-// a list comes back: for every layer weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, of which some may be None.
+// plain_forward(tensors, names, cell, batch_first, input, hx, resets) -> (output, h_n[, c_n]), or None where the call
+// is any other: it has to go the long way then, which also knows what is wrong with it. batch_first is None for a
+// cell's single step, whose input is [B, I] and whose states are [B, n]. Where a derivative is asked for, nothing is
+// computed and a list comes back: for every layer weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, of which some may
+// be None.
 //
-// names[layer] are the keys of its weights in the dict `tensors`: weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr], as
-// torch.nn lists them. Quantized modules list all of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, scale_ih, sum_ih,
-// scale_hh and sum_hh, None for what there is not, and then the numbers R and h; their tensors are [1, ..].
+// names[layer] are the keys of its weights in the dict `tensors`: weight_ih, weight_hh[, bias_ih, bias_hh][,
+// weight_hr], as torch.nn lists them. Quantized modules list all of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr,
+// scale_ih, sum_ih, scale_hh and sum_hh, None for what there is not, and then the numbers R and h; their tensors are
+// [1, ..].
 #include "plain_call.h"
 
 #include <ATen/EmptyTensor.h>
@@ -65,8 +67,8 @@ const Tensor* ordinary(PyObject* x) {
   return t._fw_grad(/*level=*/0).defined() ? nullptr : &t;
 }
 
-// The same of this dtype, float32 or float64 if none is given. `differentiable` becomes true where a derivative by it is
-// asked for.
+// The same of this dtype, float32 or float64 if none is given. `differentiable` becomes true where a derivative by it
+// is asked for.
 const Tensor* plain(PyObject* x, std::optional<at::ScalarType> dtype, bool& differentiable) {
   const Tensor* t = ordinary(x);
   if (!t) return nullptr;
@@ -384,7 +386,8 @@ PyObject* plain_layer_forward(PyObject*, PyObject* const* args, Py_ssize_t count
   HANDLE_TH_ERRORS
   Tensors<13> given;
   if (count != 14 || !is_plain_thread() || !given.take(args + 1)) Py_RETURN_NONE;
-  const auto& [batch_sizes, input, h_0, c_0, lengths, resets, reset_h, reset_c, ih, hh, bias_ih, bias_hh, hr] = given.all;
+  const auto& [batch_sizes, input, h_0, c_0, lengths, resets, reset_h, reset_c, ih, hh, bias_ih, bias_hh, hr] =
+      given.all;
   if (!input || !h_0 || !ih || !hh) Py_RETURN_NONE;
   const c10::string_view cell = text_of(args[0]);
   RECORD_FUNCTION("fastrnn::layer_forward", {});
@@ -400,10 +403,10 @@ PyObject* plain_layer_forward(PyObject*, PyObject* const* args, Py_ssize_t count
   END_HANDLE_TH_ERRORS
 }
 
-// plain_layer_backward(cell, grad_clip, needs, grads, saved) -> the gradients of input, h_0, c_0, lengths, resets, reset_h,
-// reset_c, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, or None in their places.
-// needs: a bool for each of them; grads: of output, h_n, c_n, saved and every c; saved: batch_sizes, then plain_layer_forward's
-// arguments from input on, output, saved.
+// plain_layer_backward(cell, grad_clip, needs, grads, saved) -> the gradients of input, h_0, c_0, lengths, resets,
+// reset_h, reset_c, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, or None in their places.
+// needs: a bool for each of them; grads: of output, h_n, c_n, saved and every c; saved: batch_sizes, then
+// plain_layer_forward's arguments from input on, output, saved.
 PyObject* plain_layer_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   constexpr int kNeeds = 12;

@@ -72,7 +72,8 @@ PreparedForward prepare_quantized(const Recurrence& args, const Tensor& input, c
                                   const OptionalTensor& bias_ih);
 
 PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bool initial);
-// grad_cells: of an LSTM's c after every step. wanted: the gradients of input (a part for every group), weight_ih, weight_hh, bias_ih, bias_hh; of h_0 and c_0.
+// grad_cells: of an LSTM's c after every step. wanted: the gradients of input (a part for every group), weight_ih,
+// weight_hh, bias_ih, bias_hh; of h_0 and c_0.
 PreparedBackward prepare_layer_backward(const Recurrence& args, const Given& given, const OptionalTensor& input,
                                         const OptionalTensor& weight_ih, const OptionalTensor& grad_cells,
                                         const c10::List<bool>& wanted);
