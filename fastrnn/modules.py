@@ -336,7 +336,7 @@ class _Recurrent(RNNBase):
         """The same where derivatives are asked for."""
         if self.recompute:
             return None
-        states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+        states = () if hx is None else functional.given_states(self.mode.lower(), "hx", hx)
         x = input.transpose(0, 1) if self.batch_first else input
         output, *finals = layer.layers(self.mode.lower(), x, weights, states, self.grad_clip or 0.0)
         return (output.transpose(0, 1) if self.batch_first else output, *finals)
@@ -590,7 +590,7 @@ class _Cell(RNNCellBase):
         if not torch.compiler.is_compiling():
             plain = _C.plain_forward(self._parameters, _CELL_NAMES[bool(self.bias)], cell, None, input, hx, None)
             if isinstance(plain, list):
-                given = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+                given = () if hx is None else functional.given_states(cell, "hx", hx)
                 finals = layer.layers(cell, input[None], plain, [x[None] for x in given], 0.0)[1:]
                 return tuple(x[0] for x in finals)
             if plain is not None:

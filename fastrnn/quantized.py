@@ -26,7 +26,7 @@ _quantized_forward = torch.ops.fastrnn.quantized_forward.default
 _UNITS, _DEPTH = 16, 4  # of a block; see LayerParams in csrc/params.h
 DTYPES = (torch.int8, torch.bfloat16)
 _FIELDS = (  # of a layer's weights, by name and suffix, in the order of csrc/torch/plain_call.cpp
-    *((field, "") for field in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")),
+    *((field, "") for field in LayerWeights._fields),
     *((field, suffix) for field in ("weight_ih", "weight_hh") for suffix in ("_scale", "_sum")),
 )
 

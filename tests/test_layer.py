@@ -226,9 +226,10 @@ def check_gradients(case: Case, size: int) -> None:
 @pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
 @pytest.mark.parametrize("masks", [("", ""), ("rows", "state"), ("groups", "groups")], ids=str)
 def test_gradients_at_odd_sizes(cell, projected, masks, taken):
-    for B, h, size in [(1, 3, 17), (17, 1, 3), (3, 17, 129), (129, 3, 1), (3, 129, 17)]:
+    """One direction, past the dispatcher, and two."""
+    for (B, h, size), P in product([(1, 3, 17), (17, 1, 3), (3, 17, 129), (129, 3, 1), (3, 129, 17)], (1, 2)):
         if projected < h:
-            check_gradients(Case(cell, 4, B, 2, h, projected, *masks), size)
+            check_gradients(Case(cell, 4, B, P, h, projected, *masks), size)
     assert taken
 
 

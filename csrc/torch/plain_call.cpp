@@ -129,6 +129,8 @@ struct Call {
   std::vector<LayerWeights> layers;
 };
 
+DType dtype_of(const Call& call) { return call.dtype == at::kDouble ? DType::kFloat64 : DType::kFloat32; }
+
 // output [T, B, R], h_n [L, B, R], c_n [L, B, H].
 std::array<Tensor, 3> run(const Call& call) {
   const int64_t T = call.T, B = call.B, L = call.layers.size();
@@ -167,7 +169,7 @@ std::array<Tensor, 3> run(const Call& call) {
     p.hidden = h;
     p.width = R;
     p.cell = call.cell;
-    p.dtype = call.dtype == at::kDouble ? DType::kFloat64 : DType::kFloat32;
+    p.dtype = dtype_of(call);
     p.weight_hh = w.hh.data;
     p.bias_hh = w.bias_hh.data;
     p.weight_hr = w.hr.data;
@@ -203,8 +205,7 @@ bool find_weights(PyObject* tensors, PyObject* names, int64_t size, Call& call, 
                     (hr ? has_sizes(*hr, {R, h}) && kCells[call.cell].states > 1 : R == h);
   if (!good) return false;
   const auto held = [](const Tensor* t) { return t ? Held(*t) : Held(); };
-  const DType dtype = call.dtype == at::kDouble ? DType::kFloat64 : DType::kFloat32;
-  out = {size, R, h, dtype, held(ih), held(hh), held(bias_ih), held(bias_hh), held(hr), {}, {}, {}, {}};
+  out = {size, R, h, dtype_of(call), held(ih), held(hh), held(bias_ih), held(bias_hh), held(hr), {}, {}, {}, {}};
   return true;
 }
 
@@ -240,7 +241,7 @@ bool find_narrow_weights(PyObject* tensors, PyObject* names, int64_t size, Call&
                     hold(7, out.scale_hh, at::kFloat, {1, blocks, G, 16}) &&
                     hold(8, out.sum_hh, at::kInt, {1, blocks, G, 16});
   const bool scaled = out.scale_ih.data && out.sum_ih.data && out.scale_hh.data && out.sum_hh.data;
-  return good && out.ih.data && out.hh.data && scaled == int8 && (out.hr.data ? true : R == h);
+  return good && out.ih.data && out.hh.data && scaled == int8 && (out.hr.data || R == h);
 }
 
 bool find_layers(PyObject* tensors, PyObject* names, int64_t size, Call& call) {
