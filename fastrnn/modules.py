@@ -29,6 +29,8 @@ Options that torch does not have are keyword-only arguments of the constructors:
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
@@ -90,8 +92,35 @@ def _packed_layout(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
     return valid.sum(0), valid.flatten().nonzero().squeeze(1)
 
 
+class _FlatWeights(list[Any]):
+    """What a module's ``_flat_weights`` gives: a write into it is one to the module, as it is with torch.nn's."""
+
+    def __init__(self, module: _Recurrent, weights: Iterable[Tensor | None]) -> None:
+        super().__init__(weights)
+        self._module = module
+
+
+def _writing(name: str) -> Any:
+    method = getattr(list, name)
+
+    def write(self: _FlatWeights, *args: Any) -> Any:
+        result = method(self, *args)
+        self._module._flat_weights = list(self)
+        return result
+
+    return functools.wraps(method)(write)
+
+
+for _name in ("__setitem__", "__delitem__", "__iadd__", "append", "extend", "insert", "pop", "clear"):
+    setattr(_FlatWeights, _name, _writing(_name))
+
+
 class _Recurrent(RNNBase):
     """What LSTM, GRU and RNN share. States are tuples here: (h,) or (h, c)."""
+
+    # What was written into _flat_weights, and the attributes of that time: as long as those are in their places, it is
+    # what the module computes with, as in torch.nn.
+    _written: tuple[list[Any], list[Any]] | None = None
 
     # Options of the constructors. An instance has only those that are on, so a plain one holds what torch's holds.
     learn_initial_state: bool = False
@@ -195,24 +224,60 @@ class _Recurrent(RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing: there is no flat weight buffer; parameters are read by name at each forward."""
 
-    def _init_flat_weights(self) -> None:
-        super()._init_flat_weights()
-        self._drop_references()
+    def __setattr__(self, name: str, value: Any) -> None:
+        super(RNNBase, self).__setattr__(name, value)  # not RNNBase's, which writes into _flat_weights, too
 
-    def __setstate__(self, d: dict[str, Any]) -> None:
-        super().__setstate__(d)
-        self._drop_references()
+    def _own_weights(self) -> list[Any]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @property
+    def _flat_weights(self) -> list[Any]:  # type: ignore[override]
+        self._update_flat_weights()
+        return _FlatWeights(self, self._own_weights() if self._written is None else self._written[0])
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Any]) -> None:
+        own = self._own_weights()
+        if [*map(id, weights)] == [*map(id, own)]:
+            self.__dict__.pop("_written", None)
+        else:
+            self.__dict__["_written"] = weights, own
 
     def _weights_have_changed(self) -> bool:
-        pairs = zip(self._flat_weights_names, self._flat_weights, strict=True)
-        return any(getattr(self, name, None) is not weight for name, weight in pairs)
+        """Since ``_flat_weights`` was written to."""
+        if self._written is None or torch.compiler.is_compiling():  # which sees other objects
+            return False
+        pairs = zip(self._own_weights(), self._written[1], strict=True)
+        return any(x is not None and x is not before for x, before in pairs)
 
-    def _drop_references(self) -> None:
-        """Of torch.nn's layers, for them to see exchanged parameters; ``torch.utils.swap_tensors`` refuses any."""
-        self._flat_weight_refs = [None] * len(self._flat_weights)
+    def _init_flat_weights(self) -> None:
+        self.__dict__.pop("_written", None)
+        # No references as torch.nn's layers keep: ``torch.utils.swap_tensors`` refuses any.
+        self._flat_weight_refs = [None] * len(self._flat_weights_names)
+
+    def _named_weights(self) -> dict[str, Any] | None:
+        """The weights by name where ``_flat_weights`` was written to; None where they are the attributes."""
+        if self._written is not None:
+            self._update_flat_weights()
+        if self._written is None:
+            return None
+        names, weights = self._flat_weights_names, self._written[0]
+        if len(weights) != len(names):
+            raise RuntimeError(f"_flat_weights: expected {len(names)} tensors ({', '.join(names)}), got {len(weights)}")
+        for i, (name, weight) in enumerate(zip(names, weights, strict=True)):
+            if not isinstance(weight, Tensor):
+                raise TypeError(f"_flat_weights[{i}] ({name}): expected a tensor, got {type(weight).__name__}")
+        return dict(zip(names, weights, strict=True))
+
+    def __setstate__(self, d: dict[str, Any]) -> None:
+        d = {name: value for name, value in d.items() if name != "_flat_weights"}  # of older pickles: a list
+        super().__setstate__(d)
+        self._flat_weight_refs = [None] * len(self._flat_weights_names)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        weight = getattr(self, self._all_weights[0][0])
+        name = self._all_weights[0][0]
+        written = self._named_weights()
+        weight = getattr(self, name) if written is None else written[name]
         if (
             input.dtype != weight.dtype
             and not self._holds_tokens(input, batch_sizes)
@@ -245,9 +310,13 @@ class _Recurrent(RNNBase):
 
     def _weights(self) -> list[list[LayerWeights]]:
         """``[layer][direction]``, read by name, so that parametrizations and swapped parameters are seen."""
+        written = self._named_weights()
+
+        def weight(name: str) -> Any:
+            return getattr(self, name) if written is None else written[name]
+
         one_direction = [
-            LayerWeights(**{name.rsplit("_l", 1)[0]: getattr(self, name) for name in names})
-            for names in self._all_weights
+            LayerWeights(**{name.rsplit("_l", 1)[0]: weight(name) for name in names}) for names in self._all_weights
         ]
         directions = 2 if self.bidirectional else 1
         return [one_direction[i : i + directions] for i in range(0, len(one_direction), directions)]
@@ -326,7 +395,7 @@ class _Recurrent(RNNBase):
         """(output, h_n[, c_n]) of a call that asks for nothing special, the short way; None where it does."""
         if self.bidirectional or (self.dropout and self.training) or torch.compiler.is_compiling():
             return None
-        if any(option in self.__dict__ for option in _OPTIONS):
+        if not self.__dict__.keys().isdisjoint(_OPTIONS):
             return None
         tensors, names = self._weights_by_name()
         found = _C.plain_forward(tensors, names, self.mode, self.batch_first, input, hx, resets)
@@ -343,7 +412,8 @@ class _Recurrent(RNNBase):
 
     def _weights_by_name(self) -> tuple[dict[str, Any], list[Any]]:
         """For the short way: a dict of tensors, and by layer its keys, see csrc/torch/plain_call.cpp."""
-        return self._parameters, self._all_weights
+        written = None if self._written is None else self._named_weights()
+        return self._parameters if written is None else written, self._all_weights
 
     def _run(
         self,

@@ -84,7 +84,8 @@ def _converted(module: _Recurrent, dtype: torch.dtype) -> _Quantized:
         if name not in vars(out):
             out.__dict__[name] = copy.copy(value)
     out.dtype = dtype
-    out._flat_weights, out._flat_weights_names, out._flat_weight_refs = [], [], []
+    out._flat_weights_names = []
+    out._init_flat_weights()
     for layer, directions in enumerate(module._weights()):
         for field in LayerWeights._fields:
             parts = [getattr(weights, field).detach() for weights in directions if getattr(weights, field) is not None]
@@ -149,7 +150,16 @@ class _Quantized(_Recurrent):
 
     def __setstate__(self, d: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, d)  # not RNNBase's, which looks for parameters
-        self._flat_weight_refs = []
+        self._init_flat_weights()
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        return []
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Any]) -> None:
+        if list(weights):
+            raise RuntimeError(f"_flat_weights: expected none (quantized weights are buffers), got {len(weights)}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Quantized:
         return nn.Module._apply(self, fn, recurse)  # type: ignore[return-value]

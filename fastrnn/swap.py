@@ -172,14 +172,17 @@ def _full_name(cls: type) -> str:
 def _swapped(model: M, classes: dict[type[nn.Module], type[nn.Module]], left: dict[str, str]) -> M:
     found = [(m, _plain_type(m)) for name, m in model.named_modules() if name not in left]
     for module, new in [(m, classes[cls]) for m, cls in found if cls in classes]:
-        to_ours, layer = new in _TORCHS, isinstance(module, nn.RNNBase)
-        if to_ours and layer:  # torch's forward leaves computed weights here, which cannot be copied
-            module._flat_weights = [w if w is None or w.is_leaf else w.detach() for w in module._flat_weights]
-            module._flat_weight_refs = [None] * len(module._flat_weights)  # as ours have it
+        layer, written = isinstance(module, nn.RNNBase), None
         if parametrize.is_parametrized(module):  # torch gave it a class of its own, with a property for each
             own = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__", "__doc__")}
             new = type(f"Parametrized{new.__name__}", (new,), own)
+        elif layer:  # what somebody wrote there; of parametrized ones torch's forward left computed weights
+            module._update_flat_weights()
+            written = module._flat_weights
+        module.__dict__.pop("_flat_weights", None)  # ours make theirs when asked
         module.__class__ = new
-        if layer and not to_ours:
+        if layer:
             module._init_flat_weights()
+            if written is not None:
+                module._flat_weights = list(written)
     return model
