@@ -77,6 +77,7 @@ class Row:
     mode: str
     peer: str  # a key of peers.PEERS
     threads: int = 0  # of this row; 0: of the run
+    busy: int = 0  # other processes that compute meanwhile
 
     @property
     def id(self) -> str:
@@ -84,7 +85,8 @@ class Row:
         if self.kind == "memory":
             subject = f"memory-{subject}"
         threads = f"-threads{self.threads}" if self.threads else ""
-        return f"{subject}{threads}-vs-{self.peer}"
+        busy = f"-busy{self.busy}" if self.busy else ""
+        return f"{subject}{threads}{busy}-vs-{self.peer}"
 
 
 @dataclass(frozen=True)
@@ -98,17 +100,24 @@ class Suite:
     budget_s: float = 5.0  # of the timed part of one row
     longest_s: float | None = None  # rows whose single call cannot be shorter than this are skipped, and say so
     threads: tuple[int, ...] = (0,)  # one row for each; 0: the run's
+    busy_threads: tuple[int, ...] = ()  # one row more for each, beside `busy` other processes that compute
+    busy: int = 0
 
     def has(self, row: Row) -> bool:
         """Among the rows with the suite's own peers."""
-        ours = row.kind == self.kind and row.peer in self.peers and row.threads in self.threads
+        ours = row.kind == self.kind and row.peer in self.peers and (row.threads, row.busy) in self.conditions
         return ours and (row.case, row.mode) in self.entries
+
+    @property
+    def conditions(self) -> list[tuple[int, int]]:
+        """Threads and busy processes of the rows of one case."""
+        return [*((threads, 0) for threads in self.threads), *((threads, self.busy) for threads in self.busy_threads)]
 
     def rows(self, peers: Sequence[str] | None = None) -> list[Row]:
         return [
-            Row(self.kind, case, mode, peer, threads)
+            Row(self.kind, case, mode, peer, threads, busy)
             for case, mode in self.entries
-            for threads in self.threads
+            for threads, busy in self.conditions
             for peer in peers or self.peers
         ]
 

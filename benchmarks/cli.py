@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.cases import Row, Suite
-from benchmarks.suites import RUNTIMES, SUITES, select
+from benchmarks.suites import CORES, RUNTIMES, SUITES, select
 
 if TYPE_CHECKING:  # these load torch; pinning has to be set before that
     from benchmarks.peers.base import Peer
@@ -256,7 +256,7 @@ def run(argv: Sequence[str], peers: dict[str, Peer] | None = None) -> int:
     def measured() -> list[dict[str, Any]]:
         return [
             roofline.measure(threads, facts["cpu"]["caches"], {row.case.dtype for row in timed})
-            for threads in sorted({row.threads or settings.threads for row in timed})
+            for threads in sorted({min(row.threads or settings.threads, CORES) for row in timed})
         ]
 
     facts["roofline"] = measured()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -141,6 +143,22 @@ def time_pairs(
     return times
 
 
+# Ends with its parent, however that ends.
+SPIN = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    for _ in range(100000):\n        pass"
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """So many other processes compute all the time."""
+    processes = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 def prepare(peer: Peer, row: Row, data: Data) -> tuple[Prepared, dict[str, Tensor]]:
     """The contestant's step on its own copy of the data, and that step's results."""
     with blame(peer.key):
@@ -158,7 +176,7 @@ def run_timing(row: Row, ours: Peer, theirs: Peer, settings: Settings, floor: Fl
         if problems:
             return Result(row, "mismatch", problems)
         kernels = {"ours": a.kernel(), "theirs": b.kernel()}
-        with no_garbage_collection():
+        with no_garbage_collection(), busy_processes(row.busy):
             other_work = OtherWork()
             with blame(ours.key):
                 our_repeats = warm_up(a, settings)
@@ -175,7 +193,7 @@ def run_timing(row: Row, ours: Peer, theirs: Peer, settings: Settings, floor: Fl
     timing = Timing(
         ratio=ratio,
         verdict=verdict(ratio, settings.tie),
-        noisy=is_noisy(ratio, settings.noisy) or others > settings.busy,
+        noisy=is_noisy(ratio, settings.noisy) or (others > settings.busy and not row.busy),
         other_work=others,
         ours=Side(spread(our_times), our_repeats, our_times),
         theirs=Side(spread(their_times), their_repeats, their_times),

@@ -113,6 +113,25 @@ def scaling(data: dict[str, Any]) -> list[str]:
     return markdown_table(FITS_HEADER, map(fit_cells, data["summary"]["fits"]))
 
 
+def threads(data: dict[str, Any]) -> list[str]:
+    """Of every case a line: for each number of threads the ratio, and in brackets our speed beside one thread's."""
+    rows = [row for row in data["rows"] if row["timing"]]
+    conditions = sorted({(row.get("busy", 0), row["threads"]) for row in rows})
+    found = {(row["case"]["name"], row["mode"], row.get("busy", 0), row["threads"]): row["timing"] for row in rows}
+
+    def cell(case: tuple[str, str], busy: int, count: int) -> str:
+        timing, alone = found.get((*case, busy, count)), found.get((*case, busy, 1))
+        if not timing or not alone:
+            return "-"
+        speed = alone["ours"]["spread"]["median"] / timing["ours"]["spread"]["median"]
+        return f"{timing['ratio']['median']:.2f}{'?' * timing['noisy']} ({speed:.2f})"
+
+    titles = (f"{count}" + (f", beside {busy} busy" if busy else "") for busy, count in conditions)
+    cases = sorted({key[:2] for key in found})
+    lines = [(" ".join(case), *(cell(case, busy, count) for busy, count in conditions)) for case in cases]
+    return markdown_table(("threads", *titles), lines)
+
+
 def conditions(data: dict[str, Any]) -> list[str]:
     """One sentence: machine, threads, versions, date, command."""
     machine, software = data["machine"], data["machine"]["software"]
@@ -129,7 +148,7 @@ def conditions(data: dict[str, Any]) -> list[str]:
 
 VIEWS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "families": families, "losses": losses, "memory": memory, "peers": peers, "scaling": scaling,
-    "conditions": conditions,
+    "threads": threads, "conditions": conditions,
 }  # fmt: skip
 
 

@@ -125,6 +125,7 @@ class Result:
             "mode": self.row.mode,
             "peer": self.row.peer,
             "threads": self.row.threads,
+            "busy": self.row.busy,
             "case": asdict(self.row.case) | {"name": self.row.case.name},
             "status": self.status,
             "message": self.message,

@@ -25,7 +25,7 @@ def fixed_part(row: dict[str, Any], free: str) -> tuple[tuple[str, Any], ...]:
     case = {key: value for key, value in row["case"].items() if key not in ("family", "name")}
     if free == "H":
         case["I"] = "H" if case["I"] == case["H"] else case["I"]
-    fixed = case | {"mode": row["mode"], "peer": row["peer"], "threads": row["threads"]}
+    fixed = case | {"mode": row["mode"], "peer": row["peer"], "threads": row["threads"], "busy": row.get("busy", 0)}
     fixed.pop(free)
     return tuple(sorted(fixed.items(), key=lambda pair: pair[0]))
 
@@ -80,7 +80,8 @@ def thread_speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         first = members[0]
         made.append(
             {
-                "name": first["case"]["name"],
+                "name": first["case"]["name"]
+                + (f" beside {first['busy']} busy processes" if first.get("busy") else ""),
                 "mode": first["mode"],
                 "peer": first["peer"],
                 "threads": [row["threads"] for row in members],

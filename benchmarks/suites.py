@@ -215,6 +215,14 @@ def thread_counts(cores: int) -> tuple[int, ...]:
     return tuple(sorted({cores, *(1 << k for k in range(cores.bit_length()) if 1 << k <= cores)}))
 
 
+CORES = os.cpu_count() or 1
+THREADS = [
+    *entries("threads", "LSTM", (160, 8, 40, 256), layers=3),
+    *entries("threads", "LSTM", (128, 32, 256, 256), (16, 8, 64, 64)),
+    *entries("threads", "GRU", (200, 1, 128, 128), (128, 8, 128, 128)),
+    *entries("threads", "RNN", (100, 1, 256, 256)),
+]
+
 # Shapes on which runtimes are often compared: one step, one row, small and large batches.
 PEER_SIZES: tuple[Size, ...] = (
     (1, 1, 512, 512), (100, 1, 256, 256), (128, 8, 128, 128), (128, 32, 256, 256), (512, 16, 128, 128),
@@ -269,7 +277,11 @@ SUITES: dict[str, Suite] = {
     ),
     "scaling": Suite(
         "cost against T, B, H and threads, with fitted exponents", tuple(SCALING), budget_s=1.5,
-        threads=thread_counts(os.cpu_count() or 1),
+        threads=thread_counts(CORES),
+    ),
+    "threads": Suite(
+        "more threads than processors, and processors that others use", tuple(THREADS), budget_s=2.0,
+        threads=(1, CORES, CORES + 1, 2 * CORES, 4 * CORES), busy_threads=(1, CORES), busy=CORES,
     ),
     "quantized": Suite("narrow weights: with --ours ourint8 or ourbf16", tuple(QUANTIZED), peers=("fastrnn", "int8")),
     "peers": Suite("common shapes against every runtime there is", tuple(PEER_TABLE), peers=RUNTIMES, budget_s=2.0),

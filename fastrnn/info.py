@@ -90,6 +90,7 @@ def environment() -> dict[str, Any]:
         "instruction_set": fastrnn.instruction_set(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "processors": _C.usable_processors(),
         "cuda_archs": built["cuda_archs"],
         "torch_cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
@@ -168,7 +169,8 @@ def describe(options: argparse.Namespace) -> dict[str, Any] | None:
         raise ValueError("--proj: expected with --cell lstm and below --hidden")
     told: dict[str, Any] = {"call": call._asdict()}
     if options.device != "cuda":
-        told["cpu"] = cpu_choice(call, options.features or hidden, options.threads or torch.get_num_threads())
+        threads = options.threads or min(torch.get_num_threads(), _C.usable_processors())
+        told["cpu"] = cpu_choice(call, options.features or hidden, threads)
     if options.device == "cuda" or (options.device is None and has_cuda_kernels()):
         gpu = GPUS[options.gpu] if options.gpu else present_gpu() or GPUS["h100"]
         tier = os.environ.get("FASTRNN_CUDA_TIER", "")

@@ -19,7 +19,7 @@ VECTORS = {
 
 def compile_and_run(source: Path, out: Path, *flags: str) -> list[list[str]]:
     """Builds a program with csrc/ as its only include path; returns its output, split into words."""
-    build = ["g++", "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", f"-I{CSRC}", *flags]
+    build = ["g++", "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", f"-I{CSRC}", *flags]
     subprocess.run([*build, str(source), "-o", str(out)], check=True)
     done = subprocess.run([str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -54,10 +54,16 @@ def test_cpu_kernels_under_a_sanitizer(sanitizer, tmp_path):
     subprocess.run(["g++", f"-fsanitize={sanitizer}", str(empty), "-o", str(tmp_path / "empty")], check=True)
     if subprocess.run([str(tmp_path / "empty")], capture_output=True).returncode != 0:
         pytest.skip("no program of this sanitizer starts here (some kernels place memory where it cannot be)")
-    sources = [str(CSRC / "cpu" / name) for name in ("recurrent.cpp", "isa_baseline.cpp")]
+    sources = [str(CSRC / "cpu" / name) for name in ("recurrent.cpp", "team.cpp", "processors.cpp", "isa_baseline.cpp")]
     flags = ["-fopenmp", f"-fsanitize={sanitizer}", "-O0", *sources]  # optimised it would compile for half a minute
     rows = compile_and_run(ROOT / "tests/cpp/test_cpu.cpp", tmp_path / "cpu", *flags)
     assert rows == [["baseline", "60", "calls"]]
+
+
+def test_members_of_a_call(tmp_path):
+    """Barriers, and the choice between threads and one thread."""
+    source = ROOT / "tests/cpp/test_team.cpp"
+    assert compile_and_run(source, tmp_path / "team", "-fopenmp", str(CSRC / "cpu/team.cpp")) == [["team"]]
 
 
 def includes(path: Path) -> list[str]:
@@ -87,7 +93,7 @@ def test_cpu_sources_compile_without_torch(tmp_path):
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         command = [
             "g++",
-            "-std=c++17",
+            "-std=c++20",
             "-fsyntax-only",
             "-fopenmp",
             "-Wall",
@@ -103,7 +109,7 @@ def test_instruction_sets_share_no_code(tmp_path):
     owners: dict[str, str] = {}
     for isa in VECTORS:
         out = tmp_path / f"{isa}.o"
-        command = ["g++", "-std=c++17", "-O1", "-fopenmp", "-fPIC", "-Wno-psabi", "-c"]
+        command = ["g++", "-std=c++20", "-O1", "-fopenmp", "-fPIC", "-Wno-psabi", "-c"]
         subprocess.run([*command, str(CSRC / f"cpu/isa_{isa}.cpp"), "-o", str(out)], check=True)
         symbols = subprocess.run(["nm", "-C", str(out)], check=True, capture_output=True, text=True).stdout
         for kind, name in re.findall(r"^[0-9a-f]+ ([A-Za-z]) (.*)$", symbols, re.M):

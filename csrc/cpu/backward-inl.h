@@ -67,44 +67,62 @@ class BackwardWorker {
   static constexpr bool kLayers = std::is_same_v<S, T>;
 
  public:
-  BackwardWorker(const BackwardParams& params, const LayerBackwardParams* layer, const Plan& plan, Barrier& barrier,
-                 char* workspace, int thread)
-      : p(params), layer(layer), plan(plan), barrier(barrier), team(thread / plan.team_size),
-        member(thread % plan.team_size), arena(workspace), b(params, layer, plan, arena, member) {
+  BackwardWorker(const BackwardParams& params, const LayerBackwardParams* layer, const Plan& plan, char* workspace,
+                 int member)
+      : p(params), layer(layer), plan(plan), team(member / plan.team_size), member(member % plan.team_size),
+        arena(workspace), b(params, layer, plan, arena, this->member) {
     const bool all = plan.split_rows;
-    units = all ? Range{0, b.unit_vectors} : share(b.unit_vectors, member, plan.team_size);
-    widths = all ? Range{0, b.width_vectors} : share(b.width_vectors, member, plan.team_size);
+    units = all ? Range{0, b.unit_vectors} : share(b.unit_vectors, this->member, plan.team_size);
+    widths = all ? Range{0, b.width_vectors} : share(b.width_vectors, this->member, plan.team_size);
     // Rows of the weights serve as panels where whole vectors of them, of the right type, can be read.
     packed = plan.pack_hh || sizeof(S) != sizeof(T) || p.hidden % L != 0 || p.width % L != 0;
     packed_ih = packed || (layer && layer->size % L != 0);
-    sums = b.sums + member * b.sums_size;
+    sums = b.sums + this->member * b.sums_size;
   }
 
-  void run() {
-    for (group = team; group < p.groups; group += plan.teams) {
-      rows = &plan.rows(group, member);
-      reverse = p.reverse[group];
-      pack();
-      start();
-      barrier.wait();
-      running = chunk_rows = chunk_begin = 0;
-      first_product = true;
-      from = grad_gates(*rows);
-      // The step after the last one is there for the initial state's gradient, or a reset's at the first step.
-      const int64_t steps = p.grad_h_0 || p.resets ? p.steps + 1 : p.steps;
+  // The worker lives in the coroutine's frame.
+  static Paused run(BackwardWorker w) {
+    const BackwardParams& p = w.p;
+    const Plan& plan = w.plan;
+    const bool units_split = !plan.split_rows;
+    // The step after the last one is there for the initial state's gradient, or a reset's at the first step.
+    const int64_t steps = p.grad_h_0 || p.resets ? p.steps + 1 : p.steps;
+    for (int64_t group = w.team; group < p.groups; group += plan.teams) {
+      w.begin(group);
+      co_yield kMeet;
       for (int64_t s = 0; s < steps; ++s) {
-        step(s);
-        if (!plan.split_rows) barrier.wait();
+        w.step(s);
+        if (p.weight_hr) {
+          if (units_split) co_yield kMeet;
+          w.project_gradients();
+        }
+        if (units_split) co_yield kMeet;
         if constexpr (kLayers)
-          if (layer && s < p.steps && (s + 1 == p.steps || s + 1 == chunk_begin + plan.chunk)) collect(s + 1);
+          if (w.layer && s < p.steps && (s + 1 == p.steps || s + 1 == w.chunk_begin + plan.chunk)) {
+            w.gather(s + 1);
+            co_yield kMeet;
+            w.add_products(s + 1);
+            co_yield kMeet;
+          }
       }
       if constexpr (kLayers)
-        if (layer) finish();
-      if (plan.split_rows) barrier.wait();
+        if (w.layer) w.finish();
+      if (group + plan.teams < p.groups) co_yield kMeet;
     }
   }
 
  private:
+  void begin(int64_t group_index) {
+    group = group_index;
+    rows = &plan.rows(group, member);
+    reverse = p.reverse[group];
+    pack();
+    start();
+    running = chunk_rows = chunk_begin = 0;
+    first_product = true;
+    from = grad_gates(*rows);
+  }
+
   template <class Body>
   void for_each_packed_panel(Range range, Body body) {
     int64_t index = 0;
@@ -196,8 +214,11 @@ class BackwardWorker {
     });
     from = to;
     chunk_rows += running;
-    if (!p.weight_hr) return;
-    if (!plan.split_rows) barrier.wait();
+  }
+
+  // The step's second half where h is projected: the gradients of o tanh(c), from those of h of all the width.
+  void project_gradients() {
+    const int64_t count = running > was_running ? running : was_running;
     for_each_panel(units, kMaxVectors, [&](int64_t v, int vectors) {
       const Panel panel = panel_of(p.weight_hr, p.width, p.hidden, b.panels_hr, p.width, v, vectors, packed);
       for_each_tile(count, static_cast<const T*>(b.grad_h + rows->first * b.stride), b.stride, panel.weights,
@@ -320,8 +341,9 @@ class BackwardWorker {
   int64_t first_row(const Rows& x) const { return b.slots * x.first; }
   T* grad_gates(const Rows& x) const { return b.grad_gates + (b.slots + 1) * x.first * b.gates_stride; }
 
-  // Steps chunk_begin .. end have been made.
-  void collect(int64_t end) {
+  // Steps chunk_begin .. end have been made. Finds what weight gradients multiply with, and where the input's gradient
+  // goes. The team shares all rows where units are split.
+  void gather(int64_t end) {
     // The last step's gates stay for the next one's product: every member keeps the units and rows that it makes.
     const int64_t width = (units.end - units.begin) * L;
     for (int64_t i = 0; i < running; ++i)
@@ -330,8 +352,22 @@ class BackwardWorker {
         for (int64_t j = 0; j < width; j += L) store(grad_gates(*rows) + at + j, load(from + at + j));
       }
     from = grad_gates(*rows);
-    gather(end);
-    barrier.wait();
+    const S* input = static_cast<const S*>(layer->input);
+    int64_t at = first_row(*rows);
+    for (int64_t s = chunk_begin; s < end; ++s) {
+      const int64_t time = time_of(s), active = rows->active(time);
+      const Range part = plan.split_rows ? Range{0, active} : share(active, member, plan.team_size);
+      for (int64_t i = part.begin; i < part.end; ++i) {
+        const int64_t row = rows->row[i];
+        b.place[at + i] = p.first_row(time) + row;
+        b.input[at + i] = input + row_at(p, time, row, layer->input_stride_t, layer->input_stride_b);
+        b.before[at + i] = h_before(time, i);
+      }
+      at += active;
+    }
+  }
+
+  void add_products(int64_t end) {
     const int segments = plan.split_rows ? plan.team_size : 1;
     for (int segment = 0; segment < segments; ++segment) {
       const Rows& x = plan.rows(group, segment);
@@ -350,27 +386,8 @@ class BackwardWorker {
                                              : Range{0, 0};
       input_gradient(gates_ih + mine.begin * b.gates_stride, b.place + first + mine.begin, mine.end - mine.begin);
     }
-    barrier.wait();
     chunk_begin = end;
     chunk_rows = 0;
-  }
-
-  // What weight gradients multiply with, and where the input's gradient goes. The team shares all rows where units are
-  // split.
-  void gather(int64_t end) {
-    const S* input = static_cast<const S*>(layer->input);
-    int64_t at = first_row(*rows);
-    for (int64_t s = chunk_begin; s < end; ++s) {
-      const int64_t time = time_of(s), active = rows->active(time);
-      const Range part = plan.split_rows ? Range{0, active} : share(active, member, plan.team_size);
-      for (int64_t i = part.begin; i < part.end; ++i) {
-        const int64_t row = rows->row[i];
-        b.place[at + i] = p.first_row(time) + row;
-        b.input[at + i] = input + row_at(p, time, row, layer->input_stride_t, layer->input_stride_b);
-        b.before[at + i] = h_before(time, i);
-      }
-      at += active;
-    }
   }
 
   // grad_weight [P, G*h, size] += gates^T x, x's rows anywhere: this member's rows of it, the gates' padding left out.
@@ -493,7 +510,6 @@ class BackwardWorker {
   const BackwardParams& p;
   const LayerBackwardParams* layer;  // null where gate gradients are asked for
   const Plan& plan;
-  Barrier& barrier;
   const int team, member;
   Arena arena;
   BackwardBuffers<Cell, T> b;

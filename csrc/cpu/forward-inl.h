@@ -6,6 +6,26 @@ struct Range {
 };
 inline Range share(int64_t n, int member, int size) { return {n * member / size, n * (member + 1) / size}; }
 
+// What a worker's run() returns: its coroutine, which pauses before the first line and at every co_yield kMeet, and lives
+// until it is destroyed. Errors do not leave it: there are none.
+enum Meet { kMeet };
+struct Paused {
+  struct Always {
+    bool await_ready() const noexcept { return false; }
+    void await_suspend(std::coroutine_handle<>) const noexcept {}
+    void await_resume() const noexcept {}
+  };
+  struct promise_type {
+    Paused get_return_object() noexcept { return {std::coroutine_handle<promise_type>::from_promise(*this)}; }
+    Always initial_suspend() const noexcept { return {}; }
+    Always final_suspend() const noexcept { return {}; }
+    Always yield_value(Meet) const noexcept { return {}; }
+    void return_void() const noexcept {}
+    void unhandled_exception() const noexcept { __builtin_abort(); }
+  };
+  Part part;
+};
+
 // Panels of at most `step` vectors that cover `range`: body(first vector, vectors). There and back in turn: what a cache
 // still holds of the last time is then met first.
 template <class Body>
@@ -91,32 +111,48 @@ class ForwardWorker {
   static constexpr int kSaved = Cell::kSaved + Cell::kStates - 1;
 
  public:
-  ForwardWorker(const ForwardParams& params, const LayerParams* layer, const Plan& plan, Barrier& barrier,
-                char* workspace, int thread)
-      : p(params), layer(layer), plan(plan), barrier(barrier), team(thread / plan.team_size),
-        member(thread % plan.team_size), arena(workspace), b(params, layer, plan, arena) {
+  ForwardWorker(const ForwardParams& params, const LayerParams* layer, const Plan& plan, char* workspace, int member)
+      : p(params), layer(layer), plan(plan), team(member / plan.team_size), member(member % plan.team_size),
+        arena(workspace), b(params, layer, plan, arena) {
     const bool all = plan.split_rows;
-    units = all ? Range{0, b.unit_vectors} : share(b.unit_vectors, member, plan.team_size);
-    widths = all ? Range{0, b.width_vectors} : share(b.width_vectors, member, plan.team_size);
+    units = all ? Range{0, b.unit_vectors} : share(b.unit_vectors, this->member, plan.team_size);
+    widths = all ? Range{0, b.width_vectors} : share(b.width_vectors, this->member, plan.team_size);
   }
 
-  void run() {
-    for (group = team; group < p.groups; group += plan.teams) {
-      rows = &plan.rows(group, member);
-      reverse = p.reverse[group];
-      pack();
-      start();
-      barrier.wait();
+  // The worker lives in the coroutine's frame.
+  static Paused run(ForwardWorker w) {
+    const ForwardParams& p = w.p;
+    const Plan& plan = w.plan;
+    const bool units_split = !plan.split_rows;
+    for (int64_t group = w.team; group < p.groups; group += plan.teams) {
+      w.begin(group);
+      co_yield kMeet;
       for (int64_t s = 0; s < p.steps; ++s) {
-        if (layer && s % plan.chunk == 0) project(s, s + plan.chunk < p.steps ? s + plan.chunk : p.steps);
-        step(s);
-        if (!plan.split_rows && s + 1 < p.steps) barrier.wait();
+        if (w.layer && s % plan.chunk == 0) {
+          w.gather_input(s);
+          if (units_split) co_yield kMeet;
+          w.project();
+        }
+        w.step(s);
+        if (w.weight_hr) {
+          if (units_split) co_yield kMeet;
+          w.project_hidden(s);
+        }
+        if (units_split && s + 1 < p.steps) co_yield kMeet;
       }
-      barrier.wait();
+      if (group + plan.teams < p.groups) co_yield kMeet;
     }
   }
 
  private:
+  void begin(int64_t group_index) {
+    group = group_index;
+    rows = &plan.rows(group, member);
+    reverse = p.reverse[group];
+    pack();
+    start();
+  }
+
   // Panels are shared by the team where rows are split, so each member packs some; else each needs its own alone.
   template <class Body>
   void for_each_packed_panel(Range range, int step, Body body) {
@@ -195,10 +231,11 @@ class ForwardWorker {
 
   int64_t time_of(int64_t s) const { return reverse ? p.steps - 1 - s : s; }
 
-  // gates_ih of the steps begin .. end, of this thread's rows and units. Where units are split the team shares the
-  // chunk's input: each member brings a part, and no step may be under way that still reads the last one's gates.
-  void project(int64_t begin, int64_t end) {
+  // The input of the chunk of steps from `begin` on. Where units are split the team shares it: each member brings a
+  // part of each step's rows.
+  void gather_input(int64_t begin) {
     const int64_t I = layer->size, mine = plan.chunk * rows->first;
+    const int64_t end = begin + plan.chunk < p.steps ? begin + plan.chunk : p.steps;
     T* input = kInt8 ? nullptr : b.input + mine * b.input_stride;
     int64_t count = 0;
     for (int64_t s = begin; s < end; ++s) {
@@ -218,7 +255,14 @@ class ForwardWorker {
       }
       count += active;
     }
-    if (!plan.split_rows) barrier.wait();
+    chunk_count = count;
+  }
+
+  // gates_ih of the gathered steps, of this member's rows and units. No step may be under way that still reads the last
+  // chunk's gates.
+  void project() {
+    const int64_t I = layer->size, mine = plan.chunk * rows->first, count = chunk_count;
+    const T* input = kInt8 ? nullptr : b.input + mine * b.input_stride;
     for_each_panel(units, kUnits, [&](int64_t v, int vectors) {
       const int N = vectors * G;
       T* out = chunk_panel(v, N);
@@ -232,10 +276,10 @@ class ForwardWorker {
       } else if (plan.pack_ih) {
         T* panel = b.panels_ih + (plan.pack_late ? units.begin : v) * G * L * I;
         if (plan.pack_late) pack_ih(v, vectors, panel);
-        for_each_tile(count, static_cast<const T*>(input), b.input_stride, static_cast<const T*>(panel), N * L, I, N,
+        for_each_tile(count, input, b.input_stride, static_cast<const T*>(panel), N * L, I, N,
                       bias_ih ? b.bias_ih + v * G * L : nullptr, keep, plan.uniform);
       } else
-        for_each_dot_tile(count, static_cast<const T*>(input), b.input_stride, weight_ih + v * L * I, I, p.hidden, G,
+        for_each_dot_tile(count, input, b.input_stride, weight_ih + v * L * I, I, p.hidden, G,
                           vectors, p.hidden - v * L, I, bias_ih ? bias_ih + v * L : nullptr, keep);
     });
   }
@@ -280,8 +324,11 @@ class ForwardWorker {
         for_each_dot_tile(active, h_prev, b.stride, weight_hh + v * L * p.width, p.width, p.hidden, G, vectors,
                           p.hidden - v * L, p.width, bias_hh ? bias_hh + v * L : nullptr, cells);
     });
-    if (!weight_hr) return;
-    if (!plan.split_rows) barrier.wait();
+  }
+
+  // h of the step, from o tanh(c) of all its units.
+  void project_hidden(int64_t s) {
+    const int64_t active = rows->active(t);
     const T* hidden = b.hidden + rows->first * b.stride;
     for_each_panel_zigzag(widths, kMaxVectors, s, [&](int64_t v, int vectors) {
       const auto states = [&](int64_t first, int count, const T* h) {
@@ -352,13 +399,13 @@ class ForwardWorker {
   const ForwardParams& p;
   const LayerParams* const layer;
   const Plan& plan;
-  Barrier& barrier;
   const int team, member;
   Arena arena;
   ForwardBuffers<Cell, T> b;
-  Range units, widths;  // vectors that this thread computes
+  Range units, widths;  // vectors that this member computes
 
   int64_t group, t;
+  int64_t chunk_count;  // rows of the gathered chunk
   bool reverse;
   const Rows* rows;
   const W *weight_hh, *weight_ih;  // the group's, like the rest

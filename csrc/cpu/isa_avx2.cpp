@@ -1,6 +1,7 @@
 // x86-64 with AVX2 and FMA (Haswell, Zen and later).
 // Standard headers come before the target pragma: nothing of theirs may be compiled for a newer CPU.
 #include <cmath>
+#include <coroutine>
 #include <cstdint>
 #include <type_traits>
 #include <vector>

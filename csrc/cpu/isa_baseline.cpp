@@ -1,5 +1,6 @@
 // Any CPU: 16-byte vectors, with whatever the compiler's default target has (SSE2 on x86-64, NEON on AArch64).
 #include <cmath>
+#include <coroutine>
 #include <cstdint>
 #include <type_traits>
 #include <vector>

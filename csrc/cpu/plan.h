@@ -1,55 +1,15 @@
-// How a call is shared out over threads, and in which order rows are worked on.
+// How a call is shared out among members, and in which order rows are worked on. Who runs the members: team.h.
 #pragma once
-#include <sched.h>
-
-#include <atomic>
+#include <coroutine>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "../params.h"
 #include "scalar.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace fastrnn::cpu {
 
-// A barrier for the threads of one team, met once or twice a step. It spins, and yields once the wait is long, so
-// that an oversubscribed machine still gets on.
-class Barrier {
- public:
-  explicit Barrier(int size) : size_(size) {}
-  void wait() {
-    if (size_ == 1) return;
-    const uint64_t generation = generation_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      generation_.store(generation + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
-      if (spins < kSpins)
-        pause();
-      else
-        sched_yield();
-    }
-  }
-
- private:
-  static constexpr int kSpins = 20000;  // about 0.3 ms: far above a step, far below a time slice
-  static void pause() {
-#if defined(__x86_64__)
-    _mm_pause();
-#endif
-  }
-  const int size_;
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint64_t> generation_{0};
-};
-
-// The rows of one group that one thread computes, longest first, so that those with a step t are a prefix.
+// The rows of one group that one member computes, longest first, so that those with a step t are a prefix.
 struct Rows {
   std::vector<int64_t> row, length;
   int64_t first = 0;  // where they start in the workspace
@@ -68,8 +28,9 @@ struct Rows {
   }
 };
 
-// Threads form teams; a team works on one group at a time. Inside a team either rows are split (no barrier while
-// the sequence runs) or hidden units are (a barrier a step, but each thread reads its share of the weights alone).
+// Members form teams; a team works on one group at a time. Inside a team either rows are split (its members need not
+// meet while the sequence runs) or hidden units are (they meet at every step, but each reads its share of the weights
+// alone). A sum may be added up in another order under another number of members, but not by who runs them.
 struct Plan {
   int teams, team_size;
   bool split_rows;
@@ -77,10 +38,11 @@ struct Plan {
   bool pack_hh, pack_ih, pack_late;
   bool uniform;                // no sum of a forward pass depends on how many steps or threads there are
   bool shared_lengths;         // all groups have the same
+  int64_t work;                // multiply-adds of the call
   int64_t chunk;               // of a layer's call: steps whose gates, or gate gradients, are held at a time; else 0
   std::vector<Rows> all_rows;  // [groups or 1][members or 1]
 
-  int threads() const { return teams * team_size; }
+  int members() const { return teams * team_size; }
   const Rows& rows(int64_t group, int member) const {
     return all_rows[split_rows ? (shared_lengths ? 0 : group) * team_size + member : shared_lengths ? 0 : group];
   }
@@ -119,17 +81,20 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// What an instruction set offers. The workspace of team k starts at workspace + k * workspace_bytes(..).
+// One member's part of a call: a coroutine that pauses wherever its team has to meet.
+using Part = std::coroutine_handle<>;
+
+// What an instruction set offers. A team's workspace has forward_workspace(..) bytes, and so on.
 struct Kernels {
   const char* name;
   int64_t (*forward_workspace)(const ForwardParams&, const LayerParams*, const Plan&);
   int64_t (*backward_workspace)(const BackwardParams&, const LayerBackwardParams*, const Plan&);
-  void (*forward)(const ForwardParams&, const LayerParams*, const Plan&, Barrier&, char* workspace, int thread);
-  void (*backward)(const BackwardParams&, const LayerBackwardParams*, const Plan&, Barrier&, char* workspace,
-                   int thread);
-  // The workspace is one thread's own.
+  // The references must outlive the part; `workspace` is the team's.
+  Part (*forward)(const ForwardParams&, const LayerParams*, const Plan&, char* workspace, int member);
+  Part (*backward)(const BackwardParams&, const LayerBackwardParams*, const Plan&, char* workspace, int member);
+  // The workspace is one member's own; members do not meet.
   int64_t (*gemm_workspace)(const GemmParams&);
-  void (*gemm)(const GemmParams&, char* workspace, int thread, int threads);
+  void (*gemm)(const GemmParams&, char* workspace, int member, int members);
 };
 
 const Kernels* baseline_kernels();

@@ -48,18 +48,19 @@ struct Forward {
   const ForwardParams& p;
   const LayerParams* layer;
   const Plan& plan;
-  Barrier& barrier;
   char* workspace;
-  int thread;
+  int member;
   template <class Cell, class S>
-  void operator()() const {
+  Part operator()() const {
     if constexpr (std::is_same_v<S, float>) {
-      if (layer && layer->weight_dtype == DType::kBFloat16)
-        return ForwardWorker<Cell, float, BFloat16>(p, layer, plan, barrier, workspace, thread).run();
-      if (layer && layer->weight_dtype == DType::kInt8)
-        return ForwardWorker<Cell, float, int8_t>(p, layer, plan, barrier, workspace, thread).run();
+      if (layer && layer->weight_dtype == DType::kBFloat16) return run<ForwardWorker<Cell, float, BFloat16>>();
+      if (layer && layer->weight_dtype == DType::kInt8) return run<ForwardWorker<Cell, float, int8_t>>();
     }
-    ForwardWorker<Cell, S>(p, layer, plan, barrier, workspace, thread).run();
+    return run<ForwardWorker<Cell, S>>();
+  }
+  template <class Worker>
+  Part run() const {
+    return Worker::run({p, layer, plan, workspace, member}).part;
   }
 };
 
@@ -67,12 +68,11 @@ struct Backward {
   const BackwardParams& p;
   const LayerBackwardParams* layer;
   const Plan& plan;
-  Barrier& barrier;
   char* workspace;
-  int thread;
+  int member;
   template <class Cell, class S>
-  void operator()() const {
-    BackwardWorker<Cell, S>(p, layer, plan, barrier, workspace, thread).run();
+  Part operator()() const {
+    return BackwardWorker<Cell, S>::run({p, layer, plan, workspace, member}).part;
   }
 };
 
@@ -106,13 +106,12 @@ inline int64_t forward_workspace(const ForwardParams& p, const LayerParams* laye
 inline int64_t backward_workspace(const BackwardParams& p, const LayerBackwardParams* layer, const Plan& plan) {
   return with_cell(p, BackwardWorkspace{p, layer, plan});
 }
-inline void forward(const ForwardParams& p, const LayerParams* layer, const Plan& plan, Barrier& barrier,
-                    char* workspace, int thread) {
-  with_cell(p, Forward{p, layer, plan, barrier, workspace, thread});
+inline Part forward(const ForwardParams& p, const LayerParams* layer, const Plan& plan, char* workspace, int member) {
+  return with_cell(p, Forward{p, layer, plan, workspace, member});
 }
-inline void backward(const BackwardParams& p, const LayerBackwardParams* layer, const Plan& plan, Barrier& barrier,
-                     char* workspace, int thread) {
-  with_cell(p, Backward{p, layer, plan, barrier, workspace, thread});
+inline Part backward(const BackwardParams& p, const LayerBackwardParams* layer, const Plan& plan, char* workspace,
+                     int member) {
+  return with_cell(p, Backward{p, layer, plan, workspace, member});
 }
 
 inline int64_t gemm_workspace(const GemmParams& p) {
@@ -121,9 +120,9 @@ inline int64_t gemm_workspace(const GemmParams& p) {
                              : void(GemmBuffers<float>(p.n, p.k, p.transpose_a, arena));
   return arena.used();
 }
-inline void gemm(const GemmParams& p, char* workspace, int thread, int threads) {
-  p.dtype == DType::kFloat64 ? gemm_worker<double>(p, workspace, thread, threads)
-                             : gemm_worker<float>(p, workspace, thread, threads);
+inline void gemm(const GemmParams& p, char* workspace, int member, int members) {
+  p.dtype == DType::kFloat64 ? gemm_worker<double>(p, workspace, member, members)
+                             : gemm_worker<float>(p, workspace, member, members);
 }
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

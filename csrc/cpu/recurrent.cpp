@@ -1,6 +1,4 @@
-// The CPU recurrence from the outside: choose the instruction set once, plan a call, run it on threads.
-#include <omp.h>
-
+// The CPU recurrence from the outside: choose the instruction set once, plan a call, run it.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -13,6 +11,8 @@
 #include "../cells/registry.h"
 #include "../launch.h"
 #include "plan.h"
+#include "processors.h"
+#include "team.h"
 
 namespace fastrnn::cpu {
 namespace {
@@ -53,43 +53,36 @@ Memory allocate(int64_t bytes) {
   return memory;
 }
 
-// Runs the plan, or nothing: false if OpenMP has fewer threads than it needs (OMP_THREAD_LIMIT, OMP_DYNAMIC), which
-// would leave the others waiting at a barrier. work(barrier, a team's workspace, thread)
-template <class Work>
-bool run(const Plan& plan, int64_t workspace_bytes, const Work& work) {
+// No more than there are processors: threads beyond them would only wait for each other. make(threads) gives a plan.
+template <class Make>
+Plan fitting_plan(int threads, const Make& make) {
+  Plan plan = make(threads);
+  if (plan.members() > 1)
+    if (const int processors = usable_processors(); processors < plan.members()) plan = make(processors);
+  return plan;
+}
+
+// make(a team's workspace, member) gives a member's part.
+template <class Make>
+void run(const Plan& plan, int64_t workspace_bytes, const Make& make) {
   const int64_t bytes = round_up(std::max<int64_t>(workspace_bytes, 64), 64);
   const Memory workspace = allocate(bytes * plan.teams);
-  std::vector<std::unique_ptr<Barrier>> barriers;
-  for (int i = 0; i < plan.teams; ++i) barriers.push_back(std::make_unique<Barrier>(plan.team_size));
-  const auto one = [&](int thread) {
-    const int team = thread / plan.team_size;
-    work(*barriers[team], workspace.get() + team * bytes, thread);
-  };
-  // A single thread enters no parallel region: worker processes made by fork after OpenMP has started must not.
-  if (plan.threads() == 1) return one(0), true;
-  bool complete = true;
-#pragma omp parallel num_threads(plan.threads())
-  {
-    if (omp_get_num_threads() == plan.threads())
-      one(omp_get_thread_num());
-    else if (omp_get_thread_num() == 0)
-      complete = false;
-  }
-  return complete;
+  Parts parts(plan.members(), plan.team_size);
+  for (int member = 0; member < plan.members(); ++member)
+    parts.add(make(workspace.get() + member / plan.team_size * bytes, member));
+  parts.run(plan.work);
 }
 
-bool run_forward(const ForwardParams& params, const LayerParams* layer, int threads) {
-  const Plan plan = make_plan(params, layer, threads);
-  return run(plan, kernels().forward_workspace(params, layer, plan), [&](Barrier& barrier, char* own, int thread) {
-    kernels().forward(params, layer, plan, barrier, own, thread);
-  });
+void run_forward(const ForwardParams& params, const LayerParams* layer, int threads) {
+  const Plan plan = fitting_plan(threads, [&](int threads) { return make_plan(params, layer, threads); });
+  run(plan, kernels().forward_workspace(params, layer, plan),
+      [&](char* own, int member) { return kernels().forward(params, layer, plan, own, member); });
 }
 
-bool run_backward(const BackwardParams& params, const LayerBackwardParams* layer, int threads) {
-  const Plan plan = make_backward_plan(params, layer, threads);
-  return run(plan, kernels().backward_workspace(params, layer, plan), [&](Barrier& barrier, char* own, int thread) {
-    kernels().backward(params, layer, plan, barrier, own, thread);
-  });
+void run_backward(const BackwardParams& params, const LayerBackwardParams* layer, int threads) {
+  const Plan plan = fitting_plan(threads, [&](int threads) { return make_backward_plan(params, layer, threads); });
+  run(plan, kernels().backward_workspace(params, layer, plan),
+      [&](char* own, int member) { return kernels().backward(params, layer, plan, own, member); });
 }
 
 thread_local bool uniform = false;
@@ -132,8 +125,8 @@ Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
   constexpr int64_t kWorthAThread = 1 << 18;  // multiply-adds a thread and call
   const int64_t products = p.batch * kCells[p.cell].gates * p.hidden * p.width;  // a group and step
   const int64_t projected = layer ? p.batch * kCells[p.cell].gates * p.hidden * layer->size : 0;
-  threads = static_cast<int>(
-      std::clamp<int64_t>(p.steps * p.groups * (products + projected) / kWorthAThread, 1, std::max(threads, 1)));
+  plan.work = p.steps * p.groups * (products + projected);
+  threads = static_cast<int>(std::clamp<int64_t>(plan.work / kWorthAThread, 1, std::max(threads, 1)));
   plan.teams = static_cast<int>(std::min<int64_t>(threads, p.groups));
   plan.team_size = threads / plan.teams;
   // Splitting rows needs no barrier but streams all weights through every core; it pays while they fit beside the
@@ -187,32 +180,31 @@ Plan make_backward_plan(const BackwardParams& p, const LayerBackwardParams* laye
   return plan;
 }
 
-void recurrent_forward(const ForwardParams& params, int threads) {
-  if (!run_forward(params, nullptr, threads)) run_forward(params, nullptr, 1);
-}
+void recurrent_forward(const ForwardParams& params, int threads) { run_forward(params, nullptr, threads); }
 
 void layer_forward(const ForwardParams& params, const LayerParams& layer, int threads) {
-  if (!run_forward(params, &layer, threads)) run_forward(params, &layer, 1);
+  run_forward(params, &layer, threads);
 }
 
-void recurrent_backward(const BackwardParams& params, int threads) {
-  if (!run_backward(params, nullptr, threads)) run_backward(params, nullptr, 1);
-}
+void recurrent_backward(const BackwardParams& params, int threads) { run_backward(params, nullptr, threads); }
 
 void layer_backward(const BackwardParams& params, const LayerBackwardParams& layer, int threads) {
-  if (!run_backward(params, &layer, threads)) run_backward(params, &layer, 1);
+  run_backward(params, &layer, threads);
 }
 
 void gemm(const GemmParams& params, int threads) {
   constexpr int64_t kWorthAThread = 1 << 16;  // multiply-adds
-  threads = static_cast<int>(
-      std::clamp<int64_t>(params.m * params.n * params.k / kWorthAThread, 1, std::max(threads, 1)));
+  const int64_t work = params.m * params.n * params.k;
+  int members = static_cast<int>(std::clamp<int64_t>(work / kWorthAThread, 1, std::max(threads, 1)));
+  if (members > 1) members = std::min(members, usable_processors());
   const int64_t bytes = round_up(std::max<int64_t>(kernels().gemm_workspace(params), 64), 64);
-  const Memory workspace = allocate(bytes * threads);
-  const auto one = [&](int thread) { kernels().gemm(params, workspace.get() + thread * bytes, thread, threads); };
-  if (threads == 1) return one(0);
-#pragma omp parallel for schedule(static, 1) num_threads(threads)
-  for (int thread = 0; thread < threads; ++thread) one(thread);
+  const Memory workspace = allocate(bytes * members);
+  const auto one = [&](int member) { kernels().gemm(params, workspace.get() + member * bytes, member, members); };
+  share_out(
+      members, work, [&](int member) { return one(member), 0; },
+      [&] {
+        for (int member = 0; member < members; ++member) one(member);
+      });
 }
 
 }  // namespace fastrnn::cpu

@@ -10,6 +10,7 @@
 
 #include "../cells/registry.h"
 #include "../cpu/plan.h"
+#include "../cpu/processors.h"
 #include "../launch.h"
 #include "plain_call.h"
 #if defined(FASTRNN_CUDA_ARCHS)
@@ -72,7 +73,7 @@ py::dict cpu_plan(int cell, const std::string& dtype, int64_t T, int64_t B, int6
       backward ? cpu::make_backward_plan(call.params, input > 0 ? &products : nullptr, threads)
                : cpu::make_plan(call.params, input > 0 ? &projection : nullptr, threads);
   py::dict out;
-  out["threads"] = plan.threads();
+  out["threads"] = plan.members();
   out["teams"] = plan.teams;
   out["team_size"] = plan.team_size;
   out["split"] = plan.team_size == 1 ? "none" : plan.split_rows ? "rows" : "units";
@@ -122,6 +123,8 @@ PYBIND11_MODULE(_C, m) {
   if (PyModule_AddFunctions(m.ptr(), plain) != 0) throw py::error_already_set();
   m.def("instruction_set", &fastrnn::cpu::instruction_set);
   m.def("cpu_plan", &cpu_plan);
+  m.def("usable_processors", &fastrnn::cpu::usable_processors);
+  m.def("cpu_quota", &fastrnn::cpu::cpu_quota);
   m.def("set_uniform", &fastrnn::cpu::set_uniform);
 #if defined(FASTRNN_CUDA_ARCHS)
   m.def("cuda_plan", &cuda_plan);

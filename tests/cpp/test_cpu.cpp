@@ -4,8 +4,8 @@
 //
 // Every array has its exact size on the heap. Workspaces and results are filled with 0xff bytes (NaN in every dtype)
 // before one run and with another byte before a second: a result that differs afterwards comes from memory that was read
-// before it was written, or was never written itself. The two runs have equal plans; a third, on one thread, must agree
-// up to rounding.
+// before it was written, or was never written itself. The two runs have equal plans, but one thread computes all of the
+// second. A third, whose plan is for one thread, must agree up to rounding.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -17,6 +17,8 @@
 
 #include "cells/registry.h"
 #include "cpu/plan.h"
+#include "cpu/processors.h"
+#include "cpu/team.h"
 
 namespace fastrnn::cpu {  // recurrent.cpp names all three
 #if !defined(FASTRNN_TEST_AVX512)
@@ -112,9 +114,9 @@ void on_threads(int count, const Work& work) {
   for (std::thread& other : others) other.join();
 }
 
-// work(barrier, workspace of its team, thread)
-template <class Work>
-void run(const Plan& plan, int64_t workspace_bytes, int byte, const Work& work) {
+// make(workspace of its team, member)
+template <class Make>
+void run(const Plan& plan, int64_t workspace_bytes, int byte, bool in_turn, const Make& make) {
   const int64_t bytes = round_up(std::max<int64_t>(workspace_bytes, 64), 64);
   std::vector<char*> workspaces;
   std::vector<std::unique_ptr<Barrier>> barriers;
@@ -123,10 +125,15 @@ void run(const Plan& plan, int64_t workspace_bytes, int byte, const Work& work) 
     std::memset(workspaces.back(), byte, bytes);
     barriers.push_back(std::make_unique<Barrier>(plan.team_size));
   }
-  on_threads(plan.threads(), [&](int thread) {
-    const int team = thread / plan.team_size;
-    work(*barriers[team], workspaces[team], thread);
-  });
+  {
+    Parts parts(plan.members(), plan.team_size);
+    for (int member = 0; member < plan.members(); ++member)
+      parts.add(make(workspaces[member / plan.team_size], member));
+    if (in_turn)
+      parts.run_in_turn();
+    else
+      on_threads(plan.members(), [&](int member) { parts.run_alongside(member, *barriers[member / plan.team_size]); });
+  }
   for (char* workspace : workspaces) std::free(workspace);
 }
 
@@ -287,7 +294,7 @@ bool check_call() {
   products.grad_cells_stride_t = B * P * h;
   const LayerBackwardParams* layer_backward = whole ? &products : nullptr;
 
-  const auto compute = [&](const Plan& forward_plan, const Plan& backward_plan, int byte, Results& r) {
+  const auto compute = [&](const Plan& forward_plan, const Plan& backward_plan, int byte, bool in_turn, Results& r) {
     for (const Array* x : r.all) const_cast<Array*>(x)->fill(byte);
     if (p.lengths)
       for (Array* x : {&r.output, &r.saved, &r.grad_gates_ih, &r.grad_gates_hh, &r.grad_projected, &r.grad_input})
@@ -300,10 +307,8 @@ bool check_call() {
     ForwardParams f = p;
     if (narrow_hh.data) f.weight_hh = narrow_hh.data;
     if (narrow_hr.data) f.weight_hr = narrow_hr.data;
-    run(forward_plan, kernels().forward_workspace(f, given, forward_plan), byte,
-        [&](Barrier& barrier, char* own, int thread) {
-          kernels().forward(f, given, forward_plan, barrier, own, thread);
-        });
+    run(forward_plan, kernels().forward_workspace(f, given, forward_plan), byte, in_turn,
+        [&](char* own, int member) { return kernels().forward(f, given, forward_plan, own, member); });
     p.grad_gates_ih = r.grad_gates_ih.data;
     p.grad_gates_hh = r.grad_gates_hh.data;
     p.grad_projected = r.grad_projected.data;
@@ -316,10 +321,8 @@ bool check_call() {
     products.grad_weight_hh = r.grad_weight_hh.data;
     products.grad_bias_ih = r.grad_bias_ih.data;
     products.grad_bias_hh = r.grad_bias_hh.data;
-    run(backward_plan, kernels().backward_workspace(p, layer_backward, backward_plan), byte,
-        [&](Barrier& barrier, char* own, int thread) {
-          kernels().backward(p, layer_backward, backward_plan, barrier, own, thread);
-        });
+    run(backward_plan, kernels().backward_workspace(p, layer_backward, backward_plan), byte, in_turn,
+        [&](char* own, int member) { return kernels().backward(p, layer_backward, backward_plan, own, member); });
   };
   const bool wants[] = {coin(), coin(), coin(), coin(), coin()};
   const auto results = [&] {
@@ -334,9 +337,9 @@ bool check_call() {
   Plan backward_plan = random_plan(p, nullptr);
   backward_plan.chunk = whole ? draw(1, T) : 0;
   const auto first = results(), again = results(), alone = results();
-  compute(forward_plan, backward_plan, 0xff, *first);
-  compute(forward_plan, backward_plan, 0x3a, *again);
-  compute(make_plan(p, given, 1), make_backward_plan(p, layer_backward, 1), 0xff, *alone);
+  compute(forward_plan, backward_plan, 0xff, false, *first);
+  compute(forward_plan, backward_plan, 0x3a, true, *again);
+  compute(make_plan(p, given, 1), make_backward_plan(p, layer_backward, 1), 0xff, false, *alone);
   static constexpr double kTolerance[] = {1e-4, 1e-11, 0.15, 2e-2};
   const double tolerance = kTolerance[int(d)];
   bool good = true;
