@@ -28,9 +28,9 @@ void pause() {
 // What calls of about as much work have lately taken, on threads and on one thread alone.
 //
 // Calls run on threads while those wait little for each other: processors are free, and nothing is tried out. Where the
-// waits of a few calls add up to much, the next few run on one thread, and whichever way took less is kept for a while:
-// twice as long as the comparison took, and twice as long again after each further one, up to 64 times. Both ways are
-// timed on the machine as it is at the time, so nothing has to be known about what else runs there.
+// waits of a few calls add up to so much that one thread may take no longer, the next few run on one, and whichever way
+// took less is kept for a while: twice as long as the comparison took, and twice as long again after each further one, up
+// to 64 times. Both ways are timed on the machine as it is at the time, so nothing has to be known about what else runs.
 class Experience {
  public:
   bool prefers_one(int64_t time) {
@@ -40,7 +40,7 @@ class Experience {
     return state_ != kThreads;
   }
   // A call has ended that took `took` nanoseconds, `waited` of them waiting, on threads or not.
-  void learn(int64_t end, int64_t work, int64_t took, int64_t waited, bool on_threads) {
+  void learn(int64_t end, int members, int64_t work, int64_t took, int64_t waited, bool on_threads) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock || state_ == kOne || on_threads != (state_ == kThreads)) return;
     Trial& trial = on_threads ? threads_ : one_;
@@ -50,7 +50,8 @@ class Experience {
     trial.waited += double(waited);
     if (trial.calls < kCalls || trial.took < kLong) return;
     if (state_ == kThreads) {
-      const bool crowded = trial.waited > kMuch * trial.took;
+      const double alone = members * (trial.took - trial.waited);
+      const bool crowded = trial.waited > kMuch * trial.took && alone < 2 * trial.took;
       return start(crowded && end >= until_ ? kTrial : kThreads);
     }
     doublings_ = std::min(doublings_ + 1, 6);
@@ -149,7 +150,7 @@ void share_out(int members, int64_t work, const std::function<int64_t(int)>& alo
   if (experience.prefers_one(begin)) {
     in_turn();
     const int64_t end = now();
-    return experience.learn(end, work, end - begin, 0, /*on_threads=*/false);
+    return experience.learn(end, members, work, end - begin, 0, /*on_threads=*/false);
   }
   bool complete = true;
   int64_t slept = 0, finished = 0;
@@ -164,7 +165,7 @@ void share_out(int members, int64_t work, const std::function<int64_t(int)>& alo
   }
   if (!complete) return in_turn();
   const int64_t end = now();
-  experience.learn(end, work, end - begin, slept + end - finished, /*on_threads=*/true);
+  experience.learn(end, members, work, end - begin, slept + end - finished, /*on_threads=*/true);
 }
 
 }  // namespace fastrnn::cpu

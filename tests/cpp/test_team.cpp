@@ -79,21 +79,20 @@ bool on_threads(int64_t work, int threads_ms, int slept_ms, int one_ms) {
 // Where threads wait much for each other, one thread is tried for four calls, and the faster way is kept for a while.
 void test_waits_send_calls_to_one_thread() {
   constexpr int64_t kWork = 1 << 20, kOther = 1 << 26;
-  for (int i = 0; i < 4; ++i) CHECK(on_threads(kWork, 100, 90, 10));
-  for (int i = 0; i < 4; ++i) CHECK(!on_threads(kWork, 100, 90, 10));
-  CHECK(!on_threads(kWork, 100, 90, 10));     // for twice the 440 ms that both took
-  CHECK(!on_threads(kWork + 5, 100, 90, 10));
-  CHECK(on_threads(kOther, 10, 0, 10));       // calls of another size have not waited
-  sleep_ms(1100);
-  CHECK(on_threads(kWork, 10, 0, 10));        // tried again
+  for (int i = 0; i < 4; ++i) CHECK(on_threads(kWork, 200, 195, 10));
+  for (int i = 0; i < 4; ++i) CHECK(!on_threads(kWork, 200, 195, 10));
+  CHECK(!on_threads(kWork, 200, 195, 10));     // for twice the 840 ms that both took
+  CHECK(!on_threads(kWork + 5, 200, 195, 10));
+  CHECK(on_threads(kOther, 10, 0, 10));        // calls of another size have not waited
+  for (int tries = 0; !on_threads(kWork, 10, 0, 10); ++tries) CHECK(tries < 2000);  // threads are tried again
 }
 
 // Where one thread is slower even so, threads are kept.
 void test_waiting_threads_may_be_the_faster_way() {
   constexpr int64_t kWork = 1 << 10;
-  for (int i = 0; i < 4; ++i) CHECK(on_threads(kWork, 50, 25, 400));
-  for (int i = 0; i < 4; ++i) CHECK(!on_threads(kWork, 50, 25, 400));
-  for (int i = 0; i < 6; ++i) CHECK(on_threads(kWork, 50, 25, 400));
+  for (int i = 0; i < 4; ++i) CHECK(on_threads(kWork, 100, 95, 400));
+  for (int i = 0; i < 4; ++i) CHECK(!on_threads(kWork, 100, 95, 400));
+  for (int i = 0; i < 6; ++i) CHECK(on_threads(kWork, 100, 95, 400));
 }
 
 void test_one_member_needs_no_thread() {
