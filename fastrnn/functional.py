@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from . import _C, segments
 from . import layer as fused
-from . import segments
 from .ops import CELLS, recurrent_forward
 from .products import is_plain, linear
 
@@ -255,7 +255,13 @@ def _checked(
     start, fresh = states("state", state), states("reset_state", reset_state)
     if lengths is not None:
         lengths = given_lengths(lengths, input)
-    return _network(cell, input, start, weights, dropout, training, lengths, resets, fresh)[:2]
+    output, finals, _ = _network(cell, input, start, weights, dropout, training, lengths, resets, fresh)
+    return own(output), tuple(map(own, finals))
+
+
+def own(x: Any) -> Any:
+    """A result as a tensor that is no view, on the same memory; None as None. A view could not be detached in place."""
+    return x if torch.compiler.is_compiling() else _C.without_view(x)
 
 
 def _check_input(input: Tensor) -> None:

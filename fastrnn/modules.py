@@ -219,7 +219,7 @@ class _Recurrent(RNNBase):
             output, state, *_ = self(x.unsqueeze(time), state)
         else:
             output, state, *_ = self(x.unsqueeze(time), state, resets=resets.unsqueeze(time), reset_state=reset_state)
-        return output.squeeze(time), state
+        return functional.own(output.squeeze(time)), state
 
     def flatten_parameters(self) -> None:
         """Does nothing: there is no flat weight buffer; parameters are read by name at each forward."""
@@ -408,7 +408,7 @@ class _Recurrent(RNNBase):
         states = () if hx is None else functional.given_states(self.mode.lower(), "hx", hx)
         x = input.transpose(0, 1) if self.batch_first else input
         output, *finals = layer.layers(self.mode.lower(), x, weights, states, self.grad_clip or 0.0)
-        return (output.transpose(0, 1) if self.batch_first else output, *finals)
+        return tuple(map(_C.without_view, (output.transpose(0, 1) if self.batch_first else output, *finals)))
 
     def _weights_by_name(self) -> tuple[dict[str, Any], list[Any]]:
         """For the short way: a dict of tensors, and by layer its keys, see csrc/torch/plain_call.cpp."""
@@ -469,7 +469,8 @@ class _Recurrent(RNNBase):
         if not batched:
             output, cells = output.squeeze(batch_dim), None if cells is None else cells.squeeze(batch_dim)
             finals = tuple(x.squeeze(state_dim) for x in finals)
-        return output, finals, cells
+        own = functional.own
+        return own(output), tuple(map(own, finals)), own(cells)
 
     def _run_packed(
         self, input: PackedSequence, states: States | None
@@ -498,7 +499,7 @@ class _Recurrent(RNNBase):
         def packed(x: Tensor) -> PackedSequence:
             return PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices)
 
-        finals = tuple(_permute(x, unsorted_indices, state_dim) for x in finals)
+        finals = tuple(functional.own(_permute(x, unsorted_indices, state_dim)) for x in finals)
         return packed(output), finals, None if cells is None else packed(cells)
 
     def _kind(self) -> str:
@@ -662,7 +663,7 @@ class _Cell(RNNCellBase):
             if isinstance(plain, list):
                 given = () if hx is None else functional.given_states(cell, "hx", hx)
                 finals = layer.layers(cell, input[None], plain, [x[None] for x in given], 0.0)[1:]
-                return tuple(x[0] for x in finals)
+                return tuple(_C.without_view(x[0]) for x in finals)
             if plain is not None:
                 return plain[1:]
         kind = type(self).__name__
@@ -697,7 +698,7 @@ class _Cell(RNNCellBase):
         if input.dtype != weights.weight_ih.dtype and not torch._C._is_any_autocast_enabled():
             raise RuntimeError(f"input: expected {weights.weight_ih.dtype} (that of weight_ih), got {input.dtype}")
         after = functional._cell(cell, input, states, weights)
-        return after if batched else tuple(x if x.dim() < 2 else x.squeeze(0) for x in after)
+        return after if batched else tuple(functional.own(x if x.dim() < 2 else x.squeeze(0)) for x in after)
 
 
 class LSTMCell(_Cell):

@@ -119,6 +119,7 @@ PYBIND11_MODULE(_C, m) {
   static PyMethodDef plain[] = {fast("plain_forward", fastrnn::plain_forward),
                                 fast("plain_layer_forward", fastrnn::plain_layer_forward),
                                 fast("plain_layer_backward", fastrnn::plain_layer_backward),
+                                fast("without_view", fastrnn::without_view),
                                 {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), plain) != 0) throw py::error_already_set();
   m.def("instruction_set", &fastrnn::cpu::instruction_set);

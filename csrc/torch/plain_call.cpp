@@ -336,6 +336,16 @@ PyObject* const* items(PyObject* tuple) { return reinterpret_cast<PyTupleObject*
 // be made under the GIL, which that thread holds then.
 OptionalTensor one(const OptionalTensor& x) { return x ? OptionalTensor(x->unsqueeze(0)) : std::nullopt; }
 
+// A view as a tensor of its own, on the same memory: what autograd counts as a view cannot be detached in place. It keeps
+// the view's history, and its version, so that a write to it is seen wherever the memory was saved for a backward.
+Tensor unviewed(const Tensor& view) {
+  if (!view.is_view()) return view;
+  namespace impl = torch::autograd::impl;
+  const Tensor own(view.unsafeGetTensorImpl()->shallow_copy_and_detach(impl::version_counter(view), true));
+  if (view.requires_grad()) impl::set_gradient_edge(own, impl::gradient_edge(view));
+  return own;
+}
+
 // Undefined tensors become None.
 PyObject* tuple_of(std::initializer_list<Tensor> tensors) {
   PyObject* result = PyTuple_New(tensors.size());
@@ -376,8 +386,27 @@ PyObject* plain_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   RECORD_FUNCTION("fastrnn::layer_forward", {});
   auto [output, h_n, c_n] = run(call);
-  if (batch_first) output = output.transpose(0, 1);
+  if (batch_first) output = unviewed(output.transpose(0, 1));
   return c_n.defined() ? tuple_of({output, h_n, c_n}) : tuple_of({output, h_n});
+  END_HANDLE_TH_ERRORS
+}
+
+// without_view(x) -> x, or where it is an ordinary view of any device, and nobody records what becomes of it, the tensor
+// of its own that unviewed makes.
+PyObject* without_view(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  using c10::DispatchKey;
+  static const c10::DispatchKeySet usual({DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView});
+  static const c10::DispatchKeySet special =
+      c10::python_ks | c10::DispatchKeySet({DispatchKey::FuncTorchBatched, DispatchKey::FuncTorchGradWrapper,
+                                            DispatchKey::Batched, DispatchKey::Functionalize});
+  TORCH_CHECK_TYPE(count == 1, "without_view: expected one argument, got ", count);
+  PyObject* x = args[0];
+  if (!THPVariable_CheckExact(x) || !(c10::impl::tls_local_dispatch_key_set().included_ - usual).empty())
+    return Py_NewRef(x);
+  const Tensor& t = THPVariable_Unpack(x);
+  if (!t.is_view() || t.key_set().has_any(special) || t._fw_grad(/*level=*/0).defined()) return Py_NewRef(x);
+  return THPVariable_Wrap(unviewed(t));
   END_HANDLE_TH_ERRORS
 }
 

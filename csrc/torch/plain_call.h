@@ -6,4 +6,5 @@ namespace fastrnn {
 PyObject* plain_forward(PyObject* module, PyObject* const* args, Py_ssize_t count);
 PyObject* plain_layer_forward(PyObject* module, PyObject* const* args, Py_ssize_t count);
 PyObject* plain_layer_backward(PyObject* module, PyObject* const* args, Py_ssize_t count);
+PyObject* without_view(PyObject* module, PyObject* const* args, Py_ssize_t count);
 }  // namespace fastrnn
