@@ -11,6 +11,7 @@ except ImportError as error:
     ) from error
 
 from . import autograd as _autograd  # noqa: F401  (gives the ops their derivatives)
+from . import flops as _flops  # noqa: F401  (tells FlopCounterMode about the ops)
 from . import functional
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .quantized import quantize

@@ -19,6 +19,7 @@ TITLES = (
     "Streaming",
     "Every sequence stops by itself",
     "A learned initial state",
+    "What a model costs",
 )
 
 
