@@ -199,6 +199,21 @@ _LINEAR = _Rule(grouped_linear, linear_by_aten, _pull_linear, frozenset((0, 1)),
 _OUTER = _Rule(grouped_outer, outer_by_aten, _pull_outer, frozenset((0, 1)), ())
 
 
+def keep(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
+    """``ctx.save_for_backward`` without the Nones, at which what draws or walks a graph stumbles; see ``kept``."""
+    ctx.places = [i for i, x in enumerate(tensors) if x is not None]
+    ctx.count = len(tensors)
+    ctx.save_for_backward(*[x for x in tensors if x is not None])
+
+
+def kept(ctx: Any) -> list[Any]:
+    """What ``keep`` was given."""
+    tensors: list[Any] = [None] * ctx.count
+    for i, x in zip(ctx.places, ctx.saved_tensors, strict=True):
+        tensors[i] = x
+    return tensors
+
+
 class _Recurrent(torch.autograd.Function):
     """The one node type, for any of the ops."""
 
@@ -215,18 +230,16 @@ class _Recurrent(torch.autograd.Function):
         ctx.rule = rule
         read = [a if i in rule.reads else None for i, a in enumerate(args)]
         ctx.plain = [None if isinstance(a, Tensor) else a for a in read]
-        ctx.places = [i for i, a in enumerate(read) if isinstance(a, Tensor)]
-        ctx.save_for_backward(*(read[i] for i in ctx.places), *(results[i] for i in rule.keeps))
+        keep(ctx, [a if isinstance(a, Tensor) else None for a in read] + [results[i] for i in rule.keeps])
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        args, tensors = list(ctx.plain), ctx.saved_tensors
-        for i, x in zip(ctx.places, tensors, strict=False):
-            args[i] = x
-        results = tensors[len(ctx.places) :]
+        tensors, count = kept(ctx), len(ctx.plain)
+        args = [plain if x is None else x for plain, x in zip(ctx.plain, tensors[:count], strict=True)]
+        results = tensors[count:]
         return (None, None, *ctx.rule.pullback(args, results, ctx.needs_input_grad[2:], grads))
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _C
-from .autograd import Grads, pull_forward
+from .autograd import Grads, keep, kept, pull_forward
 from .ops import CELLS
 from .products import is_plain, is_plain_call, product, transposed_product
 
@@ -150,22 +150,25 @@ class _Layer(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.cell, ctx.grad_clip = cell, grad_clip
         # Biases are not looked at again; the input is for weight_ih's gradient alone, and weight_ih for the input's.
-        dropped = {2, 3} | (set() if ctx.needs_input_grad[4] else {0})
-        kept = [x if i < 6 or (i - 6) % FIELDS not in dropped else None for i, x in enumerate(rest)]
-        kept_input = input if any(ctx.needs_input_grad[11::FIELDS]) else None
-        ctx.save_for_backward(batch_sizes, kept_input, *kept, results[0], results[3])
+        read = list(rest)
+        for first in range(6, len(rest), FIELDS):
+            read[first + 2] = read[first + 3] = None
+            if not ctx.needs_input_grad[4]:
+                read[first] = None
+        read_input = input if any(ctx.needs_input_grad[11::FIELDS]) else None
+        keep(ctx, [batch_sizes, read_input, *read, results[0], results[3]])
         return (*results, every_c(cell, results[3], len(rest[6:]) // FIELDS) if all_states else None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        kept, needs = ctx.saved_tensors, ctx.needs_input_grad[4:]
+        tensors, needs = tuple(kept(ctx)), ctx.needs_input_grad[4:]
         if not torch.compiler.is_compiling():
-            found = _C.plain_layer_backward(ctx.cell, ctx.grad_clip, needs, grads, kept)
+            found = _C.plain_layer_backward(ctx.cell, ctx.grad_clip, needs, grads, tensors)
             if found is not None:
                 return (None, None, None, None, *found)
-        batch_sizes, input, *rest, output, saved = kept
+        batch_sizes, input, *rest, output, saved = tensors
         states = rest[:6]
         weight_ih, weight_hh, _, _, weight_hr = stacked(rest[6:])
         assert weight_hh is not None

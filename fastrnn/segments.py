@@ -16,7 +16,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import layer as fused
-from .autograd import Grads
+from .autograd import Grads, keep, kept
 from .layer import FIELDS, Needed
 from .products import is_plain, is_plain_call
 
@@ -148,10 +148,10 @@ class _Call:
             self.batch_sizes, in_place=True,
         )  # fmt: skip
 
-    def entry(self, kept: Sequence[Tensor], direction: int, s: Segment) -> States:
+    def entry(self, entries: Sequence[Tensor], direction: int, s: Segment) -> States:
         """Where the states that a segment is entered with are kept."""
         count = len(self.states)
-        return tuple(x[s.begin // self.every, : s.batch] for x in kept[direction * count : (direction + 1) * count])
+        return tuple(x[s.begin // self.every, : s.batch] for x in entries[direction * count : (direction + 1) * count])
 
     def run(self, walk: Walk, weights: Sequence[Tensor | None], s: Segment, save: bool) -> tuple[Tensor, ...]:
         """The segment's forward: what layer_forward gives."""
@@ -171,15 +171,15 @@ class _Segments(torch.autograd.Function):
     def forward(ctx: Any, options: Any, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         call = _Call(options, input, rest)
         finals: list[States] = []
-        kept: list[Tensor] = []  # of each direction and state [segments, B, n], first of all: no holes in the heap
+        entries: list[Tensor] = []  # of each direction and state [segments, B, n], first of all: no holes in the heap
         for _ in range(call.directions):
-            kept += [
+            entries += [
                 x.new_empty(-(-call.steps // call.every), len(x), x.shape[1] // call.directions) for x in call.states
             ]
         output = input.new_empty(*input.shape[:-1], call.states[0].shape[1])
 
         def run(walk: Walk, weights: Sequence[Tensor | None], s: Segment) -> None:
-            entry = call.entry(kept, int(walk.reverse), s)
+            entry = call.entry(entries, int(walk.reverse), s)
             for to, x in zip(entry, s.entry, strict=True):
                 to.copy_(x)
             part, *after, _ = call.run(walk, weights, s._replace(entry=entry), False)
@@ -193,7 +193,7 @@ class _Segments(torch.autograd.Function):
             finals.append(walk.states)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.arguments = options, 1 + len(rest)
-        ctx.save_for_backward(input, *rest, *kept)
+        keep(ctx, [input, *rest, *entries])
         h_n, *c_n = (torch.cat(each, 1) for each in zip(*finals, strict=True))
         return output, h_n, c_n[0] if c_n else h_n.new_empty(0)
 
@@ -202,11 +202,11 @@ class _Segments(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:]
         if all(g is None for g in grads):
             return (None,) * (1 + len(needs))
-        tensors = ctx.saved_tensors
-        arguments, kept = tensors[: ctx.arguments], tensors[ctx.arguments :]
+        tensors = kept(ctx)
+        arguments, entries = tensors[: ctx.arguments], tensors[ctx.arguments :]
         if torch.is_grad_enabled() or not is_plain_call() or not all(map(_is_unbatched, grads)):
             return (None, *_differentiable(ctx.options, arguments, needs, grads))
-        return (None, *_by_segments(_Call(ctx.options, arguments[0], arguments[1:]), kept, needs, grads))
+        return (None, *_by_segments(_Call(ctx.options, arguments[0], arguments[1:]), entries, needs, grads))
 
 
 def _is_unbatched(x: Tensor | None) -> bool:
@@ -216,7 +216,7 @@ def _is_unbatched(x: Tensor | None) -> bool:
     )
 
 
-def _by_segments(call: _Call, kept: Sequence[Tensor], needs: Sequence[bool], grads: Grads) -> Grads:
+def _by_segments(call: _Call, entries: Sequence[Tensor], needs: Sequence[bool], grads: Grads) -> Grads:
     D, count = call.directions, len(call.states)
     needed = Needed(needs[0], True, *(any(needs[7 + i :: FIELDS]) for i in range(FIELDS)))
     grad_input = torch.empty_like(call.input) if needs[0] else None
@@ -265,7 +265,7 @@ def _by_segments(call: _Call, kept: Sequence[Tensor], needs: Sequence[bool], gra
                 later[i][: s.batch].copy_(before)
 
         for s in reversed(list(walk)):
-            back(s._replace(entry=call.entry(kept, direction, s)))
+            back(s._replace(entry=call.entry(entries, direction, s)))
         of_weights.extend(None if x is None else x[0] for x in totals)
         absent = [None] * (2 - count)
         of_states.append([*later, *absent, *fresh, *absent])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call, grad, vmap
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import fastrnn
+
+from .helpers import CELL_KINDS, KINDS, build
 from .transform_cases import (
     assert_close,
     calls_of,
@@ -153,6 +159,48 @@ def test_saved_tensor_hooks(kind: str):
     with torch.autograd.graph.save_on_cpu():
         loss = loss_of(module)(x)
     assert_close(torch.autograd.grad(loss, (x, *module.parameters())), expected)
+
+
+def _nodes(results: Iterable[Tensor]) -> list[Any]:
+    """Every node of their graph."""
+    found, waiting = {}, [x.grad_fn for x in results]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found[node] = None
+            waiting += (following for following, _ in node.next_functions)
+    return list(found)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *CELL_KINDS])
+def test_what_walks_the_graph_meets_tensors_alone(kind: str):
+    """torchviz asks everything that a node of Python's has saved for its size."""
+    x, lengths, resets = _input(), torch.tensor([11, 5, 2]), torch.rand(11, 3) < 0.4
+    if kind in CELL_KINDS:
+        calls = [functools.partial(build(fastrnn, kind, 8, 6), x[0])]
+    else:
+        every: list[dict[str, Any]] = [{}, {"num_layers": 2, "bidirectional": True, "dropout": 0.5}, {"bias": False}]
+        every += [{"recompute": 4}, {"learn_initial_state": True}]
+        lstm = ({"proj_size": 2}, {"return_all_states": True}) if kind == "LSTM" else ()
+        modules = [build(fastrnn, kind, 8, 6, **options) for options in (*every, *lstm)]
+        given = ((x, {}), (x.detach(), {}), (x, {"lengths": lengths}), (x, {"resets": resets}),
+                 (pack_padded_sequence(x, lengths), {}))  # fmt: skip
+        calls = [functools.partial(m, input, **options) for m in modules for input, options in given]
+        calls.append(functools.partial(build(fastrnn, kind, 8, 6).bfloat16(), x.bfloat16()))
+    for call in calls:
+        results = [y for y in pytree.tree_leaves(call()) if isinstance(y, Tensor) and y.requires_grad]
+        saved = [y for node in _nodes(results) for y in getattr(node, "saved_tensors", ())]
+        assert saved and all(isinstance(y, Tensor) for y in saved)
+
+
+@every_module
+def test_multi_grad_hook(kind: str):
+    module, x = make_module(kind), _input()
+    seen: list[Sequence[Tensor | None]] = []
+    torch.autograd.graph.register_multi_grad_hook((x, *module.parameters()), seen.append)
+    loss_of(module)(x).backward()
+    ((of_x, *of_parameters),) = seen
+    assert_close((of_x, *of_parameters), (x.grad, *(p.grad for p in module.parameters())))
 
 
 @every_module
