@@ -517,7 +517,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"char_lm: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("char_lm: interrupted; what --checkpoint holds can be continued with --resume", file=sys.stderr)
+        saved = args.checkpoint is not None and args.checkpoint.exists()
+        kept = f": --resume continues from {args.checkpoint}" if saved else ""
+        print(f"char_lm: interrupted{kept}", file=sys.stderr)
         return 130
     if args.json is not None:
         report = {"program": PROGRAM, "schema": SCHEMA, "mode": "compare" if args.compare else "train"}

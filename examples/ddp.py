@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
 import time
 
 import torch
@@ -81,11 +83,15 @@ def main() -> None:
         if rank == 0 and (step < 5 or step % 20 == 19):
             print(f"step {step + 1:4d}   loss {total.item() / ranks:.6f}", flush=True)
     if dist.is_initialized():
-        time.sleep(
-            0.2
-        )  # gloo's threads need the interpreter to let go of the last tensors, and who joins them holds it
+        time.sleep(0.2)  # gloo's threads wait for the interpreter to free the last tensors; joining them would hold it
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends it a second time
+        if os.environ.get("RANK", "0") == "0":  # Ctrl-C reaches every process
+            print("ddp: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -175,6 +175,29 @@ def test_each_backend_continues_the_others_checkpoint(text: Path, tmp_path: Path
         assert rest == pytest.approx(whole[6:], abs=char_lm.TOLERANCE["float32"])
 
 
+def test_interrupted(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C: one line, which names a checkpoint only where there is one, and the shell's own status for it."""
+    chunk = char_lm.Trainer.train_chunk
+
+    def interrupted_at_step_8(trainer: Any) -> torch.Tensor:
+        if trainer.step == 8:
+            raise KeyboardInterrupt
+        return chunk(trainer)
+
+    monkeypatch.setattr(char_lm.Trainer, "train_chunk", interrupted_at_step_8)
+    path = tmp_path / "lm.pt"
+    for options, said in (
+        ([], "char_lm: interrupted"),
+        (["--checkpoint", path], "char_lm: interrupted"),
+        (["--checkpoint", path, "--checkpoint-every", 5], f"char_lm: interrupted: --resume continues from {path}"),
+        ([COMPARE], "char_lm: interrupted"),
+    ):
+        run(text, "--backend torch", *options, expect=130)
+        assert capsys.readouterr().err.splitlines()[-1] == said
+
+
 def test_interrupted_write_keeps_the_old_checkpoint(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

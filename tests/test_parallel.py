@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -139,8 +140,12 @@ def test_shared_module_sent_to_processes(two_processes: Any) -> None:
     assert not torch.equal(shared(torch.ones(2, 1, 3))[0], before)
 
 
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def losses(*command: str) -> list[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = environment()
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
     )
@@ -159,6 +164,18 @@ def test_torchrun_example() -> None:
         together = losses(*run, "--wrap", wrap)
         for a, b in zip(together, alone, strict=True):
             assert abs(float(a) - float(b)) < 2e-6
+
+
+def test_interrupted_example() -> None:
+    """Ctrl-C ends it with one line and the shell's status for it."""
+    command = [sys.executable, "examples/ddp.py", "--steps", "1000000", "--hidden", "16", "--batch", "8"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("step")
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and errors == "ddp: interrupted\n"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a GPU")
