@@ -6,12 +6,13 @@ A part of the file looks so, and everything between the two lines is written by 
     <!-- benchmarks end -->
 
 The first word is a file of benchmarks/results, or a pattern like `*-quick-*.json` for the newest of several. The second
-is one of VIEWS, or `plot:NAME` with a name of plots.PLOTS.
+is one of VIEWS or, for a run on a GPU (results/gpu), of GPU_VIEWS, or `plot:NAME` with a name of plots.PLOTS.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from benchmarks.report import FITS_HEADER, fit_cells, markdown_table, median, megabytes, row_verdict
 from benchmarks.results import FAILED, VERDICTS, Document, judged
+from benchmarks.stats import geometric_mean
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
@@ -64,6 +66,17 @@ def families(data: dict[str, Any]) -> list[str]:
         for family, peer in keys
     ]
     return markdown_table(("", "forward", "training step"), lines)
+
+
+def headline(data: dict[str, Any]) -> list[str]:
+    """One sentence: the means of the three kinds of layer."""
+    means = {(mean["family"], mean["mode"]): mean["ratio"] for mean in data["summary"]["families"]}
+    found = [
+        f"{TITLES[family]} {means[family, 'fwd']:.2f} and {means[family, 'train']:.2f}"
+        for family in ("lstm", "gru", "rnn")
+        if means.get((family, "fwd")) and means.get((family, "train"))
+    ]
+    return [f"forward and training step: {', '.join(found)} ({machine(data)})."]
 
 
 def losses(data: dict[str, Any]) -> list[str]:
@@ -132,24 +145,63 @@ def threads(data: dict[str, Any]) -> list[str]:
     return markdown_table(("threads", *titles), lines)
 
 
+def machine(data: dict[str, Any]) -> str:
+    """Processor, threads, versions, date."""
+    facts = data["machine"]
+    threads = f"{data['settings']['threads']} thread" + "s" * (data["settings"]["threads"] != 1)
+    others = [
+        f"{peer['title']} {peer['version']}" for key, peer in data["peers"].items() if key not in ("fastrnn", "torch")
+    ]
+    versions = [f"torch {facts['software']['torch']}", *others]
+    return ", ".join([facts["cpu"]["model"], threads, *versions, facts["date"][:10]])
+
+
 def conditions(data: dict[str, Any]) -> list[str]:
     """One sentence: machine, threads, versions, date, command."""
-    machine, software = data["machine"], data["machine"]["software"]
-    threads = f"{data['settings']['threads']} thread" + "s" * (data["settings"]["threads"] != 1)
-    others = ", ".join(
-        f"{peer['title']} {peer['version']}" for key, peer in data["peers"].items() if key not in ("fastrnn", "torch")
+    counts = f"{len(data['rows'])} rows, {data['summary']['noisy']} of them noisy"
+    return [f"{machine(data)}; `{data['command']}`; {counts}."]
+
+
+def gpu_means(data: dict[str, Any]) -> list[str]:
+    """Geometric means over all rows of a dtype, and how many of them are lost."""
+    ratios: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for row in data["rows"]:
+        for variant, timing in row["variants"].items():
+            if "ratio" in timing:
+                dtype = "float32 as TF32" if row["tf32"] else row["case"]["dtype"]
+                found = timing["ratio"]["median"], timing["verdict"]
+                for name in (dtype, "all"):
+                    ratios.setdefault((name, f"{row['mode']} {variant}"), []).append(found)
+
+    def cell(found: list[tuple[float, str]]) -> str:
+        lost = sum(verdict == "loss" for _, verdict in found)
+        return f"**{geometric_mean([ratio for ratio, _ in found]):.2f}** ({len(found)} rows, {lost} lost)"
+
+    dtypes = [*sorted({name for name, _ in ratios} - {"all"}), "all"]
+    modes = {"fwd graph": "forward", "train graph": "training step", "fwd eager": "forward, eager",
+             "train eager": "training step, eager"}  # fmt: skip
+    return markdown_table(
+        ("cuDNN's time / ours", *modes.values()),
+        ((name, *(cell(ratios[name, mode]) if (name, mode) in ratios else "-" for mode in modes)) for name in dtypes),
     )
+
+
+def gpu_conditions(data: dict[str, Any]) -> list[str]:
+    """One sentence: GPU, versions, date, what was tested and timed."""
+    facts = data["machine"]
+    steps = "; ".join(f"{step['name']}: {step['detail']}" for step in data["steps"] if step["name"] != "build")
     return [
-        f"{machine['cpu']['model']}, {threads}, torch {software['torch']}{', ' + others if others else ''}, "
-        f"{machine['date'][:10]}; `{data['command']}`; "
-        f"{len(data['rows'])} rows, {data['summary']['noisy']} of them noisy."
+        f"{facts['gpu']['name']}, driver {facts['gpu']['driver_version']}, torch {facts['torch']}, cuDNN "
+        f"{facts['cudnn']}, {facts['date'][:10]}; `benchmarks/gpu_check.sh`; {steps}."
     ]
 
 
-VIEWS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "families": families, "losses": losses, "memory": memory, "peers": peers, "scaling": scaling,
+View = Callable[[dict[str, Any]], list[str]]
+VIEWS: dict[str, View] = {
+    "families": families, "headline": headline, "losses": losses, "memory": memory, "peers": peers, "scaling": scaling,
     "threads": threads, "conditions": conditions,
 }  # fmt: skip
+GPU_VIEWS: dict[str, View] = {"gpu-means": gpu_means, "gpu-conditions": gpu_conditions}
 
 
 def digest(run: Path) -> str:
@@ -195,8 +247,11 @@ def render(text: str, root: Path = ROOT, results: Path = RESULTS) -> tuple[str, 
             lines = [f"![{name}, from {run.name}]({plot_file(run, name).relative_to(root).as_posix()})"]
         elif view in VIEWS:
             lines = VIEWS[view](Document.load(run).data)
+        elif view in GPU_VIEWS:
+            lines = GPU_VIEWS[view](json.loads(run.read_text()))
         else:
-            raise ValueError(f"benchmarks begin: expected one of {', '.join(VIEWS)} or plot:NAME, got {view!r}")
+            known = ", ".join((*VIEWS, *GPU_VIEWS))
+            raise ValueError(f"benchmarks begin: expected one of {known} or plot:NAME, got {view!r}")
         return match[1] + "\n".join(lines) + "\n" + match[4]
 
     made = PART.sub(part, text)

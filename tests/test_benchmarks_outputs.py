@@ -295,14 +295,23 @@ def test_committed_runs_are_valid_and_hold_no_paths(file: Path) -> None:
     assert data["machine"]["date"][:10] == file.name[:10]
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/results/gpu").glob("*.json")), ids=lambda file: file.stem)
+def test_committed_runs_on_a_gpu(file: Path) -> None:
+    text = file.read_text()
+    data = json.loads(text)
+    assert (data["schema"], data["schema_version"]) == ("fastrnn-gpu", 1)
+    assert data["machine"]["date"][:10] == file.name[:10]
+    assert not re.search(r"/(home|root|work|tmp|usr|opt)/", text)
+
+
 # ---- README
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/performance-cpu.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/performance-cpu.md", "docs/gpu.md"])
 def test_the_documents_match_the_committed_runs(name: str) -> None:
     file = readme.ROOT / name
     assert readme.update(file, write=False) == [], f"python -m benchmarks readme --file {name}"
-    assert len(readme.PART.findall(file.read_text())) >= 3
+    assert len(readme.PART.findall(file.read_text())) >= (2 if name == "docs/gpu.md" else 3)
 
 
 @pytest.fixture
@@ -347,6 +356,33 @@ def test_tables_of_the_readme(committed: Path, everything: dict[str, Any]) -> No
         if "4.0" in line
     ]
     assert line == "| LSTM | **4.00** (2 wins) | **0.50** (1 loss) |"
+
+
+def test_the_headline() -> None:
+    data = document(timed(2.0), timed(4.0, mode="train"), timed(8.0, family="gru"))
+    (line,) = readme.headline(data)
+    assert line.startswith("forward and training step: LSTM 2.00 and 4.00 (a processor, 2 threads, torch 2.13.0, ")
+
+
+def test_the_table_of_a_gpu() -> None:
+    def row(dtype: str, mode: str, tf32: bool = False, **ratios: float) -> dict[str, Any]:
+        variants = {
+            name: {"ratio": {"median": ratio}, "verdict": "loss" if ratio < 1 else "win"}
+            for name, ratio in ratios.items()
+        }
+        return {"case": {"dtype": dtype}, "mode": mode, "tf32": tf32, "variants": variants}
+
+    rows = [
+        row("float32", "fwd", eager=4.0, graph=2.0), row("float32", "fwd", eager=1.0, graph=0.5),
+        row("float32", "fwd", tf32=True, graph=8.0), row("float16", "train", graph=3.0),
+    ]  # fmt: skip
+    lines = readme.gpu_means({"rows": [*rows, {**rows[0], "variants": {"eager": {"message": "not run"}}}]})
+    assert lines[2:] == [
+        "| float16 | - | **3.00** (1 rows, 0 lost) | - | - |",
+        "| float32 | **1.00** (2 rows, 1 lost) | - | **2.00** (2 rows, 0 lost) | - |",
+        "| float32 as TF32 | **8.00** (1 rows, 0 lost) | - | - | - |",
+        "| all | **2.00** (3 rows, 1 lost) | **3.00** (1 rows, 0 lost) | **2.00** (2 rows, 0 lost) | - |",
+    ]
 
 
 def test_the_table_of_peers_has_every_ratio_once(everything: dict[str, Any]) -> None:
