@@ -3,6 +3,7 @@
 # make bench-peers      installs the other runtimes into an environment of their own (.venv-peers, 3 GB) and times those
 # make test-extras      other packages' models and runtimes, in an environment of their own (.venv-extras, 4 GB)
 # make lint    formatting, lint and types
+# make test-sdist       packs the sources, builds a wheel from them in a clean environment (.venv-sdist) and uses it there
 # make check-cuda       compiles the kernels for every architecture; registers, spills, disassembly (needs nvcc)
 # make test-cuda-build  the whole extension against torch's CUDA build, in an environment of its own (6 GB)
 # make clean   removes what was built (make distclean: the environment too)
@@ -24,7 +25,7 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -na
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup build test test-extras bench bench-peers lint check-cuda test-cuda-build clean distclean
+.PHONY: setup build test test-extras test-sdist bench bench-peers lint check-cuda test-cuda-build clean distclean
 
 setup: $(STAMP)
 build: $(BUILT)
@@ -37,9 +38,15 @@ $(STAMP): requirements-dev.txt
 	$(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt --requirement requirements-dev.txt
 	touch $@
 
+# The environment finds the package here from any folder: `$(PY) examples/ddp.py` works as it stands.
 $(BUILT): $(STAMP) $(SOURCES)
 	MAX_JOBS=$(JOBS) $(PY) setup.py --quiet build_ext --inplace
+	echo "$(CURDIR)" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastrnn-clone.pth"
 	mkdir -p build && touch $@
+
+# An exported PYTHONPATH would show the package of this folder where the installed one is meant.
+test-sdist: $(STAMP)
+	env -u PYTHONPATH TORCH=$(TORCH) PYTHON=$(PYTHON) MAX_JOBS=$(JOBS) tools/test_sdist.sh
 
 test: $(BUILT)
 	$(PY) -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
@@ -88,4 +95,4 @@ clean:
 	rm -rf build dist fastrnn/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
 distclean: clean
-	rm -rf $(VENV) $(PEERS_VENV) $(EXTRAS_VENV)
+	rm -rf $(VENV) $(PEERS_VENV) $(EXTRAS_VENV) .venv-sdist .venv-cuda

@@ -1,33 +1,46 @@
-"""Builds the extension module fastrnn._C; everything else about the package stands in pyproject.toml.
+"""Builds the extension module fastrnn._C and says which torch it needs; everything else stands in pyproject.toml.
 
 Environment:
+  CXX                 the C++ compiler, g++ 12 or newer. Default: c++.
   FASTRNN_CUDA        1: build the CUDA kernels, 0: do not. Default: build them if torch is a CUDA build and an nvcc of
                       the same CUDA major version is found. Whether this machine has a GPU plays no part.
   FASTRNN_CUDA_ARCHS  compute capabilities to build for, e.g. "9.0a" or "8.0;9.0a+PTX".
   CUDA_HOME           the CUDA toolkit. Default: that of the nvcc on PATH, which may be a script that calls another.
   MAX_JOBS            compiler processes at once (torch's own variable).
+  FASTRNN_DEBUG_INFO  1: keep debug information, lines of kernels included, which makes the module ten times as large.
 
 Kernels (csrc/cuda/*.cu) are compiled by a ninja file of ours and linked as objects, not by torch's CUDAExtension, which
 would put torch's headers on their include path. Only csrc/torch/ sees those.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
-import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ModuleNotFoundError:  # packing the sources needs no torch
+    torch, BuildExtension, CppExtension = None, object, object
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))  # a build backend does not put the project on the path
 
 import cuda_toolkit  # noqa: E402
+from build_backend import TORCH, public_version  # noqa: E402
 from cuda_toolkit import ToolkitError  # noqa: E402
 
+# pip's ninja stands beside an interpreter that need not be on PATH; without ninja torch compiles file after file.
+os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")))
+
+OLDEST_GCC = 12
 KERNELS = sorted(ROOT.glob("csrc/cuda/*.cu"))
 
 
@@ -35,11 +48,17 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
+def switch(name: str) -> str:
+    """An environment variable that is "0", "1" or, where it is not set, ""."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{name}: expected 0 or 1, got {value!r}")
+    return value
+
+
 def cuda() -> cuda_toolkit.Toolkit | None:
     """The toolkit to build CUDA kernels with, or None for a build without them."""
-    wanted = os.environ.get("FASTRNN_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"FASTRNN_CUDA: expected 0 or 1, got {wanted!r}")
+    wanted = switch("FASTRNN_CUDA")
     if wanted == "0":
         return None
     try:
@@ -64,6 +83,10 @@ def cuda() -> cuda_toolkit.Toolkit | None:
 class Build(BuildExtension):
     """Compiles `extension.kernels`, if any, before torch's BuildExtension compiles the rest and links."""
 
+    def build_extensions(self):
+        check_compiler(os.environ.get("CXX", "c++"))
+        super().build_extensions()
+
     def build_extension(self, extension):
         if kernels := getattr(extension, "kernels", None):
             extension.extra_objects += self.compile_kernels(*kernels)
@@ -74,7 +97,8 @@ class Build(BuildExtension):
         folder.mkdir(parents=True, exist_ok=True)
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         threads = max(1, jobs // len(KERNELS))  # one file's architectures side by side
-        command = toolkit.command(archs, ROOT / "csrc", f"--threads={threads}")
+        debug = ["-lineinfo", "-Xcompiler=-g"] if switch("FASTRNN_DEBUG_INFO") == "1" else []
+        command = toolkit.command(archs, ROOT / "csrc", f"--threads={threads}", *debug)
         objects = [folder / f"{source.stem}.o" for source in KERNELS]
         lines = [
             "rule nvcc",
@@ -84,8 +108,9 @@ class Build(BuildExtension):
             *(f"build {ninja_path(o)}: nvcc {ninja_path(s)}" for o, s in zip(objects, KERNELS, strict=True)),
         ]
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
-        if subprocess.run([*ninja, "-C", str(folder), "-j", str(jobs)]).returncode:
+        if shutil.which("ninja") is None:
+            raise SystemExit("fastrnn: building CUDA kernels needs ninja (pip install ninja)")
+        if subprocess.run(["ninja", "-C", str(folder), "-j", str(jobs)]).returncode:
             raise SystemExit("fastrnn: a CUDA kernel did not compile; nvcc's messages stand above")
         return [str(o) for o in objects]
 
@@ -99,15 +124,45 @@ def ninja_word(word: str) -> str:
     return shlex.quote(word).replace("$", "$$")
 
 
+def check_compiler(command: str) -> None:
+    """torch's own check warns, and the first thousand lines of errors come after it."""
+    words = shlex.split(command)
+    if not words or shutil.which(words[0]) is None:
+        raise SystemExit(
+            f"fastrnn: the C++ compiler {command!r} was not found: install g++ {OLDEST_GCC} or newer, or set CXX"
+        )
+    told = subprocess.run([*words, "--version"], capture_output=True, text=True).stdout
+    version = subprocess.run(
+        [*words, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True
+    ).stdout.strip()
+    if "Free Software Foundation" in told and int(version.split(".")[0]) < OLDEST_GCC:
+        raise SystemExit(f"fastrnn: {command!r} is g++ {version}: expected {OLDEST_GCC} or newer (CXX names another)")
+
+
+def check_torch() -> None:
+    if torch is None:
+        raise SystemExit(
+            "fastrnn: there is no torch in this environment, and the extension is built for the one that is: install "
+            f"{TORCH} first"
+        )
+    lowest, too_new = ([int(n) for n in version.split(".")] for version in re.findall(r"\d+\.\d+", TORCH))
+    if not lowest <= [int(n) for n in torch.__version__.split(".")[:2]] < too_new:
+        raise SystemExit(f"fastrnn: expected {TORCH}, got torch {torch.__version__} in this environment")
+
+
 def extension() -> CppExtension:
     # OpenMP is compiled in but not linked: its symbols then come from the runtime that torch has loaded, so that the
     # process has one thread pool and not two.
     flags = ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    flags.append(
+        "-g" if switch("FASTRNN_DEBUG_INFO") == "1" else "-g0"
+    )  # Python's own flags, which come first, hold -g
+    macros = [("FASTRNN_TORCH", f'"{torch.__version__}"')]
     files = sources("csrc/cpu/*.cpp", "csrc/torch/*.cpp")
     toolkit = cuda()
     if toolkit is None:
         files = [f for f in files if not f.endswith("_cuda.cpp")]
-        return CppExtension("fastrnn._C", files, extra_compile_args={"cxx": flags})
+        return CppExtension("fastrnn._C", files, define_macros=macros, extra_compile_args={"cxx": flags})
     archs = os.environ.get("FASTRNN_CUDA_ARCHS") or cuda_toolkit.DEFAULT_ARCHS
     try:
         parsed = cuda_toolkit.parse_archs(archs)
@@ -119,7 +174,11 @@ def extension() -> CppExtension:
         "fastrnn._C",
         files + sources("csrc/cuda/*.cpp"),
         include_dirs=[str(p) for p in include_dirs],
-        define_macros=[("FASTRNN_CUDA_ARCHS", f'"{archs}"')],
+        define_macros=[
+            *macros,
+            ("FASTRNN_CUDA_ARCHS", f'"{archs}"'),
+            ("FASTRNN_TORCH_CUDA", f'"{torch.version.cuda}"'),
+        ],
         libraries=["c10_cuda", "torch_cuda"],
         extra_compile_args={"cxx": flags},
         extra_link_args=[str(runtime)],
@@ -128,4 +187,17 @@ def extension() -> CppExtension:
     return built
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": Build})
+def description() -> str:
+    """README.md where its images and links would lead nowhere: the links are told as what they are."""
+    text = re.sub(r"^!\[[^\]]*\]\((?!https?:)[^)]*\)\n", "", (ROOT / "README.md").read_text(), flags=re.M)
+    text = re.sub(r"\[([^\]]*)\]\(#[^)]*\)", r"\1", text)
+    return re.sub(r"\[[^\]]*\]\((?!https?:)([^)]*)\)", r"`\1` (in the source distribution)", text)
+
+
+about = {"long_description": description(), "long_description_content_type": "text/markdown"}
+if "sdist" in sys.argv:  # sources can be built for any torch of the range
+    setup(install_requires=[TORCH], **about)
+else:
+    check_torch()
+    pinned = f"torch=={public_version(torch.__version__)}"  # a build runs under that alone (fastrnn/binary.py)
+    setup(ext_modules=[extension()], cmdclass={"build_ext": Build}, install_requires=[pinned], **about)

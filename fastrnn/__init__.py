@@ -1,14 +1,9 @@
 """fastrnn: fused LSTM, GRU and Elman networks for PyTorch, drop-in for torch.nn's."""
 
-import torch
+from . import binary
 
-try:
+with binary.checked():  # everything below imports it, too
     from . import _C
-except ImportError as error:
-    raise ImportError(
-        f"fastrnn's extension module does not load under torch {torch.__version__}: it must be built against the "
-        "torch version that it runs with (pip install --no-build-isolation .)"
-    ) from error
 
 from . import autograd as _autograd  # noqa: F401  (gives the ops their derivatives)
 from . import flops as _flops  # noqa: F401  (tells FlopCounterMode about the ops)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = (
-    "setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile", "requirements-dev.txt",
-    "csrc", "fastrnn", "tests", "benchmarks", "tools", "examples", "docs", ".ci",
+    "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "requirements-dev.txt",
+    "csrc", "fastrnn", "tests", "benchmarks", "tools", "examples", "docs", ".ci", ".gitignore",
 )  # fmt: skip
 
 

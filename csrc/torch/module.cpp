@@ -1,7 +1,6 @@
 // The Python module fastrnn._C: importing it registers the ops; its own functions tell how it was built and which
 // kernel a call would take (fastrnn/info.py prints that).
 #include <pybind11/pybind11.h>
-#include <torch/version.h>
 
 #include <stdexcept>
 #include <string>
@@ -18,6 +17,13 @@
 #endif
 
 namespace {
+
+#if !defined(FASTRNN_TORCH_CUDA)
+#define FASTRNN_TORCH_CUDA "none"
+#endif
+// fastrnn/binary.py looks for these bytes in the file and compares them before it loads the module: under another torch,
+// loading alone may end the process.
+[[gnu::used]] const char built_with[] = "fastrnn built with torch " FASTRNN_TORCH ", CUDA " FASTRNN_TORCH_CUDA ";";
 
 namespace py = pybind11;
 using fastrnn::DType;
@@ -132,7 +138,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("build_info", [] {
     py::dict info;
-    info["torch"] = TORCH_VERSION;
+    info["torch"] = FASTRNN_TORCH;
     info["compiler"] = __VERSION__;
 #if defined(FASTRNN_CUDA_ARCHS)
     info["cuda_archs"] = FASTRNN_CUDA_ARCHS;
