@@ -283,10 +283,26 @@ def _elman(nonlinearity: str) -> str:
 def _cell(cell: str, input: Tensor, states: States, weights: LayerWeights) -> States:
     if fused.fits(input, [weights], states, ()):
         _, h_n, c_n, _ = fused.layer(cell, input[None], [weights], states, None, None, None)
+    elif cell in ("lstm", "gru") and torch.is_autocast_enabled("cpu") and input.is_cpu:
+        # torch.nn's add the state to what autocast's products give, and so keep a wider one's dtype.
+        gates_ih = linear(input, weights.weight_ih, weights.bias_ih)[None]
+        dtype = torch.promote_types(gates_ih.dtype, states[-1].dtype)
+        with torch.autocast("cpu", enabled=False):
+            cast = LayerWeights(*(None if x is None else x.to(dtype) for x in weights))  # type: ignore[arg-type]
+            after = [x.to(dtype) for x in states]
+            _, h_n, c_n, _ = _recurrence(cell, gates_ih.to(dtype), [cast], tuple(after), None, None, None)
     else:
         gates_ih = linear(input, weights.weight_ih, weights.bias_ih)[None]
         _, h_n, c_n, _ = _recurrence(cell, gates_ih, [weights], states, None, None, None)
     return h_n, c_n
+
+
+def in_autocast_dtype(x: Any) -> Any:
+    """A tensor of the other half type in the dtype of the autocast in force; torch's promotion knows only that one."""
+    if not isinstance(x, Tensor) or x.dtype not in (torch.bfloat16, torch.float16):
+        return x
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _recurrence(
@@ -399,6 +415,10 @@ def _network(
     """
     if batch_sizes is None:
         _check_input(input)
+    if torch._C._is_any_autocast_enabled():
+        input = in_autocast_dtype(input)
+        weights = [[LayerWeights(*map(in_autocast_dtype, w)) for w in of_directions] for of_directions in weights]
+        states, reset_states = (None if s is None else tuple(map(in_autocast_dtype, s)) for s in (states, reset_states))
     B = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
     D = len(weights[0])
     if recompute and lengths is not None and is_plain(lengths) and segments.can_checkpoint():

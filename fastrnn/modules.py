@@ -37,13 +37,14 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.nn import RNNBase
+from torch.nn.modules import rnn
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _C, functional, layer
 from .functional import LayerWeights, States
 from .ops import CELLS
-from .products import is_plain_call
+from .products import is_overloaded, is_plain_call
 
 _OPTIONS = ("learn_initial_state", "state_batch_first", "return_all_states")
 _VALUES = ("grad_clip", "recompute")  # options that are no switches
@@ -95,9 +96,9 @@ def _packed_layout(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
 class _FlatWeights(list[Any]):
     """What a module's ``_flat_weights`` gives: a write into it is one to the module, as it is with torch.nn's."""
 
-    def __init__(self, module: _Recurrent, weights: Iterable[Tensor | None]) -> None:
+    def __init__(self, weights: Iterable[Tensor | None] = (), module: _Recurrent | None = None) -> None:
         super().__init__(weights)
-        self._module = module
+        self._module = module  # none: a list that somebody has made of one, as handlers of __torch_function__ do
 
 
 def _writing(name: str) -> Any:
@@ -105,7 +106,8 @@ def _writing(name: str) -> Any:
 
     def write(self: _FlatWeights, *args: Any) -> Any:
         result = method(self, *args)
-        self._module._flat_weights = list(self)
+        if self._module is not None:
+            self._module._flat_weights = list(self)
         return result
 
     return functools.wraps(method)(write)
@@ -169,7 +171,9 @@ class _Recurrent(RNNBase):
 
     def _initial_states(self, batch: int) -> States:
         return tuple(
-            torch.stack([getattr(self, name) for name in names]).unsqueeze(1).expand(-1, batch, -1)
+            torch.stack([functional.in_autocast_dtype(getattr(self, name)) for name in names])
+            .unsqueeze(1)
+            .expand(-1, batch, -1)
             for names in self._initial_names()
         )
 
@@ -233,7 +237,7 @@ class _Recurrent(RNNBase):
     @property
     def _flat_weights(self) -> list[Any]:  # type: ignore[override]
         self._update_flat_weights()
-        return _FlatWeights(self, self._own_weights() if self._written is None else self._written[0])
+        return _FlatWeights(self._own_weights() if self._written is None else self._written[0], self)
 
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Any]) -> None:
@@ -423,6 +427,9 @@ class _Recurrent(RNNBase):
         resets: Tensor | None,
         reset_state: Any,
     ) -> tuple[Tensor | PackedSequence, States, Tensor | PackedSequence | None]:
+        if is_overloaded(input, hx) and lengths is None and resets is None and not self._options_on():
+            output, after = getattr(rnn, self._kind()).forward(self, input, hx)
+            return output, after if isinstance(after, tuple) else (after,), None
         states, reset_states = (
             None if state is None else functional.given_states(self.mode.lower(), name, state)
             for name, state in (("hx", hx), ("reset_state", reset_state))
@@ -476,6 +483,7 @@ class _Recurrent(RNNBase):
         self, input: PackedSequence, states: States | None
     ) -> tuple[PackedSequence, States, PackedSequence | None]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
+        data = functional.in_autocast_dtype(data)
         state_dim = 0 if self.state_batch_first else 1
         self.check_input(data, batch_sizes)
         _check_batch_sizes(batch_sizes, data.shape[0])
@@ -501,6 +509,9 @@ class _Recurrent(RNNBase):
 
         finals = tuple(functional.own(_permute(x, unsorted_indices, state_dim)) for x in finals)
         return packed(output), finals, None if cells is None else packed(cells)
+
+    def _options_on(self) -> bool:
+        return any(name in self.__dict__ for name in (*_OPTIONS, *_VALUES))
 
     def _kind(self) -> str:
         return self.mode.partition("_")[0]
@@ -635,13 +646,14 @@ class RNN(_SingleState):
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if len(args) > 3:
-            self.nonlinearity = args[3]
+            nonlinearity = args[3]
             args = args[:3] + args[4:]
         else:
-            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
-        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+        self.nonlinearity = nonlinearity  # not before: a module that is made in a compiled function must exist first
 
 
 _CELL_NAMES = ([["weight_ih", "weight_hh"]], [["weight_ih", "weight_hh", "bias_ih", "bias_hh"]])  # without, with bias
@@ -654,6 +666,8 @@ def _leaf(module: nn.Module, input: Any, *args: Any, **options: Any) -> Any:
 
 
 class _Cell(RNNCellBase):
+    _torchs: type[RNNCellBase]  # whose forward takes tensor-likes, and has no units to compute
+
     def _weights(self) -> LayerWeights:
         return LayerWeights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
 
@@ -667,6 +681,9 @@ class _Cell(RNNCellBase):
             if plain is not None:
                 return plain[1:]
         kind = type(self).__name__
+        if self.hidden_size == 0 or is_overloaded(input, hx):
+            after = self._torchs.forward(self, input, hx)
+            return after if isinstance(after, tuple) else (after,)
         states = None if hx is None else functional.given_states(cell, "hx", hx)
         if input.dim() not in (1, 2):
             raise ValueError(f"{kind}: Expected input to be 1D or 2D, got {input.dim()}D instead")
@@ -704,6 +721,8 @@ class _Cell(RNNCellBase):
 class LSTMCell(_Cell):
     """``torch.nn.LSTMCell``: same arguments, parameters and results."""
 
+    _torchs = rnn.LSTMCell
+
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
@@ -720,6 +739,8 @@ class LSTMCell(_Cell):
 class GRUCell(_Cell):
     """``torch.nn.GRUCell``: same arguments, parameters and results."""
 
+    _torchs = rnn.GRUCell
+
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
@@ -733,6 +754,7 @@ class GRUCell(_Cell):
 class RNNCell(_Cell):
     """``torch.nn.RNNCell``: same arguments, parameters and results."""
 
+    _torchs = rnn.RNNCell
     nonlinearity: str
 
     def __init__(

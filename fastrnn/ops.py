@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the ops)
+from .imports import when_imported
 
 library = torch.library.Library("fastrnn", "FRAGMENT")
 recurrent_forward = torch.ops.fastrnn.recurrent_forward.default
@@ -259,3 +260,13 @@ def _register_autocast(device_type: str) -> None:
 
 for _device_type in ("cpu", "cuda"):
     _register_autocast(_device_type)
+
+
+# ---- inductor: our kernels are what it calls, also where it may not decide so for ops that it does not know ----
+
+when_imported(
+    "torch._inductor.lowering",
+    lambda lowering: lowering.FALLBACK_ALLOW_LIST.update(
+        f"fastrnn::{op}" for op in ("recurrent_forward", "recurrent_backward", "quantized_forward", "clamp_gradient")
+    ),
+)

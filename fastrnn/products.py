@@ -24,6 +24,8 @@ _gemm = torch.ops.fastrnn.gemm.default
 # What make_fx records, of real tensors too, may be differentiated later. Other dispatch modes change nothing: a
 # checkpoint's second forward pass may run without the mode of the first, and must do the same.
 _MAKE_FX = torch._C._TorchDispatchModeKey.PROXY
+_DISABLED = torch._C._disabled_torch_function_impl
+_TENSORS = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 # Below this many rows the time goes into packing the other matrix.
 _FEWEST_ROWS = 32
 
@@ -42,6 +44,21 @@ def is_plain_call() -> bool:
 def is_plain(x: Tensor | None) -> bool:
     """Is it an ordinary CPU tensor, or None? Looks at no size, so that a graph gets no guard from it."""
     return x is None or ((type(x) is Tensor or type(x) is Parameter) and x.is_cpu)
+
+
+def is_overloaded(*args: Any) -> bool:
+    """Has one of them, or of the tuples among them, a ``__torch_function__`` of its own, as tensor-likes do?"""
+    if torch.compiler.is_compiling():
+        return False
+    for x in args:
+        if type(x) is tuple:
+            if is_overloaded(*x):
+                return True
+        elif type(x) is not Tensor:
+            found = getattr(type(x), "__torch_function__", _DISABLED)
+            if found is not _DISABLED and getattr(found, "__func__", None) is not _TENSORS:
+                return True
+    return False
 
 
 def _has_gemm(a: Tensor, b: Tensor) -> bool:

@@ -69,7 +69,7 @@ def pool(
     if how == "last":
         last = output.gather(0, (ends - 1).clamp(min=0).expand(B, N)[None])[0]
         if bidirectional:
-            last = torch.cat([last[:, : N // 2], output[0, :, N // 2 :]], 1)
+            last = torch.where(torch.arange(N, device=output.device) < N // 2, last, output[0])
         return torch.where(ends > 0, last, 0)
     valid = (torch.arange(T, device=output.device)[:, None] < ends[:, 0])[..., None]
     if how == "max":

@@ -5,18 +5,19 @@ test_transforms_modules.py has autocast to bfloat16 of whole modules, test_cuda.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
 from fastrnn import functional
 from fastrnn.functional import LayerWeights
 
-from .helpers import CELL_KINDS, KINDS, build, leaf, make_state, map_state, randn, tensors, weighted
+from .helpers import CELL_KINDS, KINDS, build, leaf, make_state, map_state, pair, randn, tensors, weighted
 
 KIND = pytest.mark.parametrize("kind", KINDS)
 ANY_KIND = pytest.mark.parametrize("kind", [*KINDS, "LSTM-proj", *CELL_KINDS])
@@ -61,7 +62,9 @@ def outcome(module: nn.Module, x: Tensor, hx: Any, **options: Any) -> tuple[list
 @ANY_KIND
 @HALF
 def test_autocast(kind: str, dtype: torch.dtype, device: str) -> None:
-    """Results of the autocast dtype; gradients of each leaf's own, close to those without; weights are not changed."""
+    """Results of the autocast dtype, those of two cells on a CPU of the state's, as torch.nn's are; gradients of each
+    leaf's own, close to those without; weights are not changed.
+    """
     module = make(kind).to(device)
     x, hx = arguments(kind, device)
     before = [p.detach().clone() for p in module.parameters()]
@@ -72,8 +75,9 @@ def test_autocast(kind: str, dtype: torch.dtype, device: str) -> None:
         found, grads = outcome(module, x, hx)
     for a, b in zip(found, [y for each in tensors(results) for y in tensors(each)], strict=True):
         assert torch.equal(a, b)
+    wanted = torch.float32 if device == "cpu" and kind in ("LSTMCell", "GRUCell") else dtype
     for actual, want in zip(found, expected, strict=True):
-        assert actual.dtype == dtype
+        assert actual.dtype == wanted
         assert (actual.float() - want).abs().max() < TOLERANCE[dtype] * want.abs().max()
     for grad, want in zip(grads, expected_grads, strict=True):
         assert grad.dtype == torch.float32
@@ -119,9 +123,70 @@ def test_autocast_of_half_modules_and_of_inputs(kind: str) -> None:
         x, _ = arguments(kind)
         with torch.autocast("cpu", torch.bfloat16):
             found = module(x.detach().to(input_dtype))
-        assert {y.dtype for each in tensors(found) for y in tensors(each)} == {torch.bfloat16}
+        if "Cell" in kind:
+            with torch.autocast("cpu", torch.bfloat16):
+                like_torch = build(nn, kind, 4, 6).to(module_dtype)(x.detach().to(input_dtype))
+            assert [y.dtype for y in tensors(found)] == [y.dtype for y in tensors(like_torch)]
+        else:
+            assert {y.dtype for each in tensors(found) for y in tensors(each)} == {torch.bfloat16}
         weighted([y.float() for each in tensors(found) for y in tensors(each)]).backward()
         assert {p.grad.dtype for p in module.parameters()} == {module_dtype}
+
+
+@pytest.mark.parametrize("kind", CELL_KINDS)
+@HALF
+def test_cells_return_the_dtypes_of_torchs(kind: str, dtype: torch.dtype) -> None:
+    """Of every dtype of input and state; a loop keeps the state that it began with, and what it adds up in it."""
+    halves = (torch.float32, torch.bfloat16, torch.float16)
+    ours, theirs = pair(kind, 4, 6)
+    for of_input, of_state in product(halves, (None, *halves)):
+        x = randn(3, 4, dtype=of_input)
+        hx = None if of_state is None else make_state(kind, 3, hidden=6, dtype=of_state)
+        with torch.autocast("cpu", dtype):
+            found, want = tensors(ours(x, hx)), tensors(theirs(x, hx))
+        for a, b in zip(found, want, strict=True):
+            assert a.dtype == b.dtype
+            assert (a.float() - b.float()).abs().max() < TOLERANCE[dtype]
+    if kind == "LSTMCell":
+        x, state = randn(3, 4).float(), (torch.zeros(3, 6), torch.full((3, 6), 300.0))
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            ours.bias_ih[6:12] = 20.0  # forgets nothing, so that c grows by less than a half type's spacing
+            c = ours(x, state)[1]
+        assert (c != 300.0).all()
+
+
+@ANY_KIND
+def test_autocast_with_the_other_half_type(kind: str) -> None:
+    """Input, states, weights and packed data of float16 under autocast to bfloat16, and the other way round."""
+    for dtype, other in ((torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)):
+        module = make(kind)
+        x, hx = arguments(kind)
+        plain = module(x, hx)
+        half = map_state(lambda s, other=other: s.detach().to(other), hx)
+        calls = [(module, x.to(other), hx), (module, x, half), (make(kind).to(other), x.to(other), half)]
+        calls[2][0].load_state_dict(module.state_dict())
+        if "Cell" not in kind:
+            lengths = torch.tensor([5, 5, 5])
+            calls += [(m, pack_padded_sequence(i, lengths), h) for m, i, h in calls]
+            learned = make(kind, learn_initial_state=True).to(other)
+            learned.load_state_dict(module.state_dict(), strict=False)
+        for m, input, state in calls:
+            with torch.autocast("cpu", dtype):
+                found = m(input, state)
+            if isinstance(found[0], PackedSequence):
+                found = found[0].data, found[1]
+            results = [y for each in tensors(found) for y in tensors(each)]
+            want = [y for each in tensors(plain) for y in tensors(each)]
+            for a, b in zip(results, want, strict=True):
+                assert (a.float().reshape(b.shape) - b).abs().max() < 2 * TOLERANCE[torch.bfloat16]
+            torch.autograd.grad(weighted([y.float() for y in results]), list(m.parameters()))
+        if "Cell" not in kind:
+            with torch.autocast("cpu", dtype):
+                assert learned(x.to(other))[0].dtype == dtype
+                pooled = fastrnn.pool(x.to(other), lengths, bidirectional=True)
+            assert torch.equal(pooled[:, :2], x.to(other)[-1, :, :2]) and torch.equal(
+                pooled[:, 2:], x.to(other)[0, :, 2:]
+            )
 
 
 @KIND

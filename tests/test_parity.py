@@ -378,6 +378,18 @@ def test_cells_of_any_batch(kind: str, batch: int) -> None:
 
 
 @pytest.mark.parametrize("kind", CELL_KINDS)
+@pytest.mark.parametrize("sizes", [(4, 0), (0, 6), (0, 0)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_cells_without_units_or_features(kind: str, sizes: tuple[int, int], bias: bool) -> None:
+    features, hidden = sizes
+    for batch, given in itertools.product(((), (3,)), (False, True)):
+        ours, theirs = pair(kind, *sizes, bias=bias, dtype=torch.float64)
+        hx = make_state(kind, *batch, hidden=hidden) if given else None
+        x = randn(*batch, features)
+        assert_equal(*(evaluate_cell(m, x, hx) for m in (ours, theirs)))
+
+
+@pytest.mark.parametrize("kind", CELL_KINDS)
 def test_cells_in_a_loop(kind: str) -> None:
     gradients = []
     for cell in pair(kind, 4, 4, dtype=torch.float64):

@@ -16,6 +16,8 @@ from torch._dynamo.utils import counters
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
 
+import fastrnn
+
 from .transform_cases import (
     Function,
     assert_close,
@@ -327,3 +329,27 @@ def test_compiled_autograd(kind: str):
         loss_of(module)(x).backward()
     assert counters["compiled_autograd"]["captures"] == 1
     assert_close(tuple(p.grad for p in parameters), expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_inductor_without_implicit_fallbacks(kind: str) -> None:
+    """Where it may call only kernels that it was told of; forward and backward."""
+    module, x = getattr(fastrnn, kind)(4, 6, grad_clip=0.1), torch.randn(5, 3, 4, requires_grad=True)
+    with torch._inductor.config.patch(implicit_fallbacks=False):
+        output, _ = torch.compile(module, fullgraph=True)(x)
+        (found,) = torch.autograd.grad(output.sin().sum(), x)
+    (wanted,) = torch.autograd.grad(module(x)[0].sin().sum(), x)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("make", ["RNN(4, 6)", "RNN(4, 6, 1, 'relu')", "GRU(4, 6)", "LSTM(4, 6)", "LSTMCell(4, 6)"])
+def test_made_in_a_compiled_function(make: str) -> None:
+    """Dynamo cannot trace the making of parameters, torch.nn's own neither; what is around them it may."""
+
+    def call(x: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        module = eval(f"fastrnn.{make}")
+        return module(x[0] if "Cell" in make else x)[0]
+
+    x = torch.randn(5, 3, 4)
+    torch.testing.assert_close(torch.compile(call, backend="eager")(x), call(x))
