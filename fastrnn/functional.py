@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import _C, segments
+from . import _C, per_sample, segments
 from . import layer as fused
 from .ops import CELLS, recurrent_forward
 from .products import is_plain, linear
@@ -283,6 +283,8 @@ def _elman(nonlinearity: str) -> str:
 def _cell(cell: str, input: Tensor, states: States, weights: LayerWeights) -> States:
     if fused.fits(input, [weights], states, ()):
         _, h_n, c_n, _ = fused.layer(cell, input[None], [weights], states, None, None, None)
+    elif per_sample.asked_for([weights]):
+        _, h_n, c_n, _ = per_sample.layer(cell, input[None], [weights], states, None, None, None, 0.0, False, _project)
     elif cell in ("lstm", "gru") and torch.is_autocast_enabled("cpu") and input.is_cpu:
         # torch.nn's add the state to what autocast's products give, and so keep a wider one's dtype.
         gates_ih = linear(input, weights.weight_ih, weights.bias_ih)[None]
@@ -445,6 +447,10 @@ def _network(
                 output, h_n, c_n = segments.layer(*given, recompute)
             else:
                 output, h_n, c_n, cells = fused.layer(*given, every_c)
+        elif per_sample.asked_for(layer_weights):
+            output, h_n, c_n, cells = per_sample.layer(
+                cell, output, layer_weights, start, lengths, resets, fresh, grad_clip, every_c, _project
+            )
         else:
             if layer == 0 and lengths is not None:
                 output = fused.without_padding(output, lengths)

@@ -41,13 +41,14 @@ from torch.nn.modules import rnn
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _C, functional, layer
+from . import _C, functional, layer, per_sample
 from .functional import LayerWeights, States
 from .ops import CELLS
 from .products import is_overloaded, is_plain_call
 
 _OPTIONS = ("learn_initial_state", "state_batch_first", "return_all_states")
 _VALUES = ("grad_clip", "recompute")  # options that are no switches
+_LONG_WAY = (*_OPTIONS, "_opacus")  # an instance that has any of these
 
 
 def _checked_values(options: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +118,7 @@ for _name in ("__setitem__", "__delitem__", "__iadd__", "append", "extend", "ins
     setattr(_FlatWeights, _name, _writing(_name))
 
 
-class _Recurrent(RNNBase):
+class _Recurrent(per_sample.Hooked, RNNBase):
     """What LSTM, GRU and RNN share. States are tuples here: (h,) or (h, c)."""
 
     # What was written into _flat_weights, and the attributes of that time: as long as those are in their places, it is
@@ -170,11 +171,11 @@ class _Recurrent(RNNBase):
         ]
 
     def _initial_states(self, batch: int) -> States:
+        rows = [[self._marked(getattr(self, name)) for name in names] for names in self._initial_names()]
+        if per_sample.asked_for(rows):
+            return tuple(per_sample.initial_states(each, batch) for each in rows)
         return tuple(
-            torch.stack([functional.in_autocast_dtype(getattr(self, name)) for name in names])
-            .unsqueeze(1)
-            .expand(-1, batch, -1)
-            for names in self._initial_names()
+            torch.stack(list(map(functional.in_autocast_dtype, each))).unsqueeze(1).expand(-1, batch, -1) for each in rows
         )
 
     def store_by_token(self) -> Self:
@@ -317,7 +318,8 @@ class _Recurrent(RNNBase):
         written = self._named_weights()
 
         def weight(name: str) -> Any:
-            return getattr(self, name) if written is None else written[name]
+            found = getattr(self, name) if written is None else written[name]
+            return found if self._opacus is None else self._marked(found)
 
         one_direction = [
             LayerWeights(**{name.rsplit("_l", 1)[0]: weight(name) for name in names}) for names in self._all_weights
@@ -399,7 +401,7 @@ class _Recurrent(RNNBase):
         """(output, h_n[, c_n]) of a call that asks for nothing special, the short way; None where it does."""
         if self.bidirectional or (self.dropout and self.training) or torch.compiler.is_compiling():
             return None
-        if not self.__dict__.keys().isdisjoint(_OPTIONS):
+        if not self.__dict__.keys().isdisjoint(_LONG_WAY):
             return None
         tensors, names = self._weights_by_name()
         found = _C.plain_forward(tensors, names, self.mode, self.batch_first, input, hx, resets)
@@ -492,6 +494,17 @@ class _Recurrent(RNNBase):
             states = tuple(_permute(x, sorted_indices, state_dim) for x in states)
         if self._takes_packed(data, states):
             output, finals, cells = self._layers(data, states, None, batch_sizes=batch_sizes)
+        elif self._opacus is not None or per_sample.asked_for([self._parameters.values()]):
+            # A sample's gradient is expected where the caller has the sample.
+            padded, lengths = layer.pad(data, batch_sizes)
+            output, finals, cells = self._layers(
+                _permute(padded, unsorted_indices),
+                None if states is None else tuple(_permute(x, unsorted_indices, state_dim) for x in states),
+                _permute(lengths, unsorted_indices, 0),
+            )
+            finals = tuple(_permute(x, sorted_indices, state_dim) for x in finals)
+            output = layer.pack(_permute(output, sorted_indices), lengths)
+            cells = None if cells is None else layer.pack(_permute(cells, sorted_indices), lengths)
         elif is_plain_call():
             padded, lengths = layer.pad(data, batch_sizes)
             output, finals, cells = self._layers(padded, states, lengths)
@@ -665,14 +678,14 @@ def _leaf(module: nn.Module, input: Any, *args: Any, **options: Any) -> Any:
     return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input, *args), given)
 
 
-class _Cell(RNNCellBase):
+class _Cell(per_sample.Hooked, RNNCellBase):
     _torchs: type[RNNCellBase]  # whose forward takes tensor-likes, and has no units to compute
 
     def _weights(self) -> LayerWeights:
-        return LayerWeights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return LayerWeights(*map(self._marked, (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)))
 
     def _step(self, cell: str, input: Tensor, hx: Any) -> States:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._opacus is None:
             plain = _C.plain_forward(self._parameters, _CELL_NAMES[bool(self.bias)], cell, None, input, hx, None)
             if isinstance(plain, list):
                 given = () if hx is None else functional.given_states(cell, "hx", hx)

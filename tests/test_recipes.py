@@ -20,6 +20,7 @@ TITLES = (
     "Every sequence stops by itself",
     "A learned initial state",
     "What a model costs",
+    "The gradient of every sample, private training",
 )
 
 

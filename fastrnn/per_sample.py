@@ -1,0 +1,316 @@
+"""The gradient of every sample of a batch, for tools that ask the weights for it: Opacus' hooks, and torch's
+ExpandedWeights (``torch.nn.utils._per_sample_grad.call_for_per_sample_grads``, Opacus' mode "ew").
+
+Such a tool's weights come into a call marked. A layer of marked weights is a node of its own: one forward and one
+backward of the recurrence for the whole batch, as ever, and then the weights' gradients with each sample's terms apart,
+which go to the tool. The node sees all of the call (lengths, states, the gradients of the final states), of which a
+module's hooks would see the first argument and the first result.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
+
+from . import layer as fused
+from . import reference
+from .autograd import Grads, keep, kept
+from .imports import when_imported
+from .layer import FIELDS
+from .ops import CELLS, recurrent_backward, recurrent_forward
+from .products import grouped_outer, is_plain, is_plain_call, outer_by_aten
+
+# Takes the gradients of a weight by sample, [B, ..]; returns the weight's own, or None.
+Sampler = Callable[[Tensor], Tensor | None]
+
+
+class SampledWeight(Tensor):
+    """A parameter, marked for Opacus."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    original: Parameter
+    hooks: OpacusHooks
+
+
+# By type of a marked weight: the weight without its mark, and the sampler for a call with a batch of this size.
+_KINDS: dict[type, Callable[[Any, int], tuple[Tensor, Sampler]]] = {}
+
+
+def asked_for(weights: Iterable[Iterable[Tensor | None]]) -> bool:
+    """Is any of them marked?"""
+    return not torch.compiler.is_compiling() and any(type(x) in _KINDS for direction in weights for x in direction)
+
+
+def _unmarked(x: Any, batch: int) -> tuple[Any, Sampler | None]:
+    return _KINDS[type(x)](x, batch) if type(x) in _KINDS else (x, None)
+
+
+def layer(
+    cell: str,
+    input: Tensor,
+    weights: Sequence[Any],
+    states: Sequence[Tensor],
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_states: Sequence[Tensor] | None,
+    grad_clip: float,
+    all_states: bool,
+    project: Callable[[Tensor, Sequence[Any]], Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What ``layer.layer`` gives, of marked weights; input also tokens [T, B]. project: functional.py's."""
+    pairs = [_unmarked(x, input.shape[1]) for direction in weights for x in direction]
+    flat = [x for x, _ in pairs]
+    options = (cell, [sampler for _, sampler in pairs], grad_clip, all_states)
+    with torch.no_grad():
+        directions = [type(w)(*flat[i * FIELDS : (i + 1) * FIELDS]) for i, w in enumerate(weights)]
+        gates_ih = project(input, directions)
+    given = fused.given_of(states, lengths, resets, reset_states)
+    return _SampledLayer.apply(options, gates_ih, input, *given, *flat)
+
+
+def initial_states(weights: Sequence[Any], batch: int) -> Tensor:
+    """[weights, batch, n] of one row each."""
+    rows = []
+    for marked in weights:
+        weight, sampler = _unmarked(marked, batch)
+        rows.append(weight.expand(batch, -1) if sampler is None else _SampledRows.apply(sampler, weight, batch))
+    return torch.stack(rows)
+
+
+class _SampledRows(torch.autograd.Function):
+    """One row for every sample."""
+
+    @staticmethod
+    def forward(ctx: Any, sampler: Sampler, weight: Tensor, batch: int) -> Tensor:
+        ctx.sampler = sampler
+        return weight.expand(batch, -1).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Grads:
+        return None, ctx.sampler(grad), None
+
+
+class _SampledLayer(torch.autograd.Function):
+    """Arguments: (cell, samplers, grad_clip, all_states), gates_ih, input, h_0, c_0, lengths, resets, reset_h, reset_c,
+    FIELDS weights a direction, with a sampler or None for each."""
+
+    @staticmethod
+    def forward(ctx: Any, options: Any, gates_ih: Tensor, input: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+        cell, _, _, all_states = ctx.options = options
+        given, flat = rest[:6], rest[6:]
+        _, weight_hh, _, bias_hh, weight_hr = fused.stacked(flat)
+        assert weight_hh is not None
+        P = len(weight_hh)
+        output, h_n, c_n, saved = recurrent_forward(
+            cell, gates_ih, weight_hh, bias_hh, weight_hr, *given, [False, True][:P], True
+        )
+        ctx.set_materialize_grads(False)
+        keep(ctx, [input, *rest, output, saved])
+        return output, h_n, c_n, fused.every_c(cell, saved, P) if all_states else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Grads:
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        cell, samplers, grad_clip, _ = ctx.options
+        needs = ctx.needs_input_grad[2:]
+        input, *rest, output, saved = kept(ctx)
+        given, flat = rest[:6], rest[6:]
+        found, (grad_input, *of_states) = _gradients(cell, grad_clip, grads, input, given, flat, output, saved, needs)
+        of_weights: list[Tensor | None] = []
+        for at, (weight, sampler) in enumerate(zip(flat, samplers, strict=True)):
+            p, field = divmod(at, FIELDS)
+            grad = found[field]
+            if grad is None or not needs[7 + at]:
+                of_weights.append(None)
+                continue
+            of_samples = grad[:, p].to(weight.dtype)
+            of_weights.append(of_samples.sum(0) if sampler is None else sampler(of_samples))
+        h_0, c_0, reset_h, reset_c = of_states
+        of_given = (grad_input, h_0, c_0, None, None, reset_h, reset_c)
+        wanted = [x if need else None for x, need in zip(of_given, needs, strict=False)]
+        return (None, None, *wanted, *of_weights)
+
+
+def _gradients(
+    cell: str,
+    grad_clip: float,
+    grads: Grads,
+    input: Tensor,
+    given: Sequence[Any],
+    flat: Sequence[Any],
+    output: Tensor,
+    saved: Tensor,
+    needs: Sequence[bool],
+) -> tuple[list[Tensor | None], tuple[Tensor | None, ...]]:
+    """Of the weights' fields by sample [B, P, ..], and of input, h_0, c_0, reset_h, reset_c."""
+    h_0, c_0, lengths, resets, reset_h, reset_c = given
+    dtype = output.dtype  # under autocast not the arguments'
+    h_0 = h_0.to(dtype)
+    c_0, reset_h, reset_c = (None if x is None else x.to(dtype) for x in (c_0, reset_h, reset_c))
+    weight_ih, weight_hh, _, _, weight_hr = (None if x is None else x.to(dtype) for x in fused.stacked(flat))
+    assert weight_ih is not None and weight_hh is not None
+    (T, B, _), P = output.shape, len(weight_hh)
+    reverse = [False, True][:P]
+    call: tuple[Any, ...] = (
+        cell, *grads[:2], grads[2] if c_0 is not None else None, weight_hh, weight_hr, h_0, c_0, lengths, resets,
+        reset_h, reset_c, reverse, output, saved, True, grad_clip,
+    )  # fmt: skip
+    if grads[3] is None:
+        pulled = recurrent_backward(*call)
+    else:
+        of_saved: Any = fused._in_saved(cell, grads[3], P, None)
+        pulled = reference.backward(*(*call, of_saved))
+    gates_ih, gates_hh, projected, *of_states = pulled
+    if not CELLS[cell].separate_gates_hh:
+        gates_hh = gates_ih
+    if lengths is not None:
+        input = fused.without_padding(input, lengths)
+
+    def of_input() -> Tensor:
+        if input.dim() == 3:
+            return _outer(gates_ih, input.to(dtype)).unflatten(1, (P, gates_ih.shape[2] // P))
+        vocabulary = weight_ih.shape[2]
+        of_tokens = gates_ih.new_zeros(B * vocabulary, gates_ih.shape[2])
+        places = input + vocabulary * torch.arange(B, device=input.device)
+        of_tokens.index_add_(0, places.flatten(), gates_ih.flatten(0, 1))
+        return of_tokens.view(B, vocabulary, P, gates_ih.shape[2] // P).permute(0, 2, 3, 1)
+
+    def of_groups(grad: Tensor, x: Tensor) -> Tensor:
+        # sizes and not -1: of an empty batch, which Opacus draws, nothing could be found out
+        return _outer(grad.reshape(T, B * P, grad.shape[2] // P), x.flatten(1, 2)).unflatten(0, (B, P))
+
+    forms: list[Callable[[], Tensor]] = [
+        of_input,
+        lambda: of_groups(gates_hh, reference.previous_h(output, h_0, lengths, resets, reset_h, reverse)),
+        lambda: gates_ih.sum(0).unflatten(1, (P, gates_ih.shape[2] // P)),
+        lambda: gates_hh.sum(0).unflatten(1, (P, gates_hh.shape[2] // P)),
+        lambda: of_groups(projected, reference.lstm_hidden(saved, P)),
+    ]
+    found = [form() if any(needs[7 + i :: FIELDS]) else None for i, form in enumerate(forms)]
+    grad_input = gates_ih @ weight_ih.flatten(0, 1) if needs[0] else None
+    return found, (grad_input, *of_states)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """sum over t of a[t, g, :] b[t, g, :]^T: [G, m, n] from [T, G, m] and [T, G, n]."""
+    fits = is_plain_call() and is_plain(a) and a.dtype in (torch.float32, torch.float64)
+    return grouped_outer(a, b) if fits else outer_by_aten(a, b)
+
+
+# ---- Opacus ----
+
+
+class OpacusHooks(NamedTuple):
+    """What Opacus would have hooked a module with."""
+
+    owner: Any  # opacus.grad_sample.GradSampleHooks
+    loss_reduction: str
+
+
+class _Found(nn.Module):
+    """A weight in one call: to Opacus a layer of its own, whose "backprops" are the gradients that the node found."""
+
+    def __init__(self, weight: Parameter, hooks: OpacusHooks, batch: int) -> None:
+        super().__init__()
+        self.weight, self.hooks = weight, hooks
+        hooks.owner.GRAD_SAMPLERS[_Found] = _Found.by_parameter
+        hooks.owner.capture_activations_hook(self, (weight.new_empty(batch, 0),), None)
+
+    def take(self, of_samples: Tensor) -> Tensor:
+        self.hooks.owner.capture_backprops_hook(
+            self, None, (of_samples,), loss_reduction=self.hooks.loss_reduction, batch_first=True
+        )
+        return of_samples.sum(0)
+
+    def by_parameter(self, activations: Any, backprops: Tensor) -> dict[Tensor, Tensor]:
+        return {self.weight: backprops}
+
+    def ft_compute_sample_grad(self, parameters: Any, activations: Any, backprops: Tensor) -> list[Tensor]:
+        """By this name Opacus asks with force_functorch."""
+        return [backprops]
+
+
+_KINDS[SampledWeight] = lambda x, batch: (x.original, _Found(x.original, x.hooks, batch).take)
+
+
+class _Handle(RemovableHandle):
+    """Of a hook that a module has not taken."""
+
+    def __init__(self, module: Hooked | None) -> None:
+        super().__init__(OrderedDict())
+        self.module = module
+
+    def remove(self) -> None:
+        if self.module is not None:
+            self.module.__dict__.pop("_opacus", None)
+
+
+class Hooked(nn.Module):
+    """A module that keeps Opacus' hooks in place of being hooked, and marks its weights for them."""
+
+    _opacus: OpacusHooks | None = None
+
+    def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:  # type: ignore[override]
+        if _is_of_opacus(hook, "capture_activations_hook"):
+            return _Handle(None)
+        return super().register_forward_hook(hook, **options)
+
+    def register_full_backward_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        function = getattr(hook, "func", hook)
+        if _is_of_opacus(function, "capture_backprops_hook"):
+            self._opacus = OpacusHooks(function.__self__, hook.keywords["loss_reduction"])
+            return _Handle(self)
+        return super().register_full_backward_hook(hook, prepend)
+
+    def _marked(self, weight: Any) -> Any:
+        """The weight for a call."""
+        hooks = self._opacus
+        if hooks is None or torch.compiler.is_compiling():
+            return weight
+        if not (hooks.owner.hooks_enabled and self.training and torch.is_grad_enabled()):
+            return weight
+        if not (isinstance(weight, Parameter) and weight.requires_grad):
+            return weight
+        marked: Any = Tensor._make_subclass(SampledWeight, weight, True)  # type: ignore[arg-type]
+        marked.original, marked.hooks = weight, hooks
+        return marked
+
+
+def _is_of_opacus(hook: Any, name: str) -> bool:
+    owner = getattr(hook, "__self__", None)
+    return getattr(hook, "__name__", None) == name and hasattr(owner, "GRAD_SAMPLERS")
+
+
+# ---- ExpandedWeights ----
+
+
+def _take_expanded(module: ModuleType) -> None:
+    def unmarked(x: Any, batch: int) -> tuple[Tensor, Sampler]:
+        if x.batch_size != batch:
+            raise RuntimeError(
+                "Expected ExpandedWeights to have batch size matching input but got "
+                f"input batch size of {batch} with ExpandedWeight of batch size {x.batch_size}"
+            )
+
+        def take(of_samples: Tensor) -> None:
+            utils = sys.modules["torch.nn.utils._expanded_weights.expanded_weights_utils"]
+            utils.set_grad_sample_if_exists(x, lambda _: of_samples)  # and no .grad, as with torch's own layers
+
+        return x.orig_weight, take
+
+    _KINDS[module.ExpandedWeight] = unmarked
+
+
+when_imported("torch.nn.utils._expanded_weights.expanded_weights_impl", _take_expanded)
