@@ -1,4 +1,4 @@
-"""What other packages are told about ours, once somebody imports them: fastrnn imports none of them itself."""
+"""What other modules are told about ours, once somebody imports them: fastrnn imports none of them itself."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+_awaited: dict[str, Callable[[ModuleType], None]] = {}
 
-class _Awaited:
-    """Waits in sys.meta_path for the import of one module, and leaves with it."""
 
-    def __init__(self, name: str, tell: Callable[[ModuleType], None]) -> None:
-        self.name, self.tell = name, tell
+class _Finder:
+    """Stands first in sys.meta_path: all that it does is to see an awaited module come."""
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != self.name:
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        tell = _awaited.pop(name, None)
+        if tell is None:
             return None
-        sys.meta_path.remove(self)  # so that the others are asked
-        spec = importlib.util.find_spec(name)
+        spec = importlib.util.find_spec(name)  # asks this finder again, which has nothing to say now, then the others
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
 
         def run_and_tell(module: ModuleType) -> None:
             run(module)
-            self.tell(module)
+            tell(module)
 
         spec.loader.exec_module = run_and_tell  # type: ignore[method-assign]
         return spec
@@ -37,5 +37,7 @@ def when_imported(name: str, tell: Callable[[ModuleType], None]) -> None:
     """Calls tell(module) as soon as the module of this name is imported: now, where it is already."""
     if name in sys.modules:
         tell(sys.modules[name])
-    else:
-        sys.meta_path.insert(0, _Awaited(name, tell))
+        return
+    _awaited[name] = tell
+    if _Finder not in sys.meta_path:
+        sys.meta_path.insert(0, _Finder)

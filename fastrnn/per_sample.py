@@ -70,6 +70,8 @@ def layer(
     pairs = [_unmarked(x, input.shape[1]) for direction in weights for x in direction]
     flat = [x for x, _ in pairs]
     options = (cell, [sampler for _, sampler in pairs], grad_clip, all_states)
+    if lengths is not None:
+        input = fused.without_padding(input, lengths)
     with torch.no_grad():
         directions = [type(w)(*flat[i * FIELDS : (i + 1) * FIELDS]) for i, w in enumerate(weights)]
         gates_ih = project(input, directions)
@@ -175,8 +177,6 @@ def _gradients(
     gates_ih, gates_hh, projected, *of_states = pulled
     if not CELLS[cell].separate_gates_hh:
         gates_hh = gates_ih
-    if lengths is not None:
-        input = fused.without_padding(input, lengths)
 
     def of_input() -> Tensor:
         if input.dim() == 3:

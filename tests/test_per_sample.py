@@ -170,11 +170,16 @@ def test_our_own_options(kind: str, option: str) -> None:
         options = {"return_all_states": True}
     module = build(fastrnn, kind, I, H, num_layers=2, bidirectional=True, dtype=torch.float64, **options)
     x = torch.randint(I, (T, B)) if option == "tokens" else randn(T, B, I)
+    lengths = LENGTHS if option == "tokens" else None
+    if lengths is not None:
+        x[torch.arange(T)[:, None] >= lengths] = -1
     resets = torch.rand(T, B) < 0.4 if option in ("resets", "learn_initial_state") else None
     fresh = make_state(kind, 4, B, hidden=H) if option == "resets" else None
 
     def call(function: Any, rows: slice) -> tuple[list[Tensor], list[int]]:
         keywords = {} if resets is None else {"resets": resets[:, rows]}
+        if lengths is not None:
+            keywords["lengths"] = lengths[rows]
         if fresh is not None:
             keywords["reset_state"] = map_state(lambda s: s[:, rows], fresh)
         output, finals, *cells = function(x[:, rows], **keywords)
