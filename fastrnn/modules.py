@@ -23,8 +23,9 @@ Options that torch does not have are keyword-only arguments of the constructors:
 * ``recompute`` (int, 0: off): training keeps the states at every ``recompute``-th step alone, and backward makes the
   rest again from there, so many steps at a time. The square root of T takes about the least memory. Results are equal
   up to rounding, and in every bit from run to run. Double backward needs the memory of the default, and so does a last
-  layer with ``return_all_states``. Nothing is recomputed under torch.compile, torch.func and forward-mode AD; half
-  types, autocast, tokens and other devices go by ``torch.utils.checkpoint``.
+  layer with ``return_all_states``. Nothing is recomputed under torch.compile, torch.func and forward-mode AD, and where
+  the gradient of every sample is asked for (Opacus); half types, autocast, tokens and other devices go by
+  ``torch.utils.checkpoint``.
 """
 
 from __future__ import annotations
