@@ -176,7 +176,8 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         if per_sample.asked_for(rows):
             return tuple(per_sample.initial_states(each, batch) for each in rows)
         return tuple(
-            torch.stack(list(map(functional.in_autocast_dtype, each))).unsqueeze(1).expand(-1, batch, -1) for each in rows
+            torch.stack(list(map(functional.in_autocast_dtype, each))).unsqueeze(1).expand(-1, batch, -1)
+            for each in rows
         )
 
     def store_by_token(self) -> Self:
