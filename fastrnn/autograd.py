@@ -131,7 +131,8 @@ def _grad_weight_hh(
         # -1 and not T - 1: indexing with a symbolic size would fix it
         start = grad[-1 if backwards else 0]
         if backwards and lengths is not None:
-            ends = (lengths if lengths.dim() == 1 else lengths[:, p]).to(grad.device, torch.int64)
+            ends = lengths if lengths.dim() == 1 else lengths[:, p]
+            ends = ends.to(grad.device, torch.int64, non_blocking=ends.is_cpu)
             ends = (ends - 1).clamp(min=0)[None, :, None]
             start = grad.gather(0, ends.expand(1, -1, grad.shape[2]))[0]
         weight = start.t() @ first

@@ -164,7 +164,7 @@ def given_lengths(lengths: Any, input: Tensor) -> Tensor:
         raise RuntimeError(f"lengths: expected [{B}] (batch), got {list(lengths.shape)}")
     if lengths.is_meta and not input.is_meta:
         raise RuntimeError(f"lengths: expected a device with data, as {input.device}, got meta")
-    return lengths.to(input.device, torch.int64)
+    return lengths.to(input.device, torch.int64, non_blocking=lengths.is_cpu)
 
 
 def check_values_of(lengths: Tensor, T: int) -> None:

@@ -307,6 +307,20 @@ def pad(x: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
     return torch._VF._pad_packed_sequence(x, batch_sizes, False, 0.0, batch_sizes.shape[0])  # type: ignore[attr-defined]
 
 
+def on_device(lengths: Tensor, device: torch.device) -> Tensor:
+    """lengths [B] of the CPU on another device, for a kernel to read.
+
+    A copy cannot be captured in a CUDA graph, or from pinned memory is read again by every replay. So the values go as
+    arguments of kernels, one launch for some hundred lengths that differ.
+    """
+    if device.type == "cpu" or not is_plain_call():
+        return lengths.to(device, non_blocking=True)
+    values, counts = lengths.unique_consecutive(return_counts=True)
+    found = torch.zeros_like(lengths, device=device)
+    torch._foreach_add_(found.split(counts.tolist()), values.tolist())
+    return found
+
+
 def pack(x: Tensor, lengths: Tensor) -> Tensor:
     """[T, B, n] -> [N, n]; lengths on the CPU, falling."""
     return torch._VF._pack_padded_sequence(x, lengths, False)[0]  # type: ignore[attr-defined]

@@ -509,11 +509,11 @@ class _Recurrent(per_sample.Hooked, RNNBase):
             cells = None if cells is None else layer.pack(_permute(cells, sorted_indices), lengths)
         elif is_plain_call():
             padded, lengths = layer.pad(data, batch_sizes)
-            output, finals, cells = self._layers(padded, states, lengths)
+            output, finals, cells = self._layers(padded, states, layer.on_device(lengths, data.device))
             output, cells = layer.pack(output, lengths), None if cells is None else layer.pack(cells, lengths)
         else:  # torch's routines have neither a forward derivative nor a rule for vmap
-            lengths, places = _packed_layout(batch_sizes)
-            T, B, places = len(batch_sizes), len(lengths), places.to(data.device)
+            lengths, places = (x.to(data.device, non_blocking=True) for x in _packed_layout(batch_sizes))
+            T, B = len(batch_sizes), len(lengths)
             padded = data.new_zeros(T * B, *data.shape[1:]).index_copy(0, places, data)
             output, finals, cells = self._layers(padded.reshape(T, B, *data.shape[1:]), states, lengths)
             output = output.flatten(0, 1).index_select(0, places)

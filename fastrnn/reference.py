@@ -118,19 +118,23 @@ class _Walk:
         self.resets: Tensor | None = None  # [T, B, P]: a reset on entering step k of the walk
         ends: Tensor | int = T
         if lengths is not None:
-            ends = (lengths if lengths.dim() == 2 else lengths[:, None]).to(device)
+            ends = (lengths if lengths.dim() == 2 else lengths[:, None]).to(device, non_blocking=lengths.is_cpu)
             self.valid = (steps < ends).expand(T, B, P)
-        backwards = torch.tensor(list(reverse), device=device)
+
+        def of_groups(forwards: Tensor, backwards: Tensor) -> Tensor:
+            """Each group's part of one of the two. Nothing tells the device which: a copy from the host waits."""
+            both = backwards.expand(T, B, P), forwards.expand(T, B, P)
+            return torch.cat([both[not back].narrow(2, p, 1) for p, back in enumerate(reverse)], 2)
+
         if any(reverse):
-            inside = (steps < ends) & backwards
-            self.index = torch.where(inside, ends - 1 - steps, steps).expand(T, B, P)
+            self.index = of_groups(steps, torch.where(steps < ends, ends - 1 - steps, steps))
         if resets is not None:
             resets = (resets if resets.dim() == 3 else resets[..., None]).expand(T, B, P)
             if self.index is not None:
                 # Entering time t from t + 1 crosses the boundary that resets[t + 1] stands for.
                 shifted = torch.cat([resets[1:], torch.zeros_like(resets[:1])])
                 entered = shifted.gather(0, self.index) & (steps > 0)
-                resets = torch.where(backwards, entered, resets)
+                resets = of_groups(resets, entered)
             self.resets = resets if self.valid is None else resets & self.valid
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from ._C import set_uniform
 from .functional import check_values_of, given_lengths
+from .layer import on_device, pad
 from .products import is_plain, is_plain_call
 
 
@@ -46,11 +47,13 @@ def pool(
     """
     if how not in ("last", "mean", "max"):
         raise ValueError(f"how: expected 'last', 'mean' or 'max', got {how!r}")
+    order = None
     if isinstance(output, PackedSequence):
         if lengths is not None:
             raise ValueError(f"lengths: expected None with a PackedSequence, got {type(lengths).__name__}")
-        output, lengths = pad_packed_sequence(output)
-        batch_first = False
+        order = output.unsorted_indices
+        output, lengths = pad(output.data, output.batch_sizes)
+        lengths, batch_first = on_device(lengths, output.device), False
     if not isinstance(output, Tensor):
         raise TypeError(f"output: expected a tensor or a PackedSequence, got {type(output).__name__}")
     if not output.is_floating_point():
@@ -70,12 +73,15 @@ def pool(
         last = output.gather(0, (ends - 1).clamp(min=0).expand(B, N)[None])[0]
         if bidirectional:
             last = torch.where(torch.arange(N, device=output.device) < N // 2, last, output[0])
-        return torch.where(ends > 0, last, 0)
-    valid = (torch.arange(T, device=output.device)[:, None] < ends[:, 0])[..., None]
-    if how == "max":
-        return torch.where(ends > 0, torch.where(valid, output, -torch.inf).amax(0), 0)
-    wide = torch.promote_types(output.dtype, torch.float32)
-    return (torch.where(valid, output, 0).sum(0, dtype=wide) / ends.clamp(min=1)).to(output.dtype)
+        pooled = torch.where(ends > 0, last, 0)
+    else:
+        valid = (torch.arange(T, device=output.device)[:, None] < ends[:, 0])[..., None]
+        if how == "max":
+            pooled = torch.where(ends > 0, torch.where(valid, output, -torch.inf).amax(0), 0)
+        else:
+            wide = torch.promote_types(output.dtype, torch.float32)
+            pooled = (torch.where(valid, output, 0).sum(0, dtype=wide) / ends.clamp(min=1)).to(output.dtype)
+    return pooled if order is None else pooled.index_select(0, order)
 
 
 def _ends(lengths: Any, output: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from benchmarks.gpu.steps import capture
-from fastrnn import info, ops, reference
+from fastrnn import info, layer, ops, reference
 from tests.accuracy import assert_as_exact, plain_backward, plain_forward
 from tests.test_kernels import (
     BACKWARD_NAMES,
@@ -465,19 +465,57 @@ def test_graph_replays_with_new_inputs(case):
         assert same(replay(), call())
 
 
-@needs_gpu
-def test_training_step_as_a_graph():
+def training_step(kind, sequence):
+    """A training step, and the input that it reads: a tensor, or the data of a packed sequence."""
     torch.manual_seed(0)
-    module = fastrnn.LSTM(64, 256, device=DEVICE)
-    input = torch.randn(20, 8, 64, device=DEVICE)
+    T, B = 20, 8
+    module = getattr(fastrnn, kind)(64, 96, num_layers=2, bidirectional=True, device=DEVICE)
+    lengths = torch.randint(1, T + 1, (B,))
+    options = {}
+    if "resets" in sequence:
+        options["resets"] = (torch.rand(T, B) < 0.2).to(DEVICE)
+    if "lengths" in sequence:
+        options["lengths"] = lengths if "host" in sequence else lengths.to(DEVICE)
+    input = torch.randn(T, B, 64, device=DEVICE)
+    packed = pack_padded_sequence(input, lengths, enforce_sorted=False) if "packed" in sequence else None
+    input = input if packed is None else packed.data
 
     def step():
-        output, _ = module(input)
+        output, _ = module(input if packed is None else packed._replace(data=input), **options)
+        output = output if packed is None else output.data
         return (output, *torch.autograd.grad(output.square().sum(), list(module.parameters())))
 
+    return step, input
+
+
+@needs_gpu
+@pytest.mark.parametrize("sequence", ["plain", "resets", "lengths", "resets and lengths", "packed"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_training_step_as_a_graph(kind, sequence):
+    step, input = training_step(kind, sequence)
     replay = capture(step)
     input.copy_(torch.randn_like(input))
     assert same(replay(), step())
+
+
+@needs_gpu
+@pytest.mark.parametrize("sequence", ["plain", "resets", "resets and lengths", "lengths of the host", "packed"])
+def test_nothing_waits_for_the_device(sequence):
+    step, _ = training_step("LSTM", sequence)
+    want = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert same(got, want)
+
+
+@needs_gpu
+def test_lengths_of_a_packed_sequence_are_on_the_device():
+    """More that differ than one launch takes."""
+    lengths = torch.arange(700, 0, -1)
+    assert torch.equal(layer.on_device(lengths, DEVICE).cpu(), lengths)
 
 
 @needs_gpu
