@@ -81,13 +81,20 @@ def cuda() -> cuda_toolkit.Toolkit | None:
 
 
 class Build(BuildExtension):
-    """Compiles `extension.kernels`, if any, before torch's BuildExtension compiles the rest and links."""
+    """Compiles `extension.kernels`, if any, before torch's BuildExtension compiles the rest and links.
+
+    The module exports its entry alone: symbols of a C++ library that is linked into it would meet those of torch's.
+    """
 
     def build_extensions(self):
         check_compiler(os.environ.get("CXX", "c++"))
         super().build_extensions()
 
     def build_extension(self, extension):
+        exports = Path(self.build_temp).resolve() / "exports.map"
+        exports.parent.mkdir(parents=True, exist_ok=True)
+        exports.write_text("{ global: PyInit__C; local: *; };\n")
+        extension.extra_link_args.append(f"-Wl,--version-script={exports}")
         if kernels := getattr(extension, "kernels", None):
             extension.extra_objects += self.compile_kernels(*kernels)
         super().build_extension(extension)

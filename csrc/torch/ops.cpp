@@ -16,6 +16,7 @@
 
 #include "../cells/registry.h"
 #include "../launch.h"
+#include "check.h"
 #include "ops.h"
 #include "prepare.h"
 
@@ -85,10 +86,7 @@ void run(const std::vector<PreparedGemm>& calls) {
 }
 
 Tensor grouped_linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  TORCH_CHECK(input.dim() == 3 && weight.dim() == 3 && input.size(1) == weight.size(0) &&
-                  input.size(2) == weight.size(2) && (!bias || bias->sizes() == weight.sizes().slice(0, 2)),
-              "grouped_linear: expected input [rows, P, n], weight [P, m, n] and bias [P, m], got ", input.sizes(), ", ",
-              weight.sizes(), " and ", bias ? bias->sizes() : at::IntArrayRef{});
+  check_grouped_linear(input, weight, bias);
   const int64_t rows = input.size(0), P = input.size(1), m = weight.size(1), n = weight.size(2);
   if (!are_large(rows, m, n)) {
     Tensor out = at::bmm(input.transpose(0, 1), weight.transpose(1, 2));
@@ -109,8 +107,7 @@ Tensor grouped_linear_cpu(const Tensor& input, const Tensor& weight, const Optio
 }
 
 Tensor grouped_outer_cpu(const Tensor& a, const Tensor& b) {
-  TORCH_CHECK(a.dim() == 3 && b.dim() == 3 && a.sizes().slice(0, 2) == b.sizes().slice(0, 2),
-              "grouped_outer: expected a [rows, P, m] and b [rows, P, n], got ", a.sizes(), " and ", b.sizes());
+  check_grouped_outer(a, b);
   const int64_t rows = a.size(0), P = a.size(1), m = a.size(2), n = b.size(2);
   if (!are_large(m, n, rows)) return at::bmm(a.permute({1, 2, 0}), b.transpose(0, 1));
   const Tensor out = at::empty({P, m, n}, a.options());
@@ -127,7 +124,7 @@ void without_derivative(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
   for (const c10::IValue& x : torch::jit::last(*stack, op.schema().arguments().size())) {
     if (!x.isTensor() || !x.toTensor().defined()) continue;
     const Tensor& tensor = x.toTensor();
-    TORCH_CHECK_NOT_IMPLEMENTED(
+    RNN_CHECK_NOT_IMPLEMENTED(
         !(at::GradMode::is_enabled() && tensor.requires_grad()) && !tensor._fw_grad(/*level=*/0).defined(),
         op.operator_name().name, ": it has no derivative; fastrnn.functional and the modules make one around it");
   }

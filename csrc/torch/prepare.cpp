@@ -3,20 +3,14 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <c10/util/Exception.h>
 
 #include <string>
 
 #include "../cells/registry.h"
+#include "check.h"
 
 namespace fastrnn {
 namespace {
-
-std::string text(at::IntArrayRef sizes) {
-  std::string s = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) s += (i ? ", " : "") + std::to_string(sizes[i]);
-  return s + "]";
-}
 
 struct Dims {
   int64_t T, B, P, G, h, R, S;
@@ -26,17 +20,17 @@ struct Dims {
 
 // Checked: what a packed sequence's batch sizes must be for [N, ..] tensors of `rows` rows.
 const int64_t* checked_batch_sizes(const char* op, const Tensor& x, int64_t rows) {
-  TORCH_CHECK(x.scalar_type() == at::kLong && x.is_cpu() && x.dim() == 1 && x.size(0) > 0 && x.is_contiguous(), op,
-              ": batch_sizes: expected a contiguous vector of int64 on the CPU, got ", x.scalar_type(), " ",
-              text(x.sizes()), " on ", x.device());
+  RNN_CHECK(x.scalar_type() == at::kLong && x.is_cpu() && x.dim() == 1 && x.size(0) > 0 && x.is_contiguous(), op,
+            ": batch_sizes: expected a contiguous vector of int64 on the CPU, got ", x.scalar_type(), " ",
+            x.sizes(), " on ", x.device());
   const int64_t* sizes = x.const_data_ptr<int64_t>();
   int64_t sum = 0;
   for (int64_t t = 0; t < x.size(0); ++t) {
-    TORCH_CHECK_VALUE(sizes[t] >= 0 && (t == 0 || sizes[t] <= sizes[t - 1]), op,
-                      ": batch_sizes: expected sizes that do not grow, got ", sizes[t], " at index ", t);
+    RNN_CHECK_VALUE(sizes[t] >= 0 && (t == 0 || sizes[t] <= sizes[t - 1]), op,
+                    ": batch_sizes: expected sizes that do not grow, got ", sizes[t], " at index ", t);
     sum += sizes[t];
   }
-  TORCH_CHECK_VALUE(sum == rows, op, ": batch_sizes: expected a sum of ", rows, " (rows of data), got ", sum);
+  RNN_CHECK_VALUE(sum == rows, op, ": batch_sizes: expected a sum of ", rows, " (rows of data), got ", sum);
   return sizes;
 }
 
@@ -54,14 +48,14 @@ class Door {
       case at::kBFloat16: dtype_ = DType::kBFloat16; break;
       case at::kHalf: dtype_ = DType::kFloat16; break;
       default:
-        TORCH_CHECK_TYPE(false, op_, ": ", reference_name,
-                         ": expected float32, float64, bfloat16 or float16, got ", reference.scalar_type());
+        RNN_CHECK_TYPE(false, op_, ": ", reference_name,
+                       ": expected float32, float64, bfloat16 or float16, got ", reference.scalar_type());
     }
     const int64_t dims = args.batch_sizes ? 2 : 3;
-    TORCH_CHECK(reference.dim() == dims, op_, ": ", reference_name, ": expected ", dims, " dimensions, got ",
-                text(reference.sizes()));
-    TORCH_CHECK(weight.size() == 3, op_, ": weight_hh: expected 3 dimensions (groups, gates * hidden, width), got ",
-                text(weight));
+    RNN_CHECK(reference.dim() == dims, op_, ": ", reference_name, ": expected ", dims, " dimensions, got ",
+              reference.sizes());
+    RNN_CHECK(weight.size() == 3, op_, ": weight_hh: expected 3 dimensions (groups, gates * hidden, width), got ",
+              weight);
     dims_ = {reference.size(0), reference.size(1), weight[0], info_.gates, weight[1] / info_.gates, weight[2],
              info_.saved, args.batch_sizes.has_value(), 0};
     dims_.rows = dims_.packed ? reference.size(0) : dims_.T * dims_.B;
@@ -69,21 +63,21 @@ class Door {
       batch_sizes_ = checked_batch_sizes(op, *args.batch_sizes, dims_.rows);
       dims_.T = args.batch_sizes->size(0);
       dims_.B = batch_sizes_[0];
-      TORCH_CHECK(!args.lengths && !args.resets, op_, ": ", args.lengths ? "lengths" : "resets",
-                  ": expected none with batch_sizes, got a tensor");
+      RNN_CHECK(!args.lengths && !args.resets, op_, ": ", args.lengths ? "lengths" : "resets",
+                ": expected none with batch_sizes, got a tensor");
     }
-    TORCH_CHECK(dims_.P > 0 && dims_.h > 0 && dims_.R > 0 && weight[1] == info_.gates * dims_.h, op_,
-                ": weight_hh: expected (groups, ", info_.gates, " * hidden, width) with every size above 0, got ",
-                text(weight));
-    TORCH_CHECK(info_.states > 1 || !args.weight_hr, op_, ": weight_hr: expected none for cell '", info_.name,
-                "', got a tensor");
-    TORCH_CHECK(args.weight_hr || dims_.R == dims_.h, op_, ": weight_hh: expected [", dims_.P, ", ", weight[1], ", ",
-                dims_.h, "] without weight_hr, got ", text(weight));
-    TORCH_CHECK(static_cast<int64_t>(args.reverse.size()) == dims_.P, op_, ": reverse: expected ", dims_.P,
-                " values (groups), got ", args.reverse.size());
-    TORCH_CHECK(args.c_0.has_value() == (info_.states > 1), op_, ": c_0: expected ",
-                info_.states > 1 ? "a tensor" : "none", " for cell '", info_.name, "', got ",
-                args.c_0 ? "a tensor" : "none");
+    RNN_CHECK(dims_.P > 0 && dims_.h > 0 && dims_.R > 0 && weight[1] == info_.gates * dims_.h, op_,
+              ": weight_hh: expected (groups, ", info_.gates, " * hidden, width) with every size above 0, got ",
+              weight);
+    RNN_CHECK(info_.states > 1 || !args.weight_hr, op_, ": weight_hr: expected none for cell '", info_.name,
+              "', got a tensor");
+    RNN_CHECK(args.weight_hr || dims_.R == dims_.h, op_, ": weight_hh: expected [", dims_.P, ", ", weight[1], ", ",
+              dims_.h, "] without weight_hr, got ", weight);
+    RNN_CHECK(static_cast<int64_t>(args.reverse.size()) == dims_.P, op_, ": reverse: expected ", dims_.P,
+              " values (groups), got ", args.reverse.size());
+    RNN_CHECK(args.c_0.has_value() == (info_.states > 1), op_, ": c_0: expected ",
+              info_.states > 1 ? "a tensor" : "none", " for cell '", info_.name, "', got ",
+              args.c_0 ? "a tensor" : "none");
   }
 
   const Dims& dims() const { return dims_; }
@@ -94,17 +88,17 @@ class Door {
   // Checked against a dtype of its own, contiguous, kept alive; null for an absent tensor.
   const void* read_as(const char* name, const OptionalTensor& x, at::ScalarType dtype, at::IntArrayRef expected) {
     if (!x) return nullptr;
-    TORCH_CHECK(x->sizes() == expected, op_, ": ", name, ": expected ", text(expected), ", got ", text(x->sizes()));
-    TORCH_CHECK(x->scalar_type() == dtype, op_, ": ", name, ": expected dtype ", dtype, ", got ", x->scalar_type());
+    RNN_CHECK(x->sizes() == expected, op_, ": ", name, ": expected ", expected, ", got ", x->sizes());
+    RNN_CHECK(x->scalar_type() == dtype, op_, ": ", name, ": expected dtype ", dtype, ", got ", x->scalar_type());
     device(name, *x);
     keep.push_back(x->contiguous());
     return keep.back().const_data_ptr();
   }
 
   void floating(const char* name, const Tensor& x, at::IntArrayRef expected) const {
-    TORCH_CHECK(x.sizes() == expected, op_, ": ", name, ": expected ", text(expected), ", got ", text(x.sizes()));
-    TORCH_CHECK(x.scalar_type() == reference_.scalar_type(), op_, ": ", name, ": expected dtype ",
-                reference_.scalar_type(), " (that of ", reference_name_, "), got ", x.scalar_type());
+    RNN_CHECK(x.sizes() == expected, op_, ": ", name, ": expected ", expected, ", got ", x.sizes());
+    RNN_CHECK(x.scalar_type() == reference_.scalar_type(), op_, ": ", name, ": expected dtype ",
+              reference_.scalar_type(), " (that of ", reference_name_, "), got ", x.scalar_type());
     device(name, x);
   }
 
@@ -172,8 +166,8 @@ class Door {
 
  private:
   void device(const char* name, const Tensor& x) const {
-    TORCH_CHECK(x.device() == reference_.device(), op_, ": ", name, ": expected device ", reference_.device(),
-                " (that of ", reference_name_, "), got ", x.device());
+    RNN_CHECK(x.device() == reference_.device(), op_, ": ", name, ": expected device ", reference_.device(),
+              " (that of ", reference_name_, "), got ", x.device());
   }
 
   void packing(ForwardParams& p, Owned& own) {
@@ -193,32 +187,32 @@ class Door {
   void lengths(const Recurrence& args, ForwardParams& p) {
     if (!args.lengths) return;
     const Tensor& x = *args.lengths;
-    TORCH_CHECK_TYPE(at::isIntegralType(x.scalar_type(), /*includeBool=*/false), op_,
-                     ": lengths: expected an integer dtype, got ", x.scalar_type());
-    TORCH_CHECK(x.dim() >= 1 && x.dim() <= 2 && x.size(0) == dims_.B && (x.dim() == 1 || x.size(1) == dims_.P), op_,
-                ": lengths: expected [", dims_.B, "] or [", dims_.B, ", ", dims_.P, "] (batch, groups), got ",
-                text(x.sizes()));
-    keep.push_back(x.to(reference_.device(), at::kLong).contiguous());
+    RNN_CHECK_TYPE(at::isIntegralType(x.scalar_type(), /*includeBool=*/false), op_,
+                   ": lengths: expected an integer dtype, got ", x.scalar_type());
+    RNN_CHECK(x.dim() >= 1 && x.dim() <= 2 && x.size(0) == dims_.B && (x.dim() == 1 || x.size(1) == dims_.P), op_,
+              ": lengths: expected [", dims_.B, "] or [", dims_.B, ", ", dims_.P, "] (batch, groups), got ",
+              x.sizes());
+    keep.push_back(x.to(reference_.device(), at::kLong, /*non_blocking=*/x.is_cpu()).contiguous());
     p.lengths = keep.back().const_data_ptr<int64_t>();
     p.lengths_stride_b = x.dim() == 1 ? 1 : dims_.P;
     p.lengths_stride_p = x.dim() == 1 ? 0 : 1;
     if (!reference_.is_cpu()) return;  // a look at the values would wait for the device; kernels clamp them
     for (int64_t i = 0; i < x.numel(); ++i)
-      TORCH_CHECK_VALUE(p.lengths[i] >= 0 && p.lengths[i] <= dims_.T, op_, ": lengths: expected values in [0, ",
-                        dims_.T, "], got ", p.lengths[i], " at index ", i);
+      RNN_CHECK_VALUE(p.lengths[i] >= 0 && p.lengths[i] <= dims_.T, op_, ": lengths: expected values in [0, ",
+                      dims_.T, "], got ", p.lengths[i], " at index ", i);
   }
 
   void resets(const Recurrence& args, ForwardParams& p) {
     const auto [T, B, P, G, h, R, S, packed, rows] = dims_;
-    TORCH_CHECK(args.resets || !(args.reset_h || args.reset_c), op_, ": ", args.reset_h ? "reset_h" : "reset_c",
-                ": expected none without resets, got a tensor");
-    TORCH_CHECK(info_.states > 1 || !args.reset_c, op_, ": reset_c: expected none for cell '", info_.name,
-                "', got a tensor");
+    RNN_CHECK(args.resets || !(args.reset_h || args.reset_c), op_, ": ", args.reset_h ? "reset_h" : "reset_c",
+              ": expected none without resets, got a tensor");
+    RNN_CHECK(info_.states > 1 || !args.reset_c, op_, ": reset_c: expected none for cell '", info_.name,
+              "', got a tensor");
     if (!args.resets) return;
     const Tensor& x = *args.resets;
-    TORCH_CHECK_TYPE(x.scalar_type() == at::kBool, op_, ": resets: expected dtype bool, got ", x.scalar_type());
-    TORCH_CHECK(x.dim() >= 2 && x.dim() <= 3 && x.size(0) == T && x.size(1) == B && (x.dim() == 2 || x.size(2) == P),
-                op_, ": resets: expected [", T, ", ", B, "] or [", T, ", ", B, ", ", P, "], got ", text(x.sizes()));
+    RNN_CHECK_TYPE(x.scalar_type() == at::kBool, op_, ": resets: expected dtype bool, got ", x.scalar_type());
+    RNN_CHECK(x.dim() >= 2 && x.dim() <= 3 && x.size(0) == T && x.size(1) == B && (x.dim() == 2 || x.size(2) == P),
+              op_, ": resets: expected [", T, ", ", B, "] or [", T, ", ", B, ", ", P, "], got ", x.sizes());
     device("resets", x);
     keep.push_back(x);
     p.resets = static_cast<const uint8_t*>(x.const_data_ptr());
@@ -249,11 +243,11 @@ int find_cell(std::string_view name) {
     if (name == kCells[i].name) return i;
     names += (i ? ", " : "") + std::string(kCells[i].name);
   }
-  TORCH_CHECK_VALUE(false, "cell: expected one of ", names, ", got '", std::string(name), "'");
+  RNN_CHECK_VALUE(false, "cell: expected one of ", names, ", got '", std::string(name), "'");
 }
 
 void check_grad_clip(const char* op, double grad_clip) {
-  TORCH_CHECK_VALUE(grad_clip >= 0, op, ": grad_clip: expected 0 (none) or a number above, got ", grad_clip);
+  RNN_CHECK_VALUE(grad_clip >= 0, op, ": grad_clip: expected 0 (none) or a number above, got ", grad_clip);
 }
 
 namespace {
@@ -307,15 +301,15 @@ PreparedForward prepare_layer(const Recurrence& args, const Tensor& input, const
 PreparedForward prepare_quantized(const Recurrence& args, const Tensor& input, const Narrow& narrow,
                                   const OptionalTensor& bias_ih) {
   const char* op = "quantized_forward";
-  TORCH_CHECK_TYPE(input.scalar_type() == at::kFloat, op, ": input: expected dtype Float, got ", input.scalar_type());
+  RNN_CHECK_TYPE(input.scalar_type() == at::kFloat, op, ": input: expected dtype Float, got ", input.scalar_type());
   const auto dtype = narrow.weight_ih.scalar_type();
   const bool int8 = dtype == at::kChar;
-  TORCH_CHECK_TYPE(int8 || dtype == at::kBFloat16, op, ": weight_ih: expected dtype BFloat16 or Char, got ", dtype);
+  RNN_CHECK_TYPE(int8 || dtype == at::kBFloat16, op, ": weight_ih: expected dtype BFloat16 or Char, got ", dtype);
   // Blocks do not tell how many units there are: the states do.
   const auto width = [&](const char* name, const Tensor& x) {
     const int64_t groups = args.reverse.size();
-    TORCH_CHECK(groups > 0 && x.dim() == 2 && x.size(1) % groups == 0, op, ": ", name, ": expected [batch, ", groups,
-                " * width], got ", text(x.sizes()));
+    RNN_CHECK(groups > 0 && x.dim() == 2 && x.size(1) % groups == 0, op, ": ", name, ": expected [batch, ", groups,
+              " * width], got ", x.sizes());
     return x.size(1) / groups;
   };
   const int64_t groups = args.reverse.size(), gates = kCells[find_cell(args.cell)].gates, R0 = width("h_0", args.h_0);
@@ -334,8 +328,8 @@ PreparedForward prepare_quantized(const Recurrence& args, const Tensor& input, c
                 : door.read_as(name, x, at::kBFloat16, {P, G * h, n});
   };
   const auto of_rows = [&](const char* name, const OptionalTensor& x, at::ScalarType type) {
-    TORCH_CHECK(x.has_value() == int8, op, ": ", name, ": expected ", int8 ? "a tensor" : "none", " with weights of ",
-                dtype, ", got ", x ? "a tensor" : "none");
+    RNN_CHECK(x.has_value() == int8, op, ": ", name, ": expected ", int8 ? "a tensor" : "none", " with weights of ",
+              dtype, ", got ", x ? "a tensor" : "none");
     return door.read_as(name, x, type, {P, blocks, G, 16});
   };
   p.weight = weight("weight_ih", narrow.weight_ih, p.size);
@@ -361,7 +355,7 @@ void prepare_gradients(const char* op, Door& door, const Recurrence& args, const
   door.weights(args, p);
   door.fill(args, p, out.own);
   const bool c = door.info().states > 1;
-  TORCH_CHECK(c || !given.grad_c_n, op, ": grad_c_n: expected none for cell '", door.info().name, "', got a tensor");
+  RNN_CHECK(c || !given.grad_c_n, op, ": grad_c_n: expected none for cell '", door.info().name, "', got a tensor");
   p.grad_output =
       door.read_strided("grad_output", given.grad_output, P * R, p.grad_output_stride_t, p.grad_output_stride_b);
   p.grad_h_n = door.read("grad_h_n", given.grad_h_n, {B, P * R});
@@ -402,13 +396,13 @@ PreparedBackward prepare_layer_backward(const Recurrence& args, const Given& giv
                                         const OptionalTensor& weight_ih, const OptionalTensor& grad_cells,
                                         const c10::List<bool>& wanted) {
   const char* op = "layer_backward";
-  TORCH_CHECK(wanted.size() == 6, op, ": wanted: expected 6 values, got ", wanted.size());
-  TORCH_CHECK(!wanted[0] || weight_ih, op, ": weight_ih: expected a tensor where input's gradient is wanted, got none");
-  TORCH_CHECK(!wanted[1] || input, op, ": input: expected a tensor where weight_ih's gradient is wanted, got none");
-  TORCH_CHECK(!args.weight_hr, op, ": weight_hr: expected none, got a tensor");
+  RNN_CHECK(wanted.size() == 6, op, ": wanted: expected 6 values, got ", wanted.size());
+  RNN_CHECK(!wanted[0] || weight_ih, op, ": weight_ih: expected a tensor where input's gradient is wanted, got none");
+  RNN_CHECK(!wanted[1] || input, op, ": input: expected a tensor where weight_ih's gradient is wanted, got none");
+  RNN_CHECK(!args.weight_hr, op, ": weight_hr: expected none, got a tensor");
   Door door(op, args, given.output, "output", args.weight_hh.sizes());
-  TORCH_CHECK_TYPE(door.dtype() == DType::kFloat32 || door.dtype() == DType::kFloat64, op,
-                   ": output: expected float32 or float64, got ", given.output.scalar_type());
+  RNN_CHECK_TYPE(door.dtype() == DType::kFloat32 || door.dtype() == DType::kFloat64, op,
+                 ": output: expected float32 or float64, got ", given.output.scalar_type());
   const auto [T, B, P, G, h, R, S, packed, rows] = door.dims();
   PreparedBackward out;
   LayerBackwardParams& p = out.layer;
@@ -418,8 +412,8 @@ PreparedBackward prepare_layer_backward(const Recurrence& args, const Given& giv
   p.separate_gates_hh = door.info().separate_gates_hh;
   p.input = door.read_strided("input", input, p.size, p.input_stride_t, p.input_stride_b);
   p.weight = door.read("weight_ih", weight_ih, {P, G * h, p.size});
-  TORCH_CHECK(!grad_cells || door.info().states > 1, op, ": grad_cells: expected none for cell '", door.info().name,
-              "', got a tensor");
+  RNN_CHECK(!grad_cells || door.info().states > 1, op, ": grad_cells: expected none for cell '", door.info().name,
+            "', got a tensor");
   p.grad_cells = door.read_strided("grad_cells", grad_cells, P * h, p.grad_cells_stride_t, p.grad_cells_stride_b);
   auto parts = door.sequence(p.size);
   parts.insert(parts.begin(), P);
@@ -441,10 +435,10 @@ PreparedBackward prepare_layer_backward(const Recurrence& args, const Given& giv
 
 PreparedGemm prepare_gemm(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool transpose_a,
                           bool transpose_b, const Tensor& out) {
-  TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "gemm: a and b: expected 2 dimensions each, got ", text(a.sizes()), " and ",
-              text(b.sizes()));
+  RNN_CHECK(a.dim() == 2 && b.dim() == 2, "gemm: a and b: expected 2 dimensions each, got ", a.sizes(), " and ",
+            b.sizes());
   const auto dtype = a.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "gemm: a: expected float32 or float64, got ", dtype);
+  RNN_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "gemm: a: expected float32 or float64, got ", dtype);
   PreparedGemm call;
   GemmParams& p = call.params;
   p.dtype = dtype == at::kDouble ? DType::kFloat64 : DType::kFloat32;
@@ -453,13 +447,13 @@ PreparedGemm prepare_gemm(const Tensor& a, const Tensor& b, const OptionalTensor
   p.m = a.size(transpose_a ? 1 : 0);
   p.k = a.size(transpose_a ? 0 : 1);
   p.n = b.size(transpose_b ? 0 : 1);
-  TORCH_CHECK(b.size(transpose_b ? 1 : 0) == p.k, "gemm: b: expected ", p.k, " in dimension ", transpose_b ? 1 : 0,
-              " (as a has), got ", text(b.sizes()));
-  TORCH_CHECK(!bias || bias->sizes() == at::IntArrayRef{p.n}, "gemm: bias: expected [", p.n, "], got ",
-              text(bias->sizes()));
+  RNN_CHECK(b.size(transpose_b ? 1 : 0) == p.k, "gemm: b: expected ", p.k, " in dimension ", transpose_b ? 1 : 0,
+            " (as a has), got ", b.sizes());
+  RNN_CHECK(!bias || bias->sizes() == at::IntArrayRef{p.n}, "gemm: bias: expected [", p.n, "], got ",
+            bias->sizes());
   const auto matrix = [&](const char* name, const Tensor& x) -> const Tensor& {
-    TORCH_CHECK(x.scalar_type() == dtype && x.device() == a.device(), "gemm: ", name, ": expected ", dtype, " on ",
-                a.device(), " (as a is), got ", x.scalar_type(), " on ", x.device());
+    RNN_CHECK(x.scalar_type() == dtype && x.device() == a.device(), "gemm: ", name, ": expected ", dtype, " on ",
+              a.device(), " (as a is), got ", x.scalar_type(), " on ", x.device());
     // Rows may lie apart but must not overlap, and each must be contiguous.
     const bool rows = x.dim() == 1 ? x.stride(0) == 1 : x.stride(1) == 1 && x.stride(0) >= x.size(1);
     call.keep.push_back(rows ? x : x.contiguous());
@@ -474,6 +468,18 @@ PreparedGemm prepare_gemm(const Tensor& a, const Tensor& b, const OptionalTensor
   call.out = out.defined() ? out : at::empty({p.m, p.n}, a.options());
   p.out = call.out.mutable_data_ptr();
   return call;
+}
+
+void check_grouped_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  RNN_CHECK(input.dim() == 3 && weight.dim() == 3 && input.size(1) == weight.size(0) &&
+                input.size(2) == weight.size(2) && (!bias || bias->sizes() == weight.sizes().slice(0, 2)),
+            "grouped_linear: expected input [rows, P, n], weight [P, m, n] and bias [P, m], got ", input.sizes(), ", ",
+            weight.sizes(), " and ", bias ? bias->sizes() : at::IntArrayRef{});
+}
+
+void check_grouped_outer(const Tensor& a, const Tensor& b) {
+  RNN_CHECK(a.dim() == 3 && b.dim() == 3 && a.sizes().slice(0, 2) == b.sizes().slice(0, 2),
+            "grouped_outer: expected a [rows, P, m] and b [rows, P, n], got ", a.sizes(), " and ", b.sizes());
 }
 
 }  // namespace fastrnn

@@ -88,6 +88,10 @@ struct PreparedGemm {
 PreparedGemm prepare_gemm(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool transpose_a,
                           bool transpose_b, const Tensor& out = {});
 
+// The products of groups: see their schemas in ops.cpp.
+void check_grouped_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
+void check_grouped_outer(const Tensor& a, const Tensor& b);
+
 // 0, or a limit above it.
 void check_grad_clip(const char* op, double grad_clip);
 
