@@ -135,10 +135,10 @@ def _grad_weight_hh(
             ends = ends.to(grad.device, torch.int64, non_blocking=ends.is_cpu)
             ends = (ends - 1).clamp(min=0)[None, :, None]
             start = grad.gather(0, ends.expand(1, -1, grad.shape[2]))[0]
-        weight = start.t() @ first
         if T > 1:
-            weight = weight + transposed_product(later, before)
-        weights.append(weight)
+            weights.append(transposed_product(start, first) + transposed_product(later, before))
+        else:  # a cell's step, too: of ATen, whose switch for TF32 torch.nn's cells obey
+            weights.append(start.t() @ first)
     return torch.stack(weights) if P > 1 else weights[0][None]
 
 

@@ -294,7 +294,9 @@ def _cell(cell: str, input: Tensor, states: States, weights: LayerWeights) -> St
             after = [x.to(dtype) for x in states]
             _, h_n, c_n, _ = _recurrence(cell, gates_ih.to(dtype), [cast], tuple(after), None, None, None)
     else:
-        gates_ih = linear(input, weights.weight_ih, weights.bias_ih)[None]
+        # F.linear on CUDA: torch.nn's cells obey its switch for TF32, and not that of torch.nn's layers
+        project = F.linear if input.is_cuda else linear
+        gates_ih = project(input, weights.weight_ih, weights.bias_ih)[None]
         _, h_n, c_n, _ = _recurrence(cell, gates_ih, [weights], states, None, None, None)
     return h_n, c_n
 

@@ -143,7 +143,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     call.add_argument("--resets", action="store_true", help="resets inside the sequence")
     call.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     call.add_argument("--gpu", choices=list(GPUS), help="default: the GPU of this machine, else h100")
-    call.add_argument("--tf32", action="store_true", help="float32 products may be rounded to TF32")
+    call.add_argument(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        help="may float32 products be rounded to TF32? (default: what torch.backends.cudnn.rnn.fp32_precision says)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)
 
@@ -175,10 +179,11 @@ def describe(options: argparse.Namespace) -> dict[str, Any] | None:
         gpu = GPUS[options.gpu] if options.gpu else present_gpu() or GPUS["h100"]
         tier = os.environ.get("FASTRNN_CUDA_TIER", "")
         assumed = options.gpu or (None if present_gpu() else "h100")
+        tf32 = _C.allow_tf32(call.T) if options.tf32 is None else options.tf32
         told["cuda"] = {
             "gpu": {"assumed": assumed, **gpu._asdict()},
-            "forward": cuda_choice(call, gpu, False, options.tf32, tier),
-            "backward": cuda_choice(call, gpu, True, options.tf32, tier),
+            "forward": cuda_choice(call, gpu, False, tf32, tier),
+            "backward": cuda_choice(call, gpu, True, tf32, tier),
         }
     return told
 

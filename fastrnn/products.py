@@ -4,7 +4,8 @@ In plain eager execution on a CPU they run on the recurrence's own micro-kernel 
 ``torch.func.vmap``, as two ops with rules of their own, for the products of many samples or members are what per-sample
 gradients and ensembles spend their time in. Under everything else (graph capture, other transforms of torch.func,
 forward-mode AD, autocast, half types, double backward, other devices, few rows) they are ATen's, so every transform has
-its rule already.
+its rule already. Of float32 on CUDA they are those two ops' again, on cuBLAS, for ATen's obey another switch for TF32
+than torch.nn's recurrent networks do (csrc/torch/precision.h).
 """
 
 from __future__ import annotations
@@ -80,12 +81,18 @@ def is_vmapped_call(*tensors: Tensor | None) -> bool:
     )
 
 
+def has_own_precision(*tensors: Tensor) -> bool:
+    """Are they float32 on CUDA, and stay it? Then their products obey the switch of torch.nn's recurrent networks."""
+    return all(x.is_cuda and x.dtype is torch.float32 for x in tensors) and not torch.is_autocast_enabled("cuda")
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``."""
-    if not torch._C._are_functorch_transforms_active():
+    own = has_own_precision(input, weight)
+    if not own and not torch._C._are_functorch_transforms_active():
         return F.linear(input, weight, bias)
     rows = input.reshape(-1, input.shape[-1])
-    if is_vmapped_call(input, weight, bias):
+    if own or is_vmapped_call(input, weight, bias):
         out = grouped_linear(
             rows.unsqueeze(1), weight.unsqueeze(0), None if bias is None else bias.unsqueeze(0)
         ).squeeze(1)
@@ -97,7 +104,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def outer_products(a: Tensor, b: Tensor) -> Tensor:
     """sum over rows r of a[r, p, :] b[r, p, :]^T: [P, m, n] from [rows, P, m] and [rows, P, n]."""
-    if is_vmapped_call(a, b):
+    if has_own_precision(a, b) or is_vmapped_call(a, b):
         return grouped_outer(a, b)
     if a.shape[1] == 1:
         return transposed_product(a.squeeze(1), b.squeeze(1)).unsqueeze(0)
@@ -106,6 +113,8 @@ def outer_products(a: Tensor, b: Tensor) -> Tensor:
 
 def transposed_product(a: Tensor, b: Tensor) -> Tensor:
     """a^T b: [m, n] from [rows, m] and [rows, n]."""
+    if has_own_precision(a, b):
+        return grouped_outer(a.unsqueeze(1), b.unsqueeze(1)).squeeze(0)
     if torch.is_grad_enabled() or not _has_gemm(a, b) or a.shape[0] < _FEWEST_ROWS:
         return a.t() @ b
     return _gemm(a, b, None, True, False)

@@ -1,4 +1,4 @@
-"""Every test starts from the same seed, with one thread; a test that is about threads asks for more."""
+"""Every test starts from the same seed, with one thread (a test about threads asks for more), and exact float32."""
 
 import sys
 
@@ -10,6 +10,7 @@ import torch
 def _same_start():
     torch.manual_seed(20260101)
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

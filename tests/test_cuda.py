@@ -255,17 +255,75 @@ def test_lengths_out_of_range_are_clamped():
     assert all(map(torch.equal, wild, tame))
 
 
+@pytest.fixture
+def allow_tf32():
+    """Sets the two switches: of torch.nn's recurrent networks, and of matrix products."""
+
+    def set_both(rnn, matmul):
+        torch.backends.cudnn.allow_tf32 = rnn
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+
+    return set_both  # exact_products puts back what was
+
+
 @needs_gpu
-def test_tf32_only_where_torch_allows_it():
-    case = Case("lstm", 4, 16, 1, 512, dtype=torch.float32)
+@pytest.mark.parametrize("matmul", [False, True])
+def test_tf32_only_where_torch_allows_it(allow_tf32, tier, matmul):
+    """To torch.nn's recurrent networks, that is, whatever it allows of other products."""
+    case = Case("lstm", 4, 16, 1, 100 if tier == "resident" else 512, dtype=torch.float32)
     want = reference.forward(*map(double, case.arguments().values()))[0]
 
     def error():
         return (run(case)[0][0].double().cpu() - want).abs().max().item()
 
+    allow_tf32(rnn=False, matmul=matmul)
     assert error() < 4e-6
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    allow_tf32(rnn=True, matmul=matmul)
     assert error() < 5e-3
+    if tier == "step":
+        assert error() > 4e-6
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_a_layers_products_obey_the_switch_of_torch_nn(allow_tf32, kind):
+    """All of them: each result is as near to the truth as torch.nn's in either setting."""
+    net = Net(kind, 16, 16, 256, 256, (("bidirectional", True),))
+    torch.manual_seed(0)
+    exact = net.module(nn, torch.float64, "cpu")
+    truth = net.results(exact, torch.float64, "cpu")
+    module = net.module(fastrnn, torch.float32, DEVICE)
+    module.load_state_dict(exact.state_dict())
+
+    def errors():
+        found = net.results(module, torch.float32, DEVICE)
+        return {name: (found[name] - want).abs().max() / want.abs().max() for name, want in truth.items()}
+
+    for matmul in (False, True):
+        allow_tf32(rnn=False, matmul=matmul)
+        assert all(error < 2e-5 for error in errors().values()), errors()
+        allow_tf32(rnn=True, matmul=matmul)
+        assert all(error < 2e-2 for error in errors().values()), errors()
+        rounded = [name for name, error in errors().items() if error > 2e-5]
+        assert {"grad weight_ih_l0", "grad weight_hh_l0", "grad input"} <= set(rounded)
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_a_cell_is_exact_where_torch_nns_is(allow_tf32, kind):
+    torch.manual_seed(0)
+    cell = getattr(fastrnn, kind)(512, 512, device=DEVICE)
+    input = torch.randn(16, 512, device=DEVICE)
+
+    def results():
+        found = cell(input)
+        h = found[0] if kind == "LSTMCell" else found
+        return [x.detach() for x in (h, *torch.autograd.grad(h.square().sum(), list(cell.parameters())))]
+
+    allow_tf32(rnn=False, matmul=False)
+    want = results()
+    allow_tf32(rnn=True, matmul=False)  # torch's default
+    assert same(results(), want)
 
 
 def test_offsets_beyond_31_bits():

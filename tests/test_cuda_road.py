@@ -49,6 +49,20 @@ def test_nothing_waits_or_copies_from_the_host(road, kind):
         assert record["told"] == next((told for case, told in left.items() if case in name), []), name
 
 
+def test_float32_products_are_ours(road):
+    """ATen's obey the switch of torch.backends.cuda.matmul, which torch.nn's cells obey and its layers do not."""
+    others = ("double backward", "return_all_states", "vmap", "bfloat16", "Cell", "step")
+    aten = {"aten.mm.default", "aten.addmm.default", "aten.bmm.default"}
+    seen = 0
+    for name, record in road.items():
+        if not any(other in name for other in others):
+            assert not aten & set(record["ops"]), name
+            projected = "fastrnn.grouped_linear.default" in record["ops"]
+            assert projected or "tokens" in name, name
+            seen += "fastrnn.grouped_outer.default" in record["ops"]
+    assert seen > 50
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_graphs_hold_nothing_of_the_host(kind):
     """A constant tensor in a compiled training step would be copied to the device in every call."""

@@ -118,6 +118,17 @@ def test_cuda_choice_is_told(capsys):
 
 
 @needs_cuda_build
+def test_tf32_is_what_torch_allows_or_what_is_asked(capsys, monkeypatch):
+    monkeypatch.setenv("FASTRNN_CUDA_TIER", "step")
+    for allowed in (False, True):
+        torch.backends.cudnn.allow_tf32 = allowed
+        for asked, expected in ((), allowed), (("--tf32",), True), (("--no-tf32",), False):
+            _, out = run(capsys, "--device", "cuda", "--gpu", "h100", *asked)
+            told = json.loads(out.out)["cuda"]
+            assert told["forward"]["tf32"] is told["backward"]["tf32"] is expected
+
+
+@needs_cuda_build
 def test_a_tier_is_named(capsys, monkeypatch):
     asked = ("--device", "cuda", "--gpu", "h100", "--dtype", "bfloat16", "--hidden", "128")
     for tier in ("step", "resident", "grid"):

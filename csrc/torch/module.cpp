@@ -12,6 +12,7 @@
 #include "../cpu/processors.h"
 #include "../launch.h"
 #include "plain_call.h"
+#include "precision.h"
 #if defined(FASTRNN_CUDA_ARCHS)
 #include "../cuda/launch.h"
 #endif
@@ -133,6 +134,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("usable_processors", &fastrnn::cpu::usable_processors);
   m.def("cpu_quota", &fastrnn::cpu::cpu_quota);
   m.def("set_uniform", &fastrnn::cpu::set_uniform);
+  m.def("allow_tf32", &fastrnn::allow_tf32);
 #if defined(FASTRNN_CUDA_ARCHS)
   m.def("cuda_plan", &cuda_plan);
 #endif

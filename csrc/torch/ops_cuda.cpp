@@ -2,7 +2,7 @@
 // per-step tier's loop. Nothing here waits for the device, and all of it can be captured in a CUDA graph.
 #include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/cuda/CUDAContextLight.h>
+#include <ATen/cuda/CUDAContext.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -14,7 +14,10 @@
 
 #include "../cells/registry.h"
 #include "../cuda/launch.h"
+#include "check.h"
+#include "precision.h"
 #include "prepare.h"
+#include "tf32_product.h"
 
 namespace fastrnn {
 namespace {
@@ -24,33 +27,27 @@ cuda::Device current_device() {
   return {d->multiProcessorCount, d->major * 10 + d->minor, static_cast<int64_t>(d->sharedMemPerBlockOptin)};
 }
 
-// The switch that at::bmm obeys too (torch.backends.cuda.matmul). allowTF32CuBLAS() says the same but throws
-// where a program has used both of torch's ways to set it.
-bool allow_tf32() {
-  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
-         at::Float32Precision::TF32;
-}
-
 std::string described(const ForwardParams& p) {
-  return c10::str("cell '", kCells[p.cell].name, "' with ", p.steps, " steps, batch ", p.batch, ", ", p.groups,
-                  " groups, hidden size ", p.hidden, ", width ", p.width);
+  return message("cell '", kCells[p.cell].name, "' with ", p.steps, " steps, batch ", p.batch, ", ", p.groups,
+                 " groups, hidden size ", p.hidden, ", width ", p.width);
 }
 
 void raise_if(int error, const char* op, const ForwardParams& p, const char* kernel) {
-  TORCH_CHECK(error == 0, op, ": ", cudaGetErrorString(static_cast<cudaError_t>(error)), " in '", kernel, "' for ",
-              described(p));
+  RNN_CHECK(error == 0, op, ": ", cudaGetErrorString(static_cast<cudaError_t>(error)), " in '", kernel, "' for ",
+            described(p));
 }
 
 // The table's choice, or the tier that the environment variable FASTRNN_CUDA_TIER names: for tests and measurements.
 cuda::Choice choose(const char* op, const ForwardParams& p, bool backward) {
   const char* name = std::getenv("FASTRNN_CUDA_TIER");
-  if (!name || !*name) return cuda::choose(p, backward, current_device(), allow_tf32());
+  const bool tf32 = allow_tf32(p.steps);
+  if (!name || !*name) return cuda::choose(p, backward, current_device(), tf32);
   const cuda::Tier tier = cuda::find_tier(name);
-  TORCH_CHECK_VALUE(tier != cuda::Tier::kCluster, "FASTRNN_CUDA_TIER: expected step, resident or grid, got '", name,
-                    "'");
+  RNN_CHECK_VALUE(tier != cuda::Tier::kCluster, "FASTRNN_CUDA_TIER: expected step, resident or grid, got '", name,
+                  "'");
   cuda::Choice choice{};
-  TORCH_CHECK_NOT_IMPLEMENTED(cuda::choose_from(tier, p, backward, current_device(), allow_tf32(), &choice), op,
-                              ": FASTRNN_CUDA_TIER=", name, " cannot run ", described(p), " on this device");
+  RNN_CHECK_NOT_IMPLEMENTED(cuda::choose_from(tier, p, backward, current_device(), tf32, &choice), op,
+                            ": FASTRNN_CUDA_TIER=", name, " cannot run ", described(p), " on this device");
   return choice;
 }
 
@@ -64,17 +61,21 @@ struct Scratch {
   Tensor in_wide(at::IntArrayRef sizes) const { return at::empty(sizes, wide); }
 };
 
-// out [P, B, m] = x [P, B, n] @ weight [P, n, m]; cuBLAS accumulates half types in float32 and here gives that.
-void product(Tensor& out, const Tensor& x, const Tensor& weight) {
-  if (out.scalar_type() == x.scalar_type())
-    at::bmm_out(out, x, weight);
-  else
+// out [P, B, m] = x [P, B, n] @ weight [P, n, m], out contiguous; cuBLAS accumulates half types in float32 and here gives
+// that. Of float32 the guard keeps out what torch.backends.cuda.matmul may allow: at::bmm obeys that alone.
+void product(Tensor& out, const Tensor& x, const Tensor& weight, bool tf32) {
+  if (out.scalar_type() != x.scalar_type()) {
     at::bmm_out(out, x, weight, out.scalar_type());
+  } else if (!(tf32 && tf32_product(out, x, weight))) {
+    const at::NoTF32Guard exact;
+    at::bmm_out(out, x, weight);
+  }
 }
 
 void forward_per_step(const ForwardParams& p, const Tensor& weight_hh, const OptionalTensor& weight_hr,
-                      void* stream, const char* kernel) {
+                      void* stream, const cuda::Choice& choice) {
   constexpr const char* kOp = "recurrent_forward";
+  const char* kernel = choice.description;
   const int64_t P = p.groups, B = p.batch, h = p.hidden, R = p.width, G = kCells[p.cell].gates;
   const Scratch scratch(weight_hh);
   const Tensor weight = weight_hh.transpose(1, 2);
@@ -94,17 +95,18 @@ void forward_per_step(const ForwardParams& p, const Tensor& weight_hh, const Opt
   }
   raise_if(cuda::start_forward(p, b, stream), kOp, p, kernel);
   for (int64_t k = 0; k < p.steps; ++k) {
-    product(gates_hh, state, weight);
+    product(gates_hh, state, weight, choice.tf32);
     raise_if(cuda::step_forward(p, k, b, stream), kOp, p, kernel);
     if (!weight_hr) continue;
-    product(projected, hidden, projection);
+    product(projected, hidden, projection, choice.tf32);
     raise_if(cuda::step_forward_projected(p, k, b, stream), kOp, p, kernel);
   }
 }
 
 void backward_per_step(const BackwardParams& p, const Tensor& weight_hh, const OptionalTensor& weight_hr,
-                       void* stream, const char* kernel) {
+                       void* stream, const cuda::Choice& choice) {
   constexpr const char* kOp = "recurrent_backward";
+  const char* kernel = choice.description;
   const int64_t P = p.groups, B = p.batch, h = p.hidden, R = p.width, G = kCells[p.cell].gates;
   const bool finish = p.grad_h_0 || p.resets;
   const Scratch scratch(weight_hh);
@@ -124,10 +126,10 @@ void backward_per_step(const BackwardParams& p, const Tensor& weight_hh, const O
   for (int64_t k = p.steps - 1; k >= 0; --k) {
     if (weight_hr) {
       raise_if(cuda::step_backward_projected(p, k, b, stream), kOp, p, kernel);
-      product(grad_hidden, grad_h, *weight_hr);
+      product(grad_hidden, grad_h, *weight_hr, choice.tf32);
     }
     raise_if(cuda::step_backward(p, k, b, stream), kOp, p, kernel);
-    if (k > 0 || finish) product(recurrent, grad_gates, weight_hh);
+    if (k > 0 || finish) product(recurrent, grad_gates, weight_hh, choice.tf32);
   }
   if (finish) raise_if(cuda::finish_backward(p, b, stream), kOp, p, kernel);
 }
@@ -148,8 +150,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(
     const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
     const c10::List<bool>& reverse, bool save, double grad_clip) {
   const at::AutoDispatchBelowADInplaceOrView below;  // the products' out= tensors meet no autograd
-  TORCH_CHECK(gates_ih.is_cuda(), "recurrent_forward: gates_ih: expected a CUDA device, as that of another argument, got ",
-              gates_ih.device());
+  RNN_CHECK(gates_ih.is_cuda(), "recurrent_forward: gates_ih: expected a CUDA device, as that of another argument, got ",
+            gates_ih.device());
   const c10::cuda::CUDAGuard guard(gates_ih.device());
   check_grad_clip("recurrent_forward", grad_clip);  // for its derivative
   PreparedForward call = prepare_forward(
@@ -159,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(
     const cuda::Choice choice = choose("recurrent_forward", p, false);
     void* stream = c10::cuda::getCurrentCUDAStream().stream();
     if (choice.tier == cuda::Tier::kStep) {
-      forward_per_step(p, weight_hh.contiguous(), contiguous(weight_hr), stream, choice.description);
+      forward_per_step(p, weight_hh.contiguous(), contiguous(weight_hr), stream, choice);
     } else {
       const Tensor scratch = workspace(p, choice, false, gates_ih);
       raise_if(cuda::recurrent_forward(p, choice, scratch.data_ptr(), stream), "recurrent_forward", p,
@@ -176,8 +178,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda
     const OptionalTensor& reset_h, const OptionalTensor& reset_c, const c10::List<bool>& reverse,
     const Tensor& output, const Tensor& saved, bool initial, double grad_clip) {
   const at::AutoDispatchBelowADInplaceOrView below;
-  TORCH_CHECK(output.is_cuda(),
-              "recurrent_backward: output: expected a CUDA device, as that of another argument, got ", output.device());
+  RNN_CHECK(output.is_cuda(),
+            "recurrent_backward: output: expected a CUDA device, as that of another argument, got ", output.device());
   const c10::cuda::CUDAGuard guard(output.device());
   PreparedBackward call = prepare_backward(
       {cell, weight_hh, std::nullopt, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse},
@@ -187,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda
     const cuda::Choice choice = choose("recurrent_backward", p, true);
     void* stream = c10::cuda::getCurrentCUDAStream().stream();
     if (choice.tier == cuda::Tier::kStep) {
-      backward_per_step(p, weight_hh.contiguous(), contiguous(weight_hr), stream, choice.description);
+      backward_per_step(p, weight_hh.contiguous(), contiguous(weight_hr), stream, choice);
     } else {
       const Tensor scratch = workspace(p, choice, true, output);
       raise_if(cuda::recurrent_backward(p, choice, scratch.data_ptr(), stream), "recurrent_backward", p,
@@ -199,11 +201,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda
           call.grad_c_0,      call.grad_reset_h.to(dtype), call.grad_reset_c.to(dtype)};
 }
 
+Tensor grouped_linear_cuda(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  check_grouped_linear(input, weight, bias);
+  const c10::cuda::CUDAGuard guard(input.device());
+  Tensor out = at::empty({weight.size(0), input.size(0), weight.size(1)}, input.options());
+  product(out, input.transpose(0, 1), weight.transpose(1, 2), allow_tf32(kSequence));
+  if (bias) out += bias->unsqueeze(1);
+  return out.transpose(0, 1);
+}
+
+Tensor grouped_outer_cuda(const Tensor& a, const Tensor& b) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  check_grouped_outer(a, b);
+  const c10::cuda::CUDAGuard guard(a.device());
+  Tensor out = at::empty({a.size(1), a.size(2), b.size(2)}, a.options());
+  product(out, a.permute({1, 2, 0}), b.transpose(0, 1), allow_tf32(kSequence));
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {
   m.impl("recurrent_forward", forward_cuda);
   m.impl("recurrent_backward", backward_cuda);
+  m.impl("grouped_linear", grouped_linear_cuda);
+  m.impl("grouped_outer", grouped_outer_cuda);
 }
 
 }  // namespace fastrnn

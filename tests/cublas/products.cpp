@@ -1,0 +1,51 @@
+// What csrc/torch/tf32_product.h asks of cuBLAS, of matrices of every layout. Prints how many products it made.
+#include "../../csrc/torch/tf32_product.h"
+
+#include <ATen/ops/allclose.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/randn.h>
+
+#include <cstdio>
+#include <vector>
+
+namespace {
+
+// [P, rows, columns] by rows, by columns, as a part of a larger one, one for all groups, and with neither side whole.
+std::vector<at::Tensor> layouts(int64_t P, int64_t rows, int64_t columns) {
+  return {
+      at::randn({P, rows, columns}),
+      at::randn({P, columns, rows}).transpose(1, 2),
+      at::randn({rows, P, columns}).transpose(0, 1),
+      at::randn({columns, P, rows}).permute({1, 2, 0}),
+      at::randn({P, rows + 2, columns + 3}).narrow(1, 1, rows).narrow(2, 2, columns),
+      at::randn({1, rows, columns}).expand({P, rows, columns}),
+      at::randn({P, rows, 1}).expand({P, rows, columns}),
+      at::randn({P, rows, 2 * columns}).slice(2, 0, 2 * columns, 2),
+  };
+}
+
+}  // namespace
+
+int main() {
+  int count = 0;
+  for (const int64_t P : {1, 3})
+    for (const int64_t m : {1, 4})
+      for (const int64_t n : {1, 5})
+        for (const int64_t k : {1, 2, 7})
+          for (const at::Tensor& a : layouts(P, m, k))
+            for (const at::Tensor& b : layouts(P, k, n)) {
+              at::Tensor out = at::empty({P, m, n});
+              if (!fastrnn::tf32_product(out, a, b) || !at::allclose(out, at::bmm(a, b), 1e-5, 1e-5)) {
+                std::printf("wrong: P %d m %d n %d k %d\n", int(P), int(m), int(n), int(k));
+                return 1;
+              }
+              ++count;
+            }
+  at::Tensor out = at::empty({1, 2, 2});
+  const at::Tensor x = at::randn({1, 2, 2});
+  const bool refused = !fastrnn::tf32_product(out, x, x.to(at::kDouble)) &&
+                       !fastrnn::tf32_product(out, at::empty({1, 2, 0}), at::empty({1, 0, 2}));
+  std::printf("%d products\n", count);
+  return refused ? 0 : 1;
+}
