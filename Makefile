@@ -14,7 +14,7 @@ VENV ?= .venv
 JOBS ?= $(shell nproc)
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-torch-$(TORCH)
-BUILT := build/.built-torch-$(TORCH)
+BUILT := build/.built-$(notdir $(VENV))-torch-$(TORCH)
 PEERS_VENV ?= .venv-peers
 PEERS_STAMP := $(PEERS_VENV)/.installed-torch-$(TORCH)
 EXTRAS_VENV ?= .venv-extras
@@ -38,11 +38,12 @@ $(STAMP): requirements-dev.txt
 	$(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt --requirement requirements-dev.txt
 	touch $@
 
-# The environment finds the package here from any folder: `$(PY) examples/ddp.py` works as it stands.
+# The environment finds the package here from any folder: `$(PY) examples/ddp.py` works as it stands. Of several
+# environments the last one's build is in place, so that no other's counts as built.
 $(BUILT): $(STAMP) $(SOURCES)
 	MAX_JOBS=$(JOBS) $(PY) setup.py --quiet build_ext --inplace
 	echo "$(CURDIR)" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastrnn-clone.pth"
-	mkdir -p build && touch $@
+	mkdir -p build && rm -f build/.built-* && touch $@
 
 # An exported PYTHONPATH would show the package of this folder where the installed one is meant.
 test-sdist: $(STAMP)

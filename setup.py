@@ -138,10 +138,10 @@ def check_compiler(command: str) -> None:
         raise SystemExit(
             f"fastrnn: the C++ compiler {command!r} was not found: install g++ {OLDEST_GCC} or newer, or set CXX"
         )
-    told = subprocess.run([*words, "--version"], capture_output=True, text=True).stdout
-    version = subprocess.run(
-        [*words, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True
-    ).stdout.strip()
+    told, version = (
+        subprocess.run([*words, *options], capture_output=True, text=True).stdout.strip()
+        for options in (["--version"], ["-dumpfullversion", "-dumpversion"])
+    )
     if "Free Software Foundation" in told and int(version.split(".")[0]) < OLDEST_GCC:
         raise SystemExit(f"fastrnn: {command!r} is g++ {version}: expected {OLDEST_GCC} or newer (CXX names another)")
 
@@ -161,9 +161,7 @@ def extension() -> CppExtension:
     # OpenMP is compiled in but not linked: its symbols then come from the runtime that torch has loaded, so that the
     # process has one thread pool and not two.
     flags = ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
-    flags.append(
-        "-g" if switch("FASTRNN_DEBUG_INFO") == "1" else "-g0"
-    )  # Python's own flags, which come first, hold -g
+    flags.append("-g" if switch("FASTRNN_DEBUG_INFO") == "1" else "-g0")  # Python's own flags before it may hold -g
     macros = [("FASTRNN_TORCH", f'"{torch.__version__}"')]
     files = sources("csrc/cpu/*.cpp", "csrc/torch/*.cpp")
     toolkit = cuda()
@@ -202,6 +200,8 @@ def description() -> str:
 
 
 about = {"long_description": description(), "long_description_content_type": "text/markdown"}
+if {"sdist", "bdist_wheel"} <= set(sys.argv):
+    raise SystemExit("fastrnn: sdist and bdist_wheel differ in the torch they require: make one at a time")
 if "sdist" in sys.argv:  # sources can be built for any torch of the range
     setup(install_requires=[TORCH], **about)
 else:

@@ -59,9 +59,11 @@ def sdist(sources):
 def test_sdist_holds_the_repository(sdist):
     if not (ROOT / ".git").exists():
         pytest.skip("this is no clone")
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     made = {"PKG-INFO", "setup.cfg"}
-    assert {name for name in sdist if ".egg-info/" not in name} - made == set(tracked)
+    packed = {name for name in sdist if ".egg-info/" not in name} - made
+    assert packed == {name for name in listed if (ROOT / name).exists()}
 
 
 def test_sdist_holds_what_a_build_reads(sdist):
