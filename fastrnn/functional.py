@@ -10,7 +10,7 @@ D directions, L layers, G gates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from . import _C, per_sample, segments
 from . import layer as fused
 from .ops import CELLS, recurrent_forward
-from .products import is_plain, linear
+from .products import is_overloaded, is_plain, linear
 
 
 class LayerWeights(NamedTuple):
@@ -48,30 +48,34 @@ def lstm(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reset_state: tuple[Tensor, Tensor] | None = None,
+    token_input: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Multi-layer, uni- or bidirectional LSTM (Hochreiter & Schmidhuber 1997; equations of ``torch.nn.LSTM``).
 
     Args:
-        input: [T, B, I], float32, float64, bfloat16 or float16; or tokens, integers [T, B] in [0, I): the rows of a
-            one-hot input, which is never made.
+        input: [T, B, I], float32, float64, bfloat16 or float16.
         state: ``(h_0, c_0)``, [L*D, B, R] and [L*D, B, H]; ``None`` for zeros.
-        weights: ``weights[layer][direction]``; one direction, or two of which the second runs in reverse.
+        weights: ``weights[layer][direction]``; one direction, or two of which the second runs in reverse. Each is a
+            LayerWeights, or a plain tuple or list of its tensors in that order.
         dropout: probability that an output of any layer but the last is zeroed, when ``training``.
         lengths: integer [B]: row b has the steps 0 .. lengths[b] - 1. The output is 0 behind them, and the final state
             is the one after the last of them (the initial one where there are none).
         resets: bool [T, B]: where True at t, nothing is carried between steps t-1 and t, in either direction; the state
             is ``reset_state`` instead.
         reset_state: like ``state``; ``None`` for zeros. Needs ``resets``.
+        token_input: integer input [T, B] is tokens in [0, I): the rows of a one-hot input, which is never made.
 
     Returns:
         output [T, B, D*R] and ``(h_n, c_n)``, shaped like ``state``.
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; T is 0.
-        ValueError, TypeError: lengths out of range or not integers; resets not bool; a state that is no pair.
+        ValueError, TypeError: another kind of object; lengths out of range or not integers; resets not bool.
         IndexError: a token out of range, on the CPU.
     """
-    output, states = _checked("lstm", input, state, weights, dropout, training, lengths, resets, reset_state)
+    output, states = _checked(
+        "lstm", input, state, weights, dropout, training, lengths, resets, reset_state, token_input
+    )
     return output, (states[0], states[1])
 
 
@@ -85,12 +89,15 @@ def gru(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reset_state: Tensor | None = None,
+    token_input: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Multi-layer, uni- or bidirectional GRU (Cho et al. 2014; equations of ``torch.nn.GRU``).
 
     Arguments, result and errors as in :func:`lstm`, with the state a single tensor [L*D, B, H].
     """
-    output, states = _checked("gru", input, state, weights, dropout, training, lengths, resets, reset_state)
+    output, states = _checked(
+        "gru", input, state, weights, dropout, training, lengths, resets, reset_state, token_input
+    )
     return output, states[0]
 
 
@@ -105,51 +112,107 @@ def rnn(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reset_state: Tensor | None = None,
+    token_input: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Multi-layer, uni- or bidirectional Elman network (Elman 1990), ``nonlinearity`` 'tanh' or 'relu'.
 
     Arguments, result and errors as in :func:`lstm`, with the state a single tensor [L*D, B, H].
     """
     cell = _elman(nonlinearity)
-    output, states = _checked(cell, input, state, weights, dropout, training, lengths, resets, reset_state)
+    output, states = _checked(cell, input, state, weights, dropout, training, lengths, resets, reset_state, token_input)
     return output, states[0]
 
 
 def lstm_cell(input: Tensor, state: tuple[Tensor, Tensor], weights: LayerWeights) -> tuple[Tensor, Tensor]:
     """One step of an LSTM: input [B, I], state ``(h, c)`` of [B, H] each; returns the state after the step."""
-    h, c = _cell("lstm", input, given_states("lstm", "state", state), weights)
+    h, c = _checked_cell("lstm", input, state, weights)
     return h, c
 
 
 def gru_cell(input: Tensor, state: Tensor, weights: LayerWeights) -> Tensor:
     """One step of a GRU: input [B, I], state [B, H]; returns the state after the step."""
-    return _cell("gru", input, given_states("gru", "state", state), weights)[0]
+    return _checked_cell("gru", input, state, weights)[0]
 
 
 def rnn_cell(input: Tensor, state: Tensor, weights: LayerWeights, nonlinearity: str = "tanh") -> Tensor:
     """One step of an Elman network: input [B, I], state [B, H]; returns the state after the step."""
-    cell = _elman(nonlinearity)
-    return _cell(cell, input, given_states(cell, "state", state), weights)[0]
+    return _checked_cell(_elman(nonlinearity), input, state, weights)[0]
 
 
 # ---- the door: what callers pass, checked before anything runs; modules.py uses it too ----
+
+
+def is_tensor_like(x: Any) -> bool:
+    return isinstance(x, Tensor) or hasattr(x, "__torch_function__")
 
 
 def given_states(cell: str, name: str, state: Any) -> States:
     """A state as callers pass it, a tensor or for an LSTM a pair, as a tuple."""
     count = CELLS[cell].states
     states = (state,) if count == 1 else state
-    if isinstance(states, (tuple, list)) and len(states) == count and all(isinstance(x, Tensor) for x in states):
+    if isinstance(states, (tuple, list)) and len(states) == count and all(map(is_tensor_like, states)):
         return tuple(states)
     wanted = "a tensor" if count == 1 else "a pair of tensors (h, c)"
-    got = type(state).__name__
-    if isinstance(state, (tuple, list)):
-        got += f" of {[type(x).__name__ for x in state]}"
-    raise TypeError(f"{name}: expected {wanted}, got {got}")
+    raise TypeError(f"{name}: expected {wanted}, got {_kind_of(state)}")
+
+
+def _kind_of(x: Any) -> str:
+    got = type(x).__name__
+    return f"{got} of {[type(y).__name__ for y in x]}" if isinstance(x, (tuple, list)) else got
+
+
+def parts_of(name: str, states: States) -> list[tuple[str, Tensor]]:
+    """The tensors of a state as a caller would name them."""
+    return [(f"{name}[{i}]" if len(states) > 1 else name, x) for i, x in enumerate(states)]
+
+
+def given_weights(weights: Any) -> list[list[LayerWeights]]:
+    """``weights[layer][direction]`` as callers pass it: a plain tuple or list stands for the LayerWeights of it."""
+
+    def items(name: str, x: Any, wanted: str) -> Sequence[Any]:
+        if not isinstance(x, (tuple, list)) or isinstance(x, LayerWeights) or not x:
+            raise TypeError(f"{name}: expected {wanted}, got {_kind_of(x)}")
+        return x
+
+    layers = items("weights", weights, "weights[layer][direction], a list of layers")
+    found: list[list[LayerWeights]] = []
+    for i, layer in enumerate(layers):
+        directions = items(f"weights[{i}]", layer, "a list of one or two directions' LayerWeights")
+        count = (1, 2) if i == 0 else (len(found[0]),)
+        if len(directions) not in count:
+            raise ValueError(f"weights[{i}]: expected {' or '.join(map(str, count))} directions, got {len(directions)}")
+        found.append([_layer_weights(f"weights[{i}][{d}]", w) for d, w in enumerate(directions)])
+    return found
+
+
+def _layer_weights(name: str, weights: Any) -> LayerWeights:
+    if isinstance(weights, LayerWeights):
+        return weights
+    good = isinstance(weights, (tuple, list)) and 2 <= len(weights) <= len(LayerWeights._fields)
+    if not good or not all(x is None or is_tensor_like(x) for x in weights):
+        fields = ", ".join(LayerWeights._fields)
+        raise TypeError(f"{name}: expected LayerWeights or a tuple of {fields}, got {_kind_of(weights)}")
+    return LayerWeights(*weights)
+
+
+def dtypes_fit(a: torch.dtype, b: torch.dtype) -> bool:
+    """Are they one, or both of those that the autocast in force casts?"""
+    if a == b:
+        return True
+    cast = a.is_floating_point and b.is_floating_point and torch.float64 not in (a, b)
+    return cast and torch._C._is_any_autocast_enabled()
+
+
+def check_fits(name: str, x: Tensor, other: Tensor, whose: str) -> None:
+    """Dtype and device of an argument are those of another."""
+    if not dtypes_fit(x.dtype, other.dtype):
+        raise RuntimeError(f"{name}: expected {other.dtype} (that of {whose}), got {x.dtype}")
+    if x.device != other.device:
+        raise RuntimeError(f"{name}: expected device {other.device} (that of {whose}), got {x.device}")
 
 
 def are_tokens(input: Tensor) -> bool:
-    """Does it hold tokens, [T, B] or fewer dimensions? Integers of more dimensions are features of a wrong dtype."""
+    """Where tokens are taken, does it hold some, [T, B] or fewer dimensions? Else it is features of a wrong dtype."""
     return not input.is_floating_point() and input.dtype in _TOKENS and input.dim() < 3
 
 
@@ -189,35 +252,61 @@ def check_resets(resets: Any, reset_state: Any, expected: Sequence[int], device:
         raise RuntimeError(f"resets: expected device {device} (that of input), got {resets.device}")
 
 
-def _check_weights(cell: str, input: Tensor, weights: Sequence[Sequence[LayerWeights]]) -> None:
-    gates, cast = CELLS[cell].gates, torch._C._is_any_autocast_enabled()
-    dtype, whose = input.dtype, "input"
-    width = None if are_tokens(input) else input.shape[2]
-    for layer in weights:
-        first = layer[0]
-        for name, matrix in zip(LayerWeights._fields[:2], first[:2], strict=True):
-            if not isinstance(matrix, Tensor) or matrix.dim() != 2:
-                came = list(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
-                raise RuntimeError(f"{name}: expected a tensor of 2 dimensions, got {came}")
-        if width is None:  # the first layer's weight knows the vocabulary
-            width, dtype, whose = first.weight_ih.shape[1], first.weight_ih.dtype, "weight_ih"
-        R = first.weight_hh.shape[1]
-        H = R if first.weight_hr is None else first.weight_hr.shape[-1]
-        shapes = ((gates * H, width), (gates * H, R), (gates * H,), (gates * H,), (R, H))
-        for w in layer:
-            for name, x, shape, as_first in zip(LayerWeights._fields, w, shapes, first, strict=True):
+def check_weights(
+    cell: str,
+    input: Tensor,
+    weights: Sequence[Sequence[LayerWeights]],
+    tokens: bool,
+    name_of: Callable[[int, int, str], str] = lambda layer, direction, field: f"weights[{layer}][{direction}].{field}",
+) -> None:
+    """Do all of them fit the input and each other? The first one says what H and R are, and with tokens I and dtype."""
+    info, first = CELLS[cell], weights[0][0]
+    for field, x in (*zip(LayerWeights._fields[:2], first[:2], strict=True), ("weight_hr", first.weight_hr)):
+        if field == "weight_hr" and x is None:
+            continue
+        if not is_tensor_like(x) or x.dim() != 2:  # type: ignore[union-attr]
+            got = list(x.shape) if is_tensor_like(x) else type(x).__name__  # type: ignore[union-attr]
+            raise RuntimeError(f"{name_of(0, 0, field)}: expected a tensor of 2 dimensions, got {got}")
+    if first.weight_hr is not None and info.states == 1:
+        raise RuntimeError(f"{name_of(0, 0, 'weight_hr')}: expected None, for only an LSTM has it, got a tensor")
+    R = first.weight_hh.shape[1]
+    H = R if first.weight_hr is None else first.weight_hr.shape[1]
+    if R == 0 or H == 0:
+        raise RuntimeError(f"{name_of(0, 0, 'weight_hh')}: expected sizes above 0, got {list(first.weight_hh.shape)}")
+    width = first.weight_ih.shape[1] if tokens else input.shape[-1]
+    other, whose = (first.weight_ih, name_of(0, 0, "weight_ih")) if tokens else (input, "input")
+    for i, layer in enumerate(weights):
+        shapes = ((info.gates * H, width), (info.gates * H, R), (info.gates * H,), (info.gates * H,), (R, H))
+        for d, w in enumerate(layer):
+            for field, x, shape, as_first in zip(LayerWeights._fields, w, shapes, first, strict=True):
+                name = name_of(i, d, field)
+                if x is not None and not is_tensor_like(x):
+                    raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
                 if (x is None) != (as_first is None):
                     wanted, got = ("None", "a tensor") if as_first is None else ("a tensor", "None")
-                    raise RuntimeError(f"{name}: expected {wanted}, as in the first direction, got {got}")
+                    raise RuntimeError(f"{name}: expected {wanted}, as in the first layer and direction, got {got}")
                 if x is None:
                     continue
                 if tuple(x.shape) != shape:
                     raise RuntimeError(f"{name}: expected {list(shape)}, got {list(x.shape)}")
-                if x.dtype != dtype and not cast:
-                    raise RuntimeError(f"{name}: expected {dtype} (that of {whose}), got {x.dtype}")
-                if x.device != input.device:
+                check_fits(name, x, other, whose)
+                if tokens and x.device != input.device:
                     raise RuntimeError(f"{name}: expected device {input.device} (that of input), got {x.device}")
         width = len(layer) * R
+
+
+def explain(
+    cell: str,
+    input: Tensor,
+    weights: Sequence[Sequence[LayerWeights]],
+    name_of: Callable[[int, int, str], str],
+) -> None:
+    """After a call of a module has failed: raises in the caller's names if a parameter is what does not fit.
+
+    A good call pays nothing for it. What has a ``__torch_function__`` of its own may know no shapes to look at.
+    """
+    if not is_overloaded(input, *(x for layer in weights for w in layer for x in w)):
+        check_weights(cell, input, weights, are_tokens(input), name_of)
 
 
 def _checked(
@@ -230,26 +319,29 @@ def _checked(
     lengths: Tensor | None,
     resets: Tensor | None,
     reset_state: Any,
+    token_input: bool,
 ) -> tuple[Tensor, States]:
     """What the public forms share: all checks, then the layers."""
-    _check_input(input)
+    _check_features(input, 3, "(T, B, I)", token_input)
+    _check_steps(input)
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        raise ValueError(f"dropout: expected a number in [0, 1], got {dropout!r}")
     T, B = input.shape[:2]
-    _check_weights(cell, input, weights)
+    tokens, weights = input.dim() == 2, given_weights(weights)
+    check_weights(cell, input, weights, tokens)
     check_resets(resets, reset_state, (T, B), input.device)
     w = weights[0][0]
-    sizes = (w.weight_hh.shape[1], w.weight_hh.shape[0] // CELLS[cell].gates)
+    L, sizes = len(weights) * len(weights[0]), (w.weight_hh.shape[1], w.weight_hh.shape[0] // CELLS[cell].gates)
 
     def states(name: str, state: Any) -> States | None:
         if state is None:
             return None
         found = given_states(cell, name, state)
-        for i, (x, size) in enumerate(zip(found, sizes, strict=False)):
-            expected = [len(weights) * len(weights[0]), B, size]
-            if list(x.shape) != expected:
-                which = f"{name}[{i}]" if len(found) > 1 else name
-                raise RuntimeError(
-                    f"{which}: expected {expected} (layers * directions, batch, width), got {list(x.shape)}"
-                )
+        for (part, x), size in zip(parts_of(name, found), sizes, strict=False):
+            if list(x.shape) != [L, B, size]:
+                expected = f"{[L, B, size]} (layers * directions, batch, width)"
+                raise RuntimeError(f"{part}: expected {expected}, got {list(x.shape)}")
+            check_fits(part, x, *((w.weight_ih, "weights[0][0].weight_ih") if tokens else (input, "input")))
         return found
 
     start, fresh = states("state", state), states("reset_state", reset_state)
@@ -264,9 +356,32 @@ def own(x: Any) -> Any:
     return x if torch.compiler.is_compiling() else _C.without_view(x)
 
 
-def _check_input(input: Tensor) -> None:
-    if input.dim() != 3 and not (input.dim() == 2 and are_tokens(input)):
-        raise RuntimeError(f"input: expected 3 dimensions (T, B, I), or tokens (T, B), got {list(input.shape)}")
+def _checked_cell(cell: str, input: Tensor, state: Any, weights: Any) -> States:
+    _check_features(input, 2, "(B, I)", False)
+    w = _layer_weights("weights", weights)
+    check_weights(cell, input, [[w]], False, lambda layer, direction, field: f"weights.{field}")
+    states = given_states(cell, "state", state)
+    sizes = (w.weight_hh.shape[1], w.weight_hh.shape[0] // CELLS[cell].gates)
+    for (part, x), size in zip(parts_of("state", states), sizes, strict=False):
+        if list(x.shape) != [input.shape[0], size]:
+            raise RuntimeError(f"{part}: expected {[input.shape[0], size]} (batch, width), got {list(x.shape)}")
+        check_fits(part, x, input, "input")
+    return _cell(cell, input, states, w)
+
+
+def _check_features(input: Any, dims: int, letters: str, token_input: bool) -> None:
+    if not is_tensor_like(input):
+        raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
+    if token_input and are_tokens(input) and input.dim() == dims - 1:
+        return
+    if input.dim() != dims:
+        tokens = ", or tokens (T, B)" if token_input else ""
+        raise RuntimeError(f"input: expected {dims} dimensions {letters}{tokens}, got {list(input.shape)}")
+    if not (input.is_floating_point() or input.is_complex()):
+        raise RuntimeError(f"input: expected a float dtype, got {input.dtype}")
+
+
+def _check_steps(input: Tensor) -> None:
     if input.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
@@ -418,7 +533,7 @@ def _network(
     With batch_sizes the input is packed, [N, I], and every layer must fit (``layer.fits``).
     """
     if batch_sizes is None:
-        _check_input(input)
+        _check_steps(input)
     if torch._C._is_any_autocast_enabled():
         input = in_autocast_dtype(input)
         weights = [[LayerWeights(*map(in_autocast_dtype, w)) for w in of_directions] for of_directions in weights]

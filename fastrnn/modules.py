@@ -3,36 +3,16 @@
 They derive from ``torch.nn.RNNBase``, which supplies names, checks, repr and pickling, and not from ``torch.nn.LSTM``
 and its siblings, which torch.compile refuses by name.
 
-``forward`` takes three keyword arguments more than torch's: ``lengths``, ``resets`` and ``reset_state``; see
-:func:`fastrnn.functional.lstm`. An integer input is one of tokens: ``input_size`` is the size of the vocabulary, and
-[T, B] ([B, T] with batch_first, [T] unbatched, or packed) stands for the one-hot input, which is never made.
-
-Options that torch does not have are keyword-only arguments of the constructors:
-
-* ``learn_initial_state``: parameters ``h_0_l0`` [R] and, of an LSTM, ``c_0_l0`` [H] for every layer and direction,
-  named as the weights are and zero at first. They are the state where none is passed, and the ``reset_state``.
-* ``state_batch_first``: states come and go as [B, L*D, n] (unbatched ones are [L*D, n] as ever).
-* ``return_all_states`` (LSTM): ``forward`` returns a third result, the last layer's c after every step [T, B, D*H],
-  laid out and padded like the output. A gradient that reaches it is part of the fused backward in plain float32 and
-  float64 calls on the CPU without ``proj_size``; elsewhere, and in double backward, it makes backward the composite of
-  ``reference.py``.
-* ``grad_clip`` (float above 0): in backward, the gradient of h and of c is clamped to [-grad_clip, grad_clip] wherever
-  a step hands it to the step before, or to the state that it started from; what the output's own gradient brings is
-  added after. NaN stays NaN. Forward-mode AD has nothing to clamp. Double backward differentiates the clamps, and
-  clamps again what it takes back through the forward pass.
-* ``recompute`` (int, 0: off): training keeps the states at every ``recompute``-th step alone, and backward makes the
-  rest again from there, so many steps at a time. The square root of T takes about the least memory. Results are equal
-  up to rounding, and in every bit from run to run. Double backward needs the memory of the default, and so does a last
-  layer with ``return_all_states``. Nothing is recomputed under torch.compile, torch.func and forward-mode AD, and where
-  the gradient of every sample is asked for (Opacus); half types, autocast, tokens and other devices go by
-  ``torch.utils.checkpoint``.
+Their own options are keyword-only arguments of the constructors, and told with all others in the classes' docstrings,
+which ``options.py`` composes. ``forward`` takes three keyword arguments more than torch's: ``lengths``, ``resets`` and
+``reset_state``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from typing import Any, Self
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 import torch
 import torch.fx
@@ -41,41 +21,34 @@ from torch.nn import RNNBase
 from torch.nn.modules import rnn
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
+from torch.types import Device
 
 from . import _C, functional, layer, per_sample
 from .functional import LayerWeights, States
 from .ops import CELLS
+from .options import SWITCHES, VALUES, checked, documented, without_lstm_only
 from .products import is_overloaded, is_plain_call
 
-_OPTIONS = ("learn_initial_state", "state_batch_first", "return_all_states")
-_VALUES = ("grad_clip", "recompute")  # options that are no switches
-_LONG_WAY = (*_OPTIONS, "_opacus")  # an instance that has any of these
+F = TypeVar("F")
+# An instance that has any of these goes the long way: _C.plain_forward knows nothing of them.
+_LONG_WAY = ("learn_initial_state", "state_batch_first", "return_all_states", "_opacus")
 
 
-def _checked_values(options: dict[str, Any]) -> dict[str, Any]:
-    clip = options.get("grad_clip")
-    if clip is not None:
-        if isinstance(clip, bool) or not isinstance(clip, (int, float)):
-            raise TypeError(f"grad_clip should be of type float or None, got: {type(clip).__name__}")
-        if not clip > 0:
-            raise ValueError(f"grad_clip should be above 0, got {clip}")
-        options["grad_clip"] = float(clip)
-    steps = options.get("recompute", 0)
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"recompute should be of type int, got: {type(steps).__name__}")
-    if steps < 0:
-        raise ValueError(f"recompute should be 0 (off) or a number of steps, got {steps}")
-    return options
+def _typed_as(function: F) -> Callable[[Any], F]:
+    """For type checkers: a module is called as its ``forward`` is. torch.nn.Module's ``__call__`` takes anything."""
+    return lambda _: function
 
 
 def _permute(x: Tensor, permutation: Tensor | None, dim: int = 1) -> Tensor:
     return x if permutation is None else x.index_select(dim, permutation)
 
 
-def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
+def _check_batch_sizes(batch_sizes: Any, rows: int) -> None:
     """Torch's packing routines trust these, down to writes past the end of their memory."""
     if torch.compiler.is_compiling():
         return
+    if not isinstance(batch_sizes, Tensor):
+        raise TypeError(f"batch_sizes: expected a tensor, got {type(batch_sizes).__name__}")
     if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or not batch_sizes.is_cpu:
         raise RuntimeError(
             "batch_sizes: expected a 1-D tensor of int64 on the CPU, "
@@ -85,6 +58,18 @@ def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
     if not falling or batch_sizes.sum() != rows:
         raise RuntimeError(
             f"batch_sizes: expected sizes that do not grow and sum to {rows} (rows of data), got {batch_sizes}"
+        )
+
+
+def _check_indices(name: str, indices: Any, batch: int, device: torch.device) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {type(indices).__name__}")
+    if indices.dtype not in (torch.int64, torch.int32) or tuple(indices.shape) != (batch,) or indices.device != device:
+        raise RuntimeError(
+            f"{name}: expected [{batch}] (batch) of int64 on {device}, "
+            f"got {list(indices.shape)} of {indices.dtype} on {indices.device}"
         )
 
 
@@ -130,15 +115,12 @@ class _Recurrent(per_sample.Hooked, RNNBase):
     learn_initial_state: bool = False
     state_batch_first: bool = False
     return_all_states: bool = False
+    token_input: bool = False
     grad_clip: float | None = None
     recompute: int = 0
 
     def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name, False) for name in _OPTIONS}
-        for name, value in options.items():
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
-        options |= _checked_values({name: kwargs.pop(name) for name in _VALUES if name in kwargs})
+        options = checked({name: kwargs.pop(name) for name in (*SWITCHES, *VALUES) if name in kwargs})
         super().__init__(mode, *args, **kwargs)
         for name, value in options.items():
             if value:
@@ -157,7 +139,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
                     nn.init.zeros_(getattr(self, name))
 
     def extra_repr(self) -> str:
-        options = ((name, getattr(self, name)) for name in (*_OPTIONS, *_VALUES))
+        options = ((name, getattr(self, name)) for name in (*SWITCHES, *VALUES))
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in options if value)])
 
     def _state_widths(self) -> tuple[int, ...]:
@@ -183,6 +165,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
     def store_by_token(self) -> Self:
         """Lays ``weight_ih_l0`` (and its reverse) out in memory by token, as [I, G*H] transposed; returns self.
 
+        For a module with ``token_input=True``, which this does not switch on: what an input means is said in one place.
         The look-up of tokens in a large vocabulary, and its gradient, then read and write whole rows, as those of an
         embedding do, and not one number in every row. Shapes, values and the state_dict's names stay, and deepcopy,
         pickle, ``to`` and ``load_state_dict`` keep the layout. Call it before the parameters are handed on. Dense input
@@ -205,7 +188,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         """One time step, for sampling, acting and streaming: ``forward`` with T = 1.
 
         Args:
-            x: [B, I], tokens [B], or unbatched [I] or a scalar token.
+            x: [B, I], or unbatched [I]; with ``token_input`` tokens [B] or a scalar one.
             state: as ``forward`` takes and returns it.
             resets: bool [B], or a scalar for unbatched x: where the state is replaced before the step.
             reset_state: what it is replaced by.
@@ -215,18 +198,46 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-        dims = x.dim() if x.is_floating_point() else x.dim() + 1
+        dims = x.dim() + (self.token_input and functional.are_tokens(x))
         if dims not in (1, 2):
-            raise ValueError(
-                f"x: expected [batch, input_size], tokens [batch] or one row of either, got {list(x.shape)}"
+            rows = "[batch, input_size]" + (
+                ", tokens [batch] or one row of either" if self.token_input else " or [input_size]"
             )
+            raise ValueError(f"x: expected {rows}, got {list(x.shape)}")
         time = 1 if self.batch_first and dims == 2 else 0
         functional.check_resets(resets, reset_state, x.shape[: dims - 1], x.device)
-        if resets is None:
-            output, state, *_ = self(x.unsqueeze(time), state)
+        options = {} if resets is None else {"resets": resets.unsqueeze(time), "reset_state": reset_state}
+        if torch.compiler.is_compiling():
+            output, after, *_ = self(x.unsqueeze(time), state, **options)
         else:
-            output, state, *_ = self(x.unsqueeze(time), state, resets=resets.unsqueeze(time), reset_state=reset_state)
-        return functional.own(output.squeeze(time)), state
+            try:
+                output, after, *_ = self(x.unsqueeze(time), state, **options)
+            except Exception:  # it speaks of a sequence
+                self._check_step(x, dims, state, reset_state)
+                raise
+        return functional.own(output.squeeze(time)), after
+
+    def _check_step(self, x: Tensor, dims: int, state: Any, reset_state: Any) -> None:
+        """What ``forward`` checks, said of the arguments of ``step``."""
+        weight, tokens = self._first_weight(), x.dim() < dims
+        if not tokens and x.shape[-1] != self.input_size:
+            raise RuntimeError(f"x: expected {self.input_size} features (input_size), got {x.shape[-1]}")
+        if not tokens and not functional.dtypes_fit(x.dtype, self._input_dtype()):
+            raise ValueError(f"x: expected {self._input_dtype()}, got {x.dtype}")
+        for name, given in (("state", state), ("reset_state", reset_state)):
+            if given is None:
+                continue
+            states = functional.given_states(self.mode.lower(), name, given)
+            count = self.num_layers * (2 if self.bidirectional else 1)
+            batch = [] if dims == 1 else [x.shape[0]]
+            leading = [*batch, count] if self.state_batch_first else [count, *batch]
+            for (part, found), width in zip(functional.parts_of(name, states), self._state_widths(), strict=True):
+                if list(found.shape) != [*leading, width]:
+                    raise RuntimeError(f"{part}: expected {[*leading, width]}, got {list(found.shape)}")
+                functional.check_fits(part, found, *((weight, "weight_ih_l0") if tokens else (x, "x")))
+
+    def _input_dtype(self) -> torch.dtype:
+        return self._first_weight().dtype
 
     def flatten_parameters(self) -> None:
         """Does nothing: there is no flat weight buffer; parameters are read by name at each forward."""
@@ -282,14 +293,8 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         self._flat_weight_refs = [None] * len(self._flat_weights_names)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        name = self._all_weights[0][0]
-        written = self._named_weights()
-        weight = getattr(self, name) if written is None else written[name]
-        if (
-            input.dtype != weight.dtype
-            and not self._holds_tokens(input, batch_sizes)
-            and not torch._C._is_any_autocast_enabled()
-        ):
+        weight = self._first_weight()
+        if not functional.dtypes_fit(input.dtype, weight.dtype) and not self._holds_tokens(input, batch_sizes):
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
@@ -301,8 +306,13 @@ class _Recurrent(per_sample.Hooked, RNNBase):
             )
         self._check_input_size(input, batch_sizes)
 
+    def _first_weight(self) -> Tensor:
+        name, written = self._all_weights[0][0], self._named_weights()
+        return getattr(self, name) if written is None else written[name]
+
     def _holds_tokens(self, input: Tensor, batch_sizes: Tensor | None) -> bool:
-        return functional.are_tokens(input) and input.dim() == (1 if batch_sizes is not None else 2)
+        dims = 1 if batch_sizes is not None else 2
+        return self.token_input and functional.are_tokens(input) and input.dim() == dims
 
     def _check_input_size(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         dims = 2 if batch_sizes is not None else 3
@@ -364,13 +374,13 @@ class _Recurrent(per_sample.Hooked, RNNBase):
 
     def _network(self, input: Tensor, states: States | None, **sequence: Any) -> tuple[Tensor, States, Tensor | None]:
         """input [T, B, I] or [T, B] -> output [T, B, D*R], final states [L*D, B, n], every c [T, B, D*H] or None."""
-        cell = self.mode.lower()
+        cell, weights = self.mode.lower(), self._weights()
         fresh = sequence.pop("reset_states", None)
-        return functional._network(
+        arguments = (
             cell,
             input,
             states,
-            self._weights(),
+            weights,
             self.dropout,
             self.training,
             sequence.get("lengths"),
@@ -381,19 +391,40 @@ class _Recurrent(per_sample.Hooked, RNNBase):
             self.grad_clip or 0.0,
             self.recompute,
         )
+        if torch.compiler.is_compiling():
+            return functional._network(*arguments)
+        try:
+            return functional._network(*arguments)
+        except Exception:
+            functional.explain(cell, input, weights, self._name_of)
+            raise
+
+    def _name_of(self, layer: int, direction: int, field: str) -> str:
+        return f"{field}_l{layer}{'_reverse' if direction else ''}"
 
     def _takes_packed(self, data: Tensor, states: States | None) -> bool:
         """Can the kernels read a packed sequence as it is?"""
         return all(layer.fits(data, w, states or (), ()) for w in self._weights())
 
-    def _check_states(self, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
+    def _check_states(self, name: str, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
+        """Of hx torch.nn's texts, and the same of reset_state under its name."""
+        told = "hidden" if name == "hx" else name
         for state in states:
             if state.device != input.device:
                 raise RuntimeError(
-                    "Input and hidden tensors are not at the same device, "
-                    f"found input tensor at {input.device} and hidden tensor at {state.device}"
+                    f"Input and {told} tensors are not at the same device, "
+                    f"found input tensor at {input.device} and {told} tensor at {state.device}"
                 )
-        self.check_forward_args(input, self._user_state(states), batch_sizes)
+        if name == "hx":
+            self.check_forward_args(input, self._user_state(states), batch_sizes)
+        else:
+            expected = self.get_expected_hidden_size(input, batch_sizes)
+            for (part, state), width in zip(functional.parts_of(name, states), self._state_widths(), strict=True):
+                self.check_hidden_size(state, (*expected[:2], width), f"Expected {part} size {{}}, got {{}}")
+        tokens = self._holds_tokens(input, batch_sizes)
+        other, whose = (self._first_weight(), "weight_ih_l0") if tokens else (input, "input")
+        for part, state in functional.parts_of(name, states):
+            functional.check_fits(part, state, other, whose)
 
     def _user_state(self, states: States) -> Any:
         """As forward takes and returns it: a tensor, or for an LSTM a pair."""
@@ -445,15 +476,15 @@ class _Recurrent(per_sample.Hooked, RNNBase):
             return self._run_packed(input, states)
         if not isinstance(input, Tensor):
             raise TypeError(f"input: expected a tensor or a PackedSequence, got {type(input).__name__}")
-        tokens = functional.are_tokens(input)
+        tokens = self.token_input and functional.are_tokens(input)
         dims = input.dim() + tokens
         if dims not in (2, 3):
             tensor = " tensor" if self.mode.startswith("RNN") else ""
             expected = "tokens to be 1D or 2D" if tokens else "input to be 2D or 3D"
             raise ValueError(f"{self._kind()}: Expected {expected}, got {input.dim()}D{tensor} instead")
         batched = dims == 3
-        self._check_ranks(states, batched)
-        self._check_ranks(reset_states, batched)
+        self._check_ranks("hx", states, batched)
+        self._check_ranks("reset_state", reset_states, batched)
         functional.check_resets(resets, reset_state, input.shape[: dims - 1], input.device)
         batch_dim, state_dim = 0 if self.batch_first else 1, 0 if self.state_batch_first else 1
         if not batched:
@@ -464,11 +495,11 @@ class _Recurrent(per_sample.Hooked, RNNBase):
             if resets is not None:
                 resets = resets.unsqueeze(batch_dim)
             if lengths is not None:
-                raise ValueError("lengths: expected None with unbatched input, got a tensor")
+                raise ValueError(f"lengths: expected None with unbatched input, got {type(lengths).__name__}")
         self.check_input(input, None)
-        for each in (states, reset_states):
+        for name, each in (("hx", states), ("reset_state", reset_states)):
             if each is not None:
-                self._check_states(input, each, None)
+                self._check_states(name, input, each, None)
         if self.batch_first:
             input = input.transpose(0, 1)
             resets = None if resets is None else resets.transpose(0, 1)
@@ -489,10 +520,15 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         data = functional.in_autocast_dtype(data)
         state_dim = 0 if self.state_batch_first else 1
+        if not functional.is_tensor_like(data):
+            raise TypeError(f"data: expected a tensor, got {type(data).__name__}")
         self.check_input(data, batch_sizes)
         _check_batch_sizes(batch_sizes, data.shape[0])
+        for name, indices in (("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)):
+            if indices is not None:
+                _check_indices(name, indices, int(batch_sizes[0]), data.device)
         if states is not None:
-            self._check_states(data, states, batch_sizes)
+            self._check_states("hx", data, states, batch_sizes)
             states = tuple(_permute(x, sorted_indices, state_dim) for x in states)
         if self._takes_packed(data, states):
             output, finals, cells = self._layers(data, states, None, batch_sizes=batch_sizes)
@@ -526,31 +562,38 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         return packed(output), finals, None if cells is None else packed(cells)
 
     def _options_on(self) -> bool:
-        return any(name in self.__dict__ for name in (*_OPTIONS, *_VALUES))
+        return any(name in self.__dict__ for name in (*SWITCHES, *VALUES))
 
     def _kind(self) -> str:
         return self.mode.partition("_")[0]
 
-    def _check_ranks(self, states: States | None, batched: bool) -> None:
+    def _check_ranks(self, name: str, states: States | None, batched: bool) -> None:
         dims, kind = (3, "batched") if batched else (2, "unbatched")
         if states is None or all(x.dim() == dims for x in states):
             return
         got = [f"{x.dim()}-D" for x in states]
         if len(got) == 1:
-            raise RuntimeError(f"For {kind} {dims}-D input, hx should also be {dims}-D but got {got[0]} tensor")
-        found = f"({', '.join(got)})"
-        raise RuntimeError(f"For {kind} {dims}-D input, hx and cx should also be {dims}-D but got {found} tensors")
+            raise RuntimeError(f"For {kind} {dims}-D input, {name} should also be {dims}-D but got {got[0]} tensor")
+        names, found = "hx and cx" if name == "hx" else name, f"({', '.join(got)})"  # torch.nn's own text of hx
+        raise RuntimeError(f"For {kind} {dims}-D input, {names} should also be {dims}-D but got {found} tensors")
 
 
 class _SingleState(_Recurrent):
-    def __init__(self, mode: str, *args: Any, return_all_states: bool = False, **kwargs: Any) -> None:
-        if return_all_states:
-            raise ValueError(
-                "return_all_states argument is only supported for LSTM: the output of RNN or GRU holds every state"
-            )
-        super().__init__(mode, *args, **kwargs)
+    @overload  # type: ignore[override]
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
 
-    def forward(  # type: ignore[override]
+    @overload
+    def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
+
+    def forward(
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
@@ -572,19 +615,55 @@ class _SingleState(_Recurrent):
         output, finals, _ = self._run(input, hx, lengths, resets, reset_state)
         return output, finals[0]
 
+    if TYPE_CHECKING:
 
+        @_typed_as(forward)
+        def __call__(self, *args: Any) -> Any: ...
+
+
+@documented
 class LSTM(_Recurrent):
-    """``torch.nn.LSTM``: same arguments, parameters and results.
+    """``torch.nn.LSTM``: same arguments, parameters and results; ``output, (h_n, c_n) = lstm(input, hx)``."""
 
-    Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as
-            in ``torch.nn.LSTM``.
-        learn_initial_state, state_batch_first, return_all_states: keyword-only, False; see :mod:`fastrnn.modules`.
-        grad_clip, recompute: keyword-only, None and 0; see there.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__("LSTM", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        learn_initial_state: bool = False,
+        state_batch_first: bool = False,
+        return_all_states: bool = False,
+        token_input: bool = False,
+        grad_clip: float | None = None,
+        recompute: int = 0,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device=device,
+            dtype=dtype,
+            learn_initial_state=learn_initial_state,
+            state_batch_first=state_batch_first,
+            return_all_states=return_all_states,
+            token_input=token_input,
+            grad_clip=grad_clip,
+            recompute=recompute,
+        )
 
     def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
         first, second, _ = self.get_expected_hidden_size(input, batch_sizes)
@@ -609,7 +688,23 @@ class LSTM(_Recurrent):
     def _user_state(self, states: States) -> Any:
         return states
 
-    def forward(  # type: ignore[override]
+    @overload  # type: ignore[override]
+    def forward(
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
+
+    def forward(
         self,
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None = None,
@@ -634,40 +729,97 @@ class LSTM(_Recurrent):
         state = (finals[0], finals[1])
         return (output, state) if cells is None else (output, state, cells)
 
+    if TYPE_CHECKING:
 
+        @_typed_as(forward)
+        def __call__(self, *args: Any) -> Any: ...
+
+
+@documented
 class GRU(_SingleState):
-    """``torch.nn.GRU``: same arguments, parameters and results.
+    """``torch.nn.GRU``: same arguments, parameters and results; ``output, h_n = gru(input, hx)``."""
 
-    Args:
-        learn_initial_state, state_batch_first: keyword-only, False; see :mod:`fastrnn.modules`.
-        grad_clip, recompute: keyword-only, None and 0; see there.
-    """
+    @without_lstm_only
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        learn_initial_state: bool = False,
+        state_batch_first: bool = False,
+        token_input: bool = False,
+        grad_clip: float | None = None,
+        recompute: int = 0,
+    ) -> None:
+        super().__init__(
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+            learn_initial_state=learn_initial_state,
+            state_batch_first=state_batch_first,
+            token_input=token_input,
+            grad_clip=grad_clip,
+            recompute=recompute,
+        )
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__("GRU", *args, **kwargs)
 
-
+@documented
 class RNN(_SingleState):
-    """``torch.nn.RNN``: same arguments (the fourth by position is ``nonlinearity``), parameters and results.
+    """``torch.nn.RNN``: same arguments, parameters and results; ``output, h_n = rnn(input, hx)``."""
 
-    Args:
-        learn_initial_state, state_batch_first: keyword-only, False; see :mod:`fastrnn.modules`.
-        grad_clip, recompute: keyword-only, None and 0; see there.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        if len(args) > 3:
-            nonlinearity = args[3]
-            args = args[:3] + args[4:]
-        else:
-            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+    @without_lstm_only
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        learn_initial_state: bool = False,
+        state_batch_first: bool = False,
+        token_input: bool = False,
+        grad_clip: float | None = None,
+        recompute: int = 0,
+    ) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+            learn_initial_state=learn_initial_state,
+            state_batch_first=state_batch_first,
+            token_input=token_input,
+            grad_clip=grad_clip,
+            recompute=recompute,
+        )
         self.nonlinearity = nonlinearity  # not before: a module that is made in a compiled function must exist first
 
 
@@ -699,6 +851,8 @@ class _Cell(per_sample.Hooked, RNNCellBase):
         if self.hidden_size == 0 or is_overloaded(input, hx):
             after = self._torchs.forward(self, input, hx)
             return after if isinstance(after, tuple) else (after,)
+        if not functional.is_tensor_like(input):
+            raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
         states = None if hx is None else functional.given_states(cell, "hx", hx)
         if input.dim() not in (1, 2):
             raise ValueError(f"{kind}: Expected input to be 1D or 2D, got {input.dim()}D instead")
@@ -727,10 +881,21 @@ class _Cell(per_sample.Hooked, RNNCellBase):
                     f"hidden{i} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
                 )
         weights = self._weights()
-        if input.dtype != weights.weight_ih.dtype and not torch._C._is_any_autocast_enabled():
-            raise RuntimeError(f"input: expected {weights.weight_ih.dtype} (that of weight_ih), got {input.dtype}")
-        after = functional._cell(cell, input, states, weights)
+        functional.check_fits("input", input, weights.weight_ih, "weight_ih")
+        if hx is not None:
+            for name, state in functional.parts_of("hx", states):
+                functional.check_fits(name, state, input, "input")
+        after = self._after(cell, input, states, weights)
         return after if batched else tuple(functional.own(x if x.dim() < 2 else x.squeeze(0)) for x in after)
+
+    def _after(self, cell: str, input: Tensor, states: States, weights: LayerWeights) -> States:
+        if torch.compiler.is_compiling():
+            return functional._cell(cell, input, states, weights)
+        try:
+            return functional._cell(cell, input, states, weights)
+        except Exception:
+            functional.explain(cell, input, [[weights]], lambda layer, direction, field: field)
+            raise
 
 
 class LSTMCell(_Cell):
@@ -750,6 +915,11 @@ class LSTMCell(_Cell):
         h, c = self._step("lstm", input, hx)
         return h, c
 
+    if TYPE_CHECKING:
+
+        @_typed_as(forward)
+        def __call__(self, *args: Any) -> Any: ...
+
 
 class GRUCell(_Cell):
     """``torch.nn.GRUCell``: same arguments, parameters and results."""
@@ -764,6 +934,11 @@ class GRUCell(_Cell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input [B, I] or [I]; hx [B, H] or [H], or None. Returns h'."""
         return _leaf(self, input, hx) if isinstance(input, torch.fx.Proxy) else self._step("gru", input, hx)[0]
+
+    if TYPE_CHECKING:
+
+        @_typed_as(forward)
+        def __call__(self, *args: Any) -> Any: ...
 
 
 class RNNCell(_Cell):
@@ -791,3 +966,8 @@ class RNNCell(_Cell):
         if isinstance(input, torch.fx.Proxy):
             return _leaf(self, input, hx)
         return self._step(f"rnn_{self.nonlinearity}", input, hx)[0]
+
+    if TYPE_CHECKING:
+
+        @_typed_as(forward)
+        def __call__(self, *args: Any) -> Any: ...

@@ -18,6 +18,7 @@ from torch.nn.modules import rnn
 from torch.nn.utils import parametrize
 
 from . import modules
+from .options import SWITCHES
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,7 +45,7 @@ def convert(model: M, *, strict: bool = False) -> M:
     Raises:
         TypeError: ``model`` is no module, or with ``strict`` something would be left alone.
     """
-    _check_module("model", model)
+    check_module("model", model)
     left = unconverted(model)
     if left:
         told = "; ".join(f"{name or 'the module itself'} {reason}" for name, reason in left.items())
@@ -60,6 +61,7 @@ def unconverted(model: nn.Module) -> dict[str, str]:
     Those are subclasses of torch.nn's classes (their own methods may count on torch's), modules that torch has
     quantized or scripted, and modules whose ``forward`` was replaced on the instance.
     """
+    check_module("model", model)
     found = ((name, _why_not(module)) for name, module in model.named_modules())
     return {name: reason for name, reason in found if reason}
 
@@ -73,7 +75,7 @@ def to_torch(model: M) -> M:
         TypeError: ``model`` is no module; it holds something that torch.nn has no twin for (an option of ours that is
             switched on, a quantized module, a subclass). Nothing is swapped then.
     """
-    _check_module("model", model)
+    check_module("model", model)
     refused = [
         f"{name or 'the module itself'} {reason}" for name, m in model.named_modules() if (reason := _no_twin(m))
     ]
@@ -124,7 +126,7 @@ def _rename(classes: dict[type[nn.Module], type[nn.Module]]) -> None:
             setattr(namespace, torchs.__name__, cls)
 
 
-def _check_module(name: str, module: Any) -> None:
+def check_module(name: str, module: Any) -> None:
     if not isinstance(module, nn.Module):
         got = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
         raise TypeError(f"{name}: expected a torch.nn.Module, got {got}")
@@ -160,7 +162,7 @@ def _no_twin(module: nn.Module) -> str:
         return f"is a {_full_name(cls)}" if isinstance(module, tuple(_TORCHS)) else ""
     if "forward" in vars(module):
         return "has a forward of its own, set on the instance"
-    options = (*modules._OPTIONS, "grad_clip")  # recompute changes no result
+    options = (*SWITCHES, "grad_clip")  # recompute changes no result
     on = [name for name in options if getattr(module, name, None) != getattr(cls, name, None)]
     return f"has {', '.join(f'{name}={getattr(module, name)!r}' for name in on)}" if on else ""
 

@@ -279,7 +279,8 @@ def test_one_weight_of_another_dtype(kind: str, field: str) -> None:
 
 def test_functional_with_mixed_dtypes() -> None:
     weights = LayerWeights(randn(24, 4), randn(24, 6).float())
-    with pytest.raises(RuntimeError, match=r"^weight_hh: expected torch.float64 \(that of input\), got torch.float32"):
+    told = r"^weights\[0\]\[0\].weight_hh: expected torch.float64 \(that of input\), got torch.float32"
+    with pytest.raises(RuntimeError, match=told):
         functional.lstm(randn(5, 3, 4), None, [[weights]])
 
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn.modules import _OPTIONS as OPTIONS
+from fastrnn.options import SWITCHES as OPTIONS
 
 from .helpers import CELL_KINDS, KINDS, assert_equal, build, randn, weighted
 

@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 import pickle
+import typing
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -100,12 +101,13 @@ def test_signatures(name: str) -> None:
     """Torch's arguments, in its order and with its defaults; what is added is keyword-only."""
 
     def shape(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
-        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+        declared, *_ = typing.get_overloads(function) or [function]
+        return [(p.name, p.kind, p.default) for p in inspect.signature(declared).parameters.values()]
 
     ours, theirs = getattr(fastrnn, name), getattr(nn, name)
     for method in ("__init__", "forward"):
         expected = shape(getattr(theirs, method))
-        actual = shape(getattr(ours, method))
+        actual = [(p.name, p.kind, p.default) for p in inspect.signature(getattr(ours, method)).parameters.values()]
         added = [p for p in actual if p not in expected]
         assert [p for p in actual if p in expected] == expected
         assert all(kind is inspect.Parameter.KEYWORD_ONLY for _, kind, _ in added)

@@ -160,6 +160,8 @@ def test_packed_and_lengths(kind: str, enforce_sorted: bool, given: bool) -> Non
 def test_our_own_options(kind: str, option: str) -> None:
     """Against a loop over samples on our own module, which has no such node."""
     options: dict[str, Any] = {"grad_clip": 0.01} if option == "grad_clip" else {}
+    if option == "tokens":
+        options = {"token_input": True}
     if option == "recompute":
         options = {"recompute": 2}
     if option == "learn_initial_state":

@@ -217,7 +217,7 @@ def test_half_types_autocast_and_tokens(dtype):
     module, plain = both("GRU", 4, dtype=dtype)
     input = randn(T, B, I, dtype=dtype)
     assert_equal(evaluate(module, input), evaluate(plain, input), 0.02)
-    module, plain = both("LSTM", 4, dtype=torch.float32, bidirectional=True)
+    module, plain = both("LSTM", 4, dtype=torch.float32, bidirectional=True, token_input=True)
     input = randn(T, B, I, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_equal(evaluate(module, input), evaluate(plain, input), 0.05)
@@ -252,7 +252,7 @@ def test_what_is_kept(kind, limit):
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("changed", ["input", "h_0", "weight_hh_l0", "resets"])
 def test_what_changed_since_is_noticed(tokens, changed):
-    module, _ = both("LSTM", 4)
+    module, _ = both("LSTM", 4, token_input=tokens)
     given = {"input": torch.arange(T * B).reshape(T, B) % I if tokens else randn(T, B, I)}
     state = make_state("LSTM", 1, B, hidden=H)
     given |= {"h_0": state[0], "resets": randn(T, B) > 0, **dict(module.named_parameters())}
@@ -267,11 +267,11 @@ def test_what_changed_since_is_noticed(tokens, changed):
 def test_bad_input_as_without(tokens):
     """Segments see parts of it alone, and checkpoints cast."""
     input = torch.zeros(T, B, dtype=torch.long) if tokens else randn(T, B, I)
-    for module in both("LSTM", 4):
+    for module in both("LSTM", 4, token_input=tokens):
         for wrong in (T + 1, -1):
             with pytest.raises(ValueError, match=rf"lengths: expected values in \[0, {T}\], got {wrong}"):
                 module(input, lengths=torch.tensor([T, 1, wrong, 2]))
-        with pytest.raises(RuntimeError, match=r"h_0: expected dtype Double.*got Float"):
+        with pytest.raises(RuntimeError, match=r"hx\[0\]: expected torch.float64 .*, got torch.float32"):
             module(input, make_state("LSTM", 1, B, hidden=H, dtype=torch.float32))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
@@ -126,14 +127,15 @@ def test_options_of_ours(kind: str, mode: Any) -> None:
     for bidirectional in (False, True):
         plain = build(fastrnn, kind, 3, 5, bidirectional=bidirectional)
         state = plain(x)[1]
-        narrow, weights = fastrnn.quantize(plain), plain._weights()
+        narrow, weights, words = fastrnn.quantize(plain), plain._weights(), copy.deepcopy(plain)
+        words.token_input = True
         own = {"nonlinearity": kind[4:].lower()} if kind.startswith("RNN") else {}
         named = {
             "lengths": lambda m=plain: m(x, lengths=lengths),
             "resets": lambda m=plain: m(x, resets=resets, reset_state=state),
             "step": lambda m=plain, state=state: m.step(x[0], state),
             "step of one": lambda m=plain: m.step(x[0, 0]),
-            "tokens": lambda m=plain: m(torch.tensor([[0, 1]])),
+            "tokens": lambda m=words: m(torch.tensor([[0, 1]])),
             "quantized": lambda m=narrow: m(x),
             "functional": lambda w=weights, own=own: getattr(functional, kind.split("_")[0].lower())(x, None, w, **own),
         }

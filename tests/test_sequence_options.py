@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastrnn
 from fastrnn import functional
 from fastrnn.ops import recurrent_forward
+from fastrnn.options import SWITCHES
 
 from .helpers import (
     KINDS,
@@ -56,6 +57,13 @@ def results(module: nn.Module, input: Any, hx: State = None, **options: Any) -> 
     )
 
 
+def token_pair(kind: str, *args: Any, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
+    """(ours, which takes tokens, torch.nn's) with the same parameters."""
+    ours, theirs = pair(kind, *args, **kwargs)
+    ours.token_input = True
+    return ours, theirs
+
+
 def random_tokens(*shape: int, vocabulary: int) -> Tensor:
     return torch.randint(vocabulary, shape)
 
@@ -79,7 +87,7 @@ def enlarged(module: nn.Module) -> nn.Module:
 @KIND
 def test_tokens_odd_sizes(kind: str, dtype: torch.dtype) -> None:
     for V, H, B in itertools.product(SIZES, SIZES, (1, 3)):
-        ours, theirs = pair(kind, V, H, dtype=dtype)
+        ours, theirs = token_pair(kind, V, H, dtype=dtype)
         tokens = random_tokens(4, B, vocabulary=V)
         assert_equal(results(ours, tokens), results(theirs, one_hot(tokens, V, dtype)))
 
@@ -98,7 +106,7 @@ TOKEN_CALLS: dict[str, dict[str, Any]] = {
 def test_tokens_are_rows_of_the_one_hot_input(kind: str, name: str) -> None:
     options = TOKEN_CALLS[name] | {"dtype": torch.float64}
     for projected in (False, True) if kind == "LSTM" else (False,):
-        ours, theirs = pair(kind, 7, 5, **options, **({"proj_size": 2} if projected else {}))
+        ours, theirs = token_pair(kind, 7, 5, **options, **({"proj_size": 2} if projected else {}))
         tokens = random_tokens(5, 4, vocabulary=7)
         x = one_hot(tokens, 7)
         D, L = 2 if ours.bidirectional else 1, ours.num_layers
@@ -116,7 +124,7 @@ def test_tokens_are_rows_of_the_one_hot_input(kind: str, name: str) -> None:
 @KIND
 def test_tokens_with_lengths_and_resets(kind: str) -> None:
     """As the dense input, whose lengths and resets test_sequences.py tests; in the padding any number may stand."""
-    module = build(fastrnn, kind, 7, 5, dtype=torch.float64, **DEEP)
+    module = build(fastrnn, kind, 7, 5, dtype=torch.float64, token_input=True, **DEEP)
     tokens = random_tokens(5, 4, vocabulary=7)
     lengths, resets = torch.tensor([5, 0, 2, 4]), torch.rand(5, 4) < 0.4
     fresh = make_state(kind, 4, 4, hidden=5)
@@ -128,12 +136,12 @@ def test_tokens_with_lengths_and_resets(kind: str) -> None:
 
 
 def test_token_dtypes() -> None:
-    module = fastrnn.GRU(7, 5)
+    module = fastrnn.GRU(7, 5, token_input=True)
     tokens = random_tokens(5, 4, vocabulary=7)
     for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
         assert_equal(results(module, tokens.to(dtype)), results(module, tokens), 0)
     for dtype in (torch.bfloat16, torch.float16):
-        half = fastrnn.LSTM(7, 5, dtype=dtype)
+        half = fastrnn.LSTM(7, 5, dtype=dtype, token_input=True)
         want = copy.deepcopy(half).double()(one_hot(tokens, 7))[0]
         torch.testing.assert_close(half(tokens)[0].double(), want, rtol=0, atol=2 * torch.finfo(dtype).eps)
     with torch.autocast("cpu", torch.bfloat16):
@@ -144,10 +152,11 @@ def test_token_dtypes() -> None:
 
 @KIND
 def test_tokens_of_functions(kind: str) -> None:
-    module = build(fastrnn, kind, 7, 5, dtype=torch.float64, **DEEP)
+    module = build(fastrnn, kind, 7, 5, dtype=torch.float64, token_input=True, **DEEP)
     tokens, hx = random_tokens(5, 4, vocabulary=7), make_state(kind, 4, 4, hidden=5)
     name, _, nonlinearity = kind.lower().partition("_")
-    options = {"nonlinearity": nonlinearity} if nonlinearity else {}
+    options: dict[str, Any] = {"nonlinearity": nonlinearity} if nonlinearity else {}
+    options["token_input"] = True
     lengths = torch.tensor([5, 0, 2, 4])
     got = getattr(functional, name)(tokens, hx, module._weights(), lengths=lengths, **options)
     torch.testing.assert_close(got, module(tokens, hx, lengths=lengths), rtol=0, atol=0)
@@ -156,7 +165,7 @@ def test_tokens_of_functions(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN_TANH"])
 def test_tokens_derivatives(kind: str) -> None:
     """By differences: first order in both modes, batched; second order."""
-    module = enlarged(build(fastrnn, kind, 3, 2, bidirectional=True, dtype=torch.float64))
+    module = enlarged(build(fastrnn, kind, 3, 2, bidirectional=True, dtype=torch.float64, token_input=True))
     tokens, lengths = random_tokens(3, 3, vocabulary=3), torch.tensor([3, 0, 2])
     parameters = {name: p.detach().requires_grad_() for name, p in module.named_parameters()}
 
@@ -171,7 +180,8 @@ def test_tokens_derivatives(kind: str) -> None:
 
 
 def test_tokens_under_vmap() -> None:
-    models = [fastrnn.LSTM(7, 5, bidirectional=True, dtype=torch.float64) for _ in range(3)]
+    options = {"bidirectional": True, "dtype": torch.float64, "token_input": True}
+    models = [fastrnn.LSTM(7, 5, **options) for _ in range(3)]
     tokens = random_tokens(6, 4, vocabulary=7)
     torch.testing.assert_close(vmap(models[0], 1, (1, 1))(tokens), models[0](tokens))
 
@@ -205,7 +215,7 @@ def test_tokens_make_no_one_hot() -> None:
             return out
 
     for options in ({}, {"bidirectional": True, "num_layers": 2}):
-        model, tokens = fastrnn.LSTM(V, 5, **options), random_tokens(T, B, vocabulary=V)
+        model, tokens = fastrnn.LSTM(V, 5, token_input=True, **options), random_tokens(T, B, vocabulary=V)
         with Largest():
             model(tokens)[0].sum().backward()
             model(pack_padded_sequence(tokens, torch.full((B,), T)))[0].data.sum().backward()
@@ -213,17 +223,50 @@ def test_tokens_make_no_one_hot() -> None:
 
 
 def test_tokens_take_the_fused_recurrence() -> None:
-    model, tokens = fastrnn.GRU(7, 5), random_tokens(6, 4, vocabulary=7)
+    model, tokens = fastrnn.GRU(7, 5, token_input=True), random_tokens(6, 4, vocabulary=7)
     with count_calls() as seen:
         model(tokens)[0].sum().backward()
     assert seen == FUSED
+
+
+@KIND
+def test_tokens_want_a_sign(kind: str) -> None:
+    """An integer [T, I] may as well be features that were not cast. That torch.nn's errors come: test_errors.py."""
+    ours, theirs = pair(kind, 7, 5)
+    tokens = random_tokens(6, 4, vocabulary=7)
+    packed = pack_padded_sequence(tokens, torch.tensor([6, 3, 3, 1]))
+    weights, nonlinearity = ours._weights(), {"nonlinearity": kind[4:].lower()} if kind.startswith("RNN") else {}
+    function = getattr(functional, kind.partition("_")[0].lower())
+    converted, stored = fastrnn.convert(copy.deepcopy(theirs)), copy.deepcopy(ours).store_by_token()
+    calls = [lambda: ours(tokens), lambda: ours(packed), lambda: ours(tokens[:, 0]), lambda: ours.step(tokens[0])]
+    calls += [lambda: converted(tokens), lambda: stored(tokens)]
+    for call in calls:
+        with pytest.raises((ValueError, RuntimeError), match=r"dtype|Expected input to be 2D or 3D|x: expected"):
+            call()
+    with pytest.raises(RuntimeError, match=r"^input: expected 3 dimensions \(T, B, I\), got \[6, 4\]$"):
+        function(tokens, None, weights, **nonlinearity)
+    expected = theirs(one_hot(tokens, 7, torch.float32))
+    converted.token_input = True
+    for found in (converted(tokens), function(tokens, None, weights, token_input=True, **nonlinearity)):
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(TypeError, match="has token_input=True"):
+        fastrnn.to_torch(converted)
+    with pytest.raises(ValueError, match="module: expected token_input=False, got fastrnn"):
+        fastrnn.quantize(converted)
+
+
+def test_dense_input_of_a_module_of_tokens_goes_the_short_way() -> None:
+    """The option costs a dense call nothing."""
+    module, x = fastrnn.GRU(7, 5, token_input=True).eval(), torch.randn(6, 4, 7)
+    with torch.no_grad():
+        assert module._plain(x, None, None) is not None
 
 
 @pytest.mark.parametrize("tokens", [[[0, 7]], [[-1, 3]], [[2**40, 0]]])
 def test_token_out_of_range(tokens: list[list[int]]) -> None:
     wrong = torch.tensor(tokens)
     expected = rf"tokens in \[0, 7\) \(input_size\), got {wrong.min()} to {wrong.max()}"
-    model = fastrnn.LSTM(7, 5)
+    model = fastrnn.LSTM(7, 5, token_input=True)
     for call in (lambda: model(wrong), lambda: model.step(wrong[0]), lambda: model.store_by_token()(wrong)):
         with pytest.raises(IndexError, match=expected):
             call()
@@ -253,7 +296,7 @@ def test_token_out_of_range(tokens: list[list[int]]) -> None:
 )
 def test_tokens_that_do_not_fit(input: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        fastrnn.LSTM(7, 5)(input)
+        fastrnn.LSTM(7, 5, token_input=True)(input)
 
 
 def test_tokens_that_do_not_fit_a_function() -> None:
@@ -266,26 +309,26 @@ def test_tokens_that_do_not_fit_a_function() -> None:
         (
             w._replace(bias_hh=w.bias_hh.double()),
             RuntimeError,
-            r"bias_hh: expected torch.float32 \(that of weight_ih\)",
+            r"bias_hh: expected torch.float32 \(that of weights\[0\]\[0\].weight_ih\)",
         ),
     ):
         with pytest.raises(error, match=message):
-            functional.gru(tokens, None, [[given]])
+            functional.gru(tokens, None, [[given]], token_input=True)
     with pytest.raises(RuntimeError, match=r"input: expected 3 dimensions \(T, B, I\), or tokens \(T, B\), got \[3\]"):
-        functional.gru(tokens[0], None, weights)
+        functional.gru(tokens[0], None, weights, token_input=True)
     with pytest.raises(RuntimeError, match=r"state: expected \[1, 3, 5\]"):
-        functional.gru(tokens, torch.zeros(1, 2, 5), weights)
+        functional.gru(tokens, torch.zeros(1, 2, 5), weights, token_input=True)
 
 
 def test_tokens_without_rows() -> None:
-    output, h_n = fastrnn.GRU(7, 5)(torch.zeros(3, 0, dtype=torch.int64))
+    output, h_n = fastrnn.GRU(7, 5, token_input=True)(torch.zeros(3, 0, dtype=torch.int64))
     assert output.shape == (3, 0, 5) and h_n.shape == (1, 0, 5)
     output.sum().backward()
 
 
 @KIND
 def test_store_by_token(kind: str) -> None:
-    plain = build(fastrnn, kind, 17, 5, dtype=torch.float64, **DEEP)
+    plain = build(fastrnn, kind, 17, 5, dtype=torch.float64, token_input=True, **DEEP)
     stored = copy.deepcopy(plain).store_by_token()
     assert list(stored.state_dict()) == list(plain.state_dict())
     tokens, x = random_tokens(6, 4, vocabulary=17), randn(6, 4, 17)
@@ -295,7 +338,7 @@ def test_store_by_token(kind: str) -> None:
     buffer = io.BytesIO()
     torch.save(stored, buffer)
     buffer.seek(0)
-    other = build(fastrnn, kind, 17, 5, dtype=torch.float64, **DEEP).store_by_token()
+    other = build(fastrnn, kind, 17, 5, dtype=torch.float64, token_input=True, **DEEP).store_by_token()
     other.load_state_dict(plain.state_dict())
     for m in (
         stored,
@@ -344,6 +387,7 @@ def test_one_step_is_forward(kind: str, batch_first: bool) -> None:
         "batch_first": batch_first,
         "state_batch_first": batch_first,
         "learn_initial_state": True,
+        "token_input": True,
     }
     module = enlarged(build(fastrnn, kind, 7, 5, dtype=torch.float64, **DEEP, **options))
     x, hx = randn(3, 7), make_state(kind, *((3, 4) if batch_first else (4, 3)), hidden=5)
@@ -386,10 +430,10 @@ def test_step_runs_hooks() -> None:
     ("call", "error", "message"),
     [
         (lambda m: m.step(randn(1, 2, 3)), ValueError, r"x: expected \[batch, input_size\].*got \[1, 2, 3\]"),
-        (lambda m: m.step(torch.tensor([[1]])), ValueError, r"x: expected .* tokens \[batch\].*got \[1, 1\]"),
+        (lambda m: m.step(torch.tensor([[1]])), RuntimeError, r"x: expected 3 features \(input_size\), got 1"),
         (lambda m: m.step([1.0]), TypeError, "x: expected a tensor, got list"),
-        (lambda m: m.step(torch.randn(2, 4)), RuntimeError, r"input.size\(-1\) must be equal to input_size"),
-        (lambda m: m.step(torch.randn(2, 3), torch.zeros(1, 3, 5)), RuntimeError, r"Expected hidden size \(1, 2, 5\)"),
+        (lambda m: m.step(torch.randn(2, 4)), RuntimeError, r"x: expected 3 features \(input_size\), got 4"),
+        (lambda m: m.step(torch.randn(2, 3), torch.zeros(1, 3, 5)), RuntimeError, r"state: expected \[1, 2, 5\]"),
         (lambda m: m.step(torch.randn(2, 3), resets=torch.ones(2)), TypeError, "resets: expected dtype torch.bool"),
         (
             lambda m: m.step(torch.randn(2, 3), resets=[True]),
@@ -644,7 +688,9 @@ def test_every_c(bidirectional: bool, proj: int) -> None:
 
 @pytest.mark.parametrize("proj", [0, 2])
 def test_every_c_batched_gradients(proj: int) -> None:
-    module = fastrnn.LSTM(3, 5, bidirectional=True, return_all_states=True, proj_size=proj, dtype=torch.float64)
+    module = fastrnn.LSTM(
+        3, 5, bidirectional=True, return_all_states=True, proj_size=proj, dtype=torch.float64, token_input=True
+    )
     for x in (randn(6, 2, 3), torch.arange(12).reshape(6, 2) % 3):
         state, vectors = map_state(leaf, make_state("LSTM", 2, 2, hidden=5, proj=proj)), randn(4, 6, 2, 10)
         leaves, c = [*state, *module.parameters()], module(x, state)[2]
@@ -756,12 +802,13 @@ def test_every_c_is_the_users() -> None:
 
 # ---- the constructors ----
 
-ALL: dict[str, Any] = {"learn_initial_state": True, "state_batch_first": True, "return_all_states": True}
+ALL: dict[str, Any] = dict.fromkeys(SWITCHES, True)
 
 
 def test_repr() -> None:
     assert repr(fastrnn.LSTM(3, 5, batch_first=True, **ALL)) == (
-        "LSTM(3, 5, batch_first=True, learn_initial_state=True, state_batch_first=True, return_all_states=True)"
+        "LSTM(3, 5, batch_first=True, learn_initial_state=True, state_batch_first=True, return_all_states=True, "
+        "token_input=True)"
     )
     assert repr(fastrnn.RNN(3, 5, state_batch_first=True)) == "RNN(3, 5, state_batch_first=True)"
     assert repr(fastrnn.GRU(3, 5, learn_initial_state=False)) == "GRU(3, 5)"
@@ -799,8 +846,8 @@ def test_options_are_kept() -> None:
 
 
 COMPILED: dict[str, tuple[str, dict[str, Any], bool]] = {
-    "tokens-lstm": ("LSTM", DEEP, True),
-    "tokens-gru-batch-first": ("GRU", {"batch_first": True}, True),
+    "tokens-lstm": ("LSTM", {**DEEP, "token_input": True}, True),
+    "tokens-gru-batch-first": ("GRU", {"batch_first": True, "token_input": True}, True),
     "learned": ("LSTM", {"learn_initial_state": True, "bidirectional": True}, False),
     "state-batch-first": ("GRU", {"state_batch_first": True, **DEEP}, False),
     "every-c": ("LSTM", {"return_all_states": True, "bidirectional": True}, False),
@@ -828,7 +875,7 @@ def test_compile(name: str, masked: bool) -> None:
 
 def test_compile_step_pool_and_inductor() -> None:
     """With torch's own code generator, inference."""
-    module = fastrnn.LSTM(11, 5, learn_initial_state=True)
+    module = fastrnn.LSTM(11, 5, learn_initial_state=True, token_input=True)
 
     def function(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         output, state = module(tokens, lengths=lengths)

@@ -78,7 +78,7 @@ def test_without_it_the_bits_differ():
 
 def test_training_tokens_and_quantized_modules():
     torch.manual_seed(0)
-    module, tokens = fastrnn.GRU(30, 40), torch.randint(30, (40, 3), generator=generator())
+    module, tokens = fastrnn.GRU(30, 40, token_input=True), torch.randint(30, (40, 3), generator=generator())
     with threads(1), fastrnn.streaming():
         for input in (tokens, randn(40, 3, 30, dtype=torch.float32)):
             with torch.no_grad():
@@ -86,10 +86,10 @@ def test_training_tokens_and_quantized_modules():
             assert same([x.detach() for x in as_one(module, input, None)], whole)
             for sizes in chunkings(40, 2, 0):
                 assert same([x.detach() for x in in_chunks(module, input, None, sizes)], whole), sizes
-        input = randn(40, 100, 30, dtype=torch.float32)
+        input, dense = randn(40, 100, 30, dtype=torch.float32), fastrnn.GRU(30, 40)
         for dtype in (torch.int8, torch.bfloat16):
             for batch in (1, 3, 100):
-                narrow, part = fastrnn.quantize(module, dtype), input[:, :batch]
+                narrow, part = fastrnn.quantize(dense, dtype), input[:, :batch]
                 whole = as_one(narrow, part, None)
                 for sizes in chunkings(40, 2, 0):
                     assert same(in_chunks(narrow, part, None, sizes), whole), (dtype, batch, sizes)

@@ -435,7 +435,7 @@ def test_reversed_modules() -> None:
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_reversed_modules_of_tokens_and_every_c(batch_first: bool) -> None:
-    module = Reversed(fastrnn.LSTM(I, H, batch_first=batch_first, return_all_states=True))
+    module = Reversed(fastrnn.LSTM(I, H, batch_first=batch_first, return_all_states=True, token_input=True))
     tokens = torch.randint(I, (B, T) if batch_first else (T, B))
     dense = nn.functional.one_hot(tokens, I).float()
     time = 1 if batch_first else 0

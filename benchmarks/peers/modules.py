@@ -60,7 +60,9 @@ class ModulePeer:
         return f"it has no {', '.join(case.beyond_torch)}" if case.beyond_torch and not self._options else None
 
     def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
-        options = {"recompute": case.recompute} if case.recompute else {}
+        options: dict[str, Any] = {"recompute": case.recompute} if case.recompute else {}
+        if case.tokens:
+            options["token_input"] = True
         module = getattr(self.namespace, case.cell)(**module_arguments(case), **options)
         module.load_state_dict(data.weights)
         if case.tokens and self.by_token:

@@ -43,7 +43,8 @@ class Reversed(nn.Module):
         """input and hx as of the module; lengths integer [B] or None. Returns what the module returns."""
         if not isinstance(input, Tensor):
             raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
-        batched = input.dim() + are_tokens(input) == 3
+        tokens = getattr(self.module, "token_input", False) and are_tokens(input)
+        batched = input.dim() + tokens == 3
         time = 1 if self.module.batch_first and batched else 0
         if lengths is None:
             output, finals, *cells = self.module(input.flip(time), hx)

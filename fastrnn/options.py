@@ -1,0 +1,136 @@
+"""The arguments of LSTM, GRU and RNN: what torch.nn lacks is checked here, and all of them are told here.
+
+A class's docstring is composed of its own signature and one text an argument, so that ``help`` shows each argument with
+its default and no fact stands twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+SWITCHES = ("learn_initial_state", "state_batch_first", "return_all_states", "token_input")
+VALUES = ("grad_clip", "recompute")  # options that are no switches
+
+_ARGUMENTS = """\
+input_size: features I of each step's input; with ``token_input`` the size of the vocabulary.
+hidden_size: units H.
+num_layers: layers L, each on the output of the one below it.
+nonlinearity: 'tanh' or 'relu'. The fourth argument by position, as in torch.nn.
+bias: are there ``bias_ih`` and ``bias_hh``?
+batch_first: input and output are [B, T, n] in place of [T, B, n]. States are not: see ``state_batch_first``.
+dropout: probability that an output of any layer but the last is zeroed in training.
+bidirectional: a second direction (D = 2) runs from the last step to the first; its outputs stand behind those of the
+  first.
+proj_size: where it is above 0, ``weight_hr`` projects h to this width R; else R is H.
+device: of the parameters.
+dtype: of the parameters.
+learn_initial_state: parameters ``h_0_l0`` [R] and, of an LSTM, ``c_0_l0`` [H] for every layer and direction, named as
+  the weights are and zero at first. They are the state where none is passed, and the ``reset_state``.
+state_batch_first: states come and go as [B, L*D, n] (unbatched ones are [L*D, n] as ever).
+return_all_states: a call returns a third result, the last layer's c after every step [T, B, D*H], laid out and padded
+  like the output. A gradient that reaches it is part of the fused backward in plain float32 and float64 calls on the
+  CPU without ``proj_size``; elsewhere, and in double backward, it makes backward the composite of
+  fastrnn/reference.py. Type checkers see the two results of the default.
+token_input: integer input is tokens in [0, input_size): [T, B] ([B, T] with ``batch_first``, [T] unbatched, or
+  packed) stands for the one-hot input, which is never made; dense input is taken as ever. Without it integer input
+  raises as in torch.nn. Where the vocabulary is large, see :meth:`store_by_token`. May be set at any time, as an
+  attribute.
+grad_clip: a number above 0: in backward, the gradient of h and of c is clamped to [-grad_clip, grad_clip] wherever a
+  step hands it to the step before, or to the state that it started from; what the output's own gradient brings is
+  added after. NaN stays NaN. Forward-mode AD has nothing to clamp. Double backward differentiates the clamps, and
+  clamps again what it takes back through the forward pass.
+recompute: a number of steps (0: off): training keeps the states at every ``recompute``-th step alone, and backward
+  makes the rest again from there, so many steps at a time. The square root of T takes about the least memory. Results
+  are equal up to rounding, and in every bit from run to run. Double backward needs the memory of the default, and so
+  does a last layer with ``return_all_states``. Nothing is recomputed under torch.compile, torch.func and forward-mode
+  AD, and where the gradient of every sample is asked for (Opacus); half types, autocast, tokens and other devices go
+  by ``torch.utils.checkpoint``.
+"""
+
+_CALLS = """\
+input: [T, B, I], or as ``batch_first`` and ``token_input`` say; [T, I] unbatched; or a PackedSequence.
+hx: the initial state, {state}; None for zeros.
+lengths: integer [B]: row b has the steps 0 .. lengths[b] - 1. The output is 0 behind them, and the final state is the
+  one after the last of them.
+resets: bool [T, B], laid out like the input: where True at t, nothing is carried between steps t-1 and t, in either
+  direction; the state is ``reset_state`` instead.
+reset_state: like hx; None for zeros. Needs ``resets``.
+"""
+
+C = TypeVar("C", bound=type)
+F = TypeVar("F", bound=Callable[..., None])
+
+
+def checked(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of SWITCHES and VALUES that were given; what is kept of them."""
+    for name in SWITCHES:
+        if not isinstance(options.get(name, False), bool):
+            raise TypeError(f"{name} should be of type bool, got: {type(options[name]).__name__}")
+    clip = options.get("grad_clip")
+    if clip is not None:
+        if isinstance(clip, bool) or not isinstance(clip, (int, float)):
+            raise TypeError(f"grad_clip should be of type float or None, got: {type(clip).__name__}")
+        if not clip > 0:
+            raise ValueError(f"grad_clip should be above 0, got {clip}")
+        options["grad_clip"] = float(clip)
+    steps = options.get("recompute", 0)
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"recompute should be of type int, got: {type(steps).__name__}")
+    if steps < 0:
+        raise ValueError(f"recompute should be 0 (off) or a number of steps, got {steps}")
+    return options
+
+
+def without_lstm_only(init: F) -> F:
+    """For ``__init__`` of GRU and RNN: says in words that proj_size and return_all_states are an LSTM's.
+
+    torch.nn's take proj_size behind bidirectional where all is given by position, before device: so it is taken, as 0.
+    """
+    place = [*inspect.signature(init).parameters].index("device") - 1
+
+    @functools.wraps(init)
+    def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs or (len(args) > place and args[place] != 0):
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if kwargs.pop("return_all_states", False):
+            raise ValueError(
+                "return_all_states argument is only supported for LSTM: the output of RNN or GRU holds every state"
+            )
+        init(self, *args[:place], *args[place + 1 :], **kwargs)
+
+    return checked_init  # type: ignore[return-value]
+
+
+def documented(cls: C) -> C:
+    """Adds to a class's docstring what its arguments and its call's are."""
+    texts, calls = _by_name(_ARGUMENTS), _by_name(_CALLS)
+    by_position: list[str] = []
+    ours: list[str] = []
+    for p in inspect.signature(cls).parameters.values():
+        default = "" if p.default is p.empty else f" (default {p.default!r})"
+        (ours if p.kind is p.KEYWORD_ONLY else by_position).append(_item(p.name + default, texts[p.name]))
+    lstm = "proj_size" in inspect.signature(cls).parameters
+    state = "``(h_0, c_0)`` of [L*D, B, R] and [L*D, B, H]" if lstm else "[L*D, B, H]"
+    parts = {
+        "Args:": by_position,
+        "Keyword-only arguments, which torch.nn does not have:": ours,
+        "A call takes ``(input, hx=None, *, lengths=None, resets=None, reset_state=None)``:": [
+            _item(name, text.format(state=state)) for name, text in calls.items()
+        ],
+    }
+    told = ["\n".join([title, *items]) for title, items in parts.items()]
+    cls.__doc__ = "\n\n".join([cls.__doc__ or "", *told]) + "\n"
+    return cls
+
+
+def _by_name(texts: str) -> dict[str, str]:
+    return dict(" ".join(text.split()).split(": ", 1) for text in re.split(r"\n(?=\w)", texts))  # type: ignore[misc]
+
+
+def _item(name: str, text: str) -> str:
+    return textwrap.fill(f"{name}: {text}", 100, initial_indent=" " * 4, subsequent_indent=" " * 8)
