@@ -21,6 +21,7 @@ from . import functional
 from .functional import LayerWeights, States
 from .modules import GRU, LSTM, RNN, _Recurrent
 from .ops import CELLS
+from .swap import check_module
 
 _quantized_forward = torch.ops.fastrnn.quantized_forward.default
 _UNITS, _DEPTH = 16, 4  # of a block; see LayerParams in csrc/params.h
@@ -46,19 +47,28 @@ def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
 
     Raises:
         TypeError: ``module`` is or holds none of them; a weight that is not float32.
-        ValueError: another ``dtype``; a module on another device, or with ``return_all_states``.
+        ValueError: another ``dtype``; a module on another device, or with ``return_all_states`` or ``token_input``.
         RuntimeError: at a call, where a gradient of the input or a state is asked for.
+        TypeError: by the copy's recurrent modules, where they are to move or to be cast: ``half()``, ``cuda()``.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected torch.int8 or torch.bfloat16, got {dtype}")
+    check_module("module", module)
     found = [m for m in module.modules() if isinstance(m, _Recurrent)]
     if not found:
-        raise TypeError(f"module: expected a fastrnn.LSTM, GRU or RNN or a module holding one, got {_name(module)}")
+        torchs = [_name(m) for m in module.modules() if isinstance(m, (nn.LSTM, nn.GRU, nn.RNN))]
+        got = _name(module) + (f" with a {torchs[0]} in it" if torchs and torchs[0] != _name(module) else "")
+        advice = ": convert it first, fastrnn.quantize(fastrnn.convert(module))" if torchs else ""
+        raise TypeError(f"module: expected a fastrnn.LSTM, GRU or RNN or a module holding one, got {got}{advice}")
     for m in found:
         if isinstance(m, _Quantized):
             raise TypeError(f"module: expected weights of float32, got {_name(m)}, which is quantized already")
         if m.return_all_states:
             raise ValueError(f"module: expected return_all_states=False, got {_name(m)} with True: only h is kept")
+        if m.token_input:
+            raise ValueError(
+                f"module: expected token_input=False, got {_name(m)} with True: nothing is looked up there"
+            )
         for name, weight in _named_weights(m):
             if weight.dtype != torch.float32:
                 raise TypeError(f"{name}: expected torch.float32, got {weight.dtype}")
@@ -69,7 +79,11 @@ def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
 
 
 def _name(module: nn.Module) -> str:
-    return f"{type(module).__module__.split('.')[0]}.{type(module).__name__}"
+    """As users import it: torch.nn's and ours by their public names."""
+    cls = type(module)
+    public = {"torch.nn.modules": "torch.nn", "fastrnn.modules": "fastrnn", "fastrnn.quantized": "fastrnn"}
+    package = next((short for long, short in public.items() if cls.__module__.startswith(long)), cls.__module__)
+    return f"{package}.{cls.__qualname__}"
 
 
 def _named_weights(module: _Recurrent) -> list[tuple[str, Tensor]]:
@@ -103,12 +117,13 @@ def _converted(module: _Recurrent, dtype: torch.dtype) -> _Quantized:
     if module.learn_initial_state:
         for name in (name for names in module._initial_names() for name in names):
             out.register_buffer(name, getattr(module, name).detach().clone())
-    states = out._state_widths()
+    states, count = out._state_widths(), 2 if out.bidirectional else 1
     out._names = [
         [
             *(name if name in out._buffers else None for name in (f"{field}_l{i}{end}" for field, end in _FIELDS)),
             states[0],
             states[-1],
+            states[0] * count if i else out.input_size,
         ]
         for i in range(module.num_layers)
     ]
@@ -144,6 +159,9 @@ class _Quantized(_Recurrent):
     dtype: torch.dtype
     _names: list[list[str | int | None]]  # for the short way
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(f"a {type(self).__name__} is made by fastrnn.quantize(module), not by its class")
+
     def train(self, mode: bool = True) -> _Quantized:
         """Stays in eval mode: there is nothing to train, and no dropout."""
         return super().train(False)  # type: ignore[return-value]
@@ -162,7 +180,18 @@ class _Quantized(_Recurrent):
             raise RuntimeError(f"_flat_weights: expected none (quantized weights are buffers), got {len(weights)}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Quantized:
-        return nn.Module._apply(self, fn, recurse)  # type: ignore[return-value]
+        """What ``to``, ``half``, ``cuda`` and so on come to: refused where the kernels could not follow."""
+        after = fn(torch.empty(0))
+        if after.dtype != torch.float32 or after.device.type != "cpu":
+            raise TypeError(
+                f"{type(self).__name__}: expected to stay float32 around {self.dtype} weights on the CPU, got a move "
+                f"to {after.dtype} on {after.device}: convert the module that was quantized, and quantize that"
+            )
+
+        def moved(x: Tensor) -> Tensor:  # float() leaves weights of bfloat16 as they are
+            return fn(x) if fn(x.new_empty(0)).dtype == x.dtype else x
+
+        return nn.Module._apply(self, moved, recurse)  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dtype={self.dtype}"
@@ -176,6 +205,9 @@ class _Quantized(_Recurrent):
         if not getattr(self, weight).is_cpu:
             raise RuntimeError(f"{weight}: expected device cpu, got {getattr(self, weight).device}")
         self._check_input_size(input, batch_sizes)
+
+    def _input_dtype(self) -> torch.dtype:
+        return torch.float32
 
     def _weights_by_name(self) -> tuple[dict[str, Any], list[Any]]:
         return self._buffers, self._names

@@ -241,9 +241,9 @@ def test_same_bits_of_narrow_weights(kind, proj, dtype, long_way, calls):
 
 def test_not_for_narrow_weights_that_have_changed_their_kind(long_way, calls):
     for dtype, change in (
-        (torch.int8, lambda m: m.double()),
+        (torch.int8, lambda m: m._buffers.update({name: b.double() for name, b in m.named_buffers()})),
         (torch.int8, lambda m: m.register_buffer("weight_hh_l0_scale", torch.ones(3))),
-        (torch.bfloat16, lambda m: m.float()),
+        (torch.bfloat16, lambda m: m.register_buffer("weight_hh_l0", m.weight_hh_l0.float())),
     ):
         module = fastrnn.quantize(build(fastrnn, "GRU", 9, 17), dtype)
         change(module)
@@ -388,7 +388,7 @@ def test_results_own_their_memory():
         h_n.zero_(), c_n.zero_()
     assert output.abs().sum() > 0
     assert map_state(lambda x: x.is_inference(), (h_n, c_n)) == (False, False)
-    assert modules._OPTIONS  # of which each sends a call the long way
+    assert modules._LONG_WAY  # of which each sends a call the long way
 
 
 def test_many_calls_from_several_threads():

@@ -236,11 +236,23 @@ def test_packed_unbatched_and_states(dtype):
     torch.testing.assert_close(module(x[:, 0], hx[:, 0])[1], end[:, 0], rtol=0, atol=1e-5)
 
 
+ADVICE = ": convert it first, fastrnn.quantize(fastrnn.convert(module))"
+
+
 def test_refuses():
     lstm = fastrnn.LSTM(4, 5)
     for module, dtype, kind, message in [
         (lstm, torch.float16, ValueError, "dtype: expected torch.int8 or torch.bfloat16, got torch.float16"),
-        (nn.LSTM(4, 5), torch.int8, TypeError, "module: expected a fastrnn.LSTM, GRU or RNN or a module holding one"),
+        ("a", torch.int8, TypeError, "module: expected a torch.nn.Module, got str"),
+        (nn.LSTM, torch.int8, TypeError, "module: expected a torch.nn.Module, got the class LSTM"),
+        (nn.Linear(4, 5), torch.int8, TypeError, "or a module holding one, got torch.nn.Linear"),
+        (nn.LSTM(4, 5), torch.int8, TypeError, f"got torch.nn.LSTM{ADVICE}"),
+        (
+            nn.Sequential(nn.GRU(4, 5)),
+            torch.int8,
+            TypeError,
+            f"got torch.nn.Sequential with a torch.nn.GRU in it{ADVICE}",
+        ),
         (fastrnn.GRUCell(4, 5), torch.int8, TypeError, "got fastrnn.GRUCell"),
         (fastrnn.GRU(4, 5).double(), torch.int8, TypeError, "weight_ih_l0: expected torch.float32, got torch.float64"),
         (fastrnn.GRU(4, 5, device="meta"), torch.int8, ValueError, "weight_ih_l0: expected device cpu, got meta"),
@@ -259,8 +271,45 @@ def test_refuses():
         made(x.double())
     with pytest.raises(RuntimeError, match="Expected 4, got 6"):
         made(torch.randn(3, 2, 6))
+    made._buffers["weight_ih_l0"] = made.weight_ih_l0.to("meta")
     with pytest.raises(RuntimeError, match="weight_ih_l0: expected device cpu, got meta"):
-        made.to("meta")(x)
+        made(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+def test_cannot_be_cast_or_moved(kind, dtype):
+    """Said at once, and nothing is changed; what changes nothing is allowed."""
+    made = fastrnn.quantize(build(fastrnn, kind, 4, 5, 2), dtype)
+    model, x = nn.Sequential(made), torch.randn(3, 2, 4)
+    before, weights = made(x)[0], {name: b.clone() for name, b in made.named_buffers()}
+    told = f"{type(made).__name__}: expected to stay float32 .* got a move to "
+    for move, got in (
+        (lambda m: m.half(), "torch.float16 on cpu"),
+        (lambda m: m.double(), "torch.float64 on cpu"),
+        (lambda m: m.bfloat16(), "torch.bfloat16 on cpu"),
+        (lambda m: m.to(torch.float64), "torch.float64 on cpu"),
+        (lambda m: m.to("meta"), "torch.float32 on meta"),
+        (lambda m: m.to_empty(device="meta"), "torch.float32 on meta"),
+    ):
+        for module in (made, model):
+            with pytest.raises(TypeError, match=told + got):
+                move(module)
+    for module in (made, model):
+        for same in (module.cpu(), module.float(), module.to(torch.float32), module.to("cpu"), module.share_memory()):
+            assert same is module
+    for name, buffer in made.named_buffers():
+        assert buffer.dtype == weights[name].dtype and torch.equal(buffer, weights[name])
+    assert torch.equal(made(x)[0], before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_that_fill_no_block(kind):
+    """Blocks of int8 hold 4 columns: 3 features fit the blocks of 4, and were taken without a word."""
+    made = fastrnn.quantize(build(fastrnn, kind, 4, 5))
+    for features in (1, 3, 5):
+        with pytest.raises(RuntimeError, match=f"Expected 4, got {features}"):
+            made(torch.randn(3, 2, features))
 
 
 def arguments(dtype=torch.int8, **changes):

@@ -9,8 +9,8 @@
 //
 // names[layer] are the keys of its weights in the dict `tensors`: weight_ih, weight_hh[, bias_ih, bias_hh][,
 // weight_hr], as torch.nn lists them. Quantized modules list all of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr,
-// scale_ih, sum_ih, scale_hh and sum_hh, None for what there is not, and then the numbers R and h; their tensors are
-// [1, ..].
+// scale_ih, sum_ih, scale_hh and sum_hh, None for what there is not, and then the numbers R, h and I, which blocks of int8
+// do not tell; their tensors are [1, ..].
 #include "plain_call.h"
 
 #include <ATen/EmptyTensor.h>
@@ -216,6 +216,7 @@ bool find_narrow_weights(PyObject* tensors, PyObject* names, int64_t size, Call&
   const int64_t R = PyLong_AsLongLong(PyList_GET_ITEM(names, kNarrowFields));
   const int64_t h = PyLong_AsLongLong(PyList_GET_ITEM(names, kNarrowFields + 1));
   if (R <= 0 || h <= 0 || call.dtype != at::kFloat) return false;
+  if (PyLong_AsLongLong(PyList_GET_ITEM(names, kNarrowFields + 2)) != size) return false;
   const int64_t G = kCells[call.cell].gates, blocks = (h + 15) / 16;
   const auto hold = [&](int k, Held& held, at::ScalarType dtype, std::initializer_list<int64_t> sizes) {
     PyObject* name = PyList_GET_ITEM(names, k);
@@ -249,7 +250,7 @@ bool find_layers(PyObject* tensors, PyObject* names, int64_t size, Call& call) {
     PyObject* of_layer = PyList_GET_ITEM(names, i);
     if (!PyList_Check(of_layer)) return false;
     LayerWeights found{};
-    const bool good = PyList_GET_SIZE(of_layer) == kNarrowFields + 2
+    const bool good = PyList_GET_SIZE(of_layer) == kNarrowFields + 3
                           ? find_narrow_weights(tensors, of_layer, size, call, found)
                           : find_weights(tensors, of_layer, size, call, found);
     if (!good || (i > 0 && (found.width != size || found.hidden != call.layers[0].hidden))) return false;
