@@ -104,9 +104,9 @@ CALLS: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
     "packed": ({"bidirectional": True}, lambda m, k, p: m(packed(p, inputs(), False))),
     "packed, state": ({}, lambda m, k, p: m(packed(p, inputs(), False), state_of(k, p))),
     "packed, recompute": ({"recompute": 2}, lambda m, k, p: m(packed(p, inputs(), False))),
-    "packed tokens": ({}, lambda m, k, p: m(packed(p, tokens(), False))),
-    "tokens": ({"num_layers": 2}, lambda m, k, p: m(p(tokens()))),
-    "tokens, lengths": ({"bidirectional": True}, lambda m, k, p: m(p(tokens()), lengths=p(LENGTHS))),
+    "packed tokens": ({"token_input": True}, lambda m, k, p: m(packed(p, tokens(), False))),
+    "tokens": ({"num_layers": 2, "token_input": True}, lambda m, k, p: m(p(tokens()))),
+    "tokens, lengths": ({"bidirectional": True, "token_input": True}, lambda m, k, p: m(p(tokens()), lengths=p(LENGTHS))),
     "learn_initial_state": (
         {"learn_initial_state": True, "bidirectional": True},
         lambda m, k, p: m(p(inputs()), resets=p(RESETS)),
