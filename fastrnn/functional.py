@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import _C, per_sample, segments
+from . import _C, fallback, onnx_nodes, per_sample, reference, segments
 from . import layer as fused
 from .ops import CELLS, recurrent_forward
 from .products import is_overloaded, is_plain, linear
@@ -398,6 +398,8 @@ def _elman(nonlinearity: str) -> str:
 def _cell(cell: str, input: Tensor, states: States, weights: LayerWeights) -> States:
     if fused.fits(input, [weights], states, ()):
         _, h_n, c_n, _ = fused.layer(cell, input[None], [weights], states, None, None, None)
+    elif _is_for_others(*weights, input, *states):
+        return fallback.step(cell, input, states, weights)
     elif per_sample.asked_for([weights]):
         _, h_n, c_n, _ = per_sample.layer(cell, input[None], [weights], states, None, None, None, 0.0, False, _project)
     elif cell in ("lstm", "gru") and torch.is_autocast_enabled("cpu") and input.is_cpu:
@@ -424,6 +426,11 @@ def in_autocast_dtype(x: Any) -> Any:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
+def _is_for_others(weight: Tensor, *others: Tensor | None) -> bool:
+    """Has a call to be made of torch's ops?"""
+    return fallback.is_traced() or fallback.is_exported_to_onnx() or not fallback.has_kernels(weight, *others)
+
+
 def _recurrence(
     cell: str,
     gates_ih: Tensor,
@@ -436,7 +443,7 @@ def _recurrence(
     grad_clip: float = 0.0,
     reverse: list[bool] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op, with one group a direction. gates_ih [T, B, D*G*H]; states [B, D*n]."""
+    """The op, or its reference, with one group a direction. gates_ih [T, B, D*G*H]; states [B, D*n]."""
 
     def stacked(name: str) -> Tensor | None:
         parts = [getattr(w, name) for w in weights]
@@ -446,7 +453,10 @@ def _recurrence(
 
     h, *c = states
     fresh = reset_states or ()
-    return recurrent_forward(
+    for_others = _is_for_others(gates_ih)
+    if for_others and (fallback.is_traced() or fallback.is_exported_to_onnx()):
+        gates_ih = fallback.of_fixed_steps(gates_ih)
+    given: tuple[Any, ...] = (
         cell,
         gates_ih,
         stacked("weight_hh"),
@@ -459,9 +469,11 @@ def _recurrence(
         fresh[0] if fresh else None,
         fresh[1] if len(fresh) > 1 else None,
         [direction == 1 for direction in range(len(weights))] if reverse is None else reverse,
-        save,
-        *((grad_clip,) if grad_clip else ()),
     )
+    clip = (grad_clip,) if grad_clip else ()
+    if for_others:
+        return reference.forward(*given, *clip)
+    return recurrent_forward(*given, save, *clip)
 
 
 def _checkpointed(
@@ -540,6 +552,14 @@ def _network(
         states, reset_states = (None if s is None else tuple(map(in_autocast_dtype, s)) for s in (states, reset_states))
     B = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
     D = len(weights[0])
+    others = (x for layer in weights for w in layer for x in w)
+    if _is_for_others(weights[0][0].weight_ih, input, *others, *(states or ())):
+        tensors = cell, input, states, weights
+        if fallback.is_exported_to_onnx():
+            if resets is None and not all_states and onnx_nodes.has_nodes(weights):
+                return *onnx_nodes.network(*tensors, dropout, training, lengths), None
+        elif lengths is None and resets is None and not (all_states or grad_clip or are_tokens(input)):
+            return *fallback.network(*tensors, dropout, training), None
     if recompute and lengths is not None and is_plain(lengths) and segments.can_checkpoint():
         check_values_of(lengths, input.shape[0])  # a segment's kernel sees what lies in it alone
 

@@ -11,6 +11,7 @@ which ``options.py`` composes. ``forward`` takes three keyword arguments more th
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
@@ -23,7 +24,7 @@ from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from . import _C, functional, layer, per_sample
+from . import _C, fallback, functional, layer, per_sample
 from .functional import LayerWeights, States
 from .ops import CELLS
 from .options import SWITCHES, VALUES, checked, documented, without_lstm_only
@@ -104,6 +105,25 @@ for _name in ("__setitem__", "__delitem__", "__iadd__", "append", "extend", "ins
     setattr(_FlatWeights, _name, _writing(_name))
 
 
+def _given_qconfig(self: nn.Module) -> Any:
+    if "qconfig" not in self.__dict__:
+        raise AttributeError("qconfig")
+    return self.__dict__["qconfig"]
+
+
+def _give_qconfig(self: nn.Module, value: Any) -> None:
+    self.__dict__["qconfig"] = value
+    warnings.warn(
+        f"torch.ao.quantization knows torch.nn's classes alone and leaves this fastrnn.{type(self).__name__} as it is. "
+        "Before it, call fastrnn.quantize(model) for int8 weights of layers, or fastrnn.to_torch(model)",
+        stacklevel=2,
+    )
+
+
+# torch's eager quantization gives every module of a model its ``qconfig`` and then swaps modules by their exact type.
+_QCONFIG = property(_given_qconfig, _give_qconfig, lambda self: self.__dict__.pop("qconfig"))
+
+
 class _Recurrent(per_sample.Hooked, RNNBase):
     """What LSTM, GRU and RNN share. States are tuples here: (h,) or (h, c)."""
 
@@ -118,6 +138,9 @@ class _Recurrent(per_sample.Hooked, RNNBase):
     token_input: bool = False
     grad_clip: float | None = None
     recompute: int = 0
+
+    qconfig = _QCONFIG
+    __prepare_scriptable__ = fallback.refuse_script
 
     def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
         options = checked({name: kwargs.pop(name) for name in (*SWITCHES, *VALUES) if name in kwargs})
@@ -454,6 +477,13 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         written = None if self._written is None else self._named_weights()
         return self._parameters if written is None else written, self._all_weights
 
+    def _is_for_torch(self, input: Any, hx: Any) -> bool:
+        """Of a call without masks: see the function of this name."""
+        if any(option in self.__dict__ for option in (*SWITCHES, "grad_clip")):
+            return False
+        weight = getattr(self, self._all_weights[0][0])
+        return _is_for_torch(self, weight, input, hx)
+
     def _run(
         self,
         input: Tensor | PackedSequence,
@@ -462,7 +492,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         resets: Tensor | None,
         reset_state: Any,
     ) -> tuple[Tensor | PackedSequence, States, Tensor | PackedSequence | None]:
-        if is_overloaded(input, hx) and lengths is None and resets is None and not self._options_on():
+        if lengths is None and resets is None and reset_state is None and self._is_for_torch(input, hx):
             output, after = getattr(rnn, self._kind()).forward(self, input, hx)
             return output, after if isinstance(after, tuple) else (after,), None
         states, reset_states = (
@@ -530,6 +560,11 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         if states is not None:
             self._check_states("hx", data, states, batch_sizes)
             states = tuple(_permute(x, sorted_indices, state_dim) for x in states)
+        if fallback.is_traced() or fallback.is_exported_to_onnx():
+            raise RuntimeError(
+                "input: expected a padded tensor and lengths where the call is traced or exported to ONNX, "
+                "got a PackedSequence"
+            )
         if self._takes_packed(data, states):
             output, finals, cells = self._layers(data, states, None, batch_sizes=batch_sizes)
         elif self._opacus is not None or per_sample.asked_for([self._parameters.values()]):
@@ -560,9 +595,6 @@ class _Recurrent(per_sample.Hooked, RNNBase):
 
         finals = tuple(functional.own(_permute(x, unsorted_indices, state_dim)) for x in finals)
         return packed(output), finals, None if cells is None else packed(cells)
-
-    def _options_on(self) -> bool:
-        return any(name in self.__dict__ for name in (*SWITCHES, *VALUES))
 
     def _kind(self) -> str:
         return self.mode.partition("_")[0]
@@ -832,8 +864,19 @@ def _leaf(module: nn.Module, input: Any, *args: Any, **options: Any) -> Any:
     return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input, *args), given)
 
 
+def _is_for_torch(module: nn.Module, weight: Tensor, input: Any, hx: Any) -> bool:
+    """Is a call that asks for nothing of ours one that torch.nn's own forward, run on the module, has to compute?"""
+    if is_overloaded(input, hx) or fallback.is_traced():
+        return True
+    x = input.data if isinstance(input, PackedSequence) else input
+    given = (y for y in (x, *(hx if isinstance(hx, (tuple, list)) else (hx,))) if isinstance(y, Tensor))
+    return not fallback.has_kernels(weight, *module._parameters.values(), *given)
+
+
 class _Cell(per_sample.Hooked, RNNCellBase):
-    _torchs: type[RNNCellBase]  # whose forward takes tensor-likes, and has no units to compute
+    _torchs: type[RNNCellBase]  # whose forward takes what no kernel of ours does: tensor-likes, no units, other devices
+    qconfig = _QCONFIG
+    __prepare_scriptable__ = fallback.refuse_script
 
     def _weights(self) -> LayerWeights:
         return LayerWeights(*map(self._marked, (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)))
@@ -848,7 +891,7 @@ class _Cell(per_sample.Hooked, RNNCellBase):
             if plain is not None:
                 return plain[1:]
         kind = type(self).__name__
-        if self.hidden_size == 0 or is_overloaded(input, hx):
+        if self.hidden_size == 0 or _is_for_torch(self, self.weight_ih, input, hx):
             after = self._torchs.forward(self, input, hx)
             return after if isinstance(after, tuple) else (after,)
         if not functional.is_tensor_like(input):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from .fallback import is_traced
 from .ops import library
 
 _gemm = torch.ops.fastrnn.gemm.default
@@ -39,6 +40,7 @@ def is_plain_call() -> bool:
         or forward_ad._current_level >= 0
         or torch.is_autocast_enabled("cpu")
         or torch._C._get_dispatch_mode(_MAKE_FX) is not None
+        or is_traced()
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import fallback, functional
 from .functional import LayerWeights, States
 from .modules import GRU, LSTM, RNN, _Recurrent
 from .ops import CELLS
@@ -157,6 +157,7 @@ class _Quantized(_Recurrent):
     """What the three share."""
 
     dtype: torch.dtype
+    qconfig = None  # torch.ao.quantization has nothing left to do
     _names: list[list[str | int | None]]  # for the short way
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -213,6 +214,11 @@ class _Quantized(_Recurrent):
         return self._buffers, self._names
 
     def _network(self, input: Tensor, states: States | None, **sequence: Any) -> tuple[Tensor, States, None]:
+        if fallback.is_traced() or fallback.is_exported_to_onnx():
+            raise RuntimeError(
+                "quantized modules can be neither traced nor exported to ONNX: torch's ops do not compute the same. "
+                "Trace or export the model that fastrnn.quantize was given"
+            )
         fresh = sequence.get("reset_states")
         if torch.is_grad_enabled() and torch._C._any_requires_grad(input, *(states or ()), *(fresh or ())):
             raise RuntimeError(
@@ -239,6 +245,9 @@ class _Quantized(_Recurrent):
 
     def _takes_packed(self, data: Tensor, states: States | None) -> bool:
         return False
+
+    def _is_for_torch(self, input: Any, hx: Any) -> bool:
+        return False  # torch's ops have no such weights
 
     def _matrix(self, name: str) -> tuple[Tensor | None, ...]:
         """With its scales and sums, where it has any."""

@@ -18,6 +18,7 @@ from torch.nn.modules import rnn
 from torch.nn.utils import parametrize
 
 from . import modules
+from .fallback import lacking
 from .options import SWITCHES
 
 M = TypeVar("M", bound=nn.Module)
@@ -31,14 +32,17 @@ def convert(model: M, *, strict: bool = False) -> M:
     """Swaps every torch.nn.LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell in a model for ours, in place.
 
     Args:
-        model: one of them, or a module that holds some at any depth; any device and dtype. A copy of the model that
-            stays torch's: ``fastrnn.convert(copy.deepcopy(model))``.
+        model: one of them, or a module that holds some at any depth. A copy of the model that stays torch's:
+            ``fastrnn.convert(copy.deepcopy(model))``.
         strict: raise where a recurrent module would be left alone, and convert nothing.
 
     Returns:
         The model. Modules and Parameters are the same objects as before, so that optimizers, tied weights, hooks,
         parametrizations and wrappers around the model keep working; the state_dict is the same. What changes is a
         module's class: ``isinstance(m, torch.nn.LSTM)`` is False afterwards. For code that asks, see :func:`patch`.
+        Tools that look a module up by its exact type find nothing: thop, ptflops, an initialiser with
+        ``type(m) == nn.GRU`` (run it before), torch.ao.quantization.quantize_dynamic (which warns: call
+        :func:`fastrnn.quantize` before it).
 
     What is left alone is told in a UserWarning, and by :func:`unconverted` at any time.
 
@@ -59,7 +63,9 @@ def unconverted(model: nn.Module) -> dict[str, str]:
     """The recurrent modules of a model that :func:`convert` leaves alone: why, by name ("" is the model itself).
 
     Those are subclasses of torch.nn's classes (their own methods may count on torch's), modules that torch has
-    quantized or scripted, and modules whose ``forward`` was replaced on the instance.
+    quantized or scripted, modules whose ``forward`` was replaced on the instance, and those whose parameters are of a
+    device, dtype or layout without kernels: they would gain nothing. A converted module that is moved there later
+    computes what torch.nn's does, by torch's own ops.
     """
     check_module("model", model)
     found = ((name, _why_not(module)) for name, module in model.named_modules())
@@ -69,7 +75,7 @@ def unconverted(model: nn.Module) -> dict[str, str]:
 def to_torch(model: M) -> M:
     """The way back: swaps every recurrent module of ours in a model for torch.nn's, in place, as :func:`convert` does.
 
-    For what knows only torch's, as ``torch.onnx.export(fastrnn.to_torch(copy.deepcopy(model)), ...)``.
+    For what knows only torch's, as ``torch.jit.script(fastrnn.to_torch(copy.deepcopy(model)))``.
 
     Raises:
         TypeError: ``model`` is no module; it holds something that torch.nn has no twin for (an option of ours that is
@@ -141,7 +147,7 @@ def _why_not(module: nn.Module) -> str:
     """Why a recurrent module cannot be converted; "" for others."""
     cls = _plain_type(module)
     if cls in _OURS:
-        return "has a forward of its own, set on the instance" if "forward" in vars(module) else ""
+        return "has a forward of its own, set on the instance" if "forward" in vars(module) else lacking(module)
     for torchs in _OURS:
         if issubclass(cls, torchs):
             return f"is a {_full_name(cls)}, derived from torch.nn.{torchs.__name__}"

@@ -826,6 +826,8 @@ def page() -> str:
         for case in CASES:
             if case.library == library and case.id in FAILURES:
                 by_error.setdefault(FAILURES[case.id], []).append(f"`{case.id}`")
+        if not by_error:
+            lines.append("Nothing.")
         for error, ids in by_error.items():
             lines += [f"- `{error.replace('`', chr(39))}`", f"  {', '.join(ids)}"]
     return "\n".join(lines) + "\n"

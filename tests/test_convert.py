@@ -452,3 +452,31 @@ def test_patched_models_compile() -> None:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         x = torch.randn(5, 3, 4)
         torch.testing.assert_close(compiled(x)[0], model(x)[0])
+
+
+# ---- tools that look at the exact type ----
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@ANY_KIND
+def test_quantize_dynamic_says_what_it_leaves(kind: str) -> None:
+    """torch's tool swaps torch.nn's classes alone: a warning says what to do, and either way works."""
+    quantize_dynamic = torch.ao.quantization.quantize_dynamic
+    model = nn.ModuleList([build(nn, kind, 4, 5), nn.Linear(4, 5)])
+    fastrnn.convert(model)
+    ours = type(model[0])
+    with pytest.warns(UserWarning, match=f"leaves this fastrnn.{ours.__name__} as it is") as told:
+        found = quantize_dynamic(model)
+    assert sum("leaves this" in str(warning.message) for warning in told) == 1
+    assert type(found[0]) is ours
+    assert not hasattr(found[0], "qconfig")
+    assert isinstance(found[1], torch.ao.nn.quantized.dynamic.Linear)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "torch.ao.quantization knows")
+        if "Cell" not in kind:
+            narrow = quantize_dynamic(fastrnn.quantize(model))
+            assert type(narrow[0]).__name__ == f"Quantized{ours.__name__}"
+            assert isinstance(narrow[1], torch.ao.nn.quantized.dynamic.Linear)
+        theirs = fastrnn.to_torch(copy.deepcopy(model))
+        if kind not in ("RNN_TANH", "RNN_RELU"):  # torch has no quantized RNN
+            assert type(quantize_dynamic(theirs)[0]).__module__.startswith("torch.ao.nn.quantized")

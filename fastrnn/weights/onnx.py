@@ -17,7 +17,7 @@ from .. import modules
 from ..functional import LayerWeights, are_tokens, given_lengths
 from .parameters import Cell, Module, check_module, copy_into, directions, gates, reordered, restored, tensor
 
-_ORDERS: dict[Cell, tuple[int, ...]] = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
+ORDERS: dict[Cell, tuple[int, ...]] = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
 _INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
 _ACTIVATIONS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"]}
 _DIRECTIONS = ("forward", "reverse", "bidirectional")
@@ -93,7 +93,7 @@ def from_onnx(node: Any, initializers: Mapping[str, Any]) -> OnnxLayer:
             ``input_forget``, ``clip``.
     """
     kind = getattr(node, "op_type", type(node).__name__)
-    if kind not in _ORDERS or node.domain not in ("", "ai.onnx"):
+    if kind not in ORDERS or node.domain not in ("", "ai.onnx"):
         raise TypeError(f"node: expected an LSTM, GRU or RNN of domain ai.onnx, got {kind}")
     attributes = {a.name: a for a in node.attribute}
 
@@ -144,7 +144,7 @@ def from_onnx(node: Any, initializers: Mapping[str, Any]) -> OnnxLayer:
         dtype=W.dtype,
         **options,
     )
-    order, weights = _ORDERS[kind], []
+    order, weights = ORDERS[kind], []
     for d in range(D):
         parts = [W[d], R[d]] if B is None else [W[d], R[d], *B[d].chunk(2)]
         weights.append(LayerWeights(*(restored(x, order) for x in parts)))
@@ -196,7 +196,7 @@ def to_onnx(module: Module | Reversed, *, states: bool = False, lengths: bool = 
     if dtype not in types:
         raise TypeError(f"module: expected float32, float64 or float16, got {dtype}")
     L, D, H = inner.num_layers, 2 if inner.bidirectional else 1, inner.hidden_size
-    order = _ORDERS[kind]
+    order = ORDERS[kind]
     direction = "bidirectional" if D == 2 else "reverse" if isinstance(module, Reversed) else "forward"
     attributes: dict[str, Any] = {"hidden_size": H, "direction": direction}
     if kind == "GRU":

@@ -1,0 +1,100 @@
+"""A layer as one node of ONNX, for ``torch.onnx.export(model, dynamo=True)``: LSTM, GRU or RNN, with any T and B.
+
+torch's own exporter has such a node for an LSTM and a GRU of fixed T alone. See ``weights/onnx.py`` for the operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops import CELLS
+
+if TYPE_CHECKING:
+    from .functional import LayerWeights, States
+
+_DTYPES = (torch.float32, torch.float64, torch.float16)
+
+
+def has_nodes(weights: Sequence[Sequence[LayerWeights]]) -> bool:
+    """Are there operators for such a network? None has a projection."""
+    first = weights[0][0]
+    return first.weight_hr is None and first.weight_hh.dtype in _DTYPES
+
+
+def network(
+    cell: str,
+    input: Tensor,
+    states: States | None,
+    weights: Sequence[Sequence[LayerWeights]],
+    dropout: float,
+    training: bool,
+    lengths: Tensor | None,
+) -> tuple[Tensor, States]:
+    """input [T, B, I] or tokens [T, B], states [L*D, B, H], lengths [B] -> output [T, B, D*H], final states."""
+    D, found, output = len(weights[0]), [], input
+    for i, of_layer in enumerate(weights):
+        if i > 0 and dropout > 0 and training:
+            output = F.dropout(output, dropout, training=True)
+        start = None if states is None else [x[i * D : (i + 1) * D] for x in states]
+        if output.dim() == 2:
+            output, of_layer = of_gates(F.embedding(output, torch.cat([w.weight_ih for w in of_layer]).t()), of_layer)
+        output, *finals = layer(cell, output, of_layer, start, lengths)
+        found.append(finals)
+    return output, tuple(torch.cat(each) for each in zip(*found, strict=True))
+
+
+def of_gates(gates: Tensor, weights: Sequence[LayerWeights]) -> tuple[Tensor, list[LayerWeights]]:
+    """The layer whose input is W_ih x itself, of all directions: [T, B, D*G*H]."""
+    eye = torch.eye(gates.shape[2], dtype=gates.dtype, device=gates.device)
+    return gates, [w._replace(weight_ih=part) for w, part in zip(weights, eye.chunk(len(weights)), strict=True)]
+
+
+def layer(
+    cell: str,
+    input: Tensor,
+    weights: Sequence[LayerWeights],
+    states: Sequence[Tensor] | None,
+    lengths: Tensor | None,
+    reverse: bool = False,
+) -> tuple[Tensor, ...]:
+    """input [T, B, I], one or two directions (reverse: the only one is), states [D, B, H] (None: 0), lengths [B].
+
+    Returns output [T, B, D*H] and the final states [D, B, H].
+    """
+    from .weights.onnx import ORDERS
+    from .weights.parameters import reordered
+
+    kind = cell.partition("_")[0].upper()
+    T, B, _ = input.shape
+    D, H, count = len(weights), weights[0].weight_hh.shape[1], CELLS[cell].states
+
+    def stacked(parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack([reordered(x, ORDERS[kind]) for x in parts])
+
+    bias = None
+    if any(b is not None for w in weights for b in (w.bias_ih, w.bias_hh)):
+        halves = ([w.weight_hh.new_zeros(len(w.weight_hh)) if b is None else b for b in w[2:4]] for w in weights)
+        bias = torch.cat([stacked(half) for half in zip(*halves, strict=True)], 1)
+    attributes: dict[str, Any] = {"hidden_size": H}
+    attributes["direction"] = "bidirectional" if D == 2 else "reverse" if reverse else "forward"
+    if kind == "GRU":
+        attributes["linear_before_reset"] = 1
+    if cell == "rnn_relu":
+        attributes["activations"] = ["Relu"] * D
+    matrices = [stacked([w.weight_ih for w in weights]), stacked([w.weight_hh for w in weights])]
+    steps = None if lengths is None else lengths.to(torch.int32)
+    start: Sequence[Tensor | None] = states or [None] * count
+    results = torch.onnx.ops.symbolic_multi_out(
+        kind,
+        [input, *matrices, bias, steps, *start],
+        attributes,
+        dtypes=[input.dtype] * (1 + count),
+        shapes=[(T, D, B, H), *([(D, B, H)] * count)],
+    )
+    output, *finals = (x.to(input.device) for x in results)  # for torch makes them on the CPU
+    return output.transpose(1, 2).flatten(2), *finals
