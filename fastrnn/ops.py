@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from . import _C  # noqa: F401  (registers the ops)
 from .imports import when_imported
@@ -270,3 +271,31 @@ when_imported(
         f"fastrnn::{op}" for op in ("recurrent_forward", "recurrent_backward", "quantized_forward", "clamp_gradient")
     ),
 )
+
+
+# ---- torch.export.draft_export ----
+
+
+def _beside_real_tensors(mode: Any, op: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+    """A call without data where each one is made with data, too, as by draft_export.
+
+    It asks whether a call has written to its arguments, and takes every optional tensor that is None for one that was
+    written to (``MutationChecker`` in torch/_library/utils.py compares None with False). So the call with data is ours.
+    """
+    asked, mode.propagate_real_tensors = mode.propagate_real_tensors, False
+    try:
+        results = mode.__torch_dispatch__(op, types, args, kwargs)
+    finally:
+        mode.propagate_real_tensors = asked
+    if asked:
+        real = [x.real_tensor if isinstance(x, FakeTensor) else x for x in args]
+        if all(x is not None for x, fake in zip(real, args, strict=True) if isinstance(fake, FakeTensor)):
+            found = op(*real, **(kwargs or {}))
+            pairs = zip(results, found, strict=True) if isinstance(found, tuple) else [(results, found)]
+            for fake, x in pairs:
+                fake.real_tensor = x
+    return results
+
+
+for _op in ("recurrent_forward", "recurrent_backward", "quantized_forward", "grouped_linear", "gemm"):
+    torch.library.register_torch_dispatch(f"fastrnn::{_op}", FakeTensorMode, _beside_real_tensors, lib=library)

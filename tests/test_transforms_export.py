@@ -335,3 +335,13 @@ def test_module_on_meta_device(kind: str):
     assert output.shape == make_module(kind)(torch.randn(4, 3, 8))[0].shape
     output.sum().backward()
     assert all(p.grad.shape == p.shape for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "quantized"])
+def test_draft_export(kind: str) -> None:
+    """It runs each op on real tensors, too, and calls one wrong that seems to write to its arguments."""
+    module = fastrnn.quantize(fastrnn.LSTM(4, 6)) if kind == "quantized" else getattr(fastrnn, kind)(4, 6)
+    x = torch.randn(3, 4) if "Cell" in kind else torch.randn(5, 3, 4)
+    program = torch.export.draft_export(module, (x,))
+    torch.testing.assert_close(program.module()(x), module(x))
+    assert any("fastrnn" in str(node.target) for node in program.graph.nodes)
