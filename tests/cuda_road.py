@@ -67,15 +67,22 @@ def inputs() -> Tensor:
 
 
 def called(kind: str, put: Put, options: dict[str, Any], call: Callable[..., Any]) -> list[Tensor]:
-    """Results of the call, and its gradients where grad mode is on."""
+    """Results of the call and, where grad mode is on, the gradients of all parameters, inputs and states."""
     torch.manual_seed(3)
     module = put_module(build(fastrnn, kind, I, H, **options), put)
-    results = leaves(call(module))
+    wanted = list(module.parameters())
+
+    def putting(x: Any) -> Any:
+        moved = put(x)
+        if isinstance(moved, Tensor) and moved.requires_grad:
+            wanted.append(moved)
+        return moved
+
+    results = leaves(call(module, kind, putting))
     if not torch.is_grad_enabled():
         return results
     loss = sum((x.float().square().sum() for x in results), torch.zeros(()))
-    parameters = list(module.parameters())
-    return [*results, *torch.autograd.grad(loss, parameters, allow_unused=True)]
+    return [*results, *torch.autograd.grad(loss, wanted, allow_unused=True)]
 
 
 def tokens() -> Tensor:
@@ -184,7 +191,7 @@ def cases() -> dict[str, Case]:
         for name, (options, call) in calls.items():
 
             def train(put: Put, kind: str = kind, options: Any = options, call: Any = call) -> list[Tensor]:
-                return called(kind, put, options, lambda m: call(m, kind, put))
+                return called(kind, put, options, call)
 
             def infer(put: Put, train: Case = train) -> list[Tensor]:
                 with torch.no_grad():
