@@ -202,17 +202,14 @@ _OUTER = _Rule(grouped_outer, outer_by_aten, _pull_outer, frozenset((0, 1)), ())
 
 def keep(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
     """``ctx.save_for_backward`` without the Nones, at which what draws or walks a graph stumbles; see ``kept``."""
-    ctx.places = [i for i, x in enumerate(tensors) if x is not None]
-    ctx.count = len(tensors)
+    ctx.absent = [x is None for x in tensors]
     ctx.save_for_backward(*[x for x in tensors if x is not None])
 
 
-def kept(ctx: Any) -> list[Any]:
-    """What ``keep`` was given."""
-    tensors: list[Any] = [None] * ctx.count
-    for i, x in zip(ctx.places, ctx.saved_tensors, strict=True):
-        tensors[i] = x
-    return tensors
+def kept(ctx: Any, present: tuple[Tensor, ...] | None = None) -> list[Any]:
+    """What ``keep`` was given. present: ``ctx.saved_tensors`` where they were read: a checkpoint bears that once."""
+    saved = iter(ctx.saved_tensors if present is None else present)
+    return [None if absent else next(saved) for absent in ctx.absent]
 
 
 class _Recurrent(torch.autograd.Function):

@@ -163,12 +163,12 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        tensors, needs = tuple(kept(ctx)), ctx.needs_input_grad[4:]
+        present, needs = ctx.saved_tensors, ctx.needs_input_grad[4:]
         if not torch.compiler.is_compiling():
-            found = _C.plain_layer_backward(ctx.cell, ctx.grad_clip, needs, grads, tensors)
+            found = _C.plain_layer_backward(ctx.cell, ctx.grad_clip, needs, grads, present, ctx.absent)
             if found is not None:
                 return (None, None, None, None, *found)
-        batch_sizes, input, *rest, output, saved = tensors
+        batch_sizes, input, *rest, output, saved = kept(ctx, present)
         states = rest[:6]
         weight_ih, weight_hh, _, _, weight_hr = stacked(rest[6:])
         assert weight_hh is not None

@@ -470,7 +470,8 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         states = () if hx is None else functional.given_states(self.mode.lower(), "hx", hx)
         x = input.transpose(0, 1) if self.batch_first else input
         output, *finals = layer.layers(self.mode.lower(), x, weights, states, self.grad_clip or 0.0)
-        return tuple(map(_C.without_view, (output.transpose(0, 1) if self.batch_first else output, *finals)))
+        own = _C.without_view
+        return (own(output.transpose(0, 1)) if self.batch_first else output, *map(own, finals))
 
     def _weights_by_name(self) -> tuple[dict[str, Any], list[Any]]:
         """For the short way: a dict of tensors, and by layer its keys, see csrc/torch/plain_call.cpp."""

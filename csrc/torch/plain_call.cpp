@@ -314,13 +314,25 @@ struct Tensors {
   std::array<OptionalTensor, kCount> all;
 
   bool take(PyObject* const* from) {
+    for (size_t i = 0; i < kCount; ++i)
+      if (from[i] != Py_None && !take(i, from[i])) return false;
+    return true;
+  }
+  // The same of a list that says which there are not, and a tuple of those that there are.
+  bool take(PyObject* absent, PyObject* present) {
+    Py_ssize_t next = 0;
     for (size_t i = 0; i < kCount; ++i) {
-      if (from[i] == Py_None) continue;
-      const Tensor* t = ordinary(from[i]);
-      if (!t) return false;
-      all[i] = *t;
+      if (PyList_GET_ITEM(absent, i) == Py_True) continue;
+      if (next == PyTuple_GET_SIZE(present) || !take(i, PyTuple_GET_ITEM(present, next++))) return false;
     }
     return true;
+  }
+
+ private:
+  bool take(size_t i, PyObject* x) {
+    const Tensor* t = ordinary(x);
+    if (t) all[i] = *t;
+    return t;
   }
 };
 
@@ -434,20 +446,20 @@ PyObject* plain_layer_forward(PyObject*, PyObject* const* args, Py_ssize_t count
   END_HANDLE_TH_ERRORS
 }
 
-// plain_layer_backward(cell, grad_clip, needs, grads, saved) -> the gradients of input, h_0, c_0, lengths, resets,
+// plain_layer_backward(cell, grad_clip, needs, grads, saved, absent) -> the gradients of input, h_0, c_0, lengths, resets,
 // reset_h, reset_c, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, or None in their places.
-// needs: a bool for each of them; grads: of output, h_n, c_n, saved and every c; saved: batch_sizes, then
-// plain_layer_forward's arguments from input on, output, saved.
+// needs: a bool for each of them; grads: of output, h_n, c_n, saved and every c; saved: what there is of batch_sizes,
+// plain_layer_forward's arguments from input on, output and saved; absent: a list that says which there are not.
 PyObject* plain_layer_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   constexpr int kNeeds = 12;
-  const bool good = count == 5 && PyTuple_Check(args[2]) && PyTuple_GET_SIZE(args[2]) == kNeeds &&
+  const bool good = count == 6 && PyTuple_Check(args[2]) && PyTuple_GET_SIZE(args[2]) == kNeeds &&
                     PyTuple_Check(args[3]) && PyTuple_GET_SIZE(args[3]) == 5 && PyTuple_Check(args[4]) &&
-                    PyTuple_GET_SIZE(args[4]) == 15;
+                    PyList_Check(args[5]) && PyList_GET_SIZE(args[5]) == 15;
   Tensors<5> grads;
   Tensors<15> given;
   if (!good || !is_plain_thread() || at::GradMode::is_enabled() || !grads.take(items(args[3])) ||
-      !given.take(items(args[4])))
+      !given.take(args[5], args[4]))
     Py_RETURN_NONE;
   const auto& [batch_sizes, input, h_0, c_0, lengths, resets, reset_h, reset_c, ih, hh, bias_ih, bias_hh, hr, output,
                saved] = given.all;
