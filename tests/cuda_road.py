@@ -113,7 +113,10 @@ CALLS: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
     "packed, recompute": ({"recompute": 2}, lambda m, k, p: m(packed(p, inputs(), False))),
     "packed tokens": ({"token_input": True}, lambda m, k, p: m(packed(p, tokens(), False))),
     "tokens": ({"num_layers": 2, "token_input": True}, lambda m, k, p: m(p(tokens()))),
-    "tokens, lengths": ({"bidirectional": True, "token_input": True}, lambda m, k, p: m(p(tokens()), lengths=p(LENGTHS))),
+    "tokens, lengths": (
+        {"bidirectional": True, "token_input": True},
+        lambda m, k, p: m(p(tokens()), lengths=p(LENGTHS)),
+    ),
     "learn_initial_state": (
         {"learn_initial_state": True, "bidirectional": True},
         lambda m, k, p: m(p(inputs()), resets=p(RESETS)),
