@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+from fastrnn import fallback
+
 aten = torch.ops.aten
 
 
@@ -29,6 +31,7 @@ class _Backend(_DummyBackendModule):
 
 _setup_privateuseone_for_python_backend("pretend", _Backend())
 DEVICE = torch.device("pretend:0")
+fallback.KERNELS[DEVICE.type] = fallback.KERNELS["cpu"]  # as CUDA's in a build with its kernels
 _tensor = torch.tensor
 torch.tensor = lambda data, *, device=None, **options: (  # its own copy passes by every mode
     _tensor(data, **options).to(device) if _is_on(device) else _tensor(data, device=device, **options)
