@@ -398,10 +398,10 @@ def _elman(nonlinearity: str) -> str:
 def _cell(cell: str, input: Tensor, states: States, weights: LayerWeights) -> States:
     if fused.fits(input, [weights], states, ()):
         _, h_n, c_n, _ = fused.layer(cell, input[None], [weights], states, None, None, None)
-    elif _is_for_others(*weights, input, *states):
-        return fallback.step(cell, input, states, weights)
     elif per_sample.asked_for([weights]):
         _, h_n, c_n, _ = per_sample.layer(cell, input[None], [weights], states, None, None, None, 0.0, False, _project)
+    elif _is_for_others(*weights, input, *states):
+        return fallback.step(cell, input, states, weights)
     elif cell in ("lstm", "gru") and torch.is_autocast_enabled("cpu") and input.is_cpu:
         # torch.nn's add the state to what autocast's products give, and so keep a wider one's dtype.
         gates_ih = linear(input, weights.weight_ih, weights.bias_ih)[None]
@@ -552,8 +552,9 @@ def _network(
         states, reset_states = (None if s is None else tuple(map(in_autocast_dtype, s)) for s in (states, reset_states))
     B = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
     D = len(weights[0])
-    others = (x for layer in weights for w in layer for x in w)
-    if _is_for_others(weights[0][0].weight_ih, input, *others, *(states or ())):
+    all_weights = [x for layer in weights for w in layer for x in w]
+    marked = per_sample.asked_for([all_weights])
+    if not marked and _is_for_others(weights[0][0].weight_ih, input, *all_weights, *(states or ())):
         tensors = cell, input, states, weights
         if fallback.is_exported_to_onnx():
             if resets is None and not all_states and onnx_nodes.has_nodes(weights):

@@ -482,8 +482,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         """Of a call without masks: see the function of this name."""
         if any(option in self.__dict__ for option in (*SWITCHES, "grad_clip")):
             return False
-        weight = getattr(self, self._all_weights[0][0])
-        return _is_for_torch(self, weight, input, hx)
+        return _is_for_torch(self, self._first_weight(), input, hx)
 
     def _run(
         self,
@@ -869,7 +868,11 @@ def _is_for_torch(module: nn.Module, weight: Tensor, input: Any, hx: Any) -> boo
     """Is a call that asks for nothing of ours one that torch.nn's own forward, run on the module, has to compute?"""
     if is_overloaded(input, hx) or fallback.is_traced():
         return True
+    if per_sample.asked_for([module._parameters.values()]):  # marked weights bear no look at them
+        return False
     x = input.data if isinstance(input, PackedSequence) else input
+    if isinstance(x, Tensor) and x.dtype != weight.dtype:  # an error, which ours tells in the caller's names
+        return False
     given = (y for y in (x, *(hx if isinstance(hx, (tuple, list)) else (hx,))) if isinstance(y, Tensor))
     return not fallback.has_kernels(weight, *module._parameters.values(), *given)
 
