@@ -5,13 +5,14 @@ import sys
 import pytest
 import torch
 
-torch.backends.cudnn.allow_tf32 = False  # here, for torch's own test helpers forbid it once they are imported
+from .helpers import allow_cudnn_tf32
 
 
 @pytest.fixture(autouse=True)
 def _same_start():
     torch.manual_seed(20260101)
     torch.set_num_threads(1)
+    allow_cudnn_tf32(False)
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

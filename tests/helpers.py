@@ -48,6 +48,11 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def allow_cudnn_tf32(allowed: bool) -> None:
+    """``torch.backends.cudnn.allow_tf32``, which torch's own test helpers freeze as soon as they are imported."""
+    torch._C._set_cudnn_allow_tf32(allowed)
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

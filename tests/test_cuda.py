@@ -19,6 +19,7 @@ import fastrnn
 from benchmarks.gpu.steps import capture
 from fastrnn import info, layer, ops, reference
 from tests.accuracy import assert_as_exact, plain_backward, plain_forward
+from tests.helpers import allow_cudnn_tf32
 from tests.test_kernels import (
     BACKWARD_NAMES,
     FORWARD_NAMES,
@@ -53,9 +54,11 @@ SIZES = {
 def exact_products():
     """float32 means float32 here, for torch.nn and for us."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    allow_cudnn_tf32(False)
     yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    torch.backends.cuda.matmul.allow_tf32 = before[0]
+    allow_cudnn_tf32(before[1])
 
 
 def moved(x, device=DEVICE):
@@ -260,7 +263,7 @@ def allow_tf32():
     """Sets the two switches: of torch.nn's recurrent networks, and of matrix products."""
 
     def set_both(rnn, matmul):
-        torch.backends.cudnn.allow_tf32 = rnn
+        allow_cudnn_tf32(rnn)
         torch.backends.cuda.matmul.allow_tf32 = matmul
 
     return set_both  # exact_products puts back what was

@@ -9,6 +9,8 @@ import torch
 
 from fastrnn import _C
 
+from .helpers import allow_cudnn_tf32
+
 HERE = Path(__file__).resolve().parent
 TORCH = Path(torch.__file__).parent
 OPERATIONS = ("rnn", "conv", "matmul", "all")
@@ -36,8 +38,8 @@ def test_sequences_obey_cudnn_and_cells_both(precision, rnn, matmul):
 def test_the_switches_of_old_and_the_default(precision):
     assert _C.allow_tf32(5) is (torch.backends.cudnn.rnn.fp32_precision == "tf32")
     for allowed in (False, True):
-        with torch.backends.cudnn.flags(allow_tf32=allowed):  # as torch's own test helpers want it, once imported
-            assert _C.allow_tf32(5) is allowed
+        allow_cudnn_tf32(allowed)
+        assert _C.allow_tf32(5) is allowed
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")

@@ -11,6 +11,8 @@ import fastrnn
 from fastrnn import info
 from fastrnn.info import GPUS, Call
 
+from .helpers import allow_cudnn_tf32
+
 needs_cuda_build = pytest.mark.skipif(not info.has_cuda_kernels(), reason="built without CUDA kernels")
 LSTM = Call("lstm", "float32", 100, 32, 1, 256, 256)
 
@@ -121,7 +123,7 @@ def test_cuda_choice_is_told(capsys):
 def test_tf32_is_what_torch_allows_or_what_is_asked(capsys, monkeypatch):
     monkeypatch.setenv("FASTRNN_CUDA_TIER", "step")
     for allowed in (False, True):
-        torch.backends.cudnn.allow_tf32 = allowed
+        allow_cudnn_tf32(allowed)
         for asked, expected in ((), allowed), (("--tf32",), True), (("--no-tf32",), False):
             _, out = run(capsys, "--device", "cuda", "--gpu", "h100", *asked)
             told = json.loads(out.out)["cuda"]
