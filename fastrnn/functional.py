@@ -227,7 +227,9 @@ def given_lengths(lengths: Any, input: Tensor) -> Tensor:
         raise RuntimeError(f"lengths: expected [{B}] (batch), got {list(lengths.shape)}")
     if lengths.is_meta and not input.is_meta:
         raise RuntimeError(f"lengths: expected a device with data, as {input.device}, got meta")
-    return lengths.to(input.device, torch.int64, non_blocking=lengths.is_cpu)
+    # Pinned memory would be read later, when the caller may have written to it again.
+    waits = not lengths.is_cpu or (input.is_cuda and lengths.is_pinned())
+    return lengths.to(input.device, torch.int64, non_blocking=not waits)
 
 
 def check_values_of(lengths: Tensor, T: int) -> None:

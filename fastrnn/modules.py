@@ -93,6 +93,8 @@ def _writing(name: str) -> Any:
     method = getattr(list, name)
 
     def write(self: _FlatWeights, *args: Any) -> Any:
+        if self._module is not None:  # a list that was taken before others were written to has their values, too
+            list.__setitem__(self, slice(None), self._module._flat_weights)
         result = method(self, *args)
         if self._module is not None:
             self._module._flat_weights = list(self)
@@ -482,7 +484,9 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         """Of a call without masks: see the function of this name."""
         if any(option in self.__dict__ for option in (*SWITCHES, "grad_clip")):
             return False
-        return _is_for_torch(self, self._first_weight(), input, hx)
+        written = self._named_weights()
+        weights = (self._parameters if written is None else written).values()
+        return _is_for_torch(self._first_weight(), weights, input, hx)
 
     def _run(
         self,
@@ -864,17 +868,19 @@ def _leaf(module: nn.Module, input: Any, *args: Any, **options: Any) -> Any:
     return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input, *args), given)
 
 
-def _is_for_torch(module: nn.Module, weight: Tensor, input: Any, hx: Any) -> bool:
+def _is_for_torch(weight: Tensor, weights: Iterable[Tensor | None], input: Any, hx: Any) -> bool:
     """Is a call that asks for nothing of ours one that torch.nn's own forward, run on the module, has to compute?"""
     if is_overloaded(input, hx) or fallback.is_traced():
         return True
-    if per_sample.asked_for([module._parameters.values()]):  # marked weights bear no look at them
+    weights = list(weights)
+    if per_sample.asked_for([weights]):  # marked weights bear no look at them
         return False
     x = input.data if isinstance(input, PackedSequence) else input
-    if isinstance(x, Tensor) and x.dtype != weight.dtype:  # an error, which ours tells in the caller's names
+    states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
+    kinds_fit = all(isinstance(y, Tensor) and not isinstance(y, PackedSequence) for y in (x, *states))
+    if not kinds_fit or x.dtype != weight.dtype:  # an error, which ours tells in the caller's names
         return False
-    given = (y for y in (x, *(hx if isinstance(hx, (tuple, list)) else (hx,))) if isinstance(y, Tensor))
-    return not fallback.has_kernels(weight, *module._parameters.values(), *given)
+    return not fallback.has_kernels(weight, *weights, *states, x)
 
 
 class _Cell(per_sample.Hooked, RNNCellBase):
@@ -895,7 +901,7 @@ class _Cell(per_sample.Hooked, RNNCellBase):
             if plain is not None:
                 return plain[1:]
         kind = type(self).__name__
-        if self.hidden_size == 0 or _is_for_torch(self, self.weight_ih, input, hx):
+        if self.hidden_size == 0 or _is_for_torch(self.weight_ih, self._parameters.values(), input, hx):
             after = self._torchs.forward(self, input, hx)
             return after if isinstance(after, tuple) else (after,)
         if not functional.is_tensor_like(input):

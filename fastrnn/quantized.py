@@ -200,6 +200,8 @@ class _Quantized(_Recurrent):
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         if input.dtype != torch.float32:
             raise ValueError(f"input: expected torch.float32 for quantized weights, got {input.dtype}")
+        if input.layout is not torch.strided:
+            raise ValueError(f"input: expected a dense tensor for quantized weights, got layout {input.layout}")
         if input.device.type != "cpu":
             raise RuntimeError(f"input: expected device cpu for quantized weights, got {input.device}")
         weight = self._all_weights[0][0]

@@ -449,3 +449,12 @@ def test_convert_takes_modules_on_meta(kind: str) -> None:
     module = fastrnn.convert(build(nn, kind, I, H, device="meta"), strict=True)
     assert type(module).__module__ == "fastrnn.modules"
     assert copy.deepcopy(module).to_empty(device="cpu").weight_hh_l0.is_cpu if "Cell" not in kind else True
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *CELL_KINDS])
+def test_kinds_are_checked_before_a_fall_back(kind):
+    """What is no tensor is told by us, also where the other argument is one without kernels."""
+    module = build(fastrnn, kind, 3, 4)
+    sparse = torch.zeros(1, 2, 4)[0 if "Cell" in kind else slice(None)].to_sparse()
+    with pytest.raises(TypeError, match="^(input|hx): expected"):
+        module((torch.zeros(1),), (sparse, sparse) if kind.startswith("LSTM") else sparse)

@@ -253,3 +253,16 @@ def test_bad_lists(kind: str) -> None:
     quantized = fastrnn.quantize(module)
     with pytest.raises(RuntimeError, match=r"^_flat_weights: expected none \(quantized weights are buffers\), got 4$"):
         quantized._flat_weights = scaled(module)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_list_that_is_held_sees_other_writes(kind):
+    """A write into it leaves what was written through another one, as there is but one of torch.nn's."""
+    ours, theirs = pair(kind, 3, 4)
+    for module in (ours, theirs):
+        held = module._flat_weights
+        module._flat_weights[0] = 0 * module.weight_ih_l0
+        held[1] = 0 * module.weight_hh_l0
+    x = randn(4, 2, 3, dtype=torch.float32)
+    assert torch.allclose(ours(x)[0], theirs(x)[0], atol=1e-6)
+    assert not any(w.any() for w in ours._flat_weights[:2])

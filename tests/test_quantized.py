@@ -367,3 +367,9 @@ def test_states_are_not_shared_with_the_arguments():
     kept = map_state(torch.clone, hx)
     module(randn(5, 2, 3).float(), hx)
     assert all(torch.equal(a, b) for a, b in zip(tensors(hx), tensors(kept), strict=True))
+
+
+def test_sparse_input_is_told():
+    module = fastrnn.quantize(fastrnn.LSTM(3, 4))
+    with pytest.raises(ValueError, match="input: expected a dense tensor for quantized weights, got layout"):
+        module(torch.zeros(5, 2, 3).to_sparse())
