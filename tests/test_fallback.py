@@ -456,5 +456,5 @@ def test_kinds_are_checked_before_a_fall_back(kind):
     """What is no tensor is told by us, also where the other argument is one without kernels."""
     module = build(fastrnn, kind, 3, 4)
     sparse = torch.zeros(1, 2, 4)[0 if "Cell" in kind else slice(None)].to_sparse()
-    with pytest.raises(TypeError, match="^(input|hx): expected"):
+    with pytest.raises(TypeError, match=r"^(input|hx): expected"):
         module((torch.zeros(1),), (sparse, sparse) if kind.startswith("LSTM") else sparse)
