@@ -60,9 +60,8 @@ def layer(
     weights: Sequence[LayerWeights],
     states: Sequence[Tensor] | None,
     lengths: Tensor | None,
-    reverse: bool = False,
 ) -> tuple[Tensor, ...]:
-    """input [T, B, I], one or two directions (reverse: the only one is), states [D, B, H] (None: 0), lengths [B].
+    """input [T, B, I], one or two directions, states [D, B, H] (None: 0), lengths [B].
 
     Returns output [T, B, D*H] and the final states [D, B, H].
     """
@@ -81,7 +80,7 @@ def layer(
         halves = ([w.weight_hh.new_zeros(len(w.weight_hh)) if b is None else b for b in w[2:4]] for w in weights)
         bias = torch.cat([stacked(half) for half in zip(*halves, strict=True)], 1)
     attributes: dict[str, Any] = {"hidden_size": H}
-    attributes["direction"] = "bidirectional" if D == 2 else "reverse" if reverse else "forward"
+    attributes["direction"] = "bidirectional" if D == 2 else "forward"
     if kind == "GRU":
         attributes["linear_before_reset"] = 1
     if cell == "rnn_relu":
