@@ -21,8 +21,9 @@ struct ForwardParams {
   const void* weight_hh;  // [P, G*h, R]
   const void* bias_hh;    // [P, G*h] or null
   const void* weight_hr;  // [P, R, h] or null: h' = weight_hr (o tanh(c))
-  const void* h_0;        // [B, P*R]
-  const void* c_0;        // [B, P*h], null for cells with one state
+  const void* params;     // [P, kParams, h], null for cells without such
+  const void* h_0;        // [B, P*R] or null for zeros
+  const void* c_0;        // [B, P*h] or null for zeros, and for cells with one state
 
   // A row's valid steps: row b of group p at lengths[b * stride_b + p * stride_p]; null means T for all.
   const int64_t* lengths;
@@ -81,6 +82,8 @@ struct BackwardParams : ForwardParams {
   // In float32 where dtype is a half type, since a row may have many resets:
   void* grad_reset_h;  // [B, P*R], already zero, or null where not wanted
   void* grad_reset_c;  // [B, P*h], already zero, or null
+  // A part for every row, which the caller adds up: nobody else then writes where a row does.
+  void* grad_params;  // [B, P*kParams*h], already zero, or null where not wanted
   // The gradient of the states, as a step hands it to the one before or to what it started from, is clamped to
   // [-grad_clip, grad_clip]; 0: it is not.
   double grad_clip;

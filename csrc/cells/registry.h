@@ -1,15 +1,24 @@
 // Every cell there is, one line each: X(name in Python, C++ type, grad_gates_hh differs from grad_gates_ih).
-// The position in this list is the cell's id (CellId); Python asks cell_info() and repeats nothing.
+// The position in this list is the cell's number (ForwardParams::cell); Python asks cell_info() and repeats nothing.
 #pragma once
 #include "elman.h"
 #include "gru.h"
 #include "lstm.h"
 
+// The tests compile kernels with cells of their own, to see that a cell needs nothing but this: a header that the macro
+// names defines FASTRNN_FOR_EACH_MORE_CELL.
+#if defined(FASTRNN_MORE_CELLS)
+#include FASTRNN_MORE_CELLS
+#else
+#define FASTRNN_FOR_EACH_MORE_CELL(X)
+#endif
+
 #define FASTRNN_FOR_EACH_CELL(X)                    \
   X("lstm", ::fastrnn::LSTMCell, false)             \
   X("gru", ::fastrnn::GRUCell, true)                \
   X("rnn_tanh", ::fastrnn::ElmanCell<::fastrnn::Tanh>, false) \
-  X("rnn_relu", ::fastrnn::ElmanCell<::fastrnn::Relu>, false)
+  X("rnn_relu", ::fastrnn::ElmanCell<::fastrnn::Relu>, false) \
+  FASTRNN_FOR_EACH_MORE_CELL(X)
 
 namespace fastrnn {
 
