@@ -325,9 +325,11 @@ class BackwardWorker {
   const S* before(int64_t time, int64_t i, int64_t size, const void* sequence, int64_t stride, int64_t offset,
                   const void* start, const void* restart) const {
     const int64_t row = rows->row[i], at = (row * p.groups + group) * size;
-    if (reset_before(p, group, row, rows->length[i], time))
-      return restart ? static_cast<const S*>(restart) + at : nullptr;
-    if (time == (reverse ? rows->length[i] - 1 : 0)) return static_cast<const S*>(start) + at;
+    const bool reset = reset_before(p, group, row, rows->length[i], time);
+    if (reset || time == (reverse ? rows->length[i] - 1 : 0)) {
+      const S* state = static_cast<const S*>(reset ? restart : start);
+      return state ? state + at : nullptr;
+    }
     const int64_t cell_before = (p.first_row(reverse ? time + 1 : time - 1) + row) * p.groups + group;
     return static_cast<const S*>(sequence) + cell_before * stride + offset;
   }

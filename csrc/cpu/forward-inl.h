@@ -213,7 +213,7 @@ class ForwardWorker {
       const bool reset = !empty && reset_before(p, group, row, length, reverse ? length - 1 : 0);
       for (int64_t v = widths.begin; v < widths.end; ++v) {
         const int64_t j = v * L, at = (row * P + group) * p.width + j;
-        const V h_0 = load(static_cast<const S*>(p.h_0) + at, valid(p.width, j));
+        const V h_0 = load_or_zero<T>(static_cast<const S*>(p.h_0), at, valid(p.width, j));
         if (empty) store(static_cast<S*>(p.h_n) + at, h_0, valid(p.width, j));
         const V h = reset ? load_or_zero<T>(static_cast<const S*>(p.reset_h), at, valid(p.width, j)) : h_0;
         for (T* x : b.h) store(x + (rows->first + i) * b.stride + j, h);
@@ -221,7 +221,7 @@ class ForwardWorker {
       if constexpr (kHasC)
         for (int64_t v = units.begin; v < units.end; ++v) {
           const int64_t j = v * L, at = (row * P + group) * p.hidden + j;
-          const V c_0 = load(static_cast<const S*>(p.c_0) + at, valid(p.hidden, j));
+          const V c_0 = load_or_zero<T>(static_cast<const S*>(p.c_0), at, valid(p.hidden, j));
           if (empty) store(static_cast<S*>(p.c_n) + at, c_0, valid(p.hidden, j));
           const V c = reset ? load_or_zero<T>(static_cast<const S*>(p.reset_c), at, valid(p.hidden, j)) : c_0;
           store(b.c + (rows->first + i) * b.stride + j, c);
