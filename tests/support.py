@@ -739,25 +739,25 @@ def outcome(case: Case, device: str = "cpu") -> str:
 # Tests that have no column: what they show, and where they stand.
 MORE = {
     "`opcheck` (schema, fake tensor, autograd registration, AOT dispatch with symbolic sizes) of every op in "
-    "`torch.ops.fastrnn`": "test_transforms_export.py::test_every_op_is_checked",
+    "`torch.ops.fastrnn`": "transforms/test_export.py::test_every_op_is_checked",
     "AOTInductor package with dynamic T and B, run in a fresh Python process": (
-        "test_transforms_export.py::test_aot_inductor_package_in_a_fresh_process"
+        "transforms/test_export.py::test_aot_inductor_package_in_a_fresh_process"
     ),
-    "the same package run from C++, without Python": "test_transforms_export.py::test_aot_inductor_package_from_cpp",
-    "`torch.export` program loaded in a fresh process": "test_transforms_export.py::test_program_in_a_fresh_process",
-    "one compilation for 20 sizes (T, B), forward and backward": "test_transforms_compile.py::test_twenty_sizes",
+    "the same package run from C++, without Python": "transforms/test_export.py::test_aot_inductor_package_from_cpp",
+    "`torch.export` program loaded in a fresh process": "transforms/test_export.py::test_program_in_a_fresh_process",
+    "one compilation for 20 sizes (T, B), forward and backward": "transforms/test_compile.py::test_twenty_sizes",
     "compiled module given a PackedSequence, one compilation for all lengths": (
-        "test_transforms_compile.py::test_packed_sequence"
+        "transforms/test_compile.py::test_packed_sequence"
     ),
-    "compiled graph with one node a layer": "test_transforms_compile.py::test_train",
-    "compiled graph of equal size at T = 64 and T = 4096": "test_transforms_compile.py::test_graph_of_long_sequences",
+    "compiled graph with one node a layer": "transforms/test_compile.py::test_train",
+    "compiled graph of equal size at T = 64 and T = 4096": "transforms/test_compile.py::test_graph_of_long_sequences",
     "one kernel call for an ensemble, for per-sample gradients, for nested `vmap`": (
-        "test_transforms_functorch.py::test_ensemble"
+        "transforms/test_functorch.py::test_ensemble"
     ),
     "any subset of arguments that require grad": (
-        "test_transforms_autograd.py::test_any_subset_of_inputs_may_require_grad"
+        "transforms/test_autograd.py::test_any_subset_of_inputs_may_require_grad"
     ),
-    "derivatives of the op with lengths, resets and projections, per group": "test_transforms_autograd.py",
+    "derivatives of the op with lengths, resets and projections, per group": "transforms/test_autograd.py",
 }
 INTRODUCTION = """\
 # What works on the modules
@@ -770,7 +770,7 @@ one day, the test fails and so says that this page is out of date. Results are c
 equal parameters, in float32 unless said.
 
 torch's column is measured with torch {torch} on a CPU. **CUDA**: the tests are the same with `cuda` in place of `cpu`
-(and `tests/test_cuda.py`); they are skipped without a GPU and **have not been run on one**, so nothing is claimed
+(and `tests/cuda/test_gpu.py`); they are skipped without a GPU and **have not been run on one**, so nothing is claimed
 there. cuDNN was not measured.
 """
 

@@ -113,7 +113,8 @@ def count_tests(path: Path) -> dict[str, int]:
 
 def tests(run: Run, tree: Path, select: str) -> None:
     report = run.out / "tests.xml"
-    command = [sys.executable, "-m", "pytest", "tests/test_cuda.py", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", "tests/cuda/test_gpu.py"]
+    command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
     command += ["-o", "addopts=-q", "-o", "faulthandler_timeout=90"]  # a kernel that hangs names its test
     if not run.rehearsal and importlib.util.find_spec("xdist"):
         command += ["-n", "4"]

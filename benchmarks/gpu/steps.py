@@ -18,7 +18,7 @@ from benchmarks.gpu.rows import GpuRow
 
 Step = Callable[[], tuple[Tensor, ...]]
 
-# Two right answers differ by rounding, in another order each; tests/test_cuda.py judges sharply, against float64.
+# Two right answers differ by rounding, in another order each; tests/cuda/test_gpu.py judges sharply, against float64.
 TOLERANCE = {"float32": 1e-3, "tf32": 2e-2, "bfloat16": 1e-1, "float16": 2e-2}
 
 

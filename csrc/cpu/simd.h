@@ -2,7 +2,7 @@
 // one text serves every instruction set; FASTRNN_VECTOR_BYTES says how wide. Included inside each instruction set's
 // own namespace (see isa_*.cpp), never by a .cu file: no include guard and no #include here.
 //
-// Accuracy, measured by tests/test_simd.py over all finite floats and a dense grid of doubles:
+// Accuracy, measured by tests/cpp/test_simd.cpp over all finite floats and a dense grid of doubles:
 //   exp   <= 2 ulp on [-87.3, 88.3] (double: [-708.3, 709.0]); outside, the value at the end of that range
 //   tanh  <= 3 ulp everywhere
 // NaN in gives NaN out. Denormal inputs need no special mode.

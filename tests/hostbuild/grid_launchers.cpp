@@ -1,4 +1,4 @@
-// The grid tier's launchers for tests/test_cuda_host_grid.py: any tile may be asked for, also ones that no table
+// The grid tier's launchers for tests/cuda/test_host_grid.py: any tile may be asked for, also ones that no table
 // holds.
 #include "cuda/grid_tiles.h"
 #include "cuda/launch.h"

@@ -1,4 +1,4 @@
-// csrc/cuda/launch.h for callers that are not C++ (ctypes: tests/test_cuda_host.py), as a flat ABI.
+// csrc/cuda/launch.h for callers that are not C++ (ctypes: tests/cuda/test_host.py), as a flat ABI.
 #include "launchers.h"
 
 #include <cstring>

@@ -1,4 +1,4 @@
-// How launchers.cpp, and faulty copies of tiers (tests/test_cuda_host_faults.py), take a call from ctypes: sizes in one
+// How launchers.cpp, and faulty copies of tiers (tests/cuda/test_host_faults.py), take a call from ctypes: sizes in one
 // array, addresses in another, in the order of params.h.
 #pragma once
 #include <cstring>

@@ -23,7 +23,7 @@ int launch_operations(const Args& a);
 int launch_tile(const Args& a);
 int launch_waits(const Args& a);
 
-// tests/test_hostbuild.py reads the names from here
+// tests/cuda/test_hostbuild.py reads the names from here
 enum Fault {
   kClean,
   // words

@@ -1,5 +1,5 @@
 // Runs a kernel of mutants.cu on random inputs and compares with a plain double loop. Called through ctypes
-// by tests/test_hostbuild.py; also the example of how a C++ test drives the emulator.
+// by tests/cuda/test_hostbuild.py; also the example of how a C++ test drives the emulator.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

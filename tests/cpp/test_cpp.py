@@ -1,0 +1,118 @@
+"""The C++ parts by themselves: cells, SIMD maths, and who may include what."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import fastrnn
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+VECTORS = {
+    "avx512": (["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"], 64),
+    "avx2": (["-mavx2", "-mfma"], 32),
+    "baseline": ([], 16),
+}
+
+
+def compile_and_run(source: Path, out: Path, *flags: str) -> list[list[str]]:
+    """Builds a program with csrc/ as its only include path; returns its output, split into words."""
+    build = ["g++", "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", f"-I{CSRC}", *flags]
+    subprocess.run([*build, str(source), "-o", str(out)], check=True)
+    done = subprocess.run([str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def runnable(isa: str) -> bool:
+    order = list(VECTORS)
+    return order.index(isa) >= order.index(fastrnn.instruction_set())
+
+
+def test_every_cell_backward_matches_central_differences(tmp_path):
+    rows = compile_and_run(ROOT / "tests/cpp/test_cells.cpp", tmp_path / "cells")
+    assert {row[0] for row in rows} == set(fastrnn.ops.CELLS)
+
+
+@pytest.mark.parametrize("isa", VECTORS)
+def test_simd_accuracy(isa, tmp_path):
+    if not runnable(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    target, width = VECTORS[isa]
+    size = [f"-DFASTRNN_VECTOR_BYTES={width}", "-DFASTRNN_TEST_STRIDE=499", "-DFASTRNN_TEST_POINTS=300000"]
+    rows = compile_and_run(ROOT / "tests/cpp/test_simd.cpp", tmp_path / "simd", *target, *size)
+    assert len(rows) == 11
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_cpu_kernels_under_a_sanitizer(sanitizer, tmp_path):
+    """Memory, races, reads before writes; the baseline's kernels stand for all, being the same text."""
+    empty = tmp_path / "empty.cpp"
+    empty.write_text("int main() {}")
+    subprocess.run(["g++", f"-fsanitize={sanitizer}", str(empty), "-o", str(tmp_path / "empty")], check=True)
+    if subprocess.run([str(tmp_path / "empty")], capture_output=True).returncode != 0:
+        pytest.skip("no program of this sanitizer starts here (some kernels place memory where it cannot be)")
+    sources = [str(CSRC / "cpu" / name) for name in ("recurrent.cpp", "team.cpp", "processors.cpp", "isa_baseline.cpp")]
+    flags = ["-fopenmp", f"-fsanitize={sanitizer}", "-O0", *sources]  # optimised it would compile for half a minute
+    rows = compile_and_run(ROOT / "tests/cpp/test_cpu.cpp", tmp_path / "cpu", *flags)
+    assert rows == [["baseline", "60", "calls"]]
+
+
+def test_members_of_a_call(tmp_path):
+    """Barriers, and the choice between threads and one thread."""
+    source = ROOT / "tests/cpp/test_team.cpp"
+    assert compile_and_run(source, tmp_path / "team", "-fopenmp", str(CSRC / "cpu/team.cpp")) == [["team"]]
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M)
+
+
+TORCH = re.compile(r"^(torch|ATen|c10|pybind11|Python\.h)")
+SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"})
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
+def test_only_the_binding_includes_torch(path):
+    if path.parent.name == "torch":
+        return
+    assert not [i for i in includes(path) if TORCH.match(i) or "torch/" in i]
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if "cells" in p.parts], ids=lambda p: p.name)
+def test_cells_know_no_memory(path):
+    text = path.read_text()
+    assert set(includes(path)) <= {"cmath", "cell.h", "activations.h", "elman.h", "gru.h", "lstm.h"}
+    code = re.sub(r"//.*", "", text)
+    assert "*>" not in code and not re.search(r"\b(float|double|V)\s*\*", code), "a cell takes no pointer"
+
+
+def test_cpu_sources_compile_without_torch(tmp_path):
+    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        command = [
+            "g++",
+            "-std=c++20",
+            "-fsyntax-only",
+            "-fopenmp",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-Wno-psabi",
+        ]
+        subprocess.run([*command, str(source)], check=True, cwd=tmp_path)
+
+
+def test_instruction_sets_share_no_code(tmp_path):
+    """A weak symbol that two instruction sets define alike would be merged, and might then be the newer one's."""
+    owners: dict[str, str] = {}
+    for isa in VECTORS:
+        out = tmp_path / f"{isa}.o"
+        command = ["g++", "-std=c++20", "-O1", "-fopenmp", "-fPIC", "-Wno-psabi", "-c"]
+        subprocess.run([*command, str(CSRC / f"cpu/isa_{isa}.cpp"), "-o", str(out)], check=True)
+        symbols = subprocess.run(["nm", "-C", str(out)], check=True, capture_output=True, text=True).stdout
+        for kind, name in re.findall(r"^[0-9a-f]+ ([A-Za-z]) (.*)$", symbols, re.M):
+            if kind in "WVu" and not name.startswith("DW.ref"):
+                assert f"fastrnn::cpu::{isa}::" in name, f"{name} in {isa} belongs to no instruction set"
+                assert owners.setdefault(name, isa) == isa

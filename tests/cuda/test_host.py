@@ -1,0 +1,653 @@
+"""The CUDA kernels, run by the host build (tests/hostbuild) against reference.py in float64.
+
+Every tier is one entry of TIERS: it says which cases it takes and with which tiles, and runs one forward or
+backward call on an emulator's memory. The tests below know no tier.
+"""
+
+import ctypes
+import shutil
+import struct
+import sys
+from functools import cache
+from itertools import product
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from fastrnn import ops, reference
+from tests.accuracy import assert_as_exact, plain_backward, plain_forward
+from tests.kernels.test_kernels import BACKWARD_NAMES, FORWARD_NAMES, Case, backward_arguments, double
+
+HERE = Path(__file__).resolve().parents[1] / "hostbuild"
+sys.path.insert(0, str(HERE))
+from build import OUT, ROOT, build, replace_text  # noqa: E402, F401
+from host import Emulator  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of params.h
+HALF = (torch.bfloat16, torch.float16)
+CELLS = list(ops.CELLS)
+ADDRESSES = (
+    "gates_ih", "weight_hh", "bias_hh", "weight_hr", "h_0", "c_0", "lengths", "resets", "reset_h", "reset_c",
+    "reverse", "output", "h_n", "c_n", "saved", "grad_output", "grad_h_n", "grad_c_n", "grad_gates_ih",
+    "grad_gates_hh", "grad_projected", "grad_h_0", "grad_c_0", "grad_reset_h", "grad_reset_c",
+)  # fmt: skip
+
+
+class Cuda(Emulator):
+    """The launchers of csrc/cuda on the emulator's memory; launchers.cpp has the order of sizes and addresses."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.library.cuda_choose.restype = ctypes.c_char_p
+        self.library.cuda_choose.argtypes = [
+            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
+            ctypes.c_int, ctypes.c_void_p]  # fmt: skip
+
+    def choose(self, call, backward, multiprocessors=132, capability=90, shared=232448, tf32=False):
+        choice = (ctypes.c_int64 * 8)()
+        text = self.library.cuda_choose(
+            call.sizes, call.addresses, backward, multiprocessors, capability, shared, tf32, choice
+        )
+        return text.decode(), list(choice)
+
+
+@pytest.fixture(scope="module")
+def cuda():
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HERE / "launchers.cpp"]
+    return Cuda(build(sources, OUT / "libcuda_kernels.so"))
+
+
+class Call:
+    """One call of a recurrence: its sizes, its arguments in the emulator's memory, its results."""
+
+    def __init__(self, cuda, cell, weight_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, B, T):
+        self.cuda, self.cell, self.info = cuda, cell, ops.CELLS[cell]
+        self.T, self.B, self.P, self.R = T, B, weight_hh.shape[0], weight_hh.shape[2]
+        self.h = weight_hh.shape[1] // self.info.gates
+        self.dtype, self.padded = weight_hh.dtype, lengths is not None
+        self.weight_hh, self.weight_hr = weight_hh, weight_hr
+        self.wide = torch.promote_types(self.dtype, torch.float32)
+        self.results, self.written = {}, []
+        self.reverse = (ctypes.c_uint8 * self.P)(*reverse)
+        self.numbers = [T, B, self.P, self.h, self.R, CELLS.index(cell), DTYPES.index(self.dtype), *[0] * 10]
+        self.places = dict.fromkeys(ADDRESSES)
+        self.places["reverse"] = ctypes.addressof(self.reverse)
+        for name, x in (("weight_hh", weight_hh), ("weight_hr", weight_hr), ("h_0", h_0), ("c_0", c_0),
+                        ("reset_h", reset_h), ("reset_c", reset_c)):  # fmt: skip
+            self.read(name, x)
+        self.read("lengths", lengths, 9)  # [B] or [B, P]
+        self.read("resets", resets, 11)  # [T, B] or [T, B, P]
+
+    @property
+    def sizes(self):
+        return (ctypes.c_int64 * 17)(*self.numbers)
+
+    @property
+    def addresses(self):
+        return (ctypes.c_void_p * 25)(*self.places.values())
+
+    def read(self, name, x, strides_at=None):
+        """An argument. With strides_at it keeps its layout, and its strides go to that place of the sizes."""
+        if x is None:
+            return
+        if strides_at is None or x.numel() == 0:
+            x = x.contiguous()
+        else:
+            extent = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
+            strides = x.stride() if name in ("lengths", "resets") else x.stride()[:2]
+            self.numbers[strides_at : strides_at + len(strides)] = strides
+            x = x.as_strided((extent,), (1,))
+        self.places[name] = self.cuda.upload(x, name).value
+
+    def result(self, name, shape, there=True, zero=False, dtype=None):
+        """A result: unwritten memory, or zeros where the door clears it."""
+        x = torch.empty(shape if there else 0, dtype=dtype or self.dtype)
+        self.results[name] = x
+        if x.numel():
+            address = (self.cuda.zeros if zero else self.cuda.empty)(x.nbytes, name)
+            self.places[name] = address.value
+            if not zero:
+                self.written.append(name)
+
+    def finish(self):
+        assert self.cuda.findings() == []
+        for name in self.written:
+            assert self.cuda.unwritten(self.places[name], self.results[name].nbytes) == 0, name
+        for name, x in self.results.items():
+            if x.numel():
+                self.cuda.download(self.places[name], x)
+        return tuple(self.results.values())
+
+    def buffer(self, *shape, dtype=None):
+        """Scratch of the per-step tier: (a tensor of the host, its address)."""
+        x = torch.empty(shape, dtype=dtype or self.dtype)
+        return x, self.cuda.empty(x.nbytes, "buffer")
+
+
+def forward_call(cuda, arguments, save=True):
+    a = dict(arguments)
+    gates_ih, bias_hh = a.pop("gates_ih"), a.pop("bias_hh")
+    T, B = gates_ih.shape[:2]
+    call = Call(cuda, **a, T=T, B=B)
+    call.read("gates_ih", gates_ih, 7)
+    call.read("bias_hh", bias_hh)
+    P, h, R, second = call.P, call.h, call.R, call.info.states > 1
+    call.result("output", (T, B, P * R), zero=call.padded)
+    call.result("h_n", (B, P * R))
+    call.result("c_n", (B, P * h), second)
+    call.result("saved", (T, B, P * call.info.saved * h), save, zero=call.padded)
+    return call
+
+
+def backward_call(cuda, cell, grad_output, grad_h_n, grad_c_n, weight_hh, weight_hr, h_0, c_0, lengths, resets,
+                  reset_h, reset_c, reverse, output, saved, initial=True, grad_clip=0.0):  # fmt: skip
+    T, B = output.shape[:2]
+    call = Call(cuda, cell, weight_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, B, T)
+    call.read("grad_output", grad_output, 14)
+    call.numbers[16] = struct.unpack("q", struct.pack("d", grad_clip))[0]
+    for name, x in (("grad_h_n", grad_h_n), ("grad_c_n", grad_c_n), ("output", output), ("saved", saved)):
+        call.read(name, x)
+    P, h, R, second = call.P, call.h, call.R, call.info.states > 1
+    gates = (T, B, P * call.info.gates * h)
+    call.result("grad_gates_ih", gates, zero=call.padded)
+    call.result("grad_gates_hh", gates, cell == "gru", zero=call.padded)
+    call.result("grad_projected", (T, B, P * R), weight_hr is not None, zero=call.padded)
+    call.result("grad_h_0", (B, P * R), initial)
+    call.result("grad_c_0", (B, P * h), initial and second)
+    call.result("grad_reset_h", (B, P * R), reset_h is not None, True, call.wide)
+    call.result("grad_reset_c", (B, P * h), reset_c is not None, True, call.wide)
+    return call
+
+
+class Step:
+    """Per-step tier: the products between the launches are torch's. It leaves out what ops_cuda.cpp leaves out."""
+
+    START, FORWARD, PROJECT, BACK_PROJECT, BACKWARD, FINISH = range(6)
+
+    def tiles(self, case, backward):
+        return [None]
+
+    def full_sizes(self, dtype):
+        return (257,)
+
+    def run(self, call, backward, tile):
+        P, B, h, R, G = call.P, call.B, call.h, call.R, call.info.gates
+        wide, projected = call.wide, call.weight_hr is not None
+        b = {
+            "h": call.buffer(P, B, R), "gates_hh": call.buffer(P, B, G * h, dtype=wide),
+            "hidden": call.buffer(P, B, h), "projected": call.buffer(P, B, R, dtype=wide),
+            "carried": call.buffer(P, B, h, dtype=wide), "grad_gates": call.buffer(P, B, G * h),
+            "recurrent": call.buffer(P, B, R, dtype=wide), "grad_h": call.buffer(P, B, R),
+            "grad_hidden": call.buffer(P, B, h, dtype=wide),
+        }  # fmt: skip
+        addresses = (ctypes.c_void_p * 9)(*(address.value for _, address in b.values()))
+
+        def launch(which, k=0):
+            error = call.cuda.library.cuda_step(call.sizes, call.addresses, addresses, which, ctypes.c_int64(k))
+            assert error == 0, error
+
+        def product(to, source, weight):
+            x, address = b[source]
+            call.cuda.download(address, x)
+            y, address = b[to]
+            torch.bmm(x.to(wide), weight.to(wide), out=y)
+            ctypes.memmove(address, y.data_ptr(), y.nbytes)
+            call.cuda.library.emu_define(address, y.nbytes)
+
+        finish = backward and (call.places["grad_h_0"] or call.places["resets"])
+        if not backward:
+            launch(self.START)
+        for k in range(call.T):
+            if not backward:
+                product("gates_hh", "h", call.weight_hh.transpose(1, 2))
+                launch(self.FORWARD, k)
+                if projected:
+                    product("projected", "hidden", call.weight_hr.transpose(1, 2))
+                    launch(self.PROJECT, k)
+            else:
+                if projected:
+                    launch(self.BACK_PROJECT, call.T - 1 - k)
+                    product("grad_hidden", "grad_h", call.weight_hr)
+                launch(self.BACKWARD, call.T - 1 - k)
+                if finish or k < call.T - 1:
+                    product("recurrent", "grad_gates", call.weight_hh)
+        if finish:
+            launch(self.FINISH)
+
+
+class Whole:
+    """A tier that runs all steps in one launch.
+
+    tiles(case, backward) lists the choices, as launchers.cpp has them, to run a case with, none where it does not
+    take the case; full_sizes(dtype) the hidden sizes that fill its tiles.
+    """
+
+    def run(self, call, backward, tile, workspace=None):
+        library, choice = call.cuda.library, (ctypes.c_int64 * 8)(*tile)
+        if workspace is None:  # as whoever had the memory left it
+            workspace = self.workspace(call, backward, tile)
+        launch = library.cuda_backward if backward else library.cuda_forward
+        error = launch(call.sizes, call.addresses, choice, workspace)
+        assert error == 0, error
+
+    def workspace(self, call, backward, tile):
+        library, choice = call.cuda.library, (ctypes.c_int64 * 8)(*tile)
+        size = (ctypes.c_int64 * 2)()
+        library.cuda_workspace(call.sizes, call.addresses, backward, choice, size)
+        workspace = call.cuda.empty(size[0], "workspace") if size[0] else ctypes.c_void_p()
+        if size[1]:
+            ctypes.memset(workspace, 0, size[1])
+            library.emu_define(workspace, ctypes.c_size_t(size[1]))
+        return workspace
+
+
+class Resident(Whole):
+    def full_sizes(self, dtype):
+        return (129, 176, 192) if dtype in HALF else (97, 128)
+
+    def tiles(self, case, backward):
+        most = {torch.float32: 128, torch.float64: 0}.get(case.dtype, 192)
+        if (case.cell, backward, most) == ("lstm", True, 192):
+            most = 176  # shared memory holds no more, beside the gradients of 4 gates
+        if case.projected or case.h > most:
+            return []
+        return [(1, rows, *[0] * 6) for rows in ((8,) if case.dtype in HALF else (1, 4))]
+
+
+class Grid(Whole):
+    """Some three blocks for a group's units and two tiles of rows; float32 exact and as TF32. What else is its own
+    stands in test_host_grid.py."""
+
+    def full_sizes(self, dtype):
+        return (129,)
+
+    def tiles(self, case, backward):
+        if case.projected or case.dtype == torch.float64 or not case.B:
+            return []
+        half, gates, tiles = case.dtype in HALF, ops.CELLS[case.cell].gates, []
+        for tf32 in (False,) if half else (False, True):
+            values, most = 2 if half else 1, 16 if half or tf32 else 8 if backward else 32 // gates
+            units = min(most, -(-case.h // (3 * values)) * values)
+            words = -(-units // values)
+            rows = min(-(-case.B // 2), 256 // words)
+            threads = max(64, -(-rows * words // 32) * 32)
+            if -(-case.h // units) * -(-case.B // rows) * case.P <= 60:  # what the emulator holds at once
+                tiles.append((2, rows, units, 0, tf32, 0, threads, 0))
+        return tiles
+
+
+TIERS = {"step": Step(), "resident": Resident(), "grid": Grid()}
+
+
+def run_forward(cuda, tier, tile, arguments, save=True):
+    cuda.reset()
+    call = forward_call(cuda, arguments, save)
+    tier.run(call, False, tile)
+    return call.finish()
+
+
+def run_backward(cuda, tier, tile, arguments):
+    cuda.reset()
+    call = backward_call(cuda, *arguments)
+    tier.run(call, True, tile)
+    return call.finish()
+
+
+class Problem:
+    """A case's arguments for both passes, and what the reference makes of them."""
+
+    def __init__(self, case, seed=0, edit=None):
+        self.case, self.arguments = case, case.arguments(seed)
+        if edit:
+            edit(self.arguments)
+        self.want = reference.forward(*map(double, self.arguments.values()))
+        output, saved = (self.want[i].to(case.dtype) for i in (0, 3))
+        self.back = backward_arguments(self.arguments, output, saved, seed)
+        self.plain = cache(lambda tf32: plain_forward(self.arguments.values(), tf32))
+        self.want_back = cache(lambda: reference.backward(*map(double, self.back)))
+        self.plain_back = cache(lambda tf32: plain_backward(self.back, tf32))
+
+    def run(self, cuda, tier, tile, backward):
+        if backward:
+            return run_backward(cuda, tier, tile, self.back)
+        return run_forward(cuda, tier, tile, self.arguments)
+
+    def check(self, cuda, tier):
+        """Both passes with every tile that the tier has for the case; how many runs that were."""
+        forward, backward = tier.tiles(self.case, False), tier.tiles(self.case, True)
+        for tile in forward:
+            got = self.run(cuda, tier, tile, False)
+            plain = self.plain(is_tf32(tile))
+            assert_as_exact(got, self.want, plain, self.case.dtype, FORWARD_NAMES, (self.case, tile))
+        for tile in backward:
+            got = self.run(cuda, tier, tile, True)
+            plain = self.plain_back(is_tf32(tile))
+            assert_as_exact(got, self.want_back(), plain, self.case.dtype, BACKWARD_NAMES, (self.case, tile))
+        return len(forward) + len(backward)
+
+
+same_problem = cache(Problem)  # for all tiers
+
+
+def is_tf32(tile):
+    return bool(tile and tile[4])
+
+
+def check_backward(got, back, tile, case):
+    want = reference.backward(*map(double, back))
+    assert_as_exact(got, want, plain_backward(back, is_tf32(tile)), case.dtype, BACKWARD_NAMES, (case, tile))
+
+
+each_tier = pytest.mark.parametrize("tier", TIERS.values(), ids=TIERS)
+each_cell = pytest.mark.parametrize(("cell", "projected"), [(c, 0) for c in CELLS] + [("lstm", 5)])
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+LENGTHS, RESETS, REVERSE = ("", "rows", "groups"), ("", "zeros", "state", "groups"), ("none", "all", "alternate")
+
+
+@each_tier
+@each_dtype
+@each_cell
+def test_odd_sizes(cuda, tier, cell, projected, dtype):
+    for i, (B, h) in enumerate([*product((1, 3, 17), (1, 3, 17, 33)), (129, 3), (1, 129)]):
+        case = Case(cell, 3, B, 1 + i % 3, h, projected, LENGTHS[i % 3], RESETS[i % 4], REVERSE[i // 3 % 3], dtype)
+        cuda.schedule(i % 8, seed=i, races=h < 33)
+        same_problem(case, i).check(cuda, tier)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_calls(cuda, seed):
+    """Any sizes, masks and schedule; for the grid tier any tile, also ones that no table holds."""
+    random = Random(seed)
+    tier = random.choice(list(TIERS))
+    cell, dtype = random.choice(CELLS), random.choice(DTYPES)
+    projected = 5 if tier == "step" and cell == "lstm" and random.random() < 0.5 else 0
+    T, B, P = random.choice((0, 1, 2, 3, 5, 7)), random.choice((1, 2, 5, 8, 9, 16, 31)), random.choice((1, 2, 3))
+    h = random.choice((1, 2, 5, 8, 9, 15, 16, 31, 32, 47))
+    masks = random.choice(LENGTHS), random.choice(RESETS), random.choice(REVERSE)
+    case = Case(cell, T, B, P, h, projected, *masks, dtype)
+    cuda.schedule(random.randrange(8), seed, races=B * h < 300)
+    Problem(case, seed).check(cuda, AnyTile(random) if tier == "grid" else TIERS[tier])
+
+
+class AnyTile(Grid):
+    def __init__(self, random):
+        self.random = random
+
+    def tiles(self, case, backward):
+        random, tiles = self.random, []
+        for _, _, _, _, tf32, *_ in super().tiles(case, backward):
+            values, most = 2 if case.dtype in HALF else 1, 16 if tf32 or case.dtype in HALF else 8
+            threads, rows = random.choice((32, 64, 96, 160, 256)), random.randint(1, 32)
+            units = random.randrange(values, most + 1, values)
+            rows = min(rows, threads // -(-units // values))
+            if -(-case.h // units) * -(-case.B // rows) * case.P * threads <= 40 * 64:
+                tiles.append((2, rows, units, 0, tf32, 0, threads, 0))
+        return tiles
+
+
+@each_tier
+@each_dtype
+@pytest.mark.parametrize("cell", CELLS)
+def test_full_tiles(cuda, tier, cell, dtype):
+    """Sizes at which weights lie in registers and in shared memory, up to the tier's limit."""
+    cuda.schedule(3, seed=5, races=False)
+    for h in tier.full_sizes(dtype):
+        same_problem(Case(cell, 3, 2, 1, h, 0, "", "state", "none", dtype), h).check(cuda, tier)
+
+
+@each_tier
+@pytest.mark.parametrize("reverse", REVERSE)
+@pytest.mark.parametrize("resets", RESETS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+@each_cell
+def test_lengths_and_resets(cuda, tier, cell, projected, lengths, resets, reverse):
+    for seed, dtype in enumerate((torch.float32, torch.bfloat16)):
+        cuda.schedule(seed + 2, seed=9)
+        same_problem(Case(cell, 4, 5, 2, 7, projected, lengths, resets, reverse, dtype), seed).check(cuda, tier)
+
+
+@each_tier
+@each_dtype
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_schedule_gives_the_same_bits(cuda, tier, cell, dtype):
+    case = Case(cell, 3, 5, 2, 9, 0, "groups", "groups", "alternate", dtype)
+    problem = Problem(case, seed=3)
+    for backward in (False, True):
+        for tile in tier.tiles(case, backward):
+            cuda.schedule(0, 1)
+            first = problem.run(cuda, tier, tile, backward)
+            for _ in cuda.schedules(seed=1, count=8):
+                again = problem.run(cuda, tier, tile, backward)
+                assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+@each_tier
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_starvation(cuda, tier, cell, dtype):
+    problem = Problem(Case(cell, 3, 2, 2, 17, 0, "rows", "state", dtype=dtype))
+    for _ in cuda.starve_each(1, blocks=2, warps=6):
+        problem.check(cuda, tier)
+
+
+@each_tier
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_steps_and_no_rows(cuda, tier, cell):
+    cuda.schedule(0, 1)
+    for T, B in [(0, 3), (4, 0), (0, 0)]:
+        Problem(Case(cell, T, B, 2, 5, 0, "rows", "state", dtype=torch.float32)).check(cuda, tier)
+        Problem(Case(cell, T, B, 2, 5, dtype=torch.float32)).check(cuda, tier)
+
+
+@each_tier
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_cell
+def test_absent_arguments(cuda, tier, cell, projected, dtype):
+    """No bias, nothing saved, each incoming gradient missing, the initial state's gradient not wanted."""
+    cuda.schedule(5, 1)
+    for resets in ("", "state"):
+        case = Case(cell, 4, 3, 2, 9, projected, "rows", resets, dtype=dtype)
+        problem = Problem(case, edit=lambda a: a.update(bias_hh=None))
+        runs = problem.check(cuda, tier)
+        for tile in tier.tiles(case, False):
+            saving, unsaved = (run_forward(cuda, tier, tile, problem.arguments, save) for save in (True, False))
+            assert unsaved[3].numel() == 0
+            assert all(torch.equal(a, b) for a, b in zip(saving[:3], unsaved[:3], strict=True))
+        for i, tile in product(range(5), tier.tiles(case, True)):
+            back = [*problem.back, i != 4]
+            if i < 4:  # 0: none is missing
+                back[1:4] = [None if i == k else x for k, x in enumerate(back[1:4], start=1)]
+            check_backward(run_backward(cuda, tier, tile, back), back, tile, case)
+        assert runs or not tier.tiles(case, False)
+
+
+@each_tier
+@each_cell
+def test_grad_clip(cuda, tier, cell, projected):
+    case = Case(cell, 4, 5, 2, 7, projected, "rows", "state", "alternate", torch.float32)
+    problem = Problem(case)
+    for tile in tier.tiles(case, True):
+        back = [*problem.back, True, 0.02]
+        got = run_backward(cuda, tier, tile, back)
+        check_backward(got, back, tile, case)
+        assert not torch.allclose(got[3], run_backward(cuda, tier, tile, problem.back)[3])
+
+
+@pytest.mark.parametrize("tier", ["resident", "grid"])
+def test_the_last_product_is_saved(cuda, tier):
+    """Where nobody wants the initial state's gradient, backward ends with step 0 (params.h)."""
+    case, tier = Case("lstm", 2, 3, 1, 9, dtype=torch.float32), TIERS[tier]
+    problem, (tile, *_) = Problem(case), tier.tiles(case, True)
+    cuda.schedule(0, 1)
+    accesses = []
+    for initial in (True, False):
+        run_backward(cuda, tier, tile, [*problem.back, initial])
+        accesses.append(sum(cuda.stats()[1:]))
+    assert accesses[1] < 0.85 * accesses[0], accesses
+
+
+@each_tier
+def test_strided_arguments(cuda, tier):
+    """gates_ih and grad_output keep their strides of time and batch; masks keep all of theirs."""
+    cuda.schedule(2, 1)
+    for cell, dtype in product(("lstm", "gru"), (torch.float32, torch.float16)):
+        case = Case(cell, 4, 3, 2, 9, 0, "groups", "groups", dtype=dtype)
+
+        def edit(a):
+            a["gates_ih"] = a["gates_ih"].transpose(0, 1).contiguous().transpose(0, 1)
+            a["resets"] = a["resets"].permute(2, 1, 0).contiguous().permute(2, 1, 0)
+
+        problem = Problem(case, edit=edit)
+        assert not problem.arguments["gates_ih"].is_contiguous()
+        problem.back[1] = torch.ones(1, 1, problem.back[1].shape[2], dtype=dtype).expand_as(problem.back[1])
+        problem.check(cuda, tier)
+
+
+@each_tier
+def test_more_groups_than_a_launch_takes(cuda, tier):
+    cuda.schedule(1, 1, races=False)
+    Problem(Case("lstm", 2, 1, 1027, 1, 0, "groups", "groups", dtype=torch.float32)).check(cuda, tier)
+
+
+@each_tier
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_lengths_outside_the_sequence_are_clamped(cuda, tier, cell):
+    cuda.schedule(4, 1)
+    case = Case(cell, 4, 5, 2, 9, 0, "groups", "state", dtype=torch.float32)
+    wild = torch.tensor([[-3, 9], [4, -1], [2**40, 3], [0, -(2**40)], [5, 1]])
+    for tile in tier.tiles(case, False):
+        runs = []
+        for lengths in (wild, wild.clamp(0, 4)):
+            problem = Problem(case, edit=lambda a, lengths=lengths: a.update(lengths=lengths.clamp(0, 4)))
+            problem.arguments["lengths"] = lengths
+            problem.back[9 - 1] = lengths
+            runs.append([*problem.run(cuda, tier, tile, False), *problem.run(cuda, tier, tile, True)])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@each_tier
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_padding_and_other_rows_do_not_leak(cuda, tier, dtype):
+    """NaN behind a row's end reaches nothing, NaN in one row reaches no other."""
+    cuda.schedule(6, 1)
+    case = Case("lstm", 5, 6, 1, 17, 0, "rows", "state", dtype=dtype)
+    lengths = torch.tensor([5, 0, 3, 1, 4, 5])
+    clean = Problem(case, edit=lambda a: a.update(lengths=lengths))
+    past = torch.arange(5)[:, None] >= lengths
+    for tile in tier.tiles(case, False):
+        want = clean.run(cuda, tier, tile, False)
+        dirty = dict(clean.arguments)
+        dirty["gates_ih"] = torch.where(past[..., None], torch.nan, dirty["gates_ih"].float()).to(dtype)
+        got = run_forward(cuda, tier, tile, dirty)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        dirty["gates_ih"][2, 4, 3] = torch.nan
+        got = run_forward(cuda, tier, tile, dirty)
+        assert got[0][2:4, 4].isnan().any()
+        others = [0, 1, 2, 3, 5]
+        assert all(torch.equal(a[..., others, :], b[..., others, :]) for a, b in zip(got, want, strict=True))
+    for tile in tier.tiles(case, True):
+        want = clean.run(cuda, tier, tile, True)
+        back = list(clean.back)
+        back[1] = torch.where(past[..., None], torch.nan, back[1].float()).to(dtype)
+        got = run_backward(cuda, tier, tile, back)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+# ---- the choice ----
+
+STEP, RESIDENT, GRID = range(3)
+
+
+def choose(cuda, case, backward=False, **device):
+    cuda.reset()
+    return cuda.choose(forward_call(cuda, case.arguments()), backward, **device)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_choice(cuda, backward):
+    def chosen(case, **device):
+        return choose(cuda, case, backward, **device)[1][:2]
+
+    for cell in CELLS:
+        assert chosen(Case(cell, 2, 3, 1, 64, dtype=torch.float32)) == [RESIDENT, 1]
+        assert chosen(Case(cell, 2, 67, 2, 64, dtype=torch.float32)) == [RESIDENT, 4]
+        assert chosen(Case(cell, 2, 9, 1, 128, dtype=torch.float32), multiprocessors=4) == [RESIDENT, 4]
+        for dtype in HALF:
+            assert chosen(Case(cell, 2, 3, 1, 128, dtype=dtype)) == [RESIDENT, 8]
+        assert chosen(Case(cell, 2, 3, 1, 64, dtype=torch.float64))[0] == STEP
+        assert chosen(Case(cell, 2, 3, 1, 40), capability=75)[0] == STEP
+        assert chosen(Case(cell, 0, 3, 1, 40, dtype=torch.float32))[0] == STEP
+    assert chosen(Case("lstm", 2, 3, 1, 64, 5, dtype=torch.float32))[0] == STEP
+    # 163 KB of an A100 do not hold 4 rows beside LSTM's weights, 99 KB of an Ada hold none of them
+    big = Case("lstm", 2, 500, 1, 128, dtype=torch.float32)
+    assert chosen(big) == [RESIDENT, 4]
+    assert chosen(big, capability=80, shared=166912) == [RESIDENT, 1]
+    assert chosen(big, capability=89, shared=101376)[0] != RESIDENT
+
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+
+@pytest.mark.parametrize(("tier", "forward", "backward", "case"), [
+    ("step", True, True, Case("lstm", 2, 3, 1, 8, 5, dtype=F64)),
+    ("step", True, True, Case("gru", 0, 3, 2, 300, dtype=BF16)),
+    ("step", False, False, Case("gru", 2, 0, 1, 8, dtype=F32)),
+    ("resident", True, True, Case("lstm", 0, 500, 2, 128, dtype=F32)),
+    ("resident", False, False, Case("lstm", 2, 3, 1, 129, dtype=F32)),
+    ("resident", True, False, Case("lstm", 2, 3, 1, 192, dtype=BF16)),
+    ("resident", True, True, Case("gru", 2, 3, 1, 192, dtype=BF16)),
+    ("resident", False, False, Case("gru", 2, 3, 1, 193, dtype=BF16)),
+    ("resident", False, False, Case("gru", 2, 3, 1, 8, dtype=F64)),
+    ("resident", False, False, Case("lstm", 2, 3, 1, 8, 5, dtype=F32)),
+    ("grid", True, True, Case("lstm", 1, 3, 2, 1, dtype=F32)),
+    ("grid", True, True, Case("rnn_relu", 0, 129, 1, 17, dtype=BF16)),
+    ("grid", True, True, Case("gru", 8, 32, 1, 1056, dtype=BF16)),  # the table says: too much to exchange
+    ("grid", False, False, Case("gru", 2, 3, 1, 2200, dtype=BF16)),
+    ("grid", False, False, Case("lstm", 2, 3, 1, 8, dtype=F64)),
+    ("grid", False, False, Case("lstm", 2, 3, 1, 8, 5, dtype=F32)),
+    ("cluster", False, False, Case("lstm", 2, 3, 1, 8, dtype=F32)),
+    ("no such tier", False, False, Case("lstm", 2, 3, 1, 8, dtype=F32)),
+], ids=str)  # fmt: skip
+def test_a_tier_by_name(cuda, tier, forward, backward, case):
+    """What FASTRNN_CUDA_TIER asks: what it can run it runs, worth it or not; what it cannot is refused."""
+    cuda.reset()
+    T, B, P, h, R = case.T, case.B, case.P, case.h, case.projected or case.h
+    numbers = [T, B, P, h, R, CELLS.index(case.cell), DTYPES.index(case.dtype), *[0] * 10]
+    places = dict.fromkeys(ADDRESSES) | {"weight_hr": 1 if case.projected else None}  # looked at, never behind
+    for back, want in ((False, forward), (True, backward)):
+        choice = (ctypes.c_int64 * 8)()
+        taken = cuda.library.cuda_choose_from(
+            (ctypes.c_int64 * 17)(*numbers), (ctypes.c_void_p * 25)(*places.values()), tier.encode(), back, 132, 90,
+            ctypes.c_int64(232448), choice)  # fmt: skip
+        assert bool(taken) == want, back
+        assert not taken or (choice[0] == list(TIERS).index(tier) and choice[7] <= 232448)
+
+
+def test_choice_says_what_it_is(cuda):
+    text, (tier, rows, units, variant, tf32, blocks, threads, shared) = choose(
+        cuda, Case("lstm", 2, 20, 2, 100, dtype=torch.bfloat16)
+    )
+    assert text.startswith("resident, mma") and (tier, rows, blocks, threads) == (RESIDENT, 8, 6, 224)
+    assert (units, variant, tf32) == (0, 0, 0) and 0 < shared < 232448
+
+
+@pytest.mark.parametrize(("case", "tile"), [
+    (Case("lstm", 2, 3, 1, 129, dtype=torch.float32), (RESIDENT, 4, 0, 0, 0)),
+    (Case("lstm", 2, 3, 1, 16, dtype=torch.float32), (RESIDENT, 8, 0, 0, 0)),
+    (Case("lstm", 2, 3, 1, 193, dtype=torch.bfloat16), (RESIDENT, 8, 0, 0, 0)),
+    (Case("lstm", 2, 3, 1, 16, dtype=torch.float64), (RESIDENT, 4, 0, 0, 0)),
+    (Case("lstm", 2, 3, 1, 16, 5, dtype=torch.float32), (RESIDENT, 4, 0, 0, 0)),
+    (Case("lstm", 2, 3, 1, 16, dtype=torch.float32), (STEP, 0, 0, 0, 0)),
+])  # fmt: skip
+def test_a_choice_that_cannot_run_is_refused(cuda, case, tile):
+    """An error and nothing written, never another kernel than the one chosen."""
+    cuda.reset()
+    call = forward_call(cuda, case.arguments())
+    choice = (ctypes.c_int64 * 8)(*tile)
+    assert cuda.library.cuda_forward(call.sizes, call.addresses, choice, None) == 1
+    assert cuda.library.cuda_backward(call.sizes, call.addresses, choice, None) == 1
+    assert cuda.unwritten(call.places["output"], call.results["output"].nbytes) == call.results["output"].nbytes

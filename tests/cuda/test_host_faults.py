@@ -1,0 +1,316 @@
+"""Faults planted in the tiers' own sources: each must be noticed, by a finding of the host build or by a wrong number.
+
+A faulty copy is a tier's text with one place changed, in a namespace of its own and cut down to one cell and one
+product, so that all of them fit one library and build in seconds.
+"""
+
+import ctypes
+import re
+import shutil
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from fastrnn import reference
+from tests.accuracy import errors, plain_backward, plain_forward
+from tests.cuda.test_host import HERE, OUT, ROOT, TIERS, Cuda, Problem, backward_call, build, forward_call, replace_text
+from tests.kernels.test_kernels import Case, double
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+
+
+class Fault(NamedTuple):
+    tier: str
+    which: str  # forward or backward
+    product: str  # ffma or half
+    text: str  # what stands in the tier's source, once
+    instead: str
+    says: str | None  # what a finding says; "": nothing is wrong; None: only numbers tell
+    launches: int = 1  # over one workspace, zeroed before the first
+
+
+def grid(*rest):
+    return Fault("grid", *rest)
+
+
+def resident(*rest):
+    return Fault("resident", *rest)
+
+
+def step(which, product, text, instead, says=None):
+    return Fault("step", which, product, text, instead, says)
+
+
+GRID_BARRIER = "dev::sync_block();\n    if (o.units && o.row.running(k))"
+BACKWARD_BARRIER = "before, sums);\n    dev::sync_block();"
+FAULTS = {
+    "grid_ffma": grid("forward", "ffma", "", "", ""),
+    "grid_half": grid("forward", "half", "", "", ""),
+    "grid_backward": grid("backward", "ffma", "", "", ""),
+    "grid_two_launches": Fault("grid", "forward", "half", "", "", "", 2),
+    "no_barrier": grid(
+        "forward", "ffma", GRID_BARRIER, GRID_BARRIER.replace("dev::sync_block();", ""), "race|uninitialised"),
+    "no_barrier_backward": grid("backward", "ffma", BACKWARD_BARRIER, "before, sums);", "race|uninitialised"),
+    "no_barrier_in_sort": grid(
+        "forward", "half", "= length_of(p, group, b);\n  dev::sync_block();", "= length_of(p, group, b);",
+        "race|uninitialised"),
+    "one_sums_buffer": grid("forward", "half", "k & 1 ? shared.sums_odd :", "", "race"),
+    "one_word_buffer": grid("forward", "half", "(place * 2 + (n & 1))", "(place * 2)", "deadlock"),
+    "tag_ignored": grid("forward", "half", "uint32_t(word[n] >> 32) == tag", "(look >> n & 1u) == 1u", None),
+    "words_not_cleared": grid("forward", "ffma", "workspace[i] = 0;", ";", "uninitialised"),
+    "words_of_last_launch": Fault("grid", "forward", "half", "workspace[i] = 0;", ";", None, 2),
+    "no_warp_barrier_after_stage": grid(
+        "forward", "ffma", "dev::sync_warp();\n      const float4* w", "const float4* w", "race|uninitialised"),
+    "no_warp_barrier_before_stage": grid(
+        "forward", "ffma", "dev::sync_warp();  // before the stage", "// before", "race"),
+    "published_to_wrong_buffer": grid("forward", "half", "publish(k + 1, h);", "publish(k, h);", "deadlock"),
+    "published_before_its_value": grid(
+        "forward", "half", "const auto publish = [&](int k, const float(&h)[N]) {",
+        "const auto publish = [&](int k, const float(&h)[N]) {\n    dev::store_relaxed(grid_words(workspace, s, k) + "
+        "Product::word_of(s, o.position, 0, o.unit), tagged(uint32_t(k) + 1, 0));", None),
+    "row_not_published": grid(
+        "forward", "half", "if (o.row.running(k + 1)) publish", "if (o.position) publish", "deadlock"),
+    "rows_not_sorted": grid("forward", "half", "if (p.lengths) {", "if (false) {", None),
+    "new_rows_awaited": grid(
+        "backward", "ffma", "uint32_t(k) + 2, before, sums", "uint32_t(k) + 2, running, sums", "deadlock"),
+    "padding_awaited": grid("forward", "half", "unit_of(range.begin + t, i) < s.hidden", "true", "deadlock"),
+    "tag_of_last_step": grid("backward", "ffma", "uint32_t(k) + 2, before", "uint32_t(k) + 1, before", "deadlock"),
+    # debug builds: a wait that ends does so unharmed, one that does not ends the launch
+    "bounded_spins": grid("forward", "half", "kMostTurns = 0;", "kMostTurns = 1 << 24;", ""),
+    "bounded_spins_that_run_out": grid("forward", "half", "kMostTurns = 0;", "kMostTurns = 1;", ": trap"),
+    "grid_sums_too_short": grid(
+        "forward", "half", "sums_odd = carver.take<float>(size_t(s.sums_floats()));",
+        "sums_odd = carver.take<float>(size_t(s.sums_floats()) / 2);", "out of bounds"),
+    "grid_weights_too_short": grid(
+        "backward", "ffma", "carver.take<uint4>(size_t(s.weight_quads()))",
+        "carver.take<uint4>(size_t(s.weight_quads()) - 1)", "out of bounds"),
+    "grid_tail_of_weights": grid("forward", "ffma", "unit < s.hidden && x.k_unit < s.hidden;", "unit < s.hidden;",
+                                 "out of bounds"),
+
+    "resident_ffma": resident("forward", "ffma", "", "", ""),
+    "resident_half": resident("forward", "half", "", "", ""),
+    "resident_backward_ffma": resident("backward", "ffma", "", "", ""),
+    "resident_backward_half": resident("backward", "half", "", "", ""),
+    "resident_no_barrier": resident(
+        "forward", "ffma", "reset_next = reset_before(p, r, k + 2);\n    dev::sync_block();",
+        "reset_next = reset_before(p, r, k + 2);", "race|uninitialised"),
+    "resident_no_barrier_half": resident(
+        "forward", "half", "reset_before(p, r[c], k + 2);\n    }\n    dev::sync_block();",
+        "reset_before(p, r[c], k + 2);\n    }", "race|uninitialised"),
+    "resident_one_buffer": resident(
+        "forward", "ffma", "float* h_next = k % 2 ? s.even : s.odd;", "float* h_next = const_cast<float*>(h_prev);",
+        "race"),
+    "resident_wrong_parity": resident(
+        "forward", "ffma", "s.even[row * s.stride + j] = start;", "s.odd[row * s.stride + j] = start;", None),
+    "resident_shared_too_short": resident(
+        "forward", "ffma", "odd = carver.take<float>(size_t(kRows) * stride);",
+        "odd = carver.take<float>(size_t(kRows) * stride - 1);", "out of bounds: write"),
+    "resident_not_cleared": resident(
+        "forward", "ffma", "clear_shared(s.even, kRows * s.stride);", "", "uninitialised"),
+    "resident_units_that_are_not": resident(
+        "forward", "ffma", "if (j >= h || (kRows == 1 && lane > 0)) r.length = -1;", "", "race|out of bounds"),
+    "resident_units_that_are_not_half": resident(
+        "forward", "half", "if (r[c].running(k) && j + 8 * u < h)", "if (r[c].running(k))", "race|out of bounds"),
+    "resident_tail_of_weights": resident("forward", "ffma", "j < h && term < h ? weight", "j < h ? weight",
+                                         "out of bounds: read"),
+    "resident_fragment_swapped": resident(
+        "forward", "half", "x += lane / 4 * stride + lane % 4;", "x += lane % 8 * stride + lane / 8;", None),
+    "resident_backward_no_barrier": resident(
+        "backward", "ffma", "// in flight during the next product\n    }\n    dev::sync_block();", "\n    }",
+        "race|uninitialised"),
+    "resident_backward_no_barrier_half": resident(
+        "backward", "half", "loads[c][u]);\n      }\n    }\n    dev::sync_block();", "loads[c][u]);\n      }\n    }",
+        "race|uninitialised"),
+    "resident_backward_one_buffer": resident(
+        "backward", "ffma", "float* to = k % 2 == 0 ? s.even : s.odd;", "float* to = const_cast<float*>(from);",
+        "race"),
+    "resident_backward_not_cleared": resident(
+        "backward", "half", "clear_shared(s.odd, kMmaRows * s.stride);", "", "uninitialised"),
+    "resident_backward_reset_late": resident(
+        "backward", "ffma", "resets.step_to(p, r, k - 1);", "resets.step_to(p, r, k);", None),
+    "resident_backward_two_owners": resident(
+        "backward", "ffma", "if (j >= h || (kRows == 1 && lane % kColumns > 0)) r.length = -1;", "",
+        "race|out of bounds"),
+
+    "step_forward": step("forward", "ffma", "", "", ""),
+    "step_backward": step("backward", "ffma", "", "", ""),
+    "step_units_that_are_not": step(
+        "forward", "ffma", "if (j >= p.hidden || !r.running(k)) return;\n    Pack<S, G> gates_ih",
+        "if (!r.running(k)) return;\n    Pack<S, G> gates_ih", "race|out of bounds"),
+    "step_past_a_row's_end": step(
+        "forward", "ffma", "if (j >= p.hidden || !r.running(k)) return;\n    Pack<S, G> gates_ih",
+        "if (j >= p.hidden || !r.present()) return;\n    Pack<S, G> gates_ih", "race|out of bounds"),
+    "step_buffers_transposed": step(
+        "forward", "ffma", "(r.group * p.batch + r.row) * n + j", "(r.row * p.batch + r.group) * n + j",
+        "race|out of bounds"),
+    "step_reset_late": step("forward", "ffma", "const bool reset_next = reset_before(p, r, k + 1);",
+                            "const bool reset_next = reset_before(p, r, k);"),
+    "step_carries_what_nobody_wrote": step(
+        "backward", "ffma", "V now = r.last(k) ? V(0) : load<V>(b.carried, at);", "V now = load<V>(b.carried, at);",
+        "uninitialised"),
+    "step_product_that_was_not": step(
+        "backward", "ffma", "const V recurrent = r.last(k) ? V(0) : load", "const V recurrent = load",
+        "uninitialised"),
+
+    # what all tiers share
+    "reset_gradient_overwritten": step("backward", "ffma", "[at] += later;", "[at] = later;"),
+    "reset_of_another_step": step("forward", "ffma", "r.time(k) + (r.reverse ? 1 : 0)", "r.time(k)"),
+    "state_of_another_step": step("backward", "ffma", "(r.reverse ? 1 : -1) * p.batch", "-1 * p.batch",
+                                  "out of bounds|uninitialised"),
+    "final_state_of_another_step": step("forward", "ffma", "return k + 1 == length;", "return k + 2 == length;"),
+}  # fmt: skip
+
+FILES = {
+    "grid": ("common.cuh", "grid.cuh", "grid_product.cuh", "grid_prepare.cu", "grid_{}.cu"),
+    "resident": ("common.cuh", "resident.cuh", "resident_{}.cu"),
+    "step": ("common.cuh", "step.cuh", "step_{}.cu"),
+}
+CALLS = {
+    "grid": "grid_WHICH(p, unpack_choice(choice), workspace, nullptr)",
+    "resident": "resident_WHICH(p, unpack_choice(choice), nullptr)",
+}
+WHOLE_LAUNCHER = """
+FASTRNN_EXPORT int run_NAME(const int64_t* sizes, void* const* addresses, const int64_t* choice, void* workspace) {
+  using namespace fastrnn::cuda;
+  (void)workspace;
+  const fastrnn::BackwardParams p = unpack(sizes, addresses, BACKWARD);
+  return NAME::CALL;
+}
+"""
+STEP_LAUNCHER = """
+FASTRNN_EXPORT int run_NAME(const int64_t* sizes, void* const* addresses, void* const* buffers, int which,
+                              int64_t k) {
+  using namespace fastrnn::cuda;
+  const StepBuffers b = unpack_buffers(buffers);
+  const fastrnn::BackwardParams p = unpack(sizes, addresses, BACKWARD);
+  if (which == 0 || which == 5) return NAME::EDGE(p, b, nullptr);
+  return NAME::step_WHICH(p, k, b, nullptr);
+}
+"""
+
+
+def once(text, old, new):
+    assert text.count(old) == 1, f"{text.count(old)} places for {old!r}"
+    return text.replace(old, new)
+
+
+def symbol(name):
+    return "faulty_" + re.sub(r"\W", "_", name)
+
+
+def faulty_source(name):
+    fault, space = FAULTS[name], symbol(name)
+    text = "\n".join((ROOT / "csrc/cuda" / file.format(fault.which)).read_text() for file in FILES[fault.tier])
+    if fault.text:
+        text = once(text, fault.text, fault.instead)
+    text = re.sub(r"^(#pragma once|#include .*)$", "", text, flags=re.MULTILINE)
+    # one cell, one dtype, one product
+    text = once(text, "  FASTRNN_FOR_EACH_CELL(FASTRNN_DISPATCH)\n", '  FASTRNN_DISPATCH("lstm", LSTMCell, false)\n')
+    text = once(text, "    case DType::kFloat16: return f(Type<dev::f16>{});\n", "")
+    text = once(text, "    case DType::kFloat64: return f(Type<double>{});\n", "")
+    text = once(text, "    default: return with_half(dtype, f);", "    default: return int(dev::kInvalidValue);")
+    invalid = "return int(dev::kInvalidValue);"
+    if fault.tier == "grid":
+        half = text.index("      if (s.half)\n        return with_half(call.dtype")
+        mma = text.index("      if (s.mma)\n", half)
+        ffma = text.index("\n      return launch_grid(", mma) + 1
+        if fault.product == "ffma":
+            text = text[:half] + text[ffma:]
+        else:
+            text = text[:half] + text[half:mma].replace("if (s.half)", "") + text[text.index(";\n", ffma) + 2 :]
+    elif fault.tier == "resident":
+        cut = r"(int with_{}_tile\(const ForwardParams&) p, int rows, F f\) {{\n.*?\n}}\n"
+        other = "mma" if fault.product == "ffma" else "ffma"
+        text, cuts = re.subn(cut.format(other), rf"\1, int, F) {{ {invalid} }}\n", text, flags=re.DOTALL)
+        assert cuts == 1
+        text = once(text, "rows == 1 ? f(cell, Constant<1>{}) : ", "") if fault.product == "ffma" else once(
+            text, "return tiles::resident_warps(p.hidden) == 8 ? f(cell, storage, Constant<8>{})\n"
+            "                                                  : f(cell, storage, Constant<12>{});",
+            "return f(cell, storage, Constant<8>{});")  # fmt: skip
+    text = text.replace("namespace fastrnn::cuda {", f"namespace fastrnn::cuda::{space} {{")
+    if fault.tier == "step":
+        edge = {"forward": "start_forward", "backward": "finish_backward"}[fault.which]
+        launcher = STEP_LAUNCHER.replace("EDGE", edge)
+    else:
+        launcher = WHOLE_LAUNCHER.replace("CALL", CALLS[fault.tier])
+    for word, value in (("NAME", space), ("WHICH", fault.which), ("BACKWARD", str(fault.which == "backward").lower())):
+        launcher = launcher.replace(word, value)
+    headers = ("cells/registry.h", "cuda/device.cuh", "cuda/grid_tiles.h", "cuda/tiles.h", "launchers.h")
+    includes = "#include <cstdint>\n#include <type_traits>\n" + "".join(f'#include "{x}"\n' for x in headers)
+    return includes + text + launcher
+
+
+@pytest.fixture(scope="module")
+def faulty():
+    folder = OUT / "faults"
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HERE / "launchers.cpp"]
+    for name in FAULTS:
+        source = folder / f"{symbol(name)}.cu"
+        text = faulty_source(name)
+        if not source.exists() or source.read_text() != text:
+            replace_text(source, text)
+        sources.append(source)
+    return Cuda(build(sources, OUT / "libfaults.so"))
+
+
+def results(faulty, fault, problems, tile):
+    """What the last of so many launches gives."""
+    backward, tier = fault.which == "backward", TIERS[fault.tier]
+    faulty.reset()
+    workspace = None
+    for problem in problems:
+        call = backward_call(faulty, *problem.back) if backward else forward_call(faulty, problem.arguments)
+        if fault.tier != "step" and workspace is None:
+            workspace = tier.workspace(call, backward, tile)
+            if fault.launches > 1:
+                size = (ctypes.c_int64 * 2)()
+                choice = (ctypes.c_int64 * 8)(*tile)
+                faulty.library.cuda_workspace(call.sizes, call.addresses, backward, choice, size)
+                ctypes.memset(workspace, 0, size[0])
+                faulty.library.emu_define(workspace, ctypes.c_size_t(size[0]))
+        tier.run(call, backward, tile, *([workspace] if workspace else []))
+    found = " ".join(faulty.findings())
+    left = sum(faulty.unwritten(call.places[x], call.results[x].nbytes) for x in call.written)
+    return found, "left unwritten" if left else None if found else call.finish()
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_noticed(faulty, name, monkeypatch):
+    fault = FAULTS[name]
+    dtype = torch.float32 if fault.product == "ffma" else torch.bfloat16
+    case = Case("lstm", 4, 10, 1, 9, 0, "rows", "state", "all", dtype)
+    tile = {"grid": (2, 10, 4, 0, 0, 0, 64, 0), "resident": (1, 4 if fault.product == "ffma" else 8, *[0] * 6),
+            "step": None}[fault.tier]  # fmt: skip
+    entry = {"step": "cuda_step"}.get(fault.tier, f"cuda_{fault.which}")
+    monkeypatch.setattr(faulty.library, entry, getattr(faulty.library, f"run_{symbol(name)}"))
+    problems = [Problem(case, seed) for seed in range(2)]
+    truths = []
+    for x in problems:
+        if fault.which == "forward":
+            truths.append((x.want, plain_forward(x.arguments.values())))
+        else:
+            truths.append((reference.backward(*map(double, x.back)), plain_backward(x.back)))
+    found, wrong = [], 0
+    for i in faulty.schedules(seed=5, count=8):
+        order = [problems[(i + n + 1) % 2] for n in range(fault.launches)]
+        said, got = results(faulty, fault, order, tile)
+        found.append(said)
+        want, plain = truths[problems.index(order[-1])]
+        if isinstance(got, tuple):
+            got = any(not ours <= allowed for ours, allowed in errors(got, want, plain, dtype))
+        wrong += bool(got)
+    if fault.says == "":
+        assert not any(found) and not wrong
+    elif fault.says is None:
+        assert wrong >= 4, (wrong, found)
+    else:
+        noticed = sum(bool(re.search(fault.says, x)) for x in found)
+        assert noticed >= (1 if fault.says == "deadlock" else 4), found[:2]
+
+
+def test_every_place_is_there():
+    """A fault whose text is gone from the sources would be no fault."""
+    for name in FAULTS:
+        faulty_source(name)

@@ -1,0 +1,398 @@
+"""A layer as one op: the op against reference.py, the node made around it against the composed form, and when it is
+taken."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastrnn
+from fastrnn import _C, functional, layer, ops, reference
+from tests.helpers import KINDS, assert_equal, build, evaluate, randn
+from tests.kernels.test_kernels import FORWARD_NAMES, SIZES, TOLERANCE, Case, assert_near, cells_with_projection, double
+
+layer_forward = torch.ops.fastrnn.layer_forward.default
+FIELDS = functional.LayerWeights._fields
+STATES = (("h_0", "c_0"), ("reset_h", "reset_c"))
+
+
+def arguments_of(case: Case, size: int, seed: int, biased: bool = True) -> dict:
+    """The layer op's arguments but ``save``, in its order."""
+    rest = case.arguments(seed)
+    cell, gates_ih, weight_hh, bias_hh = (rest.pop(k) for k in ("cell", "gates_ih", "weight_hh", "bias_hh"))
+    generator = torch.Generator().manual_seed(seed + 1000)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.dtype)
+
+    P, rows, _ = weight_hh.shape
+    return {
+        "cell": cell,
+        "input": random(*gates_ih.shape[:2], size),
+        "weight_ih": random(P, rows, size) / max(size, 1) ** 0.5,
+        "bias_ih": random(P, rows) if biased else None,
+        "weight_hh": weight_hh,
+        "bias_hh": bias_hh if biased else None,
+        **rest,
+    }
+
+
+def by_reference(cell, input, weight_ih, bias_ih, *rest):
+    gates_ih = input @ weight_ih.flatten(0, 1).t()
+    return reference.forward(cell, gates_ih if bias_ih is None else gates_ih + bias_ih.flatten(), *rest)
+
+
+def check(case: Case, size: int, seed: int = 0, biased: bool = True) -> None:
+    arguments = arguments_of(case, size, seed, biased)
+    got = layer_forward(*arguments.values(), True)
+    want = by_reference(*map(double, arguments.values()))
+    assert_near(got, want, TOLERANCE[case.dtype], FORWARD_NAMES, case)
+    unsaved = layer_forward(*arguments.values(), False)
+    assert unsaved[3].numel() == 0
+    assert all(torch.equal(a, b) for a, b in zip(got[:3], unsaved[:3], strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
+def test_odd_sizes(cell, projected, dtype):
+    for size, B, h in product(SIZES, SIZES, SIZES):
+        if projected < h:
+            case = Case(cell, 1 + size % 4, B, 1 + (B + h) % 3, h, projected, dtype=dtype)
+            check(case, size, seed=B + h, biased=size != 3)
+
+
+def test_projection_wider_than_the_hidden_units():
+    for B, (h, width) in product((1, 40), [(1, 70), (17, 200)]):
+        check(Case("lstm", 4, B, 2, h, width, "rows", "state"), 7, seed=B)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("lengths", ["", "rows", "groups"])
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_chunks(cell, lengths, threads):
+    """Steps in one chunk and in several, the last one shorter; rows split, units split; both directions."""
+    torch.set_num_threads(threads)
+    for T, B, P, h, size in [(99, 3, 2, 17, 5), (203, 7, 1, 33, 129), (31, 40, 1, 65, 17), (150, 1, 1, 200, 64)]:
+        resets = "" if T == 31 else "groups"
+        check(Case(cell, T, B, P, h, 0, lengths, resets, dtype=torch.float64), size, seed=T)
+
+
+def test_no_rows_steps_or_features():
+    for T, B, size in [(0, 3, 4), (3, 0, 4), (3, 2, 0), (40, 2, 0)]:
+        check(Case("lstm", T, B, 2, 5), size)
+
+
+def test_bitwise_repeatable():
+    torch.set_num_threads(3)
+    arguments = arguments_of(Case("gru", 130, 9, 2, 65, 0, "rows", "state", dtype=torch.float32), 33, 1)
+    runs = [layer_forward(*arguments.values(), True) for _ in range(3)]
+    assert all(torch.equal(a, b) for again in runs[1:] for a, b in zip(runs[0], again, strict=True))
+
+
+def test_reads_any_layout():
+    arguments = arguments_of(Case("lstm", 30, 4, 2, 9), 6, 2)
+    want = layer_forward(*arguments.values(), True)
+    batch_major = arguments["input"].transpose(0, 1).contiguous().transpose(0, 1)
+    apart = arguments["input"].new_zeros(30, 4, 12)[:, :, ::2].copy_(arguments["input"])
+    for x in (batch_major, apart):
+        got = layer_forward(*(arguments | {"input": x}).values(), True)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("input", torch.ones(3, 4), "layer_forward: input: expected 3 dimensions, got [3, 4]"),
+        ("weight_ih", torch.ones(1, 20, 7), "weight_ih: expected [1, 20, 6], got [1, 20, 7]"),
+        ("weight_ih", torch.ones(1, 20, 6).double(), "weight_ih: expected dtype Float (that of input), got Double"),
+        ("bias_ih", torch.ones(1, 19), "bias_ih: expected [1, 20], got [1, 19]"),
+        ("h_0", torch.ones(2, 5), "h_0: expected [3, 5], got [2, 5]"),
+    ],
+)
+def test_refuses(name, value, message):
+    arguments = arguments_of(Case("lstm", 4, 3, 1, 5, dtype=torch.float32), 6, 0)
+    with pytest.raises(RuntimeError) as caught:
+        layer_forward(*(arguments | {name: value}).values(), True)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_opcheck(cell):
+    for case in (Case(cell, 3, 2, 1, 5), Case(cell, 3, 2, 2, 5, 0, "rows", "state")):
+        for save in (False, True):
+            torch.library.opcheck(layer_forward, (*arguments_of(case, 4, 0).values(), save))
+
+
+# ---- the node ----
+
+
+@pytest.fixture
+def composed(monkeypatch):
+    """A function that runs another without layer ops."""
+
+    def run(function, *args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "fits", lambda *call: False)
+            patch.setattr(_C, "plain_forward", lambda *call: None)
+            return function(*args, **kwargs)
+
+    return run
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The layer op's calls, through the dispatcher or past it."""
+    calls, short = [], _C.plain_layer_forward
+
+    def past(*args):
+        found = short(*args)
+        if found is not None:
+            calls.append(args)
+        return found
+
+    monkeypatch.setattr(layer, "_layer_forward", lambda *args: calls.append(args) or layer_forward(*args))
+    monkeypatch.setattr(_C, "plain_layer_forward", past)
+    return calls
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("kind", "proj"), [*((kind, 0) for kind in KINDS), ("LSTM", 5)])
+def test_gradients_are_those_of_the_composed_form(kind, proj, bias, batch_first, masked, composed, taken):
+    options = {"proj_size": proj} if proj else {}
+    module = build(
+        fastrnn, kind, 6, 9, num_layers=2, bidirectional=True, bias=bias, batch_first=batch_first,
+        dtype=torch.float64, **options,
+    )  # fmt: skip
+    T, B = 20, 5
+    extra = {"lengths": torch.tensor([20, 3, 0, 7, 20]), "resets": torch.rand(T, B) < 0.2} if masked else {}
+    if masked and batch_first:
+        extra["resets"] = extra["resets"].t()
+    x = randn(*((B, T) if batch_first else (T, B)), 6)
+    got = evaluate(module, x, **extra)
+    assert len(taken) == 2
+    module.zero_grad()
+    assert_equal(got, composed(evaluate, module, x, **extra), 1e-12)
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_gradcheck(cell, taken):
+    """Both orders, with respect to everything, through the layer's own node."""
+    info = ops.CELLS[cell]
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    states = [torch.randn(2, 5, dtype=torch.float64) for _ in range(info.states)]
+    shapes = ((info.gates * 5, 3), (info.gates * 5, 5), (info.gates * 5,), (info.gates * 5,))
+    weights = [torch.randn(*shape, dtype=torch.float64) * 0.5 for shape in shapes]
+
+    def run(x, *rest):
+        results = layer.layer(cell, x, [(*rest[info.states :], None)], rest[: info.states], None, None, None)
+        return results[: 1 + info.states]
+
+    leaves = [t.requires_grad_() for t in (x, *states, *weights)]
+    torch.autograd.gradcheck(run, leaves)
+    torch.autograd.gradgradcheck(run, leaves)
+    assert taken
+
+
+def check_gradients(case: Case, size: int) -> None:
+    """Every argument's, the states' and the reset states' included, against reference.py in float64."""
+    P = case.P
+    given = arguments_of(case, size, seed=case.B + case.h)
+    leaves = {k: x.requires_grad_() for k, x in given.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    weights = [tuple(None if given[k] is None else given[k][p] for k in FIELDS) for p in range(P)]
+    states, fresh = (tuple(given[k] for k in names if given[k] is not None) for names in STATES)
+    lstm = case.cell == "lstm"
+    masked = given["lengths"], given["resets"]
+    got = layer.layer(case.cell, given["input"], weights, states, *masked, fresh, all_states=lstm)
+    *want, saved = by_reference(*given.values())
+    if lstm:
+        want.append(layer.every_c("lstm", saved, P))
+    which = [i for i, x in enumerate(want) if x.numel()]
+    grads = [torch.randn_like(want[i]) for i in which]
+    found, expected = (
+        torch.autograd.grad([results[i] for i in which], list(leaves.values()), grads, retain_graph=True)
+        for results in (got, want)
+    )
+    for name, a, b in zip(leaves, found, expected, strict=True):
+        error = (a - b).abs().max() / (1 + b.abs().max())
+        assert error <= 1e-11, (case, size, name, error)
+
+
+@pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
+@pytest.mark.parametrize("masks", [("", ""), ("rows", "state"), ("groups", "groups")], ids=str)
+def test_gradients_at_odd_sizes(cell, projected, masks, taken):
+    """One direction, past the dispatcher, and two."""
+    for (B, h, size), P in product([(1, 3, 17), (17, 1, 3), (3, 17, 129), (129, 3, 1), (3, 129, 17)], (1, 2)):
+        if projected < h:
+            check_gradients(Case(cell, 4, B, P, h, projected, *masks), size)
+    assert taken
+
+
+@pytest.mark.parametrize("B", [3, 100])
+@pytest.mark.parametrize(("cell", "h"), [("lstm", 1030), ("gru", 1370)])
+def test_gradients_of_deep_products(cell, h, B):
+    """More gate gradients of a row than a product takes at once, with any instruction set; rows of several blocks."""
+    torch.set_num_threads(2)
+    check_gradients(Case(cell, 2, B, 1, h, 0, "rows"), 5)
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_only_what_is_asked_for(which, composed):
+    """One leaf at a time requires grad; the others get none."""
+    tensors = [randn(5, 3, 4), randn(3, 6), randn(12, 4)[:, :].repeat(2, 1)[:24], randn(24, 6), randn(24), randn(24)]
+    x, h, weight_ih, weight_hh, bias_ih, bias_hh = (t.clone().requires_grad_(i == which) for i, t in enumerate(tensors))
+    c = torch.zeros_like(h)
+    weights = [functional.LayerWeights(weight_ih, weight_hh, bias_ih, bias_hh)]
+
+    def pulled():
+        output, _ = functional.lstm(x, (h[None], c[None]), [weights])
+        leaf = (x, h, weight_ih, weight_hh, bias_ih, bias_hh)[which]
+        return torch.autograd.grad(output.square().sum(), leaf)[0]
+
+    torch.testing.assert_close(pulled(), composed(pulled), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["weights", "input"])
+def test_keeps_only_what_backward_reads(frozen, composed):
+    """What no gradient needs may be changed afterwards, as around torch's own products."""
+    lstm = fastrnn.LSTM(4, 6, bidirectional=True, dtype=torch.float64)
+    x, states = randn(40, 3, 4), (randn(2, 3, 6), randn(2, 3, 6))
+    leaf = states[0].requires_grad_() if frozen == "weights" else lstm.weight_hh_l0
+    lstm.requires_grad_(frozen == "input")
+
+    def pulled():
+        given = x.clone()
+        loss = lstm(given, states)[0].square().sum()
+        with torch.no_grad():
+            changed = given if frozen == "weights" else lstm.bias_ih_l0
+            kept = changed.clone()
+            changed.zero_()
+            if frozen == "input":
+                lstm.weight_ih_l0.mul_(1)
+        (grad,) = torch.autograd.grad(loss, leaf)
+        with torch.no_grad():
+            changed.copy_(kept)
+        return grad
+
+    torch.testing.assert_close(pulled(), composed(pulled), rtol=0, atol=1e-12)
+
+
+def test_taken_only_where_plain(taken):
+    lstm = fastrnn.LSTM(4, 6)
+    x = torch.randn(7, 2, 4)
+    lstm(x)
+    fastrnn.LSTMCell(4, 6)(x[0])
+    assert len(taken) == 2
+    taken.clear()
+
+    class Subclass(torch.Tensor):
+        pass
+
+    unusual = {
+        "half": lambda: fastrnn.LSTM(4, 6, dtype=torch.bfloat16)(x.bfloat16()),
+        "meta": lambda: fastrnn.LSTM(4, 6, device="meta")(x.to("meta")),
+        "subclass": lambda: lstm(x.as_subclass(Subclass)),
+        "vmap": lambda: torch.func.vmap(lambda x: lstm(x)[0])(x.expand(3, 7, 2, 4)),
+        "grad": lambda: torch.func.grad(lambda x: lstm(x)[0].sum())(x),
+        "jvp": lambda: torch.func.jvp(lambda x: lstm(x)[0], (x,), (x,)),
+        "make_fx": lambda: make_fx(lambda x: lstm(x)[0])(x),
+        "compile": lambda: torch.compile(lstm, backend="eager", fullgraph=True)(x),
+    }
+    for function in unusual.values():
+        function()
+    with torch.autocast("cpu", torch.bfloat16):
+        lstm(x)
+    with torch.autograd.forward_ad.dual_level():
+        lstm(torch.autograd.forward_ad.make_dual(x, x))
+    assert not taken
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_recorded_graph_has_derivatives(trained):
+    """make_fx on real tensors records ops, and its graph may be differentiated whatever was when it was made."""
+    lstm = fastrnn.LSTM(4, 6, bidirectional=True).requires_grad_(trained)
+    x = torch.randn(40, 2, 4)
+    graph = make_fx(lambda x: lstm(x)[0])(x)
+    x.requires_grad_()
+    (got,) = torch.autograd.grad(graph(x).square().sum(), x)
+    (want,) = torch.autograd.grad(lstm(x)[0].square().sum(), x)
+    torch.testing.assert_close(got, want)
+
+
+def test_no_result_without_a_history():
+    """The ops without a derivative refuse a call that would need one."""
+    arguments = arguments_of(Case("lstm", 4, 3, 1, 5), 6, 0)
+    for name in ("input", "weight_hh"):
+        needy = arguments | {name: arguments[name].clone().requires_grad_()}
+        with pytest.raises(NotImplementedError, match="fastrnn::layer_forward: it has no derivative"):
+            layer_forward(*needy.values(), True)
+        with torch.no_grad():
+            assert not layer_forward(*needy.values(), True)[0].requires_grad
+    a = torch.ones(3, 3)
+    with pytest.raises(NotImplementedError, match="fastrnn::gemm: it has no derivative"):
+        torch.ops.fastrnn.gemm(a, a.clone().requires_grad_(), None, False, False)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no derivative"):
+        torch.ops.fastrnn.gemm(torch.autograd.forward_ad.make_dual(a, a), a, None, False, False)
+    with pytest.raises(NotImplementedError, match="no derivative"):
+        torch.func.grad(lambda a: torch.ops.fastrnn.gemm(a, a, None, False, False).sum())(a)
+
+
+@pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
+def test_packed_as_it_lies(cell, projected, monkeypatch):
+    """A packed sequence against the same one padded, every gradient; two directions, rows of one step, odd sizes."""
+    for (T, B, h, size), threads in product([(5, 7, 3, 17), (40, 17, 33, 1), (9, 33, 129, 5), (3, 1, 17, 3)], (1, 3)):
+        torch.set_num_threads(threads)
+        given = arguments_of(Case(cell, T, B, 2, h, projected if projected < h else 0), size, seed=T)
+        leaves = [x.requires_grad_() for x in given.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        lengths = torch.randint(1, T + 1, (B,)).sort(descending=True).values
+        lengths[0] = T
+        weights = [tuple(None if given[k] is None else given[k][p] for k in FIELDS) for p in range(2)]
+        states = tuple(given[k] for k in STATES[0] if given[k] is not None)
+        data, batch_sizes, *_ = pack_padded_sequence(given["input"], lengths)
+        padded = layer.layer(cell, given["input"], weights, states, lengths, None, None)[:3]
+        want = (pack_padded_sequence(padded[0], lengths).data, *padded[1:])
+        with monkeypatch.context() as patch:
+            if given["weight_hr"] is None:
+                patch.setattr(layer, "pad", None)  # nothing is padded
+            got = layer.layer(cell, data, weights, states, None, None, None, batch_sizes)[:3]
+            which = [i for i, x in enumerate(want) if x.numel()]
+            grads = [torch.randn_like(want[i]) for i in which]
+            found = torch.autograd.grad([got[i] for i in which], leaves, grads, retain_graph=True)
+        expected = torch.autograd.grad([want[i] for i in which], leaves, grads)
+        assert_equal(dict(enumerate([*got, *found])), dict(enumerate([*want, *expected])))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradgradcheck_of_a_packed_sequence(kind):
+    module = build(fastrnn, kind, 2, 3, bidirectional=True, dtype=torch.float64)
+    packed = pack_padded_sequence(randn(3, 3, 2).double(), torch.tensor([2, 3, 1]), enforce_sorted=False)
+
+    def run(data, *parameters):
+        output, state = torch.func.functional_call(
+            module, dict(zip(dict(module.named_parameters()), parameters, strict=True)), (packed._replace(data=data),)
+        )
+        return output.data, *(state if isinstance(state, tuple) else (state,))
+
+    leaves = [packed.data.requires_grad_(), *(p.detach().requires_grad_() for p in module.parameters())]
+    assert torch.autograd.gradcheck(run, leaves) and torch.autograd.gradgradcheck(run, leaves)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([2, 3], "do not grow"),
+        ([3, 1], "expected a sum of 5 (rows of data), got 4"),
+        ([6, -1], "do not grow, got -1 at index 1"),
+        ([], "expected a contiguous vector of int64"),
+    ],
+)
+def test_refuses_batch_sizes(sizes, message):
+    given = arguments_of(Case("gru", 5, 1, 1, 3), 2, 0)
+    given["input"] = given["input"][:, 0]
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        layer_forward(*given.values(), False, torch.tensor(sizes, dtype=torch.int64))
+    assert message in str(caught.value)
