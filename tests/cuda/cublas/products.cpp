@@ -1,5 +1,5 @@
 // What csrc/torch/tf32_product.h asks of cuBLAS, of matrices of every layout. Prints how many products it made.
-#include "../../csrc/torch/tf32_product.h"
+#include "../../../csrc/torch/tf32_product.h"
 
 #include <ATen/ops/allclose.h>
 #include <ATen/ops/bmm.h>
