@@ -233,7 +233,7 @@ FASTRNN_INLINE void load_bias(const ForwardParams& p, int group, int j, Pack<Wid
 template <class S>
 FASTRNN_INLINE Wide<S> start_h(const ForwardParams& p, const Row& r, int j, bool reset) {
   const int64_t at = r.place(p) * p.width + j;
-  const Wide<S> h = load<S>(p.h_0, at);
+  const Wide<S> h = load_or_zero<S>(p.h_0, at);
   if (r.length == 0) store<S>(p.h_n, at, h);
   return reset ? load_or_zero<S>(p.reset_h, at) : h;
 }
@@ -243,7 +243,7 @@ template <class Cell, class S>
 FASTRNN_INLINE Wide<S> start_carried(const ForwardParams& p, const Row& r, int j, bool reset, Wide<S> start) {
   if constexpr (Cell::kStates == 1) return start;
   const int64_t at = r.place(p) * p.hidden + j;
-  const Wide<S> c = load<S>(p.c_0, at);
+  const Wide<S> c = load_or_zero<S>(p.c_0, at);
   if (r.length == 0) store<S>(p.c_n, at, c);
   return reset ? load_or_zero<S>(p.reset_c, at) : c;
 }
@@ -342,11 +342,11 @@ FASTRNN_INLINE void load_backward(const BackwardParams& p, const Row& r, int k, 
   const void* start = kIsH ? p.h_0 : p.c_0;
   const void* restart = kIsH ? p.reset_h : p.reset_c;
   out.state = sequence[(place * kStride + kStride - 1) * p.hidden + j];
-  if (reset)
-    out.state_prev = restart ? static_cast<const S*>(restart)[at] : zero<S>();
+  const void* given = reset ? restart : start;  // a state that no step made
+  if (reset || k == 0)
+    out.state_prev = given ? static_cast<const S*>(given)[at] : zero<S>();
   else
-    out.state_prev = k == 0 ? static_cast<const S*>(start)[at]
-                            : sequence[((place + before) * kStride + kStride - 1) * p.hidden + j];
+    out.state_prev = sequence[((place + before) * kStride + kStride - 1) * p.hidden + j];
   if (!p.weight_hr) out.grad_output = load_grad_output<S>(p, r, k, j);
 }
 

@@ -31,9 +31,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the
 HALF = (torch.bfloat16, torch.float16)
 CELLS = list(ops.CELLS)
 ADDRESSES = (
-    "gates_ih", "weight_hh", "bias_hh", "weight_hr", "h_0", "c_0", "lengths", "resets", "reset_h", "reset_c",
+    "gates_ih", "weight_hh", "bias_hh", "weight_hr", "params", "h_0", "c_0", "lengths", "resets", "reset_h", "reset_c",
     "reverse", "output", "h_n", "c_n", "saved", "grad_output", "grad_h_n", "grad_c_n", "grad_gates_ih",
     "grad_gates_hh", "grad_projected", "grad_h_0", "grad_c_0", "grad_reset_h", "grad_reset_c",
+    "grad_params",
 )  # fmt: skip
 
 
@@ -88,7 +89,7 @@ class Call:
 
     @property
     def addresses(self):
-        return (ctypes.c_void_p * 25)(*self.places.values())
+        return (ctypes.c_void_p * len(ADDRESSES))(*self.places.values())
 
     def read(self, name, x, strides_at=None):
         """An argument. With strides_at it keeps its layout, and its strides go to that place of the sizes."""
@@ -345,6 +346,7 @@ def check_backward(got, back, tile, case):
 each_tier = pytest.mark.parametrize("tier", TIERS.values(), ids=TIERS)
 each_cell = pytest.mark.parametrize(("cell", "projected"), [(c, 0) for c in CELLS] + [("lstm", 5)])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+BACKWARD_STATES = {"h_0": 6, "c_0": 7}  # places in recurrent_backward's arguments
 LENGTHS, RESETS, REVERSE = ("", "rows", "groups"), ("", "zeros", "state", "groups"), ("none", "all", "alternate")
 
 
@@ -463,6 +465,37 @@ def test_absent_arguments(cuda, tier, cell, projected, dtype):
                 back[1:4] = [None if i == k else x for k, x in enumerate(back[1:4], start=1)]
             check_backward(run_backward(cuda, tier, tile, back), back, tile, case)
         assert runs or not tier.tiles(case, False)
+
+
+@each_tier
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_cell
+def test_no_initial_state(cuda, tier, cell, projected, dtype):
+    """Null h_0 and c_0, together or one alone, are zeros bit by bit: forward, backward and in rows without steps."""
+    cuda.schedule(3, 1)
+    lengths = torch.tensor([[4, 0], [1, 4], [0, 2], [3, 3], [4, 1]])
+    for resets in ("", "state"):
+        case = Case(cell, 4, 5, 2, 9, projected, "groups", resets, "alternate", dtype)
+
+        def edit(a):
+            a.update({"lengths": lengths, "h_0": torch.zeros_like(a["h_0"])})
+            if a["c_0"] is not None:
+                a["c_0"] = torch.zeros_like(a["c_0"])
+
+        problem = Problem(case, edit=edit)
+        problem.check(cuda, tier)
+        names = [name for name in ("h_0", "c_0") if problem.arguments[name] is not None]
+        for absent in [names, *([n] for n in names if len(names) > 1)]:
+            there = problem.arguments | dict.fromkeys(absent)
+            back = list(problem.back)
+            for name in absent:
+                back[BACKWARD_STATES[name]] = None
+            for tile in tier.tiles(case, False):
+                got, want = run_forward(cuda, tier, tile, there), problem.run(cuda, tier, tile, False)
+                assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), absent
+            for tile in tier.tiles(case, True):
+                got, want = run_backward(cuda, tier, tile, back), problem.run(cuda, tier, tile, True)
+                assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), absent
 
 
 @each_tier
@@ -621,8 +654,8 @@ def test_a_tier_by_name(cuda, tier, forward, backward, case):
     for back, want in ((False, forward), (True, backward)):
         choice = (ctypes.c_int64 * 8)()
         taken = cuda.library.cuda_choose_from(
-            (ctypes.c_int64 * 17)(*numbers), (ctypes.c_void_p * 25)(*places.values()), tier.encode(), back, 132, 90,
-            ctypes.c_int64(232448), choice)  # fmt: skip
+            (ctypes.c_int64 * 17)(*numbers), (ctypes.c_void_p * len(ADDRESSES))(*places.values()), tier.encode(), back,
+            132, 90, ctypes.c_int64(232448), choice)  # fmt: skip
         assert bool(taken) == want, back
         assert not taken or (choice[0] == list(TIERS).index(tier) and choice[7] <= 232448)
 

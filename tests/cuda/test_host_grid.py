@@ -43,7 +43,7 @@ class Params(ctypes.Structure):
         *[(name, I64) for name in ("steps", "batch", "groups", "hidden", "width")],
         ("cell", ctypes.c_int32), ("dtype", ctypes.c_int32),
         ("gates_ih", POINTER), ("gates_ih_stride_t", I64), ("gates_ih_stride_b", I64),
-        *[(name, POINTER) for name in ("weight_hh", "bias_hh", "weight_hr", "h_0", "c_0", "lengths")],
+        *[(name, POINTER) for name in ("weight_hh", "bias_hh", "weight_hr", "params", "h_0", "c_0", "lengths")],
         ("lengths_stride_b", I64), ("lengths_stride_p", I64),
         ("resets", POINTER),
         *[(f"resets_stride_{x}", I64) for x in "tbp"],
@@ -51,7 +51,7 @@ class Params(ctypes.Structure):
         ("grad_output", POINTER), ("grad_output_stride_t", I64), ("grad_output_stride_b", I64),
         *[(name, POINTER) for name in (
             "grad_h_n", "grad_c_n", "grad_gates_ih", "grad_gates_hh", "grad_projected", "grad_h_0", "grad_c_0",
-            "grad_reset_h", "grad_reset_c")],
+            "grad_reset_h", "grad_reset_c", "grad_params")],
         ("grad_clip", ctypes.c_double),
     ]  # fmt: skip
 

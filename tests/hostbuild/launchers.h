@@ -10,7 +10,7 @@
 namespace fastrnn::cuda {
 
 // sizes: T, B, P, h, R, cell, dtype, then the strides of gates_ih (t, b), lengths (b, p), resets (t, b, p) and
-// grad_output (t, b), and the bits of grad_clip. addresses: as below; forward reads the first 15.
+// grad_output (t, b), and the bits of grad_clip. addresses: as below; forward reads the first 16.
 inline BackwardParams unpack(const int64_t* n, void* const* a, bool backward) {
   BackwardParams p{};
   p.steps = n[0], p.batch = n[1], p.groups = n[2], p.hidden = n[3], p.width = n[4];
@@ -18,15 +18,16 @@ inline BackwardParams unpack(const int64_t* n, void* const* a, bool backward) {
   p.gates_ih_stride_t = n[7], p.gates_ih_stride_b = n[8];
   p.lengths_stride_b = n[9], p.lengths_stride_p = n[10];
   p.resets_stride_t = n[11], p.resets_stride_b = n[12], p.resets_stride_p = n[13];
-  p.gates_ih = a[0], p.weight_hh = a[1], p.bias_hh = a[2], p.weight_hr = a[3], p.h_0 = a[4], p.c_0 = a[5];
-  p.lengths = static_cast<const int64_t*>(a[6]), p.resets = static_cast<const uint8_t*>(a[7]);
-  p.reset_h = a[8], p.reset_c = a[9], p.reverse = static_cast<const uint8_t*>(a[10]);
-  p.output = a[11], p.h_n = a[12], p.c_n = a[13], p.saved = a[14];
+  p.gates_ih = a[0], p.weight_hh = a[1], p.bias_hh = a[2], p.weight_hr = a[3], p.params = a[4];
+  p.h_0 = a[5], p.c_0 = a[6];
+  p.lengths = static_cast<const int64_t*>(a[7]), p.resets = static_cast<const uint8_t*>(a[8]);
+  p.reset_h = a[9], p.reset_c = a[10], p.reverse = static_cast<const uint8_t*>(a[11]);
+  p.output = a[12], p.h_n = a[13], p.c_n = a[14], p.saved = a[15];
   if (!backward) return p;
   p.grad_output_stride_t = n[14], p.grad_output_stride_b = n[15];
-  p.grad_output = a[15], p.grad_h_n = a[16], p.grad_c_n = a[17];
-  p.grad_gates_ih = a[18], p.grad_gates_hh = a[19], p.grad_projected = a[20];
-  p.grad_h_0 = a[21], p.grad_c_0 = a[22], p.grad_reset_h = a[23], p.grad_reset_c = a[24];
+  p.grad_output = a[16], p.grad_h_n = a[17], p.grad_c_n = a[18];
+  p.grad_gates_ih = a[19], p.grad_gates_hh = a[20], p.grad_projected = a[21];
+  p.grad_h_0 = a[22], p.grad_c_0 = a[23], p.grad_reset_h = a[24], p.grad_reset_c = a[25], p.grad_params = a[26];
   std::memcpy(&p.grad_clip, &n[16], sizeof p.grad_clip);
   return p;
 }
