@@ -1,7 +1,8 @@
-"""Within fastrnn.streaming() a sequence in chunks of any sizes has the bits of one call."""
+"""Within fastrnn.streaming() a sequence in chunks of any sizes has the bits of one call; without, its values."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import fastrnn
 from tests.helpers import KINDS, build, generator, make_state, randn, tensors, threads
+from tests.sequences.cases import KIND, SIZES
 
 KIND_AND_PROJECTION = [*((kind, 0) for kind in KINDS), ("LSTM", 9)]
 
@@ -124,3 +126,19 @@ def test_it_ends_with_its_block_and_is_the_threads_own():
         other.join()
         raise KeyError
     assert not state() and seen == [False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@KIND
+def test_chunks_are_the_sequence(kind: str, dtype: torch.dtype) -> None:
+    """Fed in chunks of any sizes, states handed on: the outputs of one call. Equal bits take streaming()."""
+    for H, B in itertools.product(SIZES, (1, 5, 64)):
+        module = build(fastrnn, kind, 3, H, num_layers=2, dtype=dtype)
+        x = randn(30, B, 3, dtype=dtype)
+        with torch.no_grad():
+            whole = module(x)
+            outputs, state = [], None
+            for chunk in x.split([1, 2, 9, 1, 16, 1]):
+                output, state = module(chunk, state)
+                outputs.append(output)
+        torch.testing.assert_close((torch.cat(outputs), state), whole)

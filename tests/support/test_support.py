@@ -12,9 +12,8 @@ import torch._functorch.config
 import torch._inductor.config
 
 from fastrnn import info
-
-from . import support
-from .support import CASES, FAILURES, Case, outcome
+from tests.support.cases import CASES, FAILURES, MEASURED_WITH, Case, outcome, torch_version
+from tests.support.page import MORE, PAGE, page
 
 HAS_CUDA = torch.cuda.is_available() and info.has_cuda_kernels()
 needs_gpu = pytest.mark.skipif(not HAS_CUDA, reason="torch sees no GPU, or the build has no CUDA kernels")
@@ -41,8 +40,8 @@ def _no_cached_graphs() -> Iterator[None]:
     ],
 )
 def test_support(device: str, case: Case) -> None:
-    if case.library != "fastrnn" and support.torch_version() != support.MEASURED_WITH:
-        pytest.skip(f"torch.nn was measured with torch {support.MEASURED_WITH}")
+    if case.library != "fastrnn" and torch_version() != MEASURED_WITH:
+        pytest.skip(f"torch.nn was measured with torch {MEASURED_WITH}")
     found, expected = outcome(case, device), FAILURES.get(case.id, "")
     # The beginning of an error's text: what follows may hold addresses and sizes.
     assert found[:40] == expected[:40], f"{case.id}: got {found or 'no error'!r}, expected {expected or 'no error'!r}"
@@ -53,11 +52,11 @@ def test_the_record_names_cases_there_are() -> None:
 
 
 def test_the_page_is_what_the_cases_say() -> None:
-    assert support.PAGE.read_text() == support.page(), "python -m tests.support --write"
+    assert PAGE.read_text() == page(MEASURED_WITH), "python -m tests.support --write"
 
 
 def test_the_tests_that_the_page_names_exist() -> None:
-    for where in support.MORE.values():
+    for where in MORE.values():
         file, _, name = where.partition("::")
-        text = (Path(__file__).parent / file).read_text()
+        text = (Path(__file__).resolve().parents[1] / file).read_text()
         assert re.search(rf"^def {name}\(", text, re.M) if name else text, where
