@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import sys
 
-from benchmarks import cli, machine
+from benchmarks import command_line, commands, machine
 
 
 def restart_pinned(argv: list[str]) -> None:
     """Replaces this process by the same command with pinning set; returns if nothing has to be set."""
-    command, arguments = cli.split_command(argv)
+    command, arguments = commands.split_command(argv)
     if command != "run":
         return
-    options = cli.run_parser().parse_args(arguments)
-    if options.no_pin or options.list:
+    chosen = command_line.run_parser().parse_args(arguments)
+    if chosen.no_pin or chosen.list:
         return
-    wanted = machine.missing_pinning(os.environ, options.threads)
+    wanted = machine.missing_pinning(os.environ, chosen.threads)
     if wanted:
         settings = " ".join(f"{name}={value}" for name, value in wanted.items())
         print(f"restarting with {settings} (--no-pin: not)", file=sys.stderr, flush=True)
@@ -25,4 +25,4 @@ def restart_pinned(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     restart_pinned(sys.argv[1:])
-    sys.exit(cli.main(sys.argv[1:]))
+    sys.exit(commands.main(sys.argv[1:]))

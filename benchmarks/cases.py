@@ -72,7 +72,7 @@ class Case:
 class Row:
     """One line of a report: a case, what is done with it, and who it is compared with."""
 
-    kind: str  # what runs it: "timing", "accuracy" or "memory", see cli.run_rows
+    kind: str  # what runs it: "timing", "accuracy" or "memory", see runner.run_row
     case: Case
     mode: str
     peer: str  # a key of peers.PEERS

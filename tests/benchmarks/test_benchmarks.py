@@ -26,7 +26,20 @@ pytest.importorskip("psutil")
 pytest.importorskip("cpuinfo")
 pytest.importorskip("numpy")
 
-from benchmarks import cases, cli, machine, measure, report, results, roofline, schema, stats, suites  # noqa: E402
+from benchmarks import (  # noqa: E402
+    cases,
+    command_line,
+    commands,
+    machine,
+    measure,
+    report,
+    results,
+    roofline,
+    runner,
+    schema,
+    stats,
+    suites,
+)
 from benchmarks.accuracy import run_accuracy  # noqa: E402
 from benchmarks.cases import Case, Row, Suite, entries  # noqa: E402
 from benchmarks.data import Data, make_data  # noqa: E402
@@ -117,7 +130,6 @@ def tiny_row(cell: str = "LSTM", mode: str = "train", peer: str = "torch", **opt
 @pytest.fixture
 def tiny_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suites, "SUITES", {"tiny": Suite("for tests", TINY)})
-    monkeypatch.setattr(cli, "SUITES", suites.SUITES)
     monkeypatch.setattr(roofline, "measure", lambda threads, caches, dtypes: ROOFLINE | {"threads": threads})
     monkeypatch.setattr(machine.cpuinfo, "get_cpu_info", lambda: {"brand_raw": "a processor"})
 
@@ -513,14 +525,14 @@ def test_pinning_is_added_only_where_the_user_chose_none() -> None:
 def run_tiny(tmp_path: Path, *options: str, peers: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
     file = tmp_path / "run.json"
     argv = [*FAST_OPTIONS, "--suite", "tiny", "--json", str(file), *options]
-    status = cli.run(argv, peers=peers or {"fastrnn": TORCH, "torch": TORCH})
+    status = commands.run(argv, peers=peers or {"fastrnn": TORCH, "torch": TORCH})
     return status, results.Document.load(file).data
 
 
 def test_a_clean_run(tiny_suite: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     markdown = tmp_path / "run.md"
     status, data = run_tiny(tmp_path, "--markdown", str(markdown))
-    assert status == cli.OK
+    assert status == command_line.OK
     assert data["complete"]
     assert {row["id"] for row in data["rows"]} == {row.id for row in suites.SUITES["tiny"].rows()}
     assert "6 rows" in capsys.readouterr().out
@@ -533,7 +545,7 @@ def test_a_wrong_row_fails_the_run_and_stays_in_it(
 ) -> None:
     planted = Planted("fastrnn", LSTM=wrong)
     status, data = run_tiny(tmp_path, peers={"fastrnn": planted, "torch": TORCH})
-    assert status == cli.FAILURES
+    assert status == command_line.FAILURES
     failed = [row for row in data["rows"] if row["status"] in results.FAILED]
     assert len(data["rows"]) == len(TINY)
     assert failed == data["rows"][: len(failed)]
@@ -546,7 +558,7 @@ def test_a_missing_peer_makes_skipped_rows(tiny_suite: None, tmp_path: Path) -> 
     peers = {"fastrnn": TORCH, "torch": TORCH, "absent": absent}
     status, data = run_tiny(tmp_path, "--peer", "torch", "absent", peers=peers)
     skipped = [row for row in data["rows"] if row["status"] == "skipped"]
-    assert status == cli.OK
+    assert status == command_line.OK
     assert len(data["rows"]) == 2 * len(skipped) == 2 * len(TINY)
     assert all("cannot be imported" in row["message"] for row in skipped)
 
@@ -560,7 +572,7 @@ def test_an_interrupted_run_keeps_what_it_has(tiny_suite: None, tmp_path: Path) 
 
     interrupts = Interrupts("fastrnn", "fastrnn", "torch.nn")
     status, data = run_tiny(tmp_path, peers={"fastrnn": interrupts, "torch": TORCH})
-    assert status == cli.INTERRUPTED
+    assert status == command_line.INTERRUPTED
     assert not data["complete"]
     assert len(data["rows"]) == 2
     assert "INCOMPLETE: 2 of 6" in report.markdown(data)
@@ -580,8 +592,8 @@ def test_an_interrupted_run_keeps_what_it_has(tiny_suite: None, tmp_path: Path) 
 def test_wrong_command_lines(argv: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     absent = ModulePeer("absent", "absent", "no_such_module_anywhere")
     with pytest.raises(SystemExit) as exit:
-        cli.run(argv, peers={"torch": TORCH, "absent": absent})
-    assert exit.value.code == cli.USAGE
+        commands.run(argv, peers={"torch": TORCH, "absent": absent})
+    assert exit.value.code == command_line.USAGE
     assert text in capsys.readouterr().err
 
 
@@ -595,10 +607,10 @@ def python_m_benchmarks(*options: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_rerun_command_says_what_was_not_default() -> None:
     row = suites.SUITES["quick"].rows()[0]
-    assert cli.rerun_command(row, results.Settings(threads=2)).endswith(f"'^{row.id}$' --threads 2 --rounds 16")
+    assert runner.rerun_command(row, results.Settings(threads=2)).endswith(f"'^{row.id}$' --threads 2 --rounds 16")
     settings = results.Settings(ours="torch", threads=1, rounds=8, budget_s=3, min_sample_s=2e-3, tie=0.1, seed=5)
     end = "--threads 1 --rounds 8 --budget 3 --min-sample 2 --tie 0.1 --seed 5 --ours torch"
-    assert cli.rerun_command(row, settings).endswith(end)
+    assert runner.rerun_command(row, settings).endswith(end)
 
 
 def test_list_from_the_shell() -> None:
@@ -610,7 +622,7 @@ def test_list_from_the_shell() -> None:
 
 def test_a_printed_command_reruns_its_row(tmp_path: Path) -> None:
     row = next(row for row in suites.SUITES["quick"].rows() if row.case.cell == "GRUCell" and row.mode == "train")
-    command = cli.rerun_command(row, results.Settings(ours="torch", threads=1))
+    command = runner.rerun_command(row, results.Settings(ours="torch", threads=1))
     file = tmp_path / "run.json"
     done = python_m_benchmarks(*shlex.split(command)[3:], *FAST_OPTIONS, "--json", str(file))
     assert done.returncode == 0, done.stderr

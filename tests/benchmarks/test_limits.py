@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import cli, floor, memory, report, roofline, scaling, suites
+from benchmarks import floor, memory, report, roofline, runner, scaling, suites
 from benchmarks.cases import Case, Row, Suite, entries
 from benchmarks.peers import PEERS
 from tests.benchmarks.documents import ROOFLINE, SETTINGS, document, timed
@@ -149,7 +149,7 @@ def test_rows_above_the_longest_are_skipped_and_say_so() -> None:
 
     def run(longest_s: float | None, of_suite: float | None) -> Any:
         suite = Suite("x", ((tiny, mode),), longest_s=of_suite)
-        (result,) = cli.run_rows({row: suite}, PEERS, replace(settings, longest_s=longest_s), rooflines=[slow])
+        (result,) = runner.run_rows({row: suite}, PEERS, replace(settings, longest_s=longest_s), rooflines=[slow])
         return result
 
     result = run(None, 1.0)
@@ -169,11 +169,11 @@ def test_a_row_with_threads_of_its_own_gets_them_and_gives_them_back(monkeypatch
         seen.append(torch.get_num_threads())
         return replace(timed(1.0), row=row)
 
-    monkeypatch.setattr(cli, "run_row", run_row)
+    monkeypatch.setattr(runner, "run_row", run_row)
     suite = Suite("x", ((tiny, mode),), threads=(2, 1, 0))
     chosen = dict.fromkeys(suite.rows(), suite)
     before = torch.get_num_threads()
-    made = cli.run_rows(chosen, PEERS, replace(SETTINGS, threads=1))
+    made = runner.run_rows(chosen, PEERS, replace(SETTINGS, threads=1))
     assert seen == [2, 1, 1]
     assert torch.get_num_threads() == before
     assert "--threads 2" in made[0].command
@@ -287,12 +287,12 @@ def test_the_suites_of_the_readme_are_there() -> None:
 def test_every_rows_command_selects_exactly_it() -> None:
     for name, suite in suites.SUITES.items():
         for row in suite.rows()[::7]:
-            command = cli.rerun_command(row, SETTINGS).split("'")
+            command = runner.rerun_command(row, SETTINGS).split("'")
             options = command[2].split()
             peers = [options[options.index("--peer") + 1]] if "--peer" in options else None
             assert [found.id for found in suites.select(None, command[1], peers)] == [row.id], name
     row = replace(suites.SUITES["packed"].rows()[0], peer="jax")
-    assert "--peer jax" in cli.rerun_command(row, SETTINGS)
+    assert "--peer jax" in runner.rerun_command(row, SETTINGS)
 
 
 def test_thread_counts() -> None:

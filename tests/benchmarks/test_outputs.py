@@ -22,7 +22,7 @@ from tests.benchmarks.documents import ROOT, document, every_kind, failed, measu
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-from benchmarks import cli, commands, compare, page, plots, readme, report, results, schema
+from benchmarks import command_line, commands, compare, page, plots, readme, report, results, schema
 
 
 @pytest.fixture(scope="module")
@@ -240,14 +240,14 @@ def test_compare_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     for file, ratio in zip(files, (2.0, 1.0), strict=False):
         results.Document(document(timed(ratio))).save(file)
     files[2].write_text("{")
-    assert cli.main(["compare", str(files[0]), str(files[1])]) == cli.FAILURES
+    assert commands.main(["compare", str(files[0]), str(files[1])]) == command_line.FAILURES
     assert "regression: 1" in capsys.readouterr().out
-    assert cli.main(["compare", str(files[1]), str(files[0])]) == cli.OK
-    assert cli.main(["compare", str(files[0]), str(files[1]), "--threshold", "3"]) == cli.OK
+    assert commands.main(["compare", str(files[1]), str(files[0])]) == command_line.OK
+    assert commands.main(["compare", str(files[0]), str(files[1]), "--threshold", "3"]) == command_line.OK
     for wrong in ("bad.json", "absent.json"):
         with pytest.raises(SystemExit) as stop:
             commands.compare([str(files[0]), str(tmp_path / wrong)])
-        assert stop.value.code == cli.USAGE
+        assert stop.value.code == command_line.USAGE
         assert wrong in capsys.readouterr().err
 
 
@@ -261,7 +261,7 @@ def test_report_from_a_stored_run(everything: dict[str, Any], tmp_path: Path) ->
         "--plots",
         str(tmp_path),
     ]
-    assert cli.main(["report", str(tmp_path / "run.json"), *outputs]) == cli.OK
+    assert commands.main(["report", str(tmp_path / "run.json"), *outputs]) == command_line.OK
     assert (tmp_path / "new" / "r.html").read_text() == page.render(json.loads(json.dumps(everything)))
     assert (tmp_path / "r.md").read_text() == report.markdown(everything)
     assert (tmp_path / "ratios.svg").exists()

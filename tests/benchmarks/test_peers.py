@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cli, measure
+from benchmarks import measure, runner
 from benchmarks.cases import MODES, PER_SAMPLE, Case, Row, entries
 from benchmarks.data import make_data
 from benchmarks.peers import PEERS, NoResult, base, keras_layers, loops, onnx_model
@@ -97,7 +97,7 @@ def test_rows_of_per_sample_gradients_need_both_sides() -> None:
     for ours, theirs, said in (("fastrnn", "loop", "loop: no"), ("torch", "sampleloop", "torch: no")):
         settings = replace(SETTINGS, ours=ours)
         row, suite = Row("timing", case, "persample", theirs), SUITES["persample"]
-        result = cli.run_row(row, suite, PEERS, settings, None)
+        result = runner.run_row(row, suite, PEERS, settings, None)
         assert (result.status, result.message) == ("skipped", f"{said} per-sample gradients")
     assert "not with PackedSequence" in (PEERS["fastrnn"].supports(tiny("LSTM", shortest=2), "persample") or "")
 
