@@ -19,7 +19,7 @@ OLDEST_ARCH = 80  # the mma and cp.async wrappers of device_cuda.cuh
 # The kernels see csrc/ and the toolkit, never torch: they compile in seconds, for any torch. Relaxed constexpr, because
 # kernels ask the constexpr functions of headers that are plain C++ (tiles.h); without it such a kernel becomes a trap.
 NVCC_FLAGS = (
-    "-std=c++17",
+    "-std=c++20",
     "-O3",
     "--expt-relaxed-constexpr",
     "-Xcompiler",

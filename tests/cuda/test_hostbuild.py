@@ -264,7 +264,7 @@ def test_portable_fibers():
 def test_same_source_compiles_for_cuda(arch, tmp_path):
     command = [
         "nvcc",
-        "-std=c++17",
+        "-std=c++20",
         "-O3",
         f"-arch={arch}",
         "-c",

@@ -22,7 +22,7 @@ def runtime(tmp_path_factory):
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         assert done.returncode == 0, done.stderr
 
-    common = ("-std=c++17", "-c", "-O1", "-Xcompiler", "-fPIC", "-cudart", "none", f"-I{HERE.parents[1] / 'csrc'}")
+    common = ("-std=c++20", "-c", "-O1", "-Xcompiler", "-fPIC", "-cudart", "none", f"-I{HERE.parents[1] / 'csrc'}")
     run("nvcc", *common, "-arch=sm_90a", str(HERE / "cudart/probe.cu"), "-o", "probe.o")
     run("nvcc", *common, str(HERE / "cudart/runtime.cpp"), "-o", "runtime.o")
     run("gcc", "-c", "-O1", "-fPIC", str(HERE / "cudart/internals.c"), "-o", "internals.o")

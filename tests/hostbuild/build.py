@@ -33,7 +33,7 @@ EMULATOR = [
     )
 ]
 
-COMMON = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
+COMMON = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
 HOST = [*COMMON, "-O2", "-ftree-vectorize"]
 KERNEL = [
     *COMMON,
