@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import scaling
 from benchmarks.cases import Row
-from benchmarks.schema import SCHEMA, SCHEMA_VERSION, STATUSES, schema_problems, upgraded
+from benchmarks.schema import SCHEMA, SCHEMA_VERSION, STATUSES, json_text, schema_problems, upgraded
 from benchmarks.stats import Interval, Spread, geometric_mean
 
 FAILED = ("error", "mismatch")  # these make the exit status non-zero
@@ -221,7 +221,7 @@ class Document:
         return any(row["status"] in FAILED for row in self.data["rows"])
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.data, indent=1, default=str) + "\n")
+        path.write_text(json_text(self.data))
 
     @classmethod
     def load(cls, path: Path) -> Document:

@@ -1,7 +1,8 @@
-"""The form of the JSON document: its version, what it must hold, and how older versions are read."""
+"""The form of the JSON document: its version, what it must hold, how it is written and how older versions are read."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 SCHEMA = "fastrnn-benchmarks"
@@ -78,3 +79,17 @@ def schema_problems(data: Any) -> list[str]:
         if row.get("status") == "ok" and sum(bool(row.get(kind)) for kind in ("timing", "accuracy", "memory")) != 1:
             problems.append(f"{where}: ok, but not exactly one of timing, accuracy and memory")
     return problems
+
+
+def json_text(document: dict[str, Any]) -> str:
+    """The document as a file: a line for each of its keys and, in a list of objects, for each object (a row).
+
+    So a run of a hundred rows has some hundred lines, and a difference between two runs is shown row by row.
+    """
+
+    def text(value: Any) -> str:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return "[\n" + ",\n".join(json.dumps(item, default=str) for item in value) + "\n]"
+        return json.dumps(value, default=str)
+
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {text(value)}" for key, value in document.items()) + "\n}\n"

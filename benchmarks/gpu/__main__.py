@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.report import document, machine, table
+from benchmarks.schema import json_text
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESERVE_S = 15.0  # for writing, and for processes to end
@@ -202,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             timing_log = run.out / "timing.log"
             print(timing_log.read_text(errors="replace"))
     doc = document(machine(options.device), run.steps, rows)
-    (run.out / "gpu.json").write_text(json.dumps(doc, indent=1) + "\n")
+    (run.out / "gpu.json").write_text(json_text(doc))
     print("\n".join(table(doc)))
     return 1 if doc["summary"]["failed"] else 0
 

@@ -441,6 +441,8 @@ def test_document_survives_a_round_trip(mixed: dict[str, Any], tmp_path: Path) -
     file = tmp_path / "run.json"
     results.Document(mixed).save(file)
     assert results.Document.load(file).data == json.loads(json.dumps(mixed))
+    rows = [line for line in file.read_text().splitlines() if line.startswith('{"id": ')]
+    assert [json.loads(line.rstrip(","))["id"] for line in rows] == [row["id"] for row in mixed["rows"]]
 
 
 @pytest.mark.parametrize(

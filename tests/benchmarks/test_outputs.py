@@ -293,6 +293,7 @@ def test_committed_runs_are_valid_and_hold_no_paths(file: Path) -> None:
     assert not re.search(r"/(home|root|work|tmp|usr|opt)/", text)
     assert re.match(r"\d{4}-\d\d-\d\d-", file.name)
     assert data["machine"]["date"][:10] == file.name[:10]
+    assert text == schema.json_text(json.loads(text)), "a line for each row"
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/results/gpu").glob("*.json")), ids=lambda file: file.stem)
@@ -302,6 +303,7 @@ def test_committed_runs_on_a_gpu(file: Path) -> None:
     assert (data["schema"], data["schema_version"]) == ("fastrnn-gpu", 1)
     assert data["machine"]["date"][:10] == file.name[:10]
     assert not re.search(r"/(home|root|work|tmp|usr|opt)/", text)
+    assert text == schema.json_text(data), "a line for each row"
 
 
 # ---- README
