@@ -7,10 +7,8 @@ backward call on an emulator's memory. The tests below know no tier.
 import ctypes
 import shutil
 import struct
-import sys
 from functools import cache
 from itertools import product
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -18,12 +16,9 @@ import torch
 
 from fastrnn import ops, reference
 from tests.accuracy import assert_as_exact, plain_backward, plain_forward
+from tests.hostbuild.build import HERE, OUT, ROOT, build
+from tests.hostbuild.host import Emulator
 from tests.kernels.test_kernels import BACKWARD_NAMES, FORWARD_NAMES, Case, backward_arguments, double
-
-HERE = Path(__file__).resolve().parents[1] / "hostbuild"
-sys.path.insert(0, str(HERE))
-from build import OUT, ROOT, build, replace_text  # noqa: E402, F401
-from host import Emulator  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 

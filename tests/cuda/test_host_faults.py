@@ -14,7 +14,8 @@ import torch
 
 from fastrnn import reference
 from tests.accuracy import errors, plain_backward, plain_forward
-from tests.cuda.test_host import HERE, OUT, ROOT, TIERS, Cuda, Problem, backward_call, build, forward_call, replace_text
+from tests.cuda.test_host import TIERS, Cuda, Problem, backward_call, forward_call
+from tests.hostbuild.build import HERE, OUT, ROOT, build, replace_text
 from tests.kernels.test_kernels import Case, double
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")

@@ -4,26 +4,22 @@ tiles. What it shares with other tiers is tested in test_host.py.
 
 import ctypes
 import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from fastrnn import ops, reference
 from tests.accuracy import assert_as_exact, plain_backward, plain_forward
+from tests.hostbuild.build import HERE, OUT, ROOT, build
+from tests.hostbuild.host import Emulator
 from tests.kernels.test_kernels import BACKWARD_NAMES, FORWARD_NAMES, Case, backward_arguments, double
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "hostbuild"))
-from build import OUT, ROOT, build
-from host import Emulator
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
 SOURCES = [
     *(ROOT / f"csrc/cuda/grid_{name}.cu" for name in ("prepare", "forward", "backward")),
-    Path(__file__).resolve().parents[1] / "hostbuild/grid_launchers.cpp",
+    HERE / "grid_launchers.cpp",
 ]  # fmt: skip
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 INVALID_VALUE, TOO_LARGE = 1, 720

@@ -6,17 +6,12 @@ import re
 import shutil
 import struct
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-HERE = Path(__file__).resolve().parents[1] / "hostbuild"
-sys.path.insert(0, str(HERE))
-from build import OUT, ROOT, build  # noqa: E402
-from host import Emulator  # noqa: E402
+from tests.hostbuild.build import HERE, OUT, ROOT, build
+from tests.hostbuild.host import Emulator
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 

@@ -7,6 +7,7 @@ build/hostbuild by a hash of their flags, their source and every header, so only
 """
 
 import argparse
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -48,7 +49,7 @@ KERNEL = [
 ]
 
 
-def _headers_hash():
+def headers_hash():
     digest = hashlib.sha256()
     for folder in (ROOT / "csrc", HERE):
         for path in sorted(folder.rglob("*.h")) + sorted(folder.rglob("*.cuh")):
@@ -63,18 +64,20 @@ def replace_text(path, text):
     partial.rename(path)
 
 
-def _object_of(source, defines, compiler, headers):
+def object_of(source, defines, compiler, headers):
     flags = (KERNEL if source.suffix == ".cu" else HOST) + [f"-D{d}" for d in defines]
     told = "\0".join([compiler, headers, *flags]).encode()
     key = hashlib.sha256(told + source.read_bytes()).hexdigest()[:16]
     target = OUT / f"{source.stem}-{key}.o"
-    if not target.exists():
-        partial = target.with_suffix(f".{os.getpid()}.o")
-        command = [compiler, *flags, "-c", str(source), "-o", str(partial)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        partial.rename(target)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several test processes one compiles, the others wait and take its object
+        if not target.exists():
+            partial = target.with_suffix(".partial.o")
+            command = [compiler, *flags, "-c", str(source), "-o", str(partial)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+            partial.rename(target)
     return target
 
 
@@ -82,10 +85,10 @@ def build(sources, library, defines=(), compiler=None, jobs=None):
     """Compiles `sources` (.cu and .cpp) and the emulator into `library`; returns its path."""
     compiler = compiler or os.environ.get("CXX", "g++")
     OUT.mkdir(parents=True, exist_ok=True)
-    headers = _headers_hash()
+    headers = headers_hash()
     every = [Path(s).resolve() for s in sources] + EMULATOR
     with ThreadPoolExecutor(jobs or min(4, os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(lambda s: _object_of(s, defines, compiler, headers), every))
+        objects = list(pool.map(lambda s: object_of(s, defines, compiler, headers), every))
     library = Path(library)
     stamp = library.with_suffix(".objects")
     names = "\n".join(map(str, objects))
