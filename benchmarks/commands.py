@@ -179,17 +179,18 @@ def compare(argv: Sequence[str]) -> int:
 
 
 def readme(argv: Sequence[str]) -> int:
-    """`python -m benchmarks readme`: tables and plots of README.md again, from the committed runs."""
+    """`python -m benchmarks readme`: tables and plots of the documents again, from the committed runs."""
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} readme",
-        description="Writes the tables and plots of README.md from benchmarks/results, between their markers.",
+        description="Writes the tables and plots of the documents from benchmarks/results, between their markers.",
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something would change")
-    parser.add_argument("--file", type=Path, default=generated.README, help="default: README.md")
+    parser.add_argument("--file", type=Path, help="default: README.md and those in docs/ that have such tables")
     options = parser.parse_args(argv)
     console = Console(stderr=True)
     try:
-        stale = generated.update(options.file, write=not options.check)
+        files = [options.file.resolve()] if options.file else generated.DOCUMENTS
+        stale = [name for file in files for name in generated.update(file, write=not options.check)]
     except (OSError, ValueError) as error:
         parser.error(str(error))
     for name in stale:

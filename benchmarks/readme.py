@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,8 @@ from benchmarks.results import FAILED, VERDICTS, Document, judged
 from benchmarks.stats import geometric_mean
 
 ROOT = Path(__file__).resolve().parents[1]
-README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/measured.md", "docs/performance-cpu.md", "docs/gpu.md"))
 PART = re.compile(r"(<!-- benchmarks begin: (\S+) (\S+) -->\n).*?(<!-- benchmarks end -->)", re.DOTALL)
 LINE = re.compile(r"<!-- benchmarks (begin|end)")
 TITLES = {
@@ -228,8 +230,8 @@ def write_plot(run: Path, name: str) -> None:
     plot_file(run, name).write_text(plots.svg(made[name][1], f"from {run.name}, sha256 {digest(run)}"))
 
 
-def render(text: str, root: Path = ROOT, results: Path = RESULTS) -> tuple[str, list[tuple[Path, str]]]:
-    """The text with every part made anew, and the (run, name) of the plots it shows.
+def render(text: str, folder: Path = ROOT, results: Path = RESULTS) -> tuple[str, list[tuple[Path, str]]]:
+    """The text of a file in `folder` with every part made anew, and the (run, name) of the plots it shows.
 
     Raises:
         ValueError: a part names no file or no view, or has no end.
@@ -244,7 +246,7 @@ def render(text: str, root: Path = ROOT, results: Path = RESULTS) -> tuple[str, 
         if view.startswith("plot:"):
             name = view.removeprefix("plot:")
             plots.append((run, name))
-            lines = [f"![{name}, from {run.name}]({plot_file(run, name).relative_to(root).as_posix()})"]
+            lines = [f"![{name}, from {run.name}]({os.path.relpath(plot_file(run, name), folder)})"]
         elif view in VIEWS:
             lines = VIEWS[view](Document.load(run).data)
         elif view in GPU_VIEWS:
@@ -263,7 +265,7 @@ def render(text: str, root: Path = ROOT, results: Path = RESULTS) -> tuple[str, 
 def update(file: Path, write: bool = True) -> list[str]:
     """Names of what was not up to date: the file itself, plots. Written unless `write` is false."""
     text = file.read_text()
-    made, plots = render(text)
+    made, plots = render(text, file.parent)
     stale = [file.name] if made != text else []
     stale += [plot_file(run, name).name for run, name in dict.fromkeys(plots) if not plot_is_current(run, name)]
     if write:

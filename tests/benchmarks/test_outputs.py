@@ -309,11 +309,15 @@ def test_committed_runs_on_a_gpu(file: Path) -> None:
 # ---- README
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/performance-cpu.md", "docs/gpu.md"])
-def test_the_documents_match_the_committed_runs(name: str) -> None:
-    file = readme.ROOT / name
-    assert readme.update(file, write=False) == [], f"python -m benchmarks readme --file {name}"
-    assert len(readme.PART.findall(file.read_text())) >= (2 if name == "docs/gpu.md" else 3)
+@pytest.mark.parametrize("file", readme.DOCUMENTS, ids=lambda file: file.stem)
+def test_the_documents_match_the_committed_runs(file: Path) -> None:
+    assert readme.update(file, write=False) == [], f"python -m benchmarks readme --file {file}"
+    assert len(readme.PART.findall(file.read_text())) >= (2 if file.stem == "gpu" else 3)
+
+
+def test_every_document_with_such_tables_is_known() -> None:
+    found = {file for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if readme.PART.search(file.read_text())}
+    assert found == set(readme.DOCUMENTS)
 
 
 @pytest.fixture

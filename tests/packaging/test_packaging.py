@@ -99,9 +99,26 @@ def test_wheel_is_for_the_torch_it_was_built_with(sources, tmp_path):
     assert not re.findall(r"\]\((?!https?:)", text), "a link that leads nowhere outside of the repository"
 
 
-def test_every_link_of_the_readme_leads_somewhere():
-    for link in re.findall(r"\]\((?!https?:|#)([^)]*)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / link.partition("#")[0]).exists(), link
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda p: p.stem
+)
+def test_every_link_of_a_page_leads_somewhere(page):
+    """Files, and sections by their headings."""
+    for link in re.findall(r"\]\((?!https?:)([^)]*)\)", page.read_text()):
+        name, _, section = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        if section:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            known = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert section in known, link
+
+
+def test_the_pages_name_files_that_exist():
+    """What stands in backquotes and looks like a path of the repository."""
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"):
+        for name in re.findall(r"`((?:csrc|fastrnn|tests|tools|benchmarks|docs|examples)/[\w./*-]+)", page.read_text()):
+            assert list(ROOT.glob(name.partition("::")[0].rstrip("."))), f"{page.name}: {name}"
 
 
 # ---- what a build asks for and says ----
