@@ -246,14 +246,14 @@ def faulty_source(name):
 def faulty():
     folder = OUT / "faults"
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HERE / "launchers.cpp"]
+    sources, copies = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HERE / "launchers.cpp"], []
     for name in FAULTS:
         source = folder / f"{symbol(name)}.cu"
         text = faulty_source(name)
         if not source.exists() or source.read_text() != text:
             replace_text(source, text)
-        sources.append(source)
-    return Cuda(build(sources, OUT / "libfaults.so"))
+        copies.append(source)
+    return Cuda(build(sources, OUT / "libfaults.so", quick=copies))
 
 
 def results(faulty, fault, problems, tile):

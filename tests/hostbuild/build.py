@@ -64,8 +64,8 @@ def replace_text(path, text):
     partial.rename(path)
 
 
-def object_of(source, defines, compiler, headers):
-    flags = (KERNEL if source.suffix == ".cu" else HOST) + [f"-D{d}" for d in defines]
+def object_of(source, defines, compiler, headers, quick=False):
+    flags = (KERNEL if source.suffix == ".cu" else HOST) + [f"-D{d}" for d in defines] + ["-O0"] * quick
     told = "\0".join([compiler, headers, *flags]).encode()
     key = hashlib.sha256(told + source.read_bytes()).hexdigest()[:16]
     target = OUT / f"{source.stem}-{key}.o"
@@ -81,14 +81,17 @@ def object_of(source, defines, compiler, headers):
     return target
 
 
-def build(sources, library, defines=(), compiler=None, jobs=None):
-    """Compiles `sources` (.cu and .cpp) and the emulator into `library`; returns its path."""
+def build(sources, library, defines=(), compiler=None, jobs=None, quick=()):
+    """Compiles `sources` (.cu and .cpp) and the emulator into `library`; returns its path.
+
+    `quick`: more sources, compiled without optimisation, since they take longer to compile than to run.
+    """
     compiler = compiler or os.environ.get("CXX", "g++")
     OUT.mkdir(parents=True, exist_ok=True)
     headers = headers_hash()
-    every = [Path(s).resolve() for s in sources] + EMULATOR
+    every = [(Path(s).resolve(), False) for s in (*sources, *EMULATOR)] + [(Path(s).resolve(), True) for s in quick]
     with ThreadPoolExecutor(jobs or min(4, os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(lambda s: object_of(s, defines, compiler, headers), every))
+        objects = list(pool.map(lambda s: object_of(s[0], defines, compiler, headers, s[1]), every))
     library = Path(library)
     stamp = library.with_suffix(".objects")
     names = "\n".join(map(str, objects))
