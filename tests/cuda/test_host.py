@@ -100,7 +100,7 @@ class Call:
         self.places[name] = self.cuda.upload(x, name).value
 
     def result(self, name, shape, there=True, zero=False, dtype=None):
-        """A result: unwritten memory, or zeros where the door clears it."""
+        """A result: unwritten memory, or zeros where the kernels are given zeros."""
         x = torch.empty(shape if there else 0, dtype=dtype or self.dtype)
         self.results[name] = x
         if x.numel():

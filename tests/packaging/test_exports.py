@@ -26,7 +26,7 @@ def exported(module):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """The package with the module linked so, from the objects that lie there, and the tests of errors."""
+    """The package with the module linked so, from the objects of the build in place, and the tests of errors."""
     if not next((ROOT / "build").glob("temp.*/csrc/torch/*.o"), None):
         pytest.skip("no objects of a build in place")
     folder = tmp_path_factory.mktemp("static")
