@@ -13,27 +13,29 @@
 //   forward, backward
 // and a line in registry.h.
 //
-// A cell whose gates depend on all units of a row together, as layer normalization makes them, also has a member type Row
-// with
-//   kSums          how many numbers are summed over the units of a row; they may be of all gates, or of one each
-//   reduce         one unit's terms of these sums, from the recurrent product (ForwardIn::gates_hh, still without bias_hh)
-//   combine        once a row, from the sums and the number of units, what the units need of them, as many numbers
-//   project        what replaces a unit's recurrent product; the bias is added behind it
-//   reduce_grad, combine_grad, project_grad
-//                  the same backward: from the gradient of what project gave (BackwardOut::grad_gates_hh) to that of the
-//                  recurrent product
-// forward finds the combined numbers in ForwardIn::row, so that it can save what backward needs of them.
+// forward sets every member of ForwardOut, backward every member of BackwardOut.
+//
+// A cell whose gates depend on all units of a row together, as layer normalization makes them, has a member type Row too.
+// It says which sums over the row's units a cell needs of the recurrent product (gates_hh, with its bias), and what
+// becomes of their gradient. With n units in a row, and numbers X = float or double:
+//   kSums                                      how many sums there are
+//   Pack<V, kSums> reduce(gates_hh)            one unit's terms of the sums
+//   Pack<X, kSums> combine(sums, X n)          once a row: what the units need to know of the sums
+// forward then finds the combined numbers in ForwardIn::row, and does with them and the product what it will; what
+// backward needs of either it saves. backward treats the combined numbers as constants. The rest of the gradient is made
+// from the grad_gates_hh that it returns:
+//   Pack<V, kSums> reduce_grad(saved, grad_gates_hh)             one unit's terms of the sums
+//   Pack<X, kSums> combine_grad(sums, X n)                       once a row
+//   Pack<V, kGates> project_grad(saved, row, grad_gates_hh)      the gradient of the recurrent product itself; `row` holds
+//                                                                the numbers that combine_grad made
+// The gradients of weight_hh, of bias_hh and of the state before the step are made from the last of these.
 //
 // A cell may have kLateGates: the recurrent product of so many of its last gates is not with h, but with a vector that the
 // other gates make of it (a GRU whose reset gate comes before the product). No kernel takes more than 0 of them yet.
 #pragma once
 #include <type_traits>
 
-#if defined(__CUDACC__)
-#define FASTRNN_HD __host__ __device__ __forceinline__
-#else
-#define FASTRNN_HD inline __attribute__((always_inline))
-#endif
+#include "../host_device.h"
 
 namespace fastrnn {
 
@@ -62,7 +64,7 @@ struct ForwardIn {
   Pack<V, Cell::kGates> gates_ih, gates_hh;
   Pack<V, Cell::kStates> state;  // before the step
   Pack<V, Cell::kParams> params;
-  Pack<V, kRowSums<Cell>> row;  // what Row::combine made
+  Pack<V, kRowSums<Cell>> row;  // what Row::combine made, the same for all units of a row
 };
 
 template <class Cell, class V>

@@ -1,4 +1,4 @@
-// Every cell there is, one line each: X(name in Python, C++ type, grad_gates_hh differs from grad_gates_ih).
+// Every cell there is, one line each: X(name in Python, C++ type, does grad_gates_hh differ from grad_gates_ih?).
 // The position in this list is the cell's number (ForwardParams::cell); Python asks cell_info() and repeats nothing.
 #pragma once
 #include "elman.h"
@@ -37,6 +37,10 @@ inline constexpr CellInfo kCells[] = {
     FASTRNN_FOR_EACH_CELL(FASTRNN_CELL_INFO)
 #undef FASTRNN_CELL_INFO
 };
+#define FASTRNN_CHECK_CELL(name, Cell, separate) \
+  static_assert(separate || kRowSums<Cell> == 0, name ": the gradient of the product alone goes through Row");
+FASTRNN_FOR_EACH_CELL(FASTRNN_CHECK_CELL)
+#undef FASTRNN_CHECK_CELL
 inline constexpr int kNumCells = sizeof(kCells) / sizeof(kCells[0]);
 
 }  // namespace fastrnn

@@ -1,9 +1,17 @@
 // The matrix products around a recurrence (the gradients of weights and input) by the recurrence's own micro-kernel.
-// Included once per instruction set, after forward-inl.h.
 //
 // Each thread owns a range of rows, or of columns where there are more of those, and packs what it needs itself: no
 // barrier. k is cut into blocks whose packed panels stay in the second-level cache beside the rows they meet, and those
 // into parts: sums of more products lose more to rounding, and a part's panel stays in the first level.
+#pragma once
+#include "isa-inl.h"
+
+#include "panels-inl.h"
+#include "product-inl.h"
+#include "scalar.h"
+#include "simd-inl.h"
+
+namespace fastrnn::cpu::FASTRNN_ISA {
 
 constexpr int64_t kBlockK = 512, kPartK = 128, kBlockM = 96, kBlockN = 256;
 
@@ -95,3 +103,5 @@ void gemm_worker(const GemmParams& p, char* workspace, int thread, int threads) 
   else
     multiply<T, false>(buffers, m, columns, p.k, a, p.a_stride, pack, keep);
 }
+
+}  // namespace fastrnn::cpu::FASTRNN_ISA

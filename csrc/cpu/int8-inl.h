@@ -1,8 +1,16 @@
 // Products with int8 weights for inference: rows of float32 are quantised as they come, each by its own largest
-// magnitude, and multiplied as integers, exactly. Included once per instruction set, after product-inl.h.
+// magnitude, and multiplied as integers, exactly.
 //
 // x = scale (q - 128) with q in 1..255, w = scale' q'; sum x w = scale scale' (sum q q' - 128 sum q').
-// The blocks of weights stand at LayerParams.
+// LayerParams says how the blocks of weights are ordered.
+#pragma once
+#include "isa-inl.h"
+
+#include "product-inl.h"
+#include "scalar.h"
+#include "simd-inl.h"
+
+namespace fastrnn::cpu::FASTRNN_ISA {
 
 constexpr int kInt8Units = 16, kInt8Depth = 4, kInt8Rows = 4;
 
@@ -145,3 +153,5 @@ void for_each_int8_tile(int64_t count, const uint8_t* a, int64_t stride, const f
     body(first, rows, static_cast<const float*>(sums));
   }
 }
+
+}  // namespace fastrnn::cpu::FASTRNN_ISA

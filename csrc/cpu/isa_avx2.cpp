@@ -1,20 +1,14 @@
-// x86-64 with AVX2 and FMA (Haswell, Zen and later).
-// Standard headers come before the target pragma: nothing of theirs may be compiled for a newer CPU.
-#include <cmath>
-#include <coroutine>
-#include <cstdint>
-#include <type_traits>
-#include <vector>
+// The kernels for x86-64 with AVX2 and FMA.
+#if defined(__x86_64__)
+#define FASTRNN_AVX2
+#include "recurrent-inl.h"
 
+namespace fastrnn::cpu {
+const Kernels* avx2_kernels() { return &avx2::kKernels; }
+}  // namespace fastrnn::cpu
+#else
 #include "plan.h"
 
-#if defined(__x86_64__)
-#pragma GCC target("avx2,fma")
-#define FASTRNN_VECTOR_BYTES 32
-#define FASTRNN_ISA avx2
-#define FASTRNN_KERNELS avx2_kernels
-#include "recurrent-inl.h"
-#else
 namespace fastrnn::cpu {
 const Kernels* avx2_kernels() { return nullptr; }
 }  // namespace fastrnn::cpu

@@ -1,11 +1,6 @@
-// Any CPU: 16-byte vectors, with whatever the compiler's default target has (SSE2 on x86-64, NEON on AArch64).
-#include <cmath>
-#include <coroutine>
-#include <cstdint>
-#include <type_traits>
-#include <vector>
-
-#define FASTRNN_VECTOR_BYTES 16
-#define FASTRNN_ISA baseline
-#define FASTRNN_KERNELS baseline_kernels
+// The kernels for any CPU.
 #include "recurrent-inl.h"
+
+namespace fastrnn::cpu {
+const Kernels* baseline_kernels() { return &baseline::kKernels; }
+}  // namespace fastrnn::cpu

@@ -1,21 +1,13 @@
-// The kernels of one instruction set. Each isa_*.cpp sets FASTRNN_VECTOR_BYTES and FASTRNN_ISA (its namespace and
-// name) and includes this once, after the standard headers and its target pragma: two instruction sets then share
-// no template instance, whose copies the linker would otherwise merge.
+// The kernels of one instruction set: from the cell and dtype that a call names to the code that is compiled for them.
+#pragma once
+#include "isa-inl.h"
+
 #include "../cells/registry.h"
-#include "plan.h"
-
-namespace fastrnn::cpu::FASTRNN_ISA {
-#include "simd.h"
-
-#include "product-inl.h"
-
-#include "int8-inl.h"
-
+#include "backward-inl.h"
 #include "forward-inl.h"
-
 #include "gemm-inl.h"
 
-#include "backward-inl.h"
+namespace fastrnn::cpu::FASTRNN_ISA {
 
 // Calls f.operator()<Cell, S>() for the cell and storage type that p names.
 template <class Cell, class F>
@@ -60,7 +52,7 @@ struct Forward {
   }
   template <class Worker>
   Part run() const {
-    return Worker::run({p, layer, plan, workspace, member}).part;
+    return Worker::run(p, layer, plan, workspace, member).part;
   }
 };
 
@@ -72,7 +64,7 @@ struct Backward {
   int member;
   template <class Cell, class S>
   Part operator()() const {
-    return BackwardWorker<Cell, S>::run({p, layer, plan, workspace, member}).part;
+    return BackwardWorker<Cell, S>::run(p, layer, plan, workspace, member).part;
   }
 };
 
@@ -125,16 +117,11 @@ inline void gemm(const GemmParams& p, char* workspace, int member, int members) 
                              : gemm_worker<float>(p, workspace, member, members);
 }
 
-}  // namespace fastrnn::cpu::FASTRNN_ISA
-
 #define FASTRNN_STRING(x) #x
 #define FASTRNN_NAME(x) FASTRNN_STRING(x)
+constexpr Kernels kKernels{FASTRNN_NAME(FASTRNN_ISA), forward_workspace, backward_workspace, forward, backward,
+                           gemm_workspace, gemm};
+#undef FASTRNN_NAME
+#undef FASTRNN_STRING
 
-namespace fastrnn::cpu {
-const Kernels* FASTRNN_KERNELS() {
-  static const Kernels kernels{FASTRNN_NAME(FASTRNN_ISA), FASTRNN_ISA::forward_workspace,
-                               FASTRNN_ISA::backward_workspace, FASTRNN_ISA::forward, FASTRNN_ISA::backward,
-                               FASTRNN_ISA::gemm_workspace, FASTRNN_ISA::gemm};
-  return &kernels;
-}
-}  // namespace fastrnn::cpu
+}  // namespace fastrnn::cpu::FASTRNN_ISA

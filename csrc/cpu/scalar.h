@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../host_device.h"
+
 namespace fastrnn::cpu {
 
 struct BFloat16 {
@@ -18,8 +20,5 @@ constexpr T inverse_factorial(int k) {
   for (int i = 2; i <= k; ++i) f *= i;
   return T(1 / f);
 }
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 }  // namespace fastrnn::cpu

@@ -10,11 +10,7 @@ import fastrnn
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-VECTORS = {
-    "avx512": (["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"], 64),
-    "avx2": (["-mavx2", "-mfma"], 32),
-    "baseline": ([], 16),
-}
+ISAS = ("avx512", "avx2", "baseline")
 
 
 def compile_and_run(source: Path, out: Path, *flags: str) -> list[list[str]]:
@@ -27,8 +23,12 @@ def compile_and_run(source: Path, out: Path, *flags: str) -> list[list[str]]:
 
 
 def runnable(isa: str) -> bool:
-    order = list(VECTORS)
-    return order.index(isa) >= order.index(fastrnn.instruction_set())
+    return ISAS.index(isa) >= ISAS.index(fastrnn.instruction_set())
+
+
+def chosen(isa: str) -> list[str]:
+    """The compiler's flag for an instruction set; see csrc/cpu/isa-inl.h."""
+    return [] if isa == "baseline" else [f"-DFASTRNN_{isa.upper()}"]
 
 
 def test_every_cell_backward_matches_central_differences(tmp_path):
@@ -36,13 +36,12 @@ def test_every_cell_backward_matches_central_differences(tmp_path):
     assert {row[0] for row in rows} == set(fastrnn.ops.CELLS)
 
 
-@pytest.mark.parametrize("isa", VECTORS)
+@pytest.mark.parametrize("isa", ISAS)
 def test_simd_accuracy(isa, tmp_path):
     if not runnable(isa):
         pytest.skip(f"this CPU has no {isa}")
-    target, width = VECTORS[isa]
-    size = [f"-DFASTRNN_VECTOR_BYTES={width}", "-DFASTRNN_TEST_STRIDE=499", "-DFASTRNN_TEST_POINTS=300000"]
-    rows = compile_and_run(ROOT / "tests/cpp/test_simd.cpp", tmp_path / "simd", *target, *size)
+    flags = [*chosen(isa), "-DFASTRNN_TEST_STRIDE=499", "-DFASTRNN_TEST_POINTS=300000"]
+    rows = compile_and_run(ROOT / "tests/cpp/test_simd.cpp", tmp_path / "simd", *flags)
     assert len(rows) == 11
 
 
@@ -84,9 +83,19 @@ def test_only_the_binding_includes_torch(path):
 @pytest.mark.parametrize("path", [p for p in SOURCES if "cells" in p.parts], ids=lambda p: p.name)
 def test_cells_know_no_memory(path):
     text = path.read_text()
-    assert set(includes(path)) <= {"cmath", "cell.h", "activations.h", "elman.h", "gru.h", "lstm.h"}
+    headers = {"cell.h", "activations.h", "elman.h", "gru.h", "lstm.h"}
+    assert set(includes(path)) <= {"cmath", "type_traits", "../host_device.h", *headers}
     code = re.sub(r"//.*", "", text)
     assert "*>" not in code and not re.search(r"\b(float|double|V)\s*\*", code), "a cell takes no pointer"
+
+
+@pytest.mark.parametrize("path", sorted((CSRC / "cpu").glob("*.h")), ids=lambda p: p.name)
+def test_every_cpu_header_compiles_by_itself(path):
+    """For every instruction set, where it is compiled for one: it includes what it uses, and needs nothing before it."""
+    syntax = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-x", "c++", "-"]
+    text = f'#include "{path}"\n#include "{path}"\n'
+    for isa in ISAS if path.name.endswith("-inl.h") else ["baseline"]:
+        subprocess.run([*syntax, *chosen(isa)], input=text, text=True, check=True)
 
 
 def test_cpu_sources_compile_without_torch(tmp_path):
@@ -114,7 +123,7 @@ def built_object(isa: str) -> Path | None:
 def test_instruction_sets_share_no_code(tmp_path):
     """A weak symbol that two instruction sets define alike would be merged, and might then be the newer one's."""
     owners: dict[str, str] = {}
-    for isa in VECTORS:
+    for isa in ISAS:
         out = built_object(isa)
         if out is None:
             out = tmp_path / f"{isa}.o"

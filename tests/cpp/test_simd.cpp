@@ -1,5 +1,5 @@
 // Accuracy of the SIMD exp and tanh, in ulp of the exact result, and exactness of the 16-bit conversions, for the
-// instruction set that the compiler's flags and FASTRNN_VECTOR_BYTES name.
+// instruction set that FASTRNN_AVX512, FASTRNN_AVX2 or neither of them names (cpu/isa-inl.h).
 // Prints "name value limit" lines; exits with 1 if a value is above its limit.
 #include <cmath>
 #include <cstdint>
@@ -8,11 +8,11 @@
 #include <limits>
 #include <string>
 
-#include "cells/activations.h"
-#include "cpu/scalar.h"
+#include "cpu/simd-inl.h"
 
-namespace fastrnn::cpu::test {
-#include "cpu/simd.h"
+#include "cells/activations.h"
+
+namespace fastrnn::cpu::FASTRNN_ISA {
 
 bool good = true;
 void report(const char* name, double value, double limit) {
@@ -161,11 +161,11 @@ void partial(const char* name) {
   report(name, wrong, 0);
 }
 
-}  // namespace fastrnn::cpu::test
+}  // namespace fastrnn::cpu::FASTRNN_ISA
 
 int main() {
   using namespace fastrnn::cpu;
-  using namespace fastrnn::cpu::test;
+  using namespace fastrnn::cpu::FASTRNN_ISA;
   floats(FASTRNN_TEST_STRIDE);
   doubles(FASTRNN_TEST_POINTS);
   specials<float>("float");

@@ -1,11 +1,17 @@
-// The SIMD value type that the CPU recurrence gives to the cells. Written with the compiler's vector extension, so
-// one text serves every instruction set; FASTRNN_VECTOR_BYTES says how wide. Included inside each instruction set's
-// own namespace (see isa_*.cpp), never by a .cu file: no include guard and no #include here.
+// The SIMD value type that the CPU recurrence gives to the cells. It is written with the compiler's vector extension, so
+// that one text serves every instruction set.
 //
 // Accuracy, measured by tests/cpp/test_simd.cpp over all finite floats and a dense grid of doubles:
 //   exp   <= 2 ulp on [-87.3, 88.3] (double: [-708.3, 709.0]); outside, the value at the end of that range
 //   tanh  <= 3 ulp everywhere
 // NaN in gives NaN out. Denormal inputs need no special mode.
+#pragma once
+#include "isa-inl.h"
+
+#include "../host_device.h"
+#include "scalar.h"
+
+namespace fastrnn::cpu::FASTRNN_ISA {
 
 template <class T>
 struct Traits;
@@ -207,3 +213,5 @@ template <class S, class T>
 FASTRNN_HD void store(S* p, Vec<T> value) {
   store(p, value, Vec<T>::kLanes);
 }
+
+}  // namespace fastrnn::cpu::FASTRNN_ISA

@@ -1,0 +1,28 @@
+// The coroutine that is a member's part of a call. It pauses where its team has to meet, and whoever runs it (team.h) resumes
+// it when the others are there too, or takes the team's members in turn.
+#pragma once
+#include "isa-inl.h"
+
+namespace fastrnn::cpu::FASTRNN_ISA {
+
+// What a worker's run() returns: its coroutine, which pauses before the first line and at every co_yield kMeet, and lives
+// until it is destroyed. No exception leaves it: nothing in it throws.
+enum Meet { kMeet };
+struct Paused {
+  struct Always {
+    bool await_ready() const noexcept { return false; }
+    void await_suspend(std::coroutine_handle<>) const noexcept {}
+    void await_resume() const noexcept {}
+  };
+  struct promise_type {
+    Paused get_return_object() noexcept { return {std::coroutine_handle<promise_type>::from_promise(*this)}; }
+    Always initial_suspend() const noexcept { return {}; }
+    Always final_suspend() const noexcept { return {}; }
+    Always yield_value(Meet) const noexcept { return {}; }
+    void return_void() const noexcept {}
+    void unhandled_exception() const noexcept { __builtin_abort(); }
+  };
+  Part part;
+};
+
+}  // namespace fastrnn::cpu::FASTRNN_ISA

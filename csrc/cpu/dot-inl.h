@@ -1,0 +1,148 @@
+// The product of a few rows with weights that are not packed, for calls too short to repay the packing. Outputs are rows
+// of the weights, so vectors run along k, and at the end the lanes of each are summed.
+#pragma once
+#include "isa-inl.h"
+
+#include "product-inl.h"
+#include "scalar.h"
+#include "simd-inl.h"
+
+namespace fastrnn::cpu::FASTRNN_ISA {
+
+constexpr int kDotRows = 4, kDotOutputs = 4;
+
+// Lane l of the result: lane index(l) of a, or, from kLanes on, of b.
+template <class T, class Index>
+FASTRNN_HD Vec<T> gather_lanes(Vec<T> a, Vec<T> b, Index index) {
+  typename Vec<T>::Bits mask;
+  for (int l = 0; l < Vec<T>::kLanes; ++l) mask[l] = index(l);
+  return __builtin_shuffle(a.v, b.v, mask);
+}
+
+// Half as many lanes of each of what a and b hold in `parts` equal parts: those of a, then those of b.
+template <int Parts, class T>
+FASTRNN_HD Vec<T> merge_sums(Vec<T> a, Vec<T> b) {
+  constexpr int L = Vec<T>::kLanes, kPart = L / Parts, kHalf = kPart / 2;
+  const auto low = [](int l) { return l / kHalf * kPart + l % kHalf; };
+  return gather_lanes(a, b, low) + gather_lanes(a, b, [&](int l) { return low(l) + kHalf; });
+}
+
+// The sums over all lanes of four vectors.
+template <class T>
+FASTRNN_HD void sum_lanes(const Vec<T> (&x)[4], T* out) {
+  constexpr int L = Vec<T>::kLanes;
+  static_assert(L >= 2);
+  alignas(64) T lanes[L];
+  if constexpr (L >= 4) {
+    Vec<T> sums = merge_sums<2>(merge_sums<1>(x[0], x[1]), merge_sums<1>(x[2], x[3]));
+#pragma GCC unroll 4
+    for (int half = L / 8; half > 0; half /= 2)
+      sums = sums + gather_lanes(sums, sums, [half](int l) { return l ^ half; });
+    store(lanes, sums);
+    for (int i = 0; i < 4; ++i) out[i] = lanes[i * (L / 4)];
+  } else
+    for (int i = 0; i < 4; ++i) {
+      store(lanes, x[i]);
+      out[i] = lanes[0] + lanes[1];
+    }
+}
+
+// out[m * out_stride + n] = sum_k a[m * stride + k] w[n * ld + k]
+template <class T, class S, int M, int N>
+__attribute__((noinline)) void dot(const T* a, int64_t stride, const S* w, int64_t ld, int64_t depth, T* out,
+                                   int64_t out_stride) {
+  using V = Vec<T>;
+  constexpr int L = V::kLanes;
+  V sum[M][4];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) sum[m][n] = V(0);
+  int64_t k = 0;
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    // Two neighbours in 32 bits: the upper one is a float32 already but for bits below its own, the lower one after a
+    // shift. So no lane has to move but the few of a.
+    using Bits = typename V::Bits;
+    for (; k + 2 * L <= depth; k += 2 * L) {
+      V even[M], odd[M];
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const V x = load(a + m * stride + k), y = load(a + m * stride + k + L);
+        even[m] = gather_lanes(x, y, [](int l) { return 2 * l; });
+        odd[m] = gather_lanes(x, y, [](int l) { return 2 * l + 1; });
+      }
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        Bits pairs;
+        __builtin_memcpy(&pairs, w + n * ld + k, sizeof pairs);
+        const V low = (typename V::Native)(pairs << 16), high = (typename V::Native)(pairs & int32_t(0xffff0000));
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) sum[m][n] = sum[m][n] + even[m] * low + odd[m] * high;
+      }
+    }
+  }
+  const auto add = [&](int64_t k, int lanes) {
+    V x[M];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) x[m] = load(a + m * stride + k, lanes);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const V weight = load(w + n * ld + k, lanes);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) sum[m][n] = sum[m][n] + x[m] * weight;
+    }
+  };
+  for (; k + L <= depth; k += L) add(k, L);
+  if (k < depth) add(k, int(depth - k));
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+    T sums[4];
+    sum_lanes(sum[m], sums);
+    for (int n = 0; n < N; ++n) out[m * out_stride + n] = sums[n];
+  }
+}
+
+template <class T, class S, int N>
+void dot(int rows, const T* a, int64_t stride, const S* w, int64_t ld, int64_t depth, T* out, int64_t out_stride) {
+  switch (rows) {
+    case 1:
+      return dot<T, S, 1, N>(a, stride, w, ld, depth, out, out_stride);
+    case 2:
+      return dot<T, S, 2, N>(a, stride, w, ld, depth, out, out_stride);
+    case 3:
+      return dot<T, S, 3, N>(a, stride, w, ld, depth, out, out_stride);
+    default:
+      return dot<T, S, 4, N>(a, stride, w, ld, depth, out, out_stride);
+  }
+}
+
+// for_each_tile without packing. The outputs are those that pack_rows (panels-inl.h) would order as [n][lane]; bias points
+// at the first of them and has the same gate_stride.
+template <class T, class W, class S, class Body>
+void for_each_dot_tile(int64_t count, const T* a, int64_t stride, const W* w, int64_t ld, int64_t gate_stride,
+                       int gates, int unit_vectors, int64_t valid, int64_t depth, const S* bias, Body body) {
+  constexpr int L = Vec<T>::kLanes;
+  alignas(64) T sums[kDotRows * kMaxVectors * L];
+  const int outputs = gates * unit_vectors * L;
+  for (int64_t first = 0; first < count; first += kDotRows) {
+    const int rows = int(count - first < kDotRows ? count - first : kDotRows);
+    for (int v = 0; v < unit_vectors; ++v)
+      for (int g = 0; g < gates; ++g) {
+        const int lanes = int(valid - v * L < L ? valid - v * L : L);
+        const int64_t at = g * gate_stride + v * L;
+        T* to = sums + (v * gates + g) * L;
+        int i = 0;
+        for (; i + kDotOutputs <= lanes; i += kDotOutputs)
+          dot<T, W, kDotOutputs>(rows, a + first * stride, stride, w + (at + i) * ld, ld, depth, to + i, outputs);
+        for (; i < lanes; ++i)
+          dot<T, W, 1>(rows, a + first * stride, stride, w + (at + i) * ld, ld, depth, to + i, outputs);
+        for (int m = 0; m < rows; ++m) {
+          for (int j = lanes; j < L; ++j) to[m * outputs + j] = 0;
+          if (bias) store(to + m * outputs, load(to + m * outputs) + load(bias + at, lanes));
+        }
+      }
+    body(first, rows, static_cast<const T*>(sums));
+  }
+}
+
+}  // namespace fastrnn::cpu::FASTRNN_ISA

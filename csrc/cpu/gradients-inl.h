@@ -1,0 +1,232 @@
+// The gradients of a layer's weights, biases and input: the products with the gate gradients of a chunk of steps, which are
+// in the workspace (BackwardBuffers), without a gap for rows that have no such step. They follow each chunk, and the team
+// shares them: rows of the weights' gradients, and rows of the input's.
+#pragma once
+#include "isa-inl.h"
+
+#include "../cells/registry.h"
+#include "gemm-inl.h"
+#include "panels-inl.h"
+#include "product-inl.h"
+#include "step-inl.h"
+#include "workspace-inl.h"
+
+namespace fastrnn::cpu::FASTRNN_ISA {
+
+// One member's part. Nothing of it is called but where S is float32 or float64, and so the type that sums have, too.
+template <class Cell, class S>
+class LayerGradients {
+  using T = typename Compute<S>::type;
+  using V = Vec<T>;
+  static constexpr int L = V::kLanes, G = Cell::kGates;
+
+ public:
+  LayerGradients(const BackwardParams& params, const LayerBackwardParams* layer, const Plan& plan, int member,
+                 const BackwardBuffers<Cell, T>& buffers, const BackwardStep<Cell, S>& step, bool packed)
+      : p(params), layer(layer), plan(plan), member(member), b(buffers), step(step), packed(packed) {}
+
+  // Of a group; step has entered it.
+  void begin() {
+    chunk_begin = chunk_rows = 0;
+    first_product = true;
+    if (packed && layer->grad_input) pack();
+  }
+
+  // Where a step puts its gate gradients, whose rows are the chunk's next; `running` of them.
+  T* next_gates() const { return grad_gates(*step.rows) + (step.rows->size() + chunk_rows) * b.gates_stride; }
+  T* next_gates_ih() const {
+    return b.grad_gates_ih ? b.grad_gates_ih + (first_row(*step.rows) + chunk_rows) * b.gates_stride : nullptr;
+  }
+  void made(int64_t running) { chunk_rows += running; }
+  // Is the chunk complete with step s?
+  bool complete(int64_t s) const { return s + 1 == p.steps || s + 1 == chunk_begin + plan.chunk; }
+
+  // Steps chunk_begin .. end - 1 have been made. Finds what weight gradients multiply with, and where the input's gradient
+  // goes; where units are split, the team shares all rows. `from`: the last step's gates, whose `running` rows the next
+  // step's product needs, so they move to where they stay; every member moves the units and rows that it makes. Returns
+  // where that is.
+  const T* gather(int64_t end, const T* from, int64_t running, Range units) {
+    const Rows& rows = *step.rows;
+    const int64_t width = (units.end - units.begin) * L;
+    for (int64_t i = 0; i < running; ++i)
+      for (int k = 0; k < G; ++k) {
+        const int64_t at = i * b.gates_stride + k * b.gates_padded + units.begin * L;
+        for (int64_t j = 0; j < width; j += L) store(grad_gates(rows) + at + j, load(from + at + j));
+      }
+    const T* input = static_cast<const T*>(layer->input);
+    int64_t at = first_row(rows);
+    for (int64_t s = chunk_begin; s < end; ++s) {
+      const int64_t time = step.time_of(s), active = rows.active(time);
+      const Range part = plan.split_rows ? Range{0, active} : share(active, member, plan.team_size);
+      for (int64_t i = part.begin; i < part.end; ++i) {
+        b.place[at + i] = p.first_row(time) + rows.row[i];
+        b.input[at + i] = input + step.offset(i, time, layer->input_stride_t, layer->input_stride_b);
+        b.before[at + i] = step.h_before(i, time);
+      }
+      at += active;
+    }
+    return grad_gates(rows);
+  }
+
+  // Adds the gathered chunk to the gradients, and begins the next one.
+  void add_products(int64_t end, T* sums) {
+    const int segments = plan.split_rows ? plan.team_size : 1;
+    for (int segment = 0; segment < segments; ++segment) {
+      const Rows& x = plan.rows(step.group, segment);
+      int64_t count = 0;
+      for (int64_t s = chunk_begin; s < end; ++s) count += x.active(step.time_of(s));
+      if (count == 0) continue;
+      const int64_t first = first_row(x);
+      const T* gates_hh = grad_gates(x) + x.size() * b.gates_stride;
+      const T* gates_ih = b.grad_gates_ih ? b.grad_gates_ih + first * b.gates_stride : gates_hh;
+      add_weight_gradient(layer->grad_weight_ih, gates_ih, b.input + first, layer->size, count);
+      add_weight_gradient(layer->grad_weight_hh, gates_hh, b.before + first, p.width, count);
+      add_bias_gradient(gates_ih, gates_hh, count);
+      first_product = false;
+      const Range mine = !plan.split_rows  ? share(count, member, plan.team_size)
+                         : segment == member ? Range{0, count}
+                                             : Range{0, 0};
+      input_gradient(gates_ih + mine.begin * b.gates_stride, b.place + first + mine.begin, mine.end - mine.begin, sums);
+    }
+    chunk_begin = end;
+    chunk_rows = 0;
+  }
+
+  // Biases, from their sums; and sums of nothing, where no row had a step.
+  void finish() {
+    const Range own = own_gates();
+    const auto each_row = [&](auto body) {
+      for (int64_t i = own.begin; i < own.end; ++i)
+        if (row_of_weight(i) >= 0) body(i, step.group * G * p.hidden + row_of_weight(i));
+    };
+    const auto weight = [&](void* grad, int64_t size) {
+      if (!grad || !first_product) return;
+      each_row([&](int64_t, int64_t row) {
+        for (int64_t j = 0; j < size; ++j) static_cast<T*>(grad)[row * size + j] = 0;
+      });
+    };
+    const auto bias = [&](void* grad, const T* sums) {
+      if (grad) each_row([&](int64_t i, int64_t row) { static_cast<T*>(grad)[row] = first_product ? T(0) : sums[i]; });
+    };
+    weight(layer->grad_weight_ih, layer->size);
+    weight(layer->grad_weight_hh, p.width);
+    bias(layer->grad_bias_ih, b.bias);
+    bias(layer->grad_bias_hh, b.bias + b.gates_stride);
+  }
+
+  // Where a member's rows start, in arrays of a chunk's rows and in grad_gates.
+  int64_t first_row(const Rows& x) const { return b.slots * x.first; }
+  T* grad_gates(const Rows& x) const { return b.grad_gates + (b.slots + 1) * x.first * b.gates_stride; }
+
+ private:
+  void pack() {
+    const int64_t I = layer->size;
+    const T* weight = static_cast<const T*>(layer->weight) + step.group * G * p.hidden * I;
+    // All rows of the input's gradient need all of them.
+    for_each_packed_panel({0, b.input_vectors}, kMaxVectors, true, member, plan.team_size, [&](int64_t v, int vectors) {
+      pack_columns(weight + v * L, I, vectors, I - v * L, G, p.hidden, b.gates_padded,
+                   b.panels_ih + v * L * b.gates_padded * G);
+    });
+  }
+
+  // grad_weight [P, G*h, size] += gates^T x, x's rows anywhere: this member's rows of it, the gates' padding left out.
+  void add_weight_gradient(void* grad_weight, const T* gates, const T* const* x, int64_t size, int64_t count) {
+    if (!grad_weight) return;
+    T* out = static_cast<T*>(grad_weight) + step.group * G * p.hidden * size;
+    if (count <= kFewRows) return add_few_rows(out, gates, x, size, count);
+    const auto pack = [&](int64_t k0, int64_t depth, int64_t v, int n, T* panel) {
+      for (int64_t k = k0; k < k0 + depth; ++k)
+        for (int q = 0; q < n; ++q, panel += L)
+          store(panel, load_or_zero<T>(x[k], (v + q) * L, valid_lanes<T>(size, (v + q) * L)));
+    };
+    const auto keep = [&](int64_t row, int64_t v, int64_t k0, V sum) {
+      const int64_t weight_row = row_of_weight(row);
+      if (weight_row < 0) return;
+      const int n = valid_lanes<T>(size, v * L);
+      T* to = out + weight_row * size + v * L;
+      if (k0 > 0 || !first_product) sum = sum + load(to, n);
+      store(to, sum, n);
+    };
+    multiply<T, true>(b.products, own_gates(), {0, ceil_div(size, L)}, count, gates, b.gates_stride, pack, keep);
+  }
+  // Which row of a weight has this place among a row's gate gradients; -1: it is padding.
+  int64_t row_of_weight(int64_t i) const {
+    if (b.gates_padded == p.hidden) return i;
+    const int64_t unit = i % b.gates_padded;
+    return unit < p.hidden ? i / b.gates_padded * p.hidden + unit : -1;
+  }
+
+  static constexpr int64_t kFewRows = 4;  // of which packing would cost more than the product
+  void add_few_rows(T* out, const T* gates, const T* const* x, int64_t size, int64_t count) {
+    const Range own = own_gates();
+    for (int64_t row = own.begin; row < own.end; ++row) {
+      const int64_t weight_row = row_of_weight(row);
+      if (weight_row < 0) continue;
+      for (int64_t j = 0; j < size; j += L) {
+        const int n = valid_lanes<T>(size, j);
+        T* to = out + weight_row * size + j;
+        V sum = first_product ? V(0) : V(load(to, n));
+        for (int64_t i = 0; i < count; ++i)
+          sum = sum + V(gates[i * b.gates_stride + row]) * load_or_zero<T>(x[i], j, n);
+        store(to, sum, n);
+      }
+    }
+  }
+  Range own_gates() const { return share(G * b.gates_padded, member, plan.team_size); }
+
+  static constexpr int64_t kBiasRows = 16;  // sums of sums, for less rounding
+  void add_bias_gradient(const T* gates_ih, const T* gates_hh, int64_t count) {
+    const Range own = share(G * b.unit_vectors, member, plan.team_size);
+    const auto add_up = [&](const T* gates, T* sums) {
+      for_each_panel(own, kMaxVectors, [&](int64_t v, int n) {
+        V total[kMaxVectors] = {V(0), V(0), V(0), V(0)};
+        for (int64_t first = 0; first < count; first += kBiasRows) {
+          V part[kMaxVectors] = {V(0), V(0), V(0), V(0)};
+          const int64_t last = first + kBiasRows < count ? first + kBiasRows : count;
+          for (int64_t i = first; i < last; ++i)
+            for (int q = 0; q < n; ++q) part[q] = part[q] + load(gates + i * b.gates_stride + (v + q) * L);
+          for (int q = 0; q < n; ++q) total[q] = total[q] + part[q];
+        }
+        for (int q = 0; q < n; ++q)
+          store(sums + (v + q) * L, first_product ? total[q] : total[q] + load(sums + (v + q) * L));
+      });
+    };
+    if (layer->grad_bias_ih) add_up(gates_ih, b.bias);
+    if (layer->grad_bias_hh) add_up(gates_hh, b.bias + b.gates_stride);
+  }
+
+  void input_gradient(const T* gates, const int64_t* place, int64_t count, T* sums) {
+    if (!layer->grad_input) return;
+    T* out = static_cast<T*>(layer->grad_input) + step.group * layer->rows * layer->size;
+    for (int64_t begin = 0; begin < count; begin += kBlockM) {
+      const int64_t end = begin + kBlockM < count ? begin + kBlockM : count;
+      for_each_panel({0, b.input_vectors}, kMaxVectors, [&](int64_t v, int vectors) {
+        const Panel<T> panel = panel_of_columns(layer->weight, step.group, G * p.hidden, layer->size, b.panels_ih,
+                                                b.gates_padded * G, v, vectors, packed);
+        const auto keep = [&](int64_t first, int rows_in_tile, const T* tile) {
+          for (int m = 0; m < rows_in_tile; ++m)
+            for (int n = 0; n < vectors; ++n) {
+              const int64_t j = (v + n) * L;
+              store(out + place[begin + first + m] * layer->size + j, load(tile + (m * vectors + n) * L),
+                    valid_lanes<T>(layer->size, j));
+            }
+        };
+        for_each_deep_tile(end - begin, gates + begin * b.gates_stride, b.gates_stride, panel.weights, panel.stride,
+                           b.gates_padded * G, vectors, sums, keep);
+      });
+    }
+  }
+
+  const BackwardParams& p;
+  const LayerBackwardParams* const layer;
+  const Plan& plan;
+  const int member;
+  const BackwardBuffers<Cell, T>& b;
+  const BackwardStep<Cell, S>& step;
+  const bool packed;  // weight_ih, for the input's gradient
+
+  int64_t chunk_begin, chunk_rows;  // the chunk's first step, its rows so far
+  bool first_product;               // of a group's weight gradients: nothing to add to yet
+};
+
+}  // namespace fastrnn::cpu::FASTRNN_ISA

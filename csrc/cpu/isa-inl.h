@@ -1,0 +1,31 @@
+// The instruction set that a translation unit compiles its kernels for: isa_avx512.cpp defines FASTRNN_AVX512, isa_avx2.cpp
+// FASTRNN_AVX2. Without either it is the baseline of any CPU: 16-byte vectors, with whatever the compiler's default target
+// has (SSE2 on x86-64, NEON on AArch64).
+//
+// Every *-inl.h includes this first, then what else it uses, so each of them compiles by itself. There is one instruction
+// set in a translation unit, so `#pragma once` guards them. Their code is in the namespace fastrnn::cpu::FASTRNN_ISA: two
+// instruction sets then share no instance of a template, whose copies the linker would otherwise merge into one.
+#pragma once
+
+// Nothing of these may be compiled for a newer CPU, for the same reason: they come before the target pragma.
+#include <cmath>
+#include <coroutine>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "plan.h"
+
+#if defined(FASTRNN_AVX512)  // F, DQ, BW, VL: Skylake-X, Zen 4 and later
+#include <immintrin.h>
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
+#define FASTRNN_ISA avx512
+#define FASTRNN_VECTOR_BYTES 64
+#elif defined(FASTRNN_AVX2)  // with FMA: Haswell, Zen and later
+#pragma GCC target("avx2,fma")
+#define FASTRNN_ISA avx2
+#define FASTRNN_VECTOR_BYTES 32
+#else
+#define FASTRNN_ISA baseline
+#define FASTRNN_VECTOR_BYTES 16
+#endif

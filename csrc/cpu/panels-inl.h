@@ -1,0 +1,99 @@
+// Panels of weights: which vectors of outputs each one holds, and how it is packed, once a call.
+#pragma once
+#include "isa-inl.h"
+
+#include "product-inl.h"
+#include "scalar.h"
+#include "simd-inl.h"
+
+namespace fastrnn::cpu::FASTRNN_ISA {
+
+// begin .. end - 1: of vectors, rows or gates.
+struct Range {
+  int64_t begin, end;
+};
+inline Range share(int64_t n, int member, int size) { return {n * member / size, n * (member + 1) / size}; }
+
+// Panels of at most `step` vectors that cover `range`: body(first vector, vectors). There and back in turn: what a cache
+// still holds of the last time is then met first.
+template <class Body>
+FASTRNN_HD void for_each_panel_zigzag(Range range, int step, int64_t time, Body body) {
+  const int64_t panels = ceil_div(range.end - range.begin, step);
+  for (int64_t i = 0; i < panels; ++i) {
+    const int64_t v = range.begin + (time & 1 ? panels - 1 - i : i) * step;
+    body(v, int(range.end - v < step ? range.end - v : step));
+  }
+}
+template <class Body>
+FASTRNN_HD void for_each_panel(Range range, int step, Body body) {
+  for_each_panel_zigzag(range, step, 0, body);
+}
+
+// The panels of `range` that a member packs: all where each member has a range of its own, else its share of them.
+template <class Body>
+FASTRNN_HD void for_each_packed_panel(Range range, int step, bool shared, int member, int members, Body body) {
+  int64_t index = 0;
+  for_each_panel(range, step, [&](int64_t v, int vectors) {
+    if (!shared || index++ % members == member) body(v, vectors);
+  });
+}
+
+// Where the weights of some vectors of outputs are, and how many elements lie between those of k and of k + 1.
+template <class T>
+struct Panel {
+  const T* weights;
+  int64_t stride;
+};
+// Of vectors v .. of the columns of a [P, rows, columns] weight: packed `depth` rows deep by pack_columns (packs), or
+// those of the weight itself.
+template <class T>
+Panel<T> panel_of_columns(const void* weight, int64_t group, int64_t rows, int64_t columns, const T* packs,
+                          int64_t depth, int64_t v, int vectors, bool packed) {
+  constexpr int L = Vec<T>::kLanes;
+  if (packed) return {packs + v * L * depth, vectors * L};
+  return {static_cast<const T*>(weight) + group * rows * columns + v * L, columns};
+}
+
+// Outputs are rows of the matrix: panel[k][n][lane] = w[(n * gate_stride + lane) * ld + k] for lane < valid, else 0.
+// Several vectors of units: unit vector v (of `unit_vectors`) of gate g is n = v * gates + g, and starts L rows on.
+template <class S, class T>
+void pack_rows(const S* w, int64_t ld, int64_t gate_stride, int gates, int unit_vectors, int64_t valid, int64_t depth,
+               T* panel) {
+  constexpr int L = Vec<T>::kLanes;
+  const int N = gates * unit_vectors;
+  constexpr int64_t kBlock = 16;  // columns turned at a time: a cache line or less of each row
+  for (int v = 0; v < unit_vectors; ++v)
+    for (int g = 0; g < gates; ++g) {
+      T* out = panel + (v * gates + g) * L;
+      const int lanes = int(valid - v * L < 0 ? 0 : valid - v * L < L ? valid - v * L : L);
+      const S* in = w + (g * gate_stride + v * L) * ld;
+      for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
+        const int64_t k1 = k0 + kBlock < depth ? k0 + kBlock : depth;
+        alignas(64) T turned[kBlock][L] = {};
+        for (int lane = 0; lane < lanes; ++lane) {
+          alignas(64) T line[kBlock];
+          for (int64_t k = k0; k < k1; k += L)
+            store(line + (k - k0), load(in + lane * ld + k, int(k1 - k < L ? k1 - k : L)));
+          for (int64_t k = k0; k < k1; ++k) turned[k - k0][lane] = line[k - k0];
+        }
+        for (int64_t k = k0; k < k1; ++k) store(out + k * N * L, load(turned[k - k0]));
+      }
+    }
+}
+
+// Outputs are columns: panel[k][n][lane] = w[k * ld + n * L + lane], 0 from column `valid` on. Rows come in `blocks`
+// of `rows`, each block followed by zero rows up to `padded`.
+template <class S, class T>
+void pack_columns(const S* w, int64_t ld, int vectors, int64_t valid, int blocks, int64_t rows, int64_t padded,
+                  T* panel) {
+  constexpr int L = Vec<T>::kLanes;
+  for (int block = 0; block < blocks; ++block)
+    for (int64_t k = 0; k < padded; ++k)
+      for (int n = 0; n < vectors; ++n, panel += L) {
+        const int64_t left = k < rows ? valid - n * L : 0;
+        store(panel, Vec<T>(load(w + (block * rows + (k < rows ? k : 0)) * ld + (left > 0 ? n * L : 0),
+                                 int(left < 0 ? 0 : left < L ? left : L))));
+      }
+}
+
+}  // namespace fastrnn::cpu::FASTRNN_ISA

@@ -1,0 +1,335 @@
+// What happens to one row in one step, forward and backward: the states it starts from, the cell, what is stored and what
+// is carried on. The products, and who computes which rows and units when, are in {forward,backward}-inl.h.
+// csrc/cuda/common.cuh is the twin.
+//
+// All of it is for one row i of a member's, and for a vector of units: units j .. j + L - 1, of which those beyond the last
+// are computed too, but never stored. Nothing here crosses from one vector of units to another, but for the sums over a
+// row that a cell may ask for (Cell::Row, cells/cell.h).
+#pragma once
+#include "isa-inl.h"
+
+#include "../cells/registry.h"
+#include "rows-inl.h"
+#include "simd-inl.h"
+#include "workspace-inl.h"
+
+namespace fastrnn::cpu::FASTRNN_ISA {
+
+template <class T, class S>
+FASTRNN_HD Vec<T> load_or_zero(const S* p, int64_t offset, int valid) {
+  return p ? Vec<T>(load(p + offset, valid)) : Vec<T>(0);
+}
+
+// The parameters of units j .. of one group, from [P, kParams, h].
+template <class Cell, class S>
+FASTRNN_HD auto load_params(const ForwardParams& p, int64_t group, int64_t j, int valid) {
+  Pack<Vec<typename Compute<S>::type>, Cell::kParams> params;
+  if constexpr (Cell::kParams > 0)
+    for (int k = 0; k < Cell::kParams; ++k)
+      params[k] = load(static_cast<const S*>(p.params) + (group * Cell::kParams + k) * p.hidden + j, valid);
+  return params;
+}
+
+// ---- forward ----
+
+template <class Cell, class S>
+struct ForwardStep : Walk<ForwardParams> {
+  using T = typename Compute<S>::type;
+  using V = Vec<T>;
+  static constexpr int L = V::kLanes, G = Cell::kGates;
+  static constexpr bool kHasC = Cell::kStates > 1;
+  static constexpr int kSaved = Cell::kSaved + Cell::kStates - 1;  // values of a unit and step in ForwardParams::saved
+
+  const ForwardBuffers<Cell, T>& b;
+  int64_t t = 0;  // the step's time
+  const T* h_prev = nullptr;
+  T *h_next = nullptr, *c = nullptr, *hidden = nullptr;  // of this member's rows, like h_prev
+
+  ForwardStep(const ForwardParams& params, const ForwardBuffers<Cell, T>& buffers)
+      : Walk<ForwardParams>(params), b(buffers) {}
+
+  int64_t time_of(int64_t s) const { return reverse ? p.steps - 1 - s : s; }
+
+  // The group's s-th step.
+  void enter_step(int64_t s) {
+    t = time_of(s);
+    h_prev = b.h[s & 1] + rows->first * b.stride;
+    h_next = b.h[(s + 1) & 1] + rows->first * b.stride;
+    c = b.c + rows->first * b.stride;
+    hidden = b.hidden + rows->first * b.stride;
+  }
+
+  // The state before the first step, columns j .. of state 0. A row without a step ends where it starts.
+  void start_h(int64_t i, int64_t j) {
+    const V h = start(i, p.width, j, p.h_0, p.h_n, p.reset_h);
+    for (T* x : b.h) store(x + (rows->first + i) * b.stride + j, h);
+  }
+  void start_c(int64_t i, int64_t j) {
+    store(b.c + (rows->first + i) * b.stride + j, start(i, p.hidden, j, p.c_0, p.c_n, p.reset_c));
+  }
+
+  // The cell of units j .., given their recurrent product with its bias, [G][L]. gates_ih: likewise, or null where the
+  // call's are read. row: what Row::combine made.
+  void cell(int64_t i, int64_t j, const T* gates_hh, const T* gates_ih, Pack<V, kRowSums<Cell>> row = {}) {
+    const int64_t h = p.hidden;
+    const int n = valid_lanes<T>(h, j);
+    ForwardIn<Cell, V> in;
+    ForwardOut<Cell, V> out;
+    if (gates_ih)
+      for (int k = 0; k < G; ++k) in.gates_ih[k] = load(gates_ih + k * L);
+    else {
+      const S* given = static_cast<const S*>(p.gates_ih) + offset(i, t, p.gates_ih_stride_t, p.gates_ih_stride_b) +
+                       group * G * h + j;
+      for (int k = 0; k < G; ++k) in.gates_ih[k] = load(given + k * h, n);
+    }
+    for (int k = 0; k < G; ++k) in.gates_hh[k] = load(gates_hh + k * L);
+    in.state[0] = load(h_prev + i * b.stride + j);
+    if constexpr (kHasC) in.state[1] = load(c + i * b.stride + j);
+    in.params = load_params<Cell, S>(p, group, j, n);
+    in.row = row;
+    Cell::forward(in, out);
+
+    if (p.saved) {
+      S* saved = static_cast<S*>(p.saved) + place(i, t) * kSaved * h + j;
+      if constexpr (Cell::kSaved > 0)
+        for (int k = 0; k < Cell::kSaved; ++k) store(saved + k * h, out.saved[k], n);
+      if constexpr (kHasC) store(saved + Cell::kSaved * h, out.state[1], n);
+    }
+    if constexpr (kHasC)
+      store(c + i * b.stride + j, carry(i, place(i) * h + j, out.state[1], p.c_n, p.reset_c, n));
+    if (p.weight_hr)
+      store(hidden + i * b.stride + j, out.state[0]);
+    else
+      store_h(i, j, out.state[0]);
+  }
+
+  // State 0 after the step, columns j ..
+  void store_h(int64_t i, int64_t j, V h) {
+    const int n = valid_lanes<T>(p.width, j);
+    store(static_cast<S*>(p.output) + place(i, t) * p.width + j, h, n);
+    store(h_next + i * b.stride + j, carry(i, place(i) * p.width + j, h, p.h_n, p.reset_h, n));
+  }
+
+  // What Row::combine makes of all the row's units. gates_hh: the row's recurrent product, [unit_vectors][G][L].
+  Pack<V, kRowSums<Cell>> combine(const T* gates_hh) const {
+    if constexpr (kRowSums<Cell> > 0) {
+      const auto sums = sum_over_units<T, kRowSums<Cell>>(p.hidden, [&](int64_t j) {
+        Pack<V, G> gates;
+        for (int k = 0; k < G; ++k) gates[k] = load(gates_hh + j * G + k * L);
+        return Cell::Row::reduce(gates);
+      });
+      return in_every_lane(Cell::Row::combine(sums, T(p.hidden)));
+    } else
+      return {};
+  }
+
+ private:
+  V start(int64_t i, int64_t size, int64_t j, const void* initial, void* last, const void* restart) const {
+    const int64_t at = place(i) * size + j, length = rows->length[i];
+    const int n = valid_lanes<T>(size, j);
+    const V state = load_or_zero<T>(static_cast<const S*>(initial), at, n);
+    if (length == 0) store(static_cast<S*>(last) + at, state, n);
+    const bool reset = length > 0 && reset_before(i, reverse ? length - 1 : 0);
+    return reset ? load_or_zero<T>(static_cast<const S*>(restart), at, n) : state;
+  }
+
+  // What the next step starts from, where this one ended in `state`; a row's last state is its result.
+  V carry(int64_t i, int64_t at, V state, void* last, const void* restart, int n) const {
+    if (is_last(i, t)) {
+      store(static_cast<S*>(last) + at, state, n);
+      return state;
+    }
+    if (p.resets && reset_before(i, next_time(t))) return load_or_zero<T>(static_cast<const S*>(restart), at, n);
+    return state;
+  }
+};
+
+// ---- backward ----
+//
+// A row begins after its last step with grad_h_n and grad_c_n, and finishes one step after it has passed its first one:
+// there the last product gives grad_h_0. Resets send what would cross them to grad_reset_h and grad_reset_c instead.
+
+template <class Cell, class S>
+struct BackwardStep : Walk<BackwardParams> {
+  using T = typename Compute<S>::type;
+  using V = Vec<T>;
+  static constexpr int L = V::kLanes, G = Cell::kGates;
+  static constexpr bool kHasC = Cell::kStates > 1;
+  static constexpr int kSaved = ForwardStep<Cell, S>::kSaved;
+
+  const LayerBackwardParams* const layer;  // null where gate gradients are asked for
+  const BackwardBuffers<Cell, T>& b;
+  int64_t t = 0;                         // the step's time; that of the step met before it is next_time(t)
+  int64_t running = 0, was_running = 0;  // rows that have a step at t, and at next_time(t)
+  T *to = nullptr, *to_ih = nullptr;     // where the step's grad_gates_hh go, and grad_gates_ih or null
+
+  BackwardStep(const BackwardParams& params, const LayerBackwardParams* layer, const BackwardBuffers<Cell, T>& buffers)
+      : Walk<BackwardParams>(params), layer(layer), b(buffers) {}
+
+  int64_t time_of(int64_t s) const { return reverse ? s : p.steps - 1 - s; }
+
+  // The group's s-th step of this loop: that of time t or, at s = T, what is left to do for the initial states.
+  void enter_step(int64_t s) {
+    t = time_of(s);
+    was_running = running;
+    running = s < p.steps ? rows->active(t) : 0;
+  }
+
+  // A row without a step passes its gradients through.
+  void pass_h(int64_t i, int64_t j) { pass(i, p.width, j, p.grad_h_n, p.grad_h_0); }
+  void pass_c(int64_t i, int64_t j) { pass(i, p.hidden, j, p.grad_c_n, p.grad_c_0); }
+
+  // The whole gradient of state 0 after the step, columns j .. `recurrent` is what came through weight_hh.
+  void state(int64_t i, int64_t j, V recurrent) {
+    const int64_t at = place(i) * p.width + j;
+    const int n = valid_lanes<T>(p.width, j);
+    const V later = p.weight_hr ? recurrent : recurrent + load(b.carry_h + (rows->first + i) * b.stride + j);
+    V grad = arriving(i, at, later, p.grad_h_n, p.grad_reset_h, n);
+    if (i >= running) {
+      if (p.grad_h_0) store(static_cast<S*>(p.grad_h_0) + at, grad, n);
+    } else if (p.grad_output)
+      grad = grad + load(static_cast<const S*>(p.grad_output) +
+                             offset(i, t, p.grad_output_stride_t, p.grad_output_stride_b) + group * p.width + j,
+                         n);
+    if (!p.weight_hr) return cell(i, j, grad);
+    store(b.grad_h + (rows->first + i) * b.stride + j, grad);
+    if (i < running) store(static_cast<S*>(p.grad_projected) + place(i, t) * p.width + j, grad, n);
+  }
+
+  // The cell of units j .. grad_hidden: the gradient of o tanh(c), or of state 0 where nothing is projected.
+  void cell(int64_t i, int64_t j, V grad_hidden) {
+    const int64_t h = p.hidden, at = place(i) * h + j;
+    const int n = valid_lanes<T>(h, j);
+    T* carry_h = b.carry_h + (rows->first + i) * b.stride + j;
+    T* carry_c = b.carry_c + (rows->first + i) * b.stride + j;
+    BackwardIn<Cell, V> in;
+    BackwardOut<Cell, V> out;
+    in.grad_state[0] = grad_hidden;
+    if constexpr (kHasC) {
+      in.grad_state[1] = arriving(i, at, load(carry_c), p.grad_c_n, p.grad_reset_c, n);
+      if (i >= running && p.grad_c_0) store(static_cast<S*>(p.grad_c_0) + at, in.grad_state[1], n);
+    }
+    if (i >= running) return;
+    const int64_t here = place(i, t);
+    if constexpr (kHasC)
+      if (layer && layer->grad_cells)
+        in.grad_state[1] = in.grad_state[1] +
+                           load(static_cast<const S*>(layer->grad_cells) +
+                                    offset(i, t, layer->grad_cells_stride_t, layer->grad_cells_stride_b) + group * h + j,
+                                n);
+
+    in.saved = load_saved(here, j, n);
+    if constexpr (Cell::kStates == 1) {  // width == hidden
+      in.state[0] = load(static_cast<const S*>(p.output) + here * h + j, n);
+      in.state_prev[0] = load_or_zero<T>(h_before(i, t), j, n);
+    } else {  // no cell with a second state reads h
+      in.state[0] = in.state_prev[0] = V(0);
+      in.state[1] = load(static_cast<const S*>(p.saved) + (here * kSaved + Cell::kSaved) * h + j, n);
+      const S* c_before = before(i, t, h, p.saved, kSaved * h, Cell::kSaved * h, p.c_0, p.reset_c);
+      in.state_prev[1] = load_or_zero<T>(c_before, j, n);
+    }
+    in.params = load_params<Cell, S>(p, group, j, n);
+    Cell::backward(in, out);
+
+    store(carry_h, out.grad_state_prev[0]);
+    if constexpr (kHasC) store(carry_c, out.grad_state_prev[1]);
+    if constexpr (Cell::kParams > 0)
+      if (p.grad_params) {
+        T* grad_params = static_cast<T*>(p.grad_params) + place(i) * Cell::kParams * h + j;
+        for (int k = 0; k < Cell::kParams; ++k) add(grad_params + k * h, out.grad_params[k], n);
+      }
+    if (to_ih)
+      for (int k = 0; k < G; ++k) store(to_ih + gate(i, k, j), out.grad_gates_ih[k]);
+    if (!layer) {
+      S* grad_ih = static_cast<S*>(p.grad_gates_ih) + here * G * h + j;
+      for (int k = 0; k < G; ++k) store(grad_ih + k * h, out.grad_gates_ih[k], n);
+    }
+    if constexpr (kRowSums<Cell> > 0)
+      for (int k = 0; k < G; ++k) store(pointwise(i) + gate(0, k, j), out.grad_gates_hh[k]);
+    else
+      store_product_gradient(i, here, j, out.grad_gates_hh);
+  }
+
+  // The gradient of a row's recurrent product, units j .., once cell() has been called for all units of the row. row: what
+  // combine() returned for it.
+  void project(int64_t i, int64_t j, const Pack<V, kRowSums<Cell>>& row) {
+    if constexpr (kRowSums<Cell> > 0) {
+      const int64_t here = place(i, t);
+      const auto saved = load_saved(here, j, valid_lanes<T>(p.hidden, j));
+      store_product_gradient(i, here, j, Cell::Row::project_grad(saved, row, load_pointwise(i, j)));
+    }
+  }
+  Pack<V, kRowSums<Cell>> combine(int64_t i) const {
+    if constexpr (kRowSums<Cell> > 0) {
+      const auto sums = sum_over_units<T, kRowSums<Cell>>(p.hidden, [&](int64_t j) {
+        const auto saved = load_saved(place(i, t), j, valid_lanes<T>(p.hidden, j));
+        return Cell::Row::reduce_grad(saved, load_pointwise(i, j));
+      });
+      return in_every_lane(Cell::Row::combine_grad(sums, T(p.hidden)));
+    } else
+      return {};
+  }
+
+  // State 0 before row i's step at `time`, [R]; null for zeros.
+  const S* h_before(int64_t i, int64_t time) const {
+    return before(i, time, p.width, p.output, p.width, 0, p.h_0, p.reset_h);
+  }
+
+ private:
+  void pass(int64_t i, int64_t size, int64_t j, const void* grad_last, void* grad_initial) const {
+    const int64_t at = place(i) * size + j;
+    const int n = valid_lanes<T>(size, j);
+    store(static_cast<S*>(grad_initial) + at, load_or_zero<T>(static_cast<const S*>(grad_last), at, n), n);
+  }
+
+  // The gradient of a state after the step by what comes after it: `later` from the next step, unless the row has none, or
+  // a reset lies between. `at`: of the state in tensors [B, ..].
+  V arriving(int64_t i, int64_t at, V later, const void* grad_last, void* grad_reset, int n) const {
+    if (i >= was_running) return load_or_zero<T>(static_cast<const S*>(grad_last), at, n);
+    if (p.grad_clip > 0) later = clamp(later, T(p.grad_clip));
+    if (!p.resets || !reset_before(i, next_time(t))) return later;
+    if (grad_reset) add(static_cast<T*>(grad_reset) + at, later, n);
+    return V(0);
+  }
+  static void add(T* to, V x, int n) { store(to, load(to, n) + x, n); }
+
+  // A row's state before its step at `time`, of `size` values; null for zeros. It is at `offset` in the `stride` values
+  // that `sequence` has of the step before, or there was none.
+  const S* before(int64_t i, int64_t time, int64_t size, const void* sequence, int64_t stride, int64_t offset,
+                  const void* initial, const void* restart) const {
+    const bool reset = reset_before(i, time);
+    if (reset || is_first(i, time)) {
+      const S* state = static_cast<const S*>(reset ? restart : initial);
+      return state ? state + place(i) * size : nullptr;
+    }
+    return static_cast<const S*>(sequence) + place(i, previous_time(time)) * stride + offset;
+  }
+
+  // What the cell saved, where place(i, t) is `here`.
+  Pack<V, Cell::kSaved> load_saved(int64_t here, int64_t j, int n) const {
+    Pack<V, Cell::kSaved> saved;
+    if constexpr (Cell::kSaved > 0) {
+      const S* from = static_cast<const S*>(p.saved) + here * kSaved * p.hidden + j;
+      for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load(from + k * p.hidden, n);
+    }
+    return saved;
+  }
+
+  void store_product_gradient(int64_t i, int64_t here, int64_t j, const Pack<V, G>& grad) const {
+    for (int k = 0; k < G; ++k) store(to + gate(i, k, j), grad[k]);
+    if (layer || !p.grad_gates_hh) return;
+    S* result = static_cast<S*>(p.grad_gates_hh) + here * G * p.hidden + j;
+    const int n = valid_lanes<T>(p.hidden, j);
+    for (int k = 0; k < G; ++k) store(result + k * p.hidden, grad[k], n);
+  }
+
+  int64_t gate(int64_t i, int k, int64_t j) const { return i * b.gates_stride + k * b.gates_padded + j; }
+  T* pointwise(int64_t i) const { return b.grad_pointwise + (rows->first + i) * b.gates_stride; }
+  Pack<V, G> load_pointwise(int64_t i, int64_t j) const {
+    Pack<V, G> grad;
+    for (int k = 0; k < G; ++k) grad[k] = load(pointwise(i) + gate(0, k, j));
+    return grad;
+  }
+};
+
+}  // namespace fastrnn::cpu::FASTRNN_ISA

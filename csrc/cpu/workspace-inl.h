@@ -1,0 +1,129 @@
+// The memory of a team, forward and backward: one allocation a call and team, in which every member finds the same arrays.
+//
+// Arrays of rows hold the rows that members own one member after another (Rows::first), not in the batch's order. Their rows
+// are padded so that whole vectors can be stored, and by one vector more, which keeps power-of-two sizes from sharing a
+// cache set.
+#pragma once
+#include "isa-inl.h"
+
+#include "../cells/registry.h"
+#include "gemm-inl.h"
+#include "int8-inl.h"
+#include "product-inl.h"
+#include "scalar.h"
+#include "simd-inl.h"
+
+namespace fastrnn::cpu::FASTRNN_ISA {
+
+template <class Cell, class T>
+struct ForwardBuffers {
+  static constexpr int L = Vec<T>::kLanes;
+  int64_t unit_vectors, width_vectors;  // of a row of h hidden units, and of a row of width R
+  int64_t stride;                       // elements from row to row
+  T *panels_hh, *bias;                  // weight_hh and bias_hh, packed; see panels-inl.h
+  T* panels_hr;
+  T* h[2];    // [B, stride]: state 0 before and after a step, in turn
+  T* c;       // [B, stride]: state 1
+  T* hidden;  // [B, stride]: o tanh(c), before it is projected
+  // Of a cell whose gates depend on whole rows: a step's recurrent product, [B][unit_vectors][G][L].
+  T* gates_hh;
+
+  // The rest is of a layer's call, whose gates_ih are made here, for a chunk of steps at a time. In arrays of chunk_rows a
+  // member's part starts at chunk * Rows::first, and a step's rows follow those of the step before.
+  int64_t chunk_rows, input_stride;
+  T *panels_ih, *bias_ih;
+  T* input;            // [chunk_rows, input_stride]
+  T* gates_ih;         // [panels][chunk_rows][a panel's vectors]
+  int64_t* chunk_row;  // [team_size, chunk]: where each step's rows start in the member's part
+  // With int8 weights, the chunk's input instead of `input`, and each member's copy of the rows of h; see int8-inl.h.
+  int64_t quads_ih, quads_hh;
+  uint8_t *quantized_input, *quantized_h;  // [chunk_rows, 4 quads_ih], [team_size, B, 4 quads_hh]
+  float *input_scale, *h_scale;            // [chunk_rows], [team_size, B]
+
+  ForwardBuffers(const ForwardParams& p, const LayerParams* layer, const Plan& plan, Arena& arena)
+      : unit_vectors(ceil_div(p.hidden, L)), width_vectors(ceil_div(p.width, L)) {
+    stride = ((unit_vectors > width_vectors ? unit_vectors : width_vectors) + kMaxVectors) * L;
+    panels_hh = plan.pack_hh ? arena.take<T>(unit_vectors * Cell::kGates * L * p.width) : nullptr;
+    bias = arena.take<T>(unit_vectors * Cell::kGates * L);
+    panels_hr = p.weight_hr && plan.pack_hh ? arena.take<T>(width_vectors * L * p.hidden) : nullptr;
+    for (T*& x : h) x = arena.take<T>(p.batch * stride);
+    c = arena.take<T>(p.batch * stride);
+    hidden = p.weight_hr ? arena.take<T>(p.batch * stride) : nullptr;
+    gates_hh = kRowSums<Cell> > 0 ? arena.take<T>(p.batch * unit_vectors * Cell::kGates * L) : nullptr;
+    if (!layer) return;
+    chunk_rows = plan.chunk * p.batch;
+    input_stride = round_up(layer->size, L) + L;
+    panels_ih = plan.pack_ih ? arena.take<T>(unit_vectors * Cell::kGates * L * layer->size) : nullptr;
+    bias_ih = arena.take<T>(unit_vectors * Cell::kGates * L);
+    if (layer->weight_dtype == DType::kInt8) {
+      quads_ih = ceil_div(layer->size, kInt8Depth);
+      quads_hh = ceil_div(p.width, kInt8Depth);
+      quantized_input = arena.take<uint8_t>(chunk_rows * quads_ih * kInt8Depth);
+      input_scale = arena.take<float>(chunk_rows);
+      quantized_h = arena.take<uint8_t>(plan.team_size * p.batch * quads_hh * kInt8Depth);
+      h_scale = arena.take<float>(plan.team_size * p.batch);
+    } else
+      input = arena.take<T>(chunk_rows * input_stride);
+    gates_ih = arena.take<T>(chunk_rows * unit_vectors * Cell::kGates * L);
+    chunk_row = arena.take<int64_t>(plan.team_size * plan.chunk);
+  }
+};
+
+template <class Cell, class T>
+struct BackwardBuffers {
+  static constexpr int L = Vec<T>::kLanes;
+  int64_t unit_vectors, width_vectors;  // of a row of h hidden units, and of a row of width R
+  int64_t stride;                       // elements from row to row of states
+  int64_t gates_padded;                 // elements of a gate, padded to whole vectors
+  int64_t gates_stride;                 // elements from row to row of gates
+  T *panels_hh, *panels_hr;             // weight_hh and weight_hr, packed; see panels-inl.h
+  // [(slots + 1) B, gates_stride]: grad_gates_hh. A member's rows are together: first those of the step before, then those
+  // of the steps since, of which there are `slots`.
+  int64_t slots;
+  T* grad_gates;
+  T *carry_h, *carry_c;  // [B, stride]: the pointwise part of grad_state_prev
+  T* grad_h;             // [B, stride]: the gradient of the projection's output
+  // Of a cell whose gates depend on whole rows: [B, gates_stride], what its backward returned for a step's grad_gates_hh,
+  // before the rows' sums have their part of it.
+  T* grad_pointwise;
+  T* sums;  // [team_size][max(B, kBlockM)][kMaxVectors * L]: where deep products add up
+  int64_t sums_size;
+
+  // The rest is of a layer's call, for a chunk of steps: its rows as in grad_gates, without the first B of them.
+  int64_t input_vectors;      // of a row of I inputs
+  T* panels_ih;               // weight_ih, packed for the input's gradient
+  T* grad_gates_ih;           // [slots * B, gates_stride], or null where grad_gates serves
+  const T **input, **before;  // [slots * B]: the step's input, and the state before it; null for zeros
+  int64_t* place;             // [slots * B]: the row in tensors [T, B, ..]
+  T* bias;                    // [2][gates_stride]: sums of grad_gates_ih and of grad_gates_hh
+  GemmBuffers<T> products;    // the member's own
+
+  BackwardBuffers(const BackwardParams& p, const LayerBackwardParams* layer, const Plan& plan, Arena& arena,
+                  int member = 0)
+      : unit_vectors(ceil_div(p.hidden, L)), width_vectors(ceil_div(p.width, L)), slots(layer ? plan.chunk : 1) {
+    stride = ((unit_vectors > width_vectors ? unit_vectors : width_vectors) + kMaxVectors) * L;
+    gates_padded = unit_vectors * L;
+    gates_stride = gates_padded * Cell::kGates + L;
+    panels_hh = arena.take<T>(width_vectors * L * gates_padded * Cell::kGates);
+    panels_hr = p.weight_hr ? arena.take<T>(unit_vectors * L * p.width) : nullptr;
+    grad_gates = arena.take<T>((slots + 1) * p.batch * gates_stride);
+    carry_h = arena.take<T>(p.batch * stride);
+    carry_c = arena.take<T>(p.batch * stride);
+    grad_h = p.weight_hr ? arena.take<T>(p.batch * stride) : nullptr;
+    grad_pointwise = kRowSums<Cell> > 0 ? arena.take<T>(p.batch * gates_stride) : nullptr;
+    sums_size = (p.batch > kBlockM ? p.batch : kBlockM) * kMaxVectors * L;
+    sums = arena.take<T>(plan.team_size * sums_size);
+    if (!layer) return;
+    input_vectors = ceil_div(layer->size, L);
+    panels_ih = layer->grad_input ? arena.take<T>(input_vectors * L * gates_padded * Cell::kGates) : nullptr;
+    grad_gates_ih = layer->separate_gates_hh ? arena.take<T>(slots * p.batch * gates_stride) : nullptr;
+    input = arena.take<const T*>(slots * p.batch);
+    before = arena.take<const T*>(slots * p.batch);
+    place = arena.take<int64_t>(slots * p.batch);
+    bias = arena.take<T>(2 * gates_stride);
+    const int64_t columns = layer->size > p.width ? layer->size : p.width;
+    products = {columns, slots * p.batch, /*transpose_a=*/true, arena, plan.team_size, member};
+  }
+};
+
+}  // namespace fastrnn::cpu::FASTRNN_ISA
