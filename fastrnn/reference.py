@@ -19,19 +19,25 @@ States = tuple[Tensor, ...]
 
 
 class Cell(NamedTuple):
-    """The pointwise half of a step. All tensors are [B, P, h]; sequences run over gates, states or saved values."""
+    """What happens to the units of a row in one step; ``csrc/cells`` has the same formulas for the kernels.
+
+    All tensors are [B, P, h], but for parameters, [P, h]; sequences run over gates, states, saved values or parameters.
+    """
 
     gates: int
     saved: int  # the cell's own values, without the states
     states: int
-    # (gates_ih, gates_hh, states before) -> (states after, saved values)
-    forward: Callable[[States, States, States], tuple[States, States]]
-    # (saved, states before, states after, grad of states after, grad of saved or None)
-    # -> (grad_gates_ih, grad_gates_hh, grad of states before, without the recurrent product's part)
-    backward: Callable[[States, States, States, States, States | None], tuple[States, States, States]]
+    # (gates_ih, gates_hh, states before, params) -> (states after, saved values)
+    forward: Callable[[States, States, States, States], tuple[States, States]]
+    # (saved, states before, states after, grad of states after, grad of saved or None, params)
+    # -> (grad_gates_ih, grad_gates_hh, grad of states before without the recurrent product's part, grad of params: of
+    # each row its own)
+    backward: Callable[[States, States, States, States, States | None, States], tuple[States, States, States, States]]
+    params: int = 0  # vectors of one number per unit, beside the weights
+    separate_gates_hh: bool = False  # grad_gates_hh differs from grad_gates_ih
 
 
-def _lstm_forward(gates_ih: States, gates_hh: States, states: States) -> tuple[States, States]:
+def _lstm_forward(gates_ih: States, gates_hh: States, states: States, params: States) -> tuple[States, States]:
     i, f, g, o = (a + b for a, b in zip(gates_ih, gates_hh, strict=True))
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
     c = f * states[1] + i * g
@@ -39,8 +45,8 @@ def _lstm_forward(gates_ih: States, gates_hh: States, states: States) -> tuple[S
 
 
 def _lstm_backward(
-    saved: States, states_prev: States, states: States, grads: States, grad_saved: States | None
-) -> tuple[States, States, States]:
+    saved: States, states_prev: States, states: States, grads: States, grad_saved: States | None, params: States
+) -> tuple[States, States, States, States]:
     i, f, g, o = saved
     tanh_c = states[1].tanh()
     grad_c = grads[1] + grads[0] * o * (1 - tanh_c * tanh_c)
@@ -53,10 +59,10 @@ def _lstm_backward(
         pulled[2] * (1 - g * g),
         pulled[3] * o * (1 - o),
     )
-    return gates, gates, (torch.zeros_like(grads[0]), grad_c * f)
+    return gates, gates, (torch.zeros_like(grads[0]), grad_c * f), ()
 
 
-def _gru_forward(gates_ih: States, gates_hh: States, states: States) -> tuple[States, States]:
+def _gru_forward(gates_ih: States, gates_hh: States, states: States, params: States) -> tuple[States, States]:
     r = (gates_ih[0] + gates_hh[0]).sigmoid()
     z = (gates_ih[1] + gates_hh[1]).sigmoid()
     n = (gates_ih[2] + r * gates_hh[2]).tanh()
@@ -64,32 +70,32 @@ def _gru_forward(gates_ih: States, gates_hh: States, states: States) -> tuple[St
 
 
 def _gru_backward(
-    saved: States, states_prev: States, states: States, grads: States, grad_saved: States | None
-) -> tuple[States, States, States]:
+    saved: States, states_prev: States, states: States, grads: States, grad_saved: States | None, params: States
+) -> tuple[States, States, States, States]:
     r, z, n, n_hh = saved
     extra = grad_saved if grad_saved is not None else (0, 0, 0, 0)
     grad_n = (grads[0] * (1 - z) + extra[2]) * (1 - n * n)
     grad_r = (grad_n * n_hh + extra[0]) * r * (1 - r)
     grad_z = (grads[0] * (states_prev[0] - n) + extra[1]) * z * (1 - z)
-    return (grad_r, grad_z, grad_n), (grad_r, grad_z, grad_n * r + extra[3]), (grads[0] * z,)
+    return (grad_r, grad_z, grad_n), (grad_r, grad_z, grad_n * r + extra[3]), (grads[0] * z,), ()
 
 
 def _elman(activation: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> Cell:
-    def forward(gates_ih: States, gates_hh: States, states: States) -> tuple[States, States]:
+    def forward(gates_ih: States, gates_hh: States, states: States, params: States) -> tuple[States, States]:
         return (activation(gates_ih[0] + gates_hh[0]),), ()
 
     def backward(
-        saved: States, states_prev: States, states: States, grads: States, grad_saved: States | None
-    ) -> tuple[States, States, States]:
+        saved: States, states_prev: States, states: States, grads: States, grad_saved: States | None, params: States
+    ) -> tuple[States, States, States, States]:
         gates = (grads[0] * slope(states[0]),)
-        return gates, gates, (torch.zeros_like(grads[0]),)
+        return gates, gates, (torch.zeros_like(grads[0]),), ()
 
     return Cell(1, 0, 1, forward, backward)
 
 
 CELLS = {
     "lstm": Cell(4, 4, 2, _lstm_forward, _lstm_backward),
-    "gru": Cell(3, 4, 1, _gru_forward, _gru_backward),
+    "gru": Cell(3, 4, 1, _gru_forward, _gru_backward, separate_gates_hh=True),
     "rnn_tanh": _elman(torch.tanh, lambda y: 1 - y * y),
     "rnn_relu": _elman(torch.relu, lambda y: (~(y <= 0)).to(y.dtype)),
 }
@@ -178,6 +184,10 @@ def _states(dtype: torch.dtype, P: int, h: Tensor, c: Tensor | None) -> States:
     return tuple(x.to(dtype).reshape(x.shape[0], P, x.shape[1] // P) for x in (h, c) if x is not None)
 
 
+def _params(params: Tensor | None, dtype: torch.dtype) -> States:
+    return () if params is None else params.to(dtype).unbind(1)
+
+
 def _fresh(states: States, reset_h: Tensor | None, reset_c: Tensor | None) -> States:
     given = (reset_h, reset_c)
     return tuple(
@@ -200,11 +210,13 @@ def forward(
     reset_c: Tensor | None,
     reverse: Sequence[bool],
     grad_clip: float = 0.0,
+    params: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``recurrent_forward`` without its ``save``.
 
     gates_ih [T, B, P*G*h]; weight_hh [P, G*h, R]; bias_hh [P, G*h]; weight_hr [P, R, h]; h_0 and reset_h [B, P*R];
-    c_0 and reset_c [B, P*h]; lengths [B] or [B, P]; resets [T, B] or [T, B, P]; reverse: P flags.
+    c_0 and reset_c [B, P*h]; lengths [B] or [B, P]; resets [T, B] or [T, B, P]; reverse: P flags; params [P, K, h],
+    where the cell has K vectors of parameters.
     Returns output [T, B, P*R], h_n [B, P*R], c_n [B, P*h], saved [T, B, P*S*h].
     """
     dtype, wide = gates_ih.dtype, torch.promote_types(gates_ih.dtype, torch.float32)
@@ -219,6 +231,7 @@ def forward(
     weight = weight_hh.to(wide)
     states = _states(wide, P, h_0, c_0)
     fresh = _fresh(states, reset_h, reset_c)
+    units = _params(params, wide)
     outputs: list[Tensor] = []
     kept: list[Tensor] = []
     for k in range(T):
@@ -229,7 +242,7 @@ def forward(
         gates_hh = _product(states[0], weight.transpose(1, 2))
         if bias_hh is not None:
             gates_hh = gates_hh + bias_hh.to(wide)
-        after, values = rule.forward(gates[k].chunk(rule.gates, -1), gates_hh.chunk(rule.gates, -1), states)
+        after, values = rule.forward(gates[k].chunk(rule.gates, -1), gates_hh.chunk(rule.gates, -1), states, units)
         if weight_hr is not None:
             after = (_product(after[0], weight_hr.to(wide).transpose(1, 2)), *after[1:])
         record = torch.cat([*values, *after[1:], after[0][..., :0]], -1)
@@ -267,12 +280,14 @@ def backward(
     initial: bool = True,
     grad_clip: float = 0.0,
     grad_saved: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    params: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """``recurrent_backward``, from forward's output and saved, and differentiable in its turn.
 
     ``grad_saved`` [T, B, P*S*h] is the gradient of ``saved``, which only arises when a backward pass is differentiated.
     Returns the gradients of gates_ih [T, B, P*G*h], gates_hh (same shape; absent where equal), of the projection's
-    result [T, B, P*R] (absent without weight_hr), h_0, c_0 (absent unless ``initial``), reset_h, reset_c.
+    result [T, B, P*R] (absent without weight_hr), h_0, c_0 (absent unless ``initial``), reset_h, reset_c and, where
+    ``params`` are given, of those: [B, P*K*h], a part for every row, in float32 where the dtype is a half type.
     """
     dtype, wide = output.dtype, torch.promote_types(output.dtype, torch.float32)
     T, B, _ = output.shape
@@ -309,6 +324,8 @@ def backward(
         for s, g in zip(start, (grad_h_n, grad_c_n), strict=False)
     )
     grad_fresh = tuple(torch.zeros_like(s) for s in start)
+    units = _params(params, wide)
+    grad_units = tuple(weight.new_zeros(B, P, h) for _ in units)
     gates_ih: list[Tensor] = []
     gates_hh: list[Tensor] = []
     projected: list[Tensor] = []
@@ -324,13 +341,15 @@ def backward(
         if weight_hr is not None:
             projected.append(here[0])
             here = (_product(here[0], weight_hr.to(wide)), *here[1:])
-        grad_ih, grad_hh, grads = rule.backward(
+        grad_ih, grad_hh, grads, here_units = rule.backward(
             tuple(v[k] for v in values),
             tuple(v[k] for v in before),
             tuple(v[k] for v in after),
             here,
             None if grad_values is None else tuple(v[k] for v in grad_values),
+            units,
         )
+        grad_units = tuple(a + b for a, b in zip(grad_units, here_units, strict=True))
         gates_ih.append(torch.cat(grad_ih, -1))
         gates_hh.append(torch.cat(grad_hh, -1))
         recurrent = _product(gates_hh[-1], weight)
@@ -356,12 +375,13 @@ def backward(
 
     return (
         collect(gates_ih, Gh),
-        collect(gates_hh, Gh) if cell == "gru" else _absent(output),
+        collect(gates_hh, Gh) if rule.separate_gates_hh else _absent(output),
         collect(projected, R) if weight_hr is not None else _absent(output),
         state(grads, 0, initial),
         state(grads, 1, initial),
         state(grad_fresh, 0, reset_h is not None),
         state(grad_fresh, 1, reset_c is not None),
+        *([torch.stack(grad_units, 2).reshape(B, P * len(units) * h)] if units else []),
     )
 
 

@@ -168,17 +168,17 @@ bool same(const char* what, const Array& a, const Array& b, double tolerance) {
 
 struct Results {
   Array output, h_n, c_n, saved, grad_gates_ih, grad_gates_hh, grad_projected, grad_h_0, grad_c_0, grad_reset_h,
-      grad_reset_c, grad_input, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh;
-  static constexpr int kCount = 16;
+      grad_reset_c, grad_input, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh, grad_params;
+  static constexpr int kCount = 17;
   const Array* all[kCount] = {&output,         &h_n,          &c_n,            &saved,          &grad_gates_ih,
                               &grad_gates_hh,  &grad_projected, &grad_h_0,     &grad_c_0,       &grad_reset_h,
                               &grad_reset_c,   &grad_input,   &grad_weight_ih, &grad_weight_hh, &grad_bias_ih,
-                              &grad_bias_hh};
+                              &grad_bias_hh,   &grad_params};
 };
 const char* const kNames[] = {"output",         "h_n",          "c_n",            "saved",          "grad_gates_ih",
                               "grad_gates_hh",  "grad_projected", "grad_h_0",     "grad_c_0",       "grad_reset_h",
                               "grad_reset_c",   "grad_input",   "grad_weight_ih", "grad_weight_hh", "grad_bias_ih",
-                              "grad_bias_hh"};
+                              "grad_bias_hh",   "grad_params"};
 
 bool check_call() {
   BackwardParams p{};
@@ -193,7 +193,8 @@ bool check_call() {
   const bool second = info.states > 1, projected = second && coin();
   const bool whole = !projected && bytes_of(p.dtype) >= 4 && coin();  // a layer's backward call
   p.width = projected ? size() : p.hidden;
-  const int64_t T = p.steps, B = p.batch, P = p.groups, h = p.hidden, R = p.width, G = info.gates, S = info.saved;
+  const int64_t T = p.steps, B = p.batch, P = p.groups, h = p.hidden, R = p.width, G = info.gates, S = info.saved,
+                K = info.params;
   const DType d = p.dtype;
   const DType wide = bytes_of(d) == 2 ? DType::kFloat32 : d;
 
@@ -217,9 +218,10 @@ bool check_call() {
   projection.weight_dtype = d;
   const int64_t I = projection.size;
   Array gates(d, N * P * G * h), weight_hh(d, P * G * h * R), bias_hh(d, P * G * h, coin()),
-      weight_hr(d, P * R * h, projected), h_0(d, B * P * R), c_0(d, B * P * h, second);
+      weight_hr(d, P * R * h, projected), h_0(d, B * P * R), c_0(d, B * P * h, second), params(d, P * K * h, K > 0);
   Array input(d, N * I), weight_ih(d, P * G * h * I), bias_ih(d, P * G * h, coin());
-  for (Array* x : {&gates, &weight_hh, &bias_hh, &weight_hr, &h_0, &c_0, &input, &weight_ih, &bias_ih}) x->random();
+  for (Array* x : {&gates, &weight_hh, &bias_hh, &weight_hr, &h_0, &c_0, &params, &input, &weight_ih, &bias_ih})
+    x->random();
   for (auto [x, n] : {std::pair{&weight_hh, R}, {&weight_hr, h}, {&weight_ih, I}})  // sums of order 1
     for (int64_t i = 0; x->data && i < x->count; ++i) x->put(i, x->get(i) / std::sqrt(double(n)));
   const bool restart = resets_given && coin();
@@ -240,6 +242,7 @@ bool check_call() {
   p.weight_hr = weight_hr.data;
   p.h_0 = h_0.data;
   p.c_0 = c_0.data;
+  p.params = params.data;
   if (packed || coin()) {
     p.lengths = lengths.data();
     p.lengths_stride_b = per_group ? P : 1;
@@ -303,7 +306,7 @@ bool check_call() {
     if (p.lengths)
       for (Array* x : {&r.output, &r.saved, &r.grad_gates_ih, &r.grad_gates_hh, &r.grad_projected, &r.grad_input})
         x->fill(0);
-    r.grad_reset_h.fill(0), r.grad_reset_c.fill(0);
+    r.grad_reset_h.fill(0), r.grad_reset_c.fill(0), r.grad_params.fill(0);
     p.output = r.output.data;
     p.h_n = r.h_n.data;
     p.c_n = r.c_n.data;
@@ -320,6 +323,7 @@ bool check_call() {
     p.grad_c_0 = r.grad_c_0.data;
     p.grad_reset_h = r.grad_reset_h.data;
     p.grad_reset_c = r.grad_reset_c.data;
+    p.grad_params = r.grad_params.data;
     products.grad_input = r.grad_input.data;
     products.grad_weight_ih = r.grad_weight_ih.data;
     products.grad_weight_hh = r.grad_weight_hh.data;
@@ -328,14 +332,15 @@ bool check_call() {
     run(backward_plan, kernels().backward_workspace(p, layer_backward, backward_plan), byte, in_turn,
         [&](char* own, int member) { return kernels().backward(p, layer_backward, backward_plan, own, member); });
   };
-  const bool wants[] = {coin(), coin(), coin(), coin(), coin()};
+  const bool wants[] = {coin(), coin(), coin(), coin(), coin(), coin()};
   const auto results = [&] {
     return std::unique_ptr<Results>(new Results{
         {d, N * P * R}, {d, B * P * R}, {d, B * P * h, second}, {d, N * P * S * h}, {d, N * P * G * h, !whole},
         {d, N * P * G * h, !whole && info.separate_gates_hh}, {d, N * P * R, projected}, {d, B * P * R, initial},
         {d, B * P * h, initial && second}, {wide, B * P * R, restart}, {wide, B * P * h, restart && second},
         {d, P * N * I, whole && wants[0]}, {d, P * G * h * I, whole && wants[1]},
-        {d, P * G * h * R, whole && wants[2]}, {d, P * G * h, whole && wants[3]}, {d, P * G * h, whole && wants[4]}});
+        {d, P * G * h * R, whole && wants[2]}, {d, P * G * h, whole && wants[3]}, {d, P * G * h, whole && wants[4]},
+        {wide, B * P * K * h, K > 0 && wants[5]}});
   };
   const Plan forward_plan = random_plan(p, given);
   Plan backward_plan = random_plan(p, nullptr);
@@ -395,7 +400,7 @@ bool check_gemm() {
 }  // namespace
 
 int main(int argc, char** argv) {  // [calls [seed]]
-  const int calls = argc > 1 ? std::atoi(argv[1]) : 60;
+  const int calls = argc > 1 ? std::atoi(argv[1]) : 80;
   if (argc > 2) generator.seed(uint32_t(std::atoi(argv[2])));
   bool good = true;
   for (int i = 0; i < calls && good; ++i) good = check_call() && check_gemm();

@@ -35,10 +35,14 @@ class Case:
     reverse: str = "alternate"  # "none", "all", "alternate"
     dtype: torch.dtype = torch.float64
 
+    @property
+    def info(self) -> ops.CellInfo:
+        return ops.CELLS[self.cell]
+
     def arguments(self, seed: int = 0) -> dict:
         """The forward op's arguments but ``save``, in its order."""
         generator = torch.Generator().manual_seed(seed)
-        info = ops.CELLS[self.cell]
+        info = self.info
         T, B, P, h, width = self.T, self.B, self.P, self.h, self.projected or self.h
 
         def random(*shape: int) -> torch.Tensor:
