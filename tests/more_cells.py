@@ -1,7 +1,7 @@
 """The equations of the cells in more_cells.h, as reference.py has those of the package's cells.
 
-The kernels of every device are compiled with these two cells and compared with these equations: what a new cell needs is
-its header, its line in the registry and its entry in ``reference.CELLS``, and nothing else.
+The kernels of every device are compiled with these two cells and compared with these equations: what a new cell needs
+is its header, its line in the registry and its entry in ``reference.CELLS``, and nothing else.
 """
 
 from pathlib import Path

@@ -74,7 +74,7 @@ class BackwardWorker {
 
   void begin(int64_t group) {
     step.enter(plan, group, member);
-    step.running = 0;
+    step.begin();
     from = grad_gates();
     if constexpr (kLayers)
       if (layer) gradients.begin();

@@ -21,7 +21,7 @@ struct GemmBuffers {
   static constexpr int L = Vec<T>::kLanes;
   int64_t block_n, block_k, a_stride;
   T* panels;  // [block_n / (4 L)][block_k][4][L]
-  T* rows;    // [block_k][a_stride]: a block of a where a is transposed, so that its lines lie together
+  T* rows;    // [block_k][a_stride]: a block of a where a is transposed, copied so that its rows are adjacent in memory
 
   GemmBuffers() = default;
   GemmBuffers(int64_t n, int64_t k, bool transpose_a, Arena& arena, int members = 1, int member = 0)

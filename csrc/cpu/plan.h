@@ -34,7 +34,8 @@ struct Rows {
 struct Plan {
   int teams, team_size;
   bool split_rows;
-  // Weights are packed first; a short call reads them as they lie. pack_late: those of the projection just before use.
+  // Are weight_hh and weight_hr packed into panels first, and weight_ih? A short call multiplies with the weights as they
+  // are stored. pack_late: each panel of weight_ih is packed just before its only use.
   bool pack_hh, pack_ih, pack_late;
   bool uniform;                // no sum of a forward pass depends on how many steps or threads there are
   bool shared_lengths;         // all groups have the same
@@ -84,7 +85,7 @@ class Arena {
 // One member's part of a call: a coroutine that pauses wherever its team has to meet.
 using Part = std::coroutine_handle<>;
 
-// What an instruction set offers. A team's workspace has forward_workspace(..) bytes, and so on.
+// The kernels of one instruction set. forward_workspace and its like say how many bytes a team's workspace has.
 struct Kernels {
   const char* name;
   int64_t (*forward_workspace)(const ForwardParams&, const LayerParams*, const Plan&);

@@ -10,7 +10,8 @@
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
-// Rows that fit the register file beside N vectors of weights: 32 registers with AVX-512, 16 elsewhere.
+// How many rows' sums fit the register file beside `vectors` vectors of weights: it has 32 registers with AVX-512, 16
+// elsewhere.
 constexpr int kWide = FASTRNN_VECTOR_BYTES == 64;
 constexpr int max_rows(int vectors) {
   return kWide ? (vectors == 4 ? 6 : 8) : (vectors == 4 ? 2 : vectors == 3 ? 4 : 6);

@@ -136,7 +136,7 @@ Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
   const int64_t weights = (kCells[p.cell].gates * p.hidden * p.width + (p.weight_hr ? p.hidden * p.width : 0)) * element;
   plan.split_rows = plan.team_size == 1 ||
                     (weights <= kCachedWeights && p.batch >= kRowsPerThread * plan.team_size);
-  // A step too small to share is dearer with a barrier than without: about 1 us against flops at a few per ns.
+  // Sharing a small step costs more than it saves: a barrier takes about 1 us, in which a thread does some thousand flops.
   constexpr int64_t kWorthABarrier = 16 << 10;  // multiply-adds a thread and step
   if (!plan.split_rows)
     plan.team_size = static_cast<int>(std::clamp<int64_t>(products / kWorthABarrier, 1, plan.team_size));
@@ -145,7 +145,7 @@ Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
   // Packing costs about as much as this many products with a row. A single row that streams weights from beyond the
   // second-level cache reads them as fast unpacked.
   constexpr int64_t kRowsWorthPacking = 96, kSecondLevel = 1 << 20;
-  // So do the four rows that an unpacked product takes at once, where weights are narrower unpacked than packed.
+  // So does a batch of four, which an unpacked product takes at once, where weights are narrower unpacked than packed.
   const DType weight_dtype = layer ? layer->weight_dtype : p.dtype;
   const bool narrow = weight_dtype != p.dtype;
   // Packed and unpacked products sum in different orders: where plan.uniform, the steps have no say in which it is.

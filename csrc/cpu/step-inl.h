@@ -41,31 +41,32 @@ struct ForwardStep : Walk<ForwardParams> {
   static constexpr int kSaved = Cell::kSaved + Cell::kStates - 1;  // values of a unit and step in ForwardParams::saved
 
   const ForwardBuffers<Cell, T>& b;
-  int64_t t = 0;  // the step's time
+  const int64_t stride;  // the buffers'
+  int64_t t = 0;         // the step's time
   const T* h_prev = nullptr;
   T *h_next = nullptr, *c = nullptr, *hidden = nullptr;  // of this member's rows, like h_prev
 
   ForwardStep(const ForwardParams& params, const ForwardBuffers<Cell, T>& buffers)
-      : Walk<ForwardParams>(params), b(buffers) {}
+      : Walk<ForwardParams>(params), b(buffers), stride(b.stride) {}
 
   int64_t time_of(int64_t s) const { return reverse ? p.steps - 1 - s : s; }
 
   // The group's s-th step.
   void enter_step(int64_t s) {
     t = time_of(s);
-    h_prev = b.h[s & 1] + rows->first * b.stride;
-    h_next = b.h[(s + 1) & 1] + rows->first * b.stride;
-    c = b.c + rows->first * b.stride;
-    hidden = b.hidden + rows->first * b.stride;
+    h_prev = b.h[s & 1] + rows->first * stride;
+    h_next = b.h[(s + 1) & 1] + rows->first * stride;
+    c = b.c + rows->first * stride;
+    hidden = b.hidden ? b.hidden + rows->first * stride : nullptr;
   }
 
   // The state before the first step, columns j .. of state 0. A row without a step ends where it starts.
   void start_h(int64_t i, int64_t j) {
     const V h = start(i, p.width, j, p.h_0, p.h_n, p.reset_h);
-    for (T* x : b.h) store(x + (rows->first + i) * b.stride + j, h);
+    for (T* x : b.h) store(x + (rows->first + i) * stride + j, h);
   }
   void start_c(int64_t i, int64_t j) {
-    store(b.c + (rows->first + i) * b.stride + j, start(i, p.hidden, j, p.c_0, p.c_n, p.reset_c));
+    store(b.c + (rows->first + i) * stride + j, start(i, p.hidden, j, p.c_0, p.c_n, p.reset_c));
   }
 
   // The cell of units j .., given their recurrent product with its bias, [G][L]. gates_ih: likewise, or null where the
@@ -83,8 +84,8 @@ struct ForwardStep : Walk<ForwardParams> {
       for (int k = 0; k < G; ++k) in.gates_ih[k] = load(given + k * h, n);
     }
     for (int k = 0; k < G; ++k) in.gates_hh[k] = load(gates_hh + k * L);
-    in.state[0] = load(h_prev + i * b.stride + j);
-    if constexpr (kHasC) in.state[1] = load(c + i * b.stride + j);
+    in.state[0] = load(h_prev + i * stride + j);
+    if constexpr (kHasC) in.state[1] = load(c + i * stride + j);
     in.params = load_params<Cell, S>(p, group, j, n);
     in.row = row;
     Cell::forward(in, out);
@@ -96,9 +97,9 @@ struct ForwardStep : Walk<ForwardParams> {
       if constexpr (kHasC) store(saved + Cell::kSaved * h, out.state[1], n);
     }
     if constexpr (kHasC)
-      store(c + i * b.stride + j, carry(i, place(i) * h + j, out.state[1], p.c_n, p.reset_c, n));
+      store(c + i * stride + j, carry(i, place(i) * h + j, out.state[1], p.c_n, p.reset_c, n));
     if (p.weight_hr)
-      store(hidden + i * b.stride + j, out.state[0]);
+      store(hidden + i * stride + j, out.state[0]);
     else
       store_h(i, j, out.state[0]);
   }
@@ -107,7 +108,7 @@ struct ForwardStep : Walk<ForwardParams> {
   void store_h(int64_t i, int64_t j, V h) {
     const int n = valid_lanes<T>(p.width, j);
     store(static_cast<S*>(p.output) + place(i, t) * p.width + j, h, n);
-    store(h_next + i * b.stride + j, carry(i, place(i) * p.width + j, h, p.h_n, p.reset_h, n));
+    store(h_next + i * stride + j, carry(i, place(i) * p.width + j, h, p.h_n, p.reset_h, n));
   }
 
   // What Row::combine makes of all the row's units. gates_hh: the row's recurrent product, [unit_vectors][G][L].
@@ -124,7 +125,7 @@ struct ForwardStep : Walk<ForwardParams> {
   }
 
  private:
-  V start(int64_t i, int64_t size, int64_t j, const void* initial, void* last, const void* restart) const {
+  FASTRNN_HD V start(int64_t i, int64_t size, int64_t j, const void* initial, void* last, const void* restart) const {
     const int64_t at = place(i) * size + j, length = rows->length[i];
     const int n = valid_lanes<T>(size, j);
     const V state = load_or_zero<T>(static_cast<const S*>(initial), at, n);
@@ -134,7 +135,7 @@ struct ForwardStep : Walk<ForwardParams> {
   }
 
   // What the next step starts from, where this one ended in `state`; a row's last state is its result.
-  V carry(int64_t i, int64_t at, V state, void* last, const void* restart, int n) const {
+  FASTRNN_HD V carry(int64_t i, int64_t at, V state, void* last, const void* restart, int n) const {
     if (is_last(i, t)) {
       store(static_cast<S*>(last) + at, state, n);
       return state;
@@ -159,14 +160,26 @@ struct BackwardStep : Walk<BackwardParams> {
 
   const LayerBackwardParams* const layer;  // null where gate gradients are asked for
   const BackwardBuffers<Cell, T>& b;
+  // The buffers' strides, and where this member's rows start in them.
+  const int64_t stride, gates_stride, gates_padded;
+  T *carry_h = nullptr, *carry_c = nullptr, *grad_h = nullptr;
   int64_t t = 0;                         // the step's time; that of the step met before it is next_time(t)
   int64_t running = 0, was_running = 0;  // rows that have a step at t, and at next_time(t)
   T *to = nullptr, *to_ih = nullptr;     // where the step's grad_gates_hh go, and grad_gates_ih or null
 
   BackwardStep(const BackwardParams& params, const LayerBackwardParams* layer, const BackwardBuffers<Cell, T>& buffers)
-      : Walk<BackwardParams>(params), layer(layer), b(buffers) {}
+      : Walk<BackwardParams>(params), layer(layer), b(buffers), stride(b.stride), gates_stride(b.gates_stride),
+        gates_padded(b.gates_padded) {}
 
   int64_t time_of(int64_t s) const { return reverse ? s : p.steps - 1 - s; }
+
+  // Once the group has been entered.
+  void begin() {
+    running = 0;
+    carry_h = b.carry_h + rows->first * stride;
+    carry_c = b.carry_c + rows->first * stride;
+    grad_h = b.grad_h ? b.grad_h + rows->first * stride : nullptr;
+  }
 
   // The group's s-th step of this loop: that of time t or, at s = T, what is left to do for the initial states.
   void enter_step(int64_t s) {
@@ -183,7 +196,7 @@ struct BackwardStep : Walk<BackwardParams> {
   void state(int64_t i, int64_t j, V recurrent) {
     const int64_t at = place(i) * p.width + j;
     const int n = valid_lanes<T>(p.width, j);
-    const V later = p.weight_hr ? recurrent : recurrent + load(b.carry_h + (rows->first + i) * b.stride + j);
+    const V later = p.weight_hr ? recurrent : recurrent + load(carry_h + i * stride + j);
     V grad = arriving(i, at, later, p.grad_h_n, p.grad_reset_h, n);
     if (i >= running) {
       if (p.grad_h_0) store(static_cast<S*>(p.grad_h_0) + at, grad, n);
@@ -192,21 +205,19 @@ struct BackwardStep : Walk<BackwardParams> {
                              offset(i, t, p.grad_output_stride_t, p.grad_output_stride_b) + group * p.width + j,
                          n);
     if (!p.weight_hr) return cell(i, j, grad);
-    store(b.grad_h + (rows->first + i) * b.stride + j, grad);
+    store(grad_h + i * stride + j, grad);
     if (i < running) store(static_cast<S*>(p.grad_projected) + place(i, t) * p.width + j, grad, n);
   }
 
   // The cell of units j .. grad_hidden: the gradient of o tanh(c), or of state 0 where nothing is projected.
-  void cell(int64_t i, int64_t j, V grad_hidden) {
+  FASTRNN_HD void cell(int64_t i, int64_t j, V grad_hidden) {
     const int64_t h = p.hidden, at = place(i) * h + j;
     const int n = valid_lanes<T>(h, j);
-    T* carry_h = b.carry_h + (rows->first + i) * b.stride + j;
-    T* carry_c = b.carry_c + (rows->first + i) * b.stride + j;
     BackwardIn<Cell, V> in;
     BackwardOut<Cell, V> out;
     in.grad_state[0] = grad_hidden;
     if constexpr (kHasC) {
-      in.grad_state[1] = arriving(i, at, load(carry_c), p.grad_c_n, p.grad_reset_c, n);
+      in.grad_state[1] = arriving(i, at, load(carry_c + i * stride + j), p.grad_c_n, p.grad_reset_c, n);
       if (i >= running && p.grad_c_0) store(static_cast<S*>(p.grad_c_0) + at, in.grad_state[1], n);
     }
     if (i >= running) return;
@@ -231,8 +242,8 @@ struct BackwardStep : Walk<BackwardParams> {
     in.params = load_params<Cell, S>(p, group, j, n);
     Cell::backward(in, out);
 
-    store(carry_h, out.grad_state_prev[0]);
-    if constexpr (kHasC) store(carry_c, out.grad_state_prev[1]);
+    store(carry_h + i * stride + j, out.grad_state_prev[0]);
+    if constexpr (kHasC) store(carry_c + i * stride + j, out.grad_state_prev[1]);
     if constexpr (Cell::kParams > 0)
       if (p.grad_params) {
         T* grad_params = static_cast<T*>(p.grad_params) + place(i) * Cell::kParams * h + j;
@@ -284,14 +295,14 @@ struct BackwardStep : Walk<BackwardParams> {
 
   // The gradient of a state after the step by what comes after it: `later` from the next step, unless the row has none, or
   // a reset lies between. `at`: of the state in tensors [B, ..].
-  V arriving(int64_t i, int64_t at, V later, const void* grad_last, void* grad_reset, int n) const {
+  FASTRNN_HD V arriving(int64_t i, int64_t at, V later, const void* grad_last, void* grad_reset, int n) const {
     if (i >= was_running) return load_or_zero<T>(static_cast<const S*>(grad_last), at, n);
     if (p.grad_clip > 0) later = clamp(later, T(p.grad_clip));
     if (!p.resets || !reset_before(i, next_time(t))) return later;
     if (grad_reset) add(static_cast<T*>(grad_reset) + at, later, n);
     return V(0);
   }
-  static void add(T* to, V x, int n) { store(to, load(to, n) + x, n); }
+  static FASTRNN_HD void add(T* to, V x, int n) { store(to, load(to, n) + x, n); }
 
   // A row's state before its step at `time`, of `size` values; null for zeros. It is at `offset` in the `stride` values
   // that `sequence` has of the step before, or there was none.
@@ -306,7 +317,7 @@ struct BackwardStep : Walk<BackwardParams> {
   }
 
   // What the cell saved, where place(i, t) is `here`.
-  Pack<V, Cell::kSaved> load_saved(int64_t here, int64_t j, int n) const {
+  FASTRNN_HD Pack<V, Cell::kSaved> load_saved(int64_t here, int64_t j, int n) const {
     Pack<V, Cell::kSaved> saved;
     if constexpr (Cell::kSaved > 0) {
       const S* from = static_cast<const S*>(p.saved) + here * kSaved * p.hidden + j;
@@ -315,7 +326,7 @@ struct BackwardStep : Walk<BackwardParams> {
     return saved;
   }
 
-  void store_product_gradient(int64_t i, int64_t here, int64_t j, const Pack<V, G>& grad) const {
+  FASTRNN_HD void store_product_gradient(int64_t i, int64_t here, int64_t j, const Pack<V, G>& grad) const {
     for (int k = 0; k < G; ++k) store(to + gate(i, k, j), grad[k]);
     if (layer || !p.grad_gates_hh) return;
     S* result = static_cast<S*>(p.grad_gates_hh) + here * G * p.hidden + j;
@@ -323,9 +334,9 @@ struct BackwardStep : Walk<BackwardParams> {
     for (int k = 0; k < G; ++k) store(result + k * p.hidden, grad[k], n);
   }
 
-  int64_t gate(int64_t i, int k, int64_t j) const { return i * b.gates_stride + k * b.gates_padded + j; }
-  T* pointwise(int64_t i) const { return b.grad_pointwise + (rows->first + i) * b.gates_stride; }
-  Pack<V, G> load_pointwise(int64_t i, int64_t j) const {
+  FASTRNN_HD int64_t gate(int64_t i, int k, int64_t j) const { return i * gates_stride + k * gates_padded + j; }
+  FASTRNN_HD T* pointwise(int64_t i) const { return b.grad_pointwise + (rows->first + i) * gates_stride; }
+  FASTRNN_HD Pack<V, G> load_pointwise(int64_t i, int64_t j) const {
     Pack<V, G> grad;
     for (int k = 0; k < G; ++k) grad[k] = load(pointwise(i) + gate(0, k, j));
     return grad;

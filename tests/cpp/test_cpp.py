@@ -55,8 +55,9 @@ def test_cpu_kernels_under_a_sanitizer(sanitizer, tmp_path):
     subprocess.run(["g++", f"-fsanitize={sanitizer}", str(empty), "-o", str(tmp_path / "empty")], check=True)
     if subprocess.run([str(tmp_path / "empty")], capture_output=True).returncode != 0:
         pytest.skip("no program of this sanitizer starts here (some kernels place memory where it cannot be)")
-    sources = [str(CSRC / "cpu" / name) for name in ("recurrent.cpp", "team.cpp", "processors.cpp", "isa_baseline.cpp")]
-    flags = ["-fopenmp", f"-fsanitize={sanitizer}", "-O0", MORE_CELLS, *sources]  # optimised it would compile for half a minute
+    sources = [str(CSRC / f"cpu/{name}.cpp") for name in ("recurrent", "team", "processors", "isa_baseline")]
+    # -O0: optimised it would compile for half a minute
+    flags = ["-fopenmp", f"-fsanitize={sanitizer}", "-O0", MORE_CELLS, *sources]
     rows = compile_and_run(ROOT / "tests/cpp/test_cpu.cpp", tmp_path / "cpu", *flags)
     assert rows == [["baseline", "80", "calls"]]
 
@@ -93,7 +94,7 @@ def test_cells_know_no_memory(path):
 
 @pytest.mark.parametrize("path", sorted((CSRC / "cpu").glob("*.h")), ids=lambda p: p.name)
 def test_every_cpu_header_compiles_by_itself(path):
-    """For every instruction set, where it is compiled for one: it includes what it uses, and needs nothing before it."""
+    """For every instruction set where it is compiled for one: it includes what it uses and needs nothing before it."""
     syntax = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-x", "c++", "-"]
     text = f'#include "{path}"\n#include "{path}"\n'
     for isa in ISAS if path.name.endswith("-inl.h") else ["baseline"]:

@@ -1,6 +1,6 @@
 """Cells that the package does not have (tests/more_cells.h) in the CPU's kernels, against their equations in
-tests/more_cells.py run by reference.py in float64: one with parameters beside its weights, one that looks at whole rows.
-Every result and every gradient. And the equations themselves against autograd.
+tests/more_cells.py, run by reference.py in float64: one with parameters beside its weights, one that looks at whole
+rows. Every result and every gradient. And the equations themselves against autograd.
 """
 
 import ctypes
@@ -39,8 +39,9 @@ class Library:
     def __init__(self, path: Path, isa: str) -> None:
         names = ["recurrent", "team", "processors", f"isa_{isa}"]
         sources = [ROOT / "csrc/cpu" / f"{name}.cpp" for name in names] + [ROOT / "tests/cpp/cpu_api.cpp"]
-        command = ["g++", "-std=c++20", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
-        command += ["-Wno-psabi", f"-I{ROOT / 'csrc'}", f'-DFASTRNN_MORE_CELLS="{HEADER}"', f"-DTEST_{isa}"]
+        command = ["g++", "-std=c++20", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        command += ["-Werror", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
+        command += [f'-DFASTRNN_MORE_CELLS="{HEADER}"', f"-DTEST_{isa}"]
         objects = [path / f"{source.stem}.o" for source in sources]
         running = [
             subprocess.Popen([*command, "-c", str(s), "-o", str(o)]) for s, o in zip(sources, objects, strict=True)
@@ -62,12 +63,12 @@ class Library:
             *sizes, separate = numbers
             self.cells[name.decode()] = CellInfo(*sizes, bool(separate))
 
-    def run(self, what: str, case: "CellCase", tensors: dict[str, torch.Tensor | None], threads: int, I: int = 0):
+    def run(self, what: str, case: "CellCase", tensors: dict[str, torch.Tensor | None], threads: int, size: int = 0):
         call = self.lib.call_new()
         try:
             lengths, resets = tensors.get("lengths"), tensors.get("resets")
             sizes = [case.T, case.B, case.P, case.h, case.projected or case.h, list(self.cells).index(case.cell)]
-            sizes += [DTYPES.index(case.dtype), I]
+            sizes += [DTYPES.index(case.dtype), size]
             sizes += [0, 0] if lengths is None else [*lengths.stride(), 0][:2]
             sizes += [0, 0, 0] if resets is None else [*resets.stride(), 0][:3]
             self.lib.call_sizes(call, (ctypes.c_int64 * len(sizes))(*sizes))
@@ -152,7 +153,9 @@ def check(library: Library, case: CellCase, seed: int, threads: int) -> None:
     }
     library.run("recurrent_backward", case, given | results | grads | pulled, threads)
     rest = [v for k, v in exact.items() if k not in ("gates_ih", "bias_hh")]
-    wanted = reference.backward(case.cell, *map(double, grads.values()), *rest, want[0], want[3], params=params.double())
+    wanted = reference.backward(
+        case.cell, *map(double, grads.values()), *rest, want[0], want[3], params=params.double()
+    )
     assert_near(pulled.values(), wanted, 10 * tolerance, BACKWARD, case)
 
 
@@ -183,10 +186,10 @@ def test_threads(library, cell, projected, threads):
 
 @pytest.mark.parametrize("cell", MORE_CELLS)
 def test_sums_over_a_row_do_not_depend_on_the_run(library, cell):
-    """Bitwise the same again, and the same row in a batch of others."""
+    """Bitwise the same again; test_cpu.cpp compares threads side by side with one that takes the members in turn."""
     case = CellCase(cell, 9, 33, 2, 65, 0, "rows", "state", dtype=torch.float32)
     arguments, params = case.given(3)
-    runs = [forward(library, case, arguments, params, threads)[1] for threads in (2, 2)]
+    runs = [forward(library, case, arguments, params, 2)[1] for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(runs[0].values(), runs[1].values(), strict=True))
 
 
@@ -195,7 +198,7 @@ def test_sums_over_a_row_do_not_depend_on_the_run(library, cell):
 @pytest.mark.parametrize("cell", MORE_CELLS)
 def test_a_layer(library, cell, dtype, threads):
     """The input's projection and all gradients in the kernels, against autograd of the equations."""
-    for T, B, P, h, I in [(7, 5, 2, 17, 3), (5, 40, 1, 129, 33), (30, 3, 1, 200, 20)]:
+    for T, B, P, h, size in [(7, 5, 2, 17, 3), (5, 40, 1, 129, 33), (30, 3, 1, 200, 20)]:
         case = CellCase(cell, T, B, P, h, 0, "rows", "", dtype=dtype)
         arguments, params = case.given(T + h)
         info, second = case.info, case.info.states > 1
@@ -204,7 +207,8 @@ def test_a_layer(library, cell, dtype, threads):
         def random(*shape, generator=generator):
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-        x, weight_ih, bias_ih = random(T, B, I), random(P, info.gates * h, I) / I**0.5, random(P, info.gates * h)
+        x, bias_ih = random(T, B, size), random(P, info.gates * h)
+        weight_ih = random(P, info.gates * h, size) / size**0.5
         exact = {k: double(v) for k, v in arguments.items()}
         names = ["weight_hh", "bias_hh", "h_0"] + ["c_0"] * second
         leaves = [x.double(), weight_ih.double(), bias_ih.double(), params.double(), *[exact[k] for k in names]]
@@ -223,12 +227,12 @@ def test_a_layer(library, cell, dtype, threads):
         reverse = torch.tensor(arguments["reverse"], dtype=torch.uint8)
         given = arguments | {"gates_ih": None, "reverse": reverse, "params": params}
         given |= {"input": x, "weight": weight_ih, "bias": bias_ih}
-        library.run("layer_forward", case, given | results, threads, I)
-        assert_near([results[k] for k in FORWARD[: 1 + info.states]], want, TOLERANCE[dtype], FORWARD[: 1 + info.states],
-                    case)  # fmt: skip
+        library.run("layer_forward", case, given | results, threads, size)
+        names = FORWARD[: 1 + info.states]
+        assert_near([results[k] for k in names], want, TOLERANCE[dtype], names, case)
 
         pulled = {
-            "grad_input": torch.zeros(P, T, B, I, dtype=dtype), "grad_weight_ih": torch.empty_like(weight_ih),
+            "grad_input": torch.zeros(P, T, B, size, dtype=dtype), "grad_weight_ih": torch.empty_like(weight_ih),
             "grad_bias_ih": torch.empty_like(bias_ih),
             "grad_params": torch.zeros(B, P, params.shape[1], h, dtype=dtype),
             "grad_weight_hh": torch.empty_like(arguments["weight_hh"]),
@@ -237,7 +241,7 @@ def test_a_layer(library, cell, dtype, threads):
             "grad_c_0": torch.empty(B, P * h, dtype=dtype) if second else torch.empty(0),
         }  # fmt: skip
         incoming = dict(zip(("grad_output", "grad_h_n", "grad_c_n"), grads, strict=False))
-        library.run("layer_backward", case, given | results | incoming | pulled, threads, I)
+        library.run("layer_backward", case, given | results | incoming | pulled, threads, size)
         pulled["grad_input"], pulled["grad_params"] = pulled["grad_input"].sum(0), pulled["grad_params"].sum(0)
         got = list(pulled.values())[: len(wanted)]
         assert_near(got, wanted, 100 * TOLERANCE[dtype], list(pulled)[: len(wanted)], case)
