@@ -6,8 +6,8 @@
 
 namespace fastrnn {
 
-// The primitives that a value type supplies. Those of SIMD vectors are in cpu/simd-inl.h and are found by argument-dependent
-// lookup; on a GPU these are the CUDA library's (expf: 1 ulp, tanhf: 1 ulp).
+// The primitives that a value type supplies. Those of SIMD vectors are in cpu/simd-inl.h and are found by
+// argument-dependent lookup; on a GPU these are the CUDA library's (expf: 1 ulp, tanhf: 1 ulp).
 FASTRNN_HD float exp(float x) { return ::expf(x); }
 FASTRNN_HD float tanh(float x) { return ::tanhf(x); }
 FASTRNN_HD double exp(double x) { return ::exp(x); }

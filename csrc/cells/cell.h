@@ -15,23 +15,24 @@
 //
 // forward sets every member of ForwardOut, backward every member of BackwardOut.
 //
-// A cell whose gates depend on all units of a row together, as layer normalization makes them, has a member type Row too.
-// It says which sums over the row's units a cell needs of the recurrent product (gates_hh, with its bias), and what
-// becomes of their gradient. With n units in a row, and numbers X = float or double:
+// A cell whose gates depend on all units of a row together, as layer normalization makes them, has a member type Row
+// too. It says which sums over the row's units a cell needs of the recurrent product (gates_hh, with its bias), and
+// what becomes of their gradient. With n units in a row, and numbers X = float or double:
 //   kSums                                      how many sums there are
 //   Pack<V, kSums> reduce(gates_hh)            one unit's terms of the sums
 //   Pack<X, kSums> combine(sums, X n)          once a row: what the units need to know of the sums
 // forward then finds the combined numbers in ForwardIn::row, and does with them and the product what it will; what
-// backward needs of either it saves. backward treats the combined numbers as constants. The rest of the gradient is made
-// from the grad_gates_hh that it returns:
+// backward needs of either it saves. backward treats the combined numbers as constants. The rest of the gradient is
+// made from the grad_gates_hh that it returns:
 //   Pack<V, kSums> reduce_grad(saved, grad_gates_hh)             one unit's terms of the sums
 //   Pack<X, kSums> combine_grad(sums, X n)                       once a row
 //   Pack<V, kGates> project_grad(saved, row, grad_gates_hh)      the gradient of the recurrent product itself; `row` holds
 //                                                                the numbers that combine_grad made
 // The gradients of weight_hh, of bias_hh and of the state before the step are made from the last of these.
 //
-// A cell may have kLateGates: the recurrent product of so many of its last gates is not with h, but with a vector that the
-// other gates make of it (a GRU whose reset gate comes before the product). No kernel takes more than 0 of them yet.
+// A cell may have kLateGates: the recurrent product of so many of its last gates is not with h, but with a vector that
+// the other gates make of it (a GRU whose reset gate comes before the product). No kernel takes more than 0 of them
+// yet.
 #pragma once
 #include <type_traits>
 

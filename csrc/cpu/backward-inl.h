@@ -1,6 +1,6 @@
 // The backward time loop, forward's mirror: the product runs over the gate gradients of the step before (in this loop's
-// order), and its sums are what the cell's backward needs. What happens to a row's units is in step-inl.h, what a layer's
-// call makes of the gate gradients in gradients-inl.h.
+// order), and its sums are what the cell's backward needs. What happens to a row's units is in step-inl.h, what a
+// layer's call makes of the gate gradients in gradients-inl.h.
 #pragma once
 #include "isa-inl.h"
 
@@ -135,8 +135,8 @@ class BackwardWorker {
   void project_gradients() {
     const int64_t count = step.running > step.was_running ? step.running : step.was_running;
     for_each_panel(units, kMaxVectors, [&](int64_t v, int vectors) {
-      const Panel<T> panel = panel_of_columns(p.weight_hr, step.group, p.width, p.hidden, b.panels_hr, p.width, v, vectors,
-                                              packed);
+      const Panel<T> panel = panel_of_columns(p.weight_hr, step.group, p.width, p.hidden, b.panels_hr, p.width, v,
+                                              vectors, packed);
       for_each_tile(count, static_cast<const T*>(b.grad_h + step.rows->first * b.stride), b.stride, panel.weights,
                     panel.stride, p.width, vectors, static_cast<const T*>(nullptr),
                     [&](int64_t first, int rows_in_tile, const T* sums) {

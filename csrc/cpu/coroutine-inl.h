@@ -1,12 +1,12 @@
-// The coroutine that is a member's part of a call. It pauses where its team has to meet, and whoever runs it (team.h) resumes
-// it when the others are there too, or takes the team's members in turn.
+// The coroutine that is a member's part of a call. It pauses where its team has to meet, and whoever runs it (team.h)
+// resumes it when the others are there too, or takes the team's members in turn.
 #pragma once
 #include "isa-inl.h"
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
-// What a worker's run() returns: its coroutine, which pauses before the first line and at every co_yield kMeet, and lives
-// until it is destroyed. No exception leaves it: nothing in it throws.
+// What a worker's run() returns: its coroutine, which pauses before the first line and at every co_yield kMeet, and
+// lives until it is destroyed. No exception leaves it: nothing in it throws.
 enum Meet { kMeet };
 struct Paused {
   struct Always {

@@ -1,5 +1,5 @@
-// The product of a few rows with weights that are not packed, for calls too short to repay the packing. Outputs are rows
-// of the weights, so vectors run along k, and at the end the lanes of each are summed.
+// The product of a few rows with weights that are not packed, for calls too short to repay the packing. Outputs are
+// rows of the weights, so vectors run along k, and at the end the lanes of each are summed.
 #pragma once
 #include "isa-inl.h"
 
@@ -116,8 +116,8 @@ void dot(int rows, const T* a, int64_t stride, const S* w, int64_t ld, int64_t d
   }
 }
 
-// for_each_tile without packing. The outputs are those that pack_rows (panels-inl.h) would order as [n][lane]; bias points
-// at the first of them and has the same gate_stride.
+// for_each_tile without packing. The outputs are those that pack_rows (panels-inl.h) would order as [n][lane]; bias
+// points at the first of them and has the same gate_stride.
 template <class T, class W, class S, class Body>
 void for_each_dot_tile(int64_t count, const T* a, int64_t stride, const W* w, int64_t ld, int64_t gate_stride,
                        int gates, int unit_vectors, int64_t valid, int64_t depth, const S* bias, Body body) {

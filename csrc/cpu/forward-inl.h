@@ -1,5 +1,5 @@
-// The forward time loop: the products of every step, and who computes which rows and units of it when. What happens to a
-// row's units is in step-inl.h.
+// The forward time loop: the products of every step, and who computes which rows and units of it when. What happens to
+// a row's units is in step-inl.h.
 #pragma once
 #include "isa-inl.h"
 
@@ -223,8 +223,8 @@ class ForwardWorker {
     });
   }
 
-  // The cells that multiply() left, of rows whose product is known of all units. Every member adds up whole rows, in the
-  // same order, though it computes some of their units alone: less work than to wait for another's sums.
+  // The cells that multiply() left, of rows whose product is known of all units. Every member adds up whole rows, in
+  // the same order, though it computes some of their units alone: less work than to wait for another's sums.
   void compute_cells() {
     for (int64_t i = 0; i < step.rows->active(step.t); ++i) {
       const auto row = step.combine(product_of(i));

@@ -1,6 +1,6 @@
-// The gradients of a layer's weights, biases and input: the products with the gate gradients of a chunk of steps, which are
-// in the workspace (BackwardBuffers), without a gap for rows that have no such step. They follow each chunk, and the team
-// shares them: rows of the weights' gradients, and rows of the input's.
+// The gradients of a layer's weights, biases and input: the products with the gate gradients of a chunk of steps, which
+// are in the workspace (BackwardBuffers), without a gap for rows that have no such step. They follow each chunk, and
+// the team shares them: rows of the weights' gradients, and rows of the input's.
 #pragma once
 #include "isa-inl.h"
 
@@ -41,10 +41,10 @@ class LayerGradients {
   // Is the chunk complete with step s?
   bool complete(int64_t s) const { return s + 1 == p.steps || s + 1 == chunk_begin + plan.chunk; }
 
-  // Steps chunk_begin .. end - 1 have been made. Finds what weight gradients multiply with, and where the input's gradient
-  // goes; where units are split, the team shares all rows. `from`: the last step's gates, whose `running` rows the next
-  // step's product needs, so they move to where they stay; every member moves the units and rows that it makes. Returns
-  // where that is.
+  // Steps chunk_begin .. end - 1 have been made. Finds what weight gradients multiply with, and where the input's
+  // gradient goes; where units are split, the team shares all rows. `from`: the last step's gates, whose `running` rows
+  // the next step's product needs, so they move to where they stay; every member moves the units and rows that it
+  // makes. Returns where that is.
   const T* gather(int64_t end, const T* from, int64_t running, Range units) {
     const Rows& rows = *step.rows;
     const int64_t width = (units.end - units.begin) * L;

@@ -1,10 +1,11 @@
-// The instruction set that a translation unit compiles its kernels for: isa_avx512.cpp defines FASTRNN_AVX512, isa_avx2.cpp
-// FASTRNN_AVX2. Without either it is the baseline of any CPU: 16-byte vectors, with whatever the compiler's default target
-// has (SSE2 on x86-64, NEON on AArch64).
+// The instruction set that a translation unit compiles its kernels for: isa_avx512.cpp defines FASTRNN_AVX512,
+// isa_avx2.cpp FASTRNN_AVX2. Without either it is the baseline of any CPU: 16-byte vectors, with whatever the
+// compiler's default target has (SSE2 on x86-64, NEON on AArch64).
 //
-// Every *-inl.h includes this first, then what else it uses, so each of them compiles by itself. There is one instruction
-// set in a translation unit, so `#pragma once` guards them. Their code is in the namespace fastrnn::cpu::FASTRNN_ISA: two
-// instruction sets then share no instance of a template, whose copies the linker would otherwise merge into one.
+// Every *-inl.h includes this first, then what else it uses, so each of them compiles by itself. There is one
+// instruction set in a translation unit, so `#pragma once` guards them. Their code is in the namespace
+// fastrnn::cpu::FASTRNN_ISA: two instruction sets then share no instance of a template, whose copies the linker would
+// otherwise merge into one.
 #pragma once
 
 // Nothing of these may be compiled for a newer CPU, for the same reason: they come before the target pragma.

@@ -14,8 +14,8 @@ struct Range {
 };
 inline Range share(int64_t n, int member, int size) { return {n * member / size, n * (member + 1) / size}; }
 
-// Panels of at most `step` vectors that cover `range`: body(first vector, vectors). At odd times they come in reverse, so
-// that a pass over them begins with those that the last pass left in the cache.
+// Panels of at most `step` vectors that cover `range`: body(first vector, vectors). At odd times they come in reverse,
+// so that a pass over them begins with those that the last pass left in the cache.
 template <class Body>
 FASTRNN_HD void for_each_panel_zigzag(Range range, int step, int64_t time, Body body) {
   const int64_t panels = ceil_div(range.end - range.begin, step);

@@ -34,8 +34,8 @@ struct Rows {
 struct Plan {
   int teams, team_size;
   bool split_rows;
-  // Are weight_hh and weight_hr packed into panels first, and weight_ih? A short call multiplies with the weights as they
-  // are stored. pack_late: each panel of weight_ih is packed just before its only use.
+  // Are weight_hh and weight_hr packed into panels first, and weight_ih? A short call multiplies with the weights as
+  // they are stored. pack_late: each panel of weight_ih is packed just before its only use.
   bool pack_hh, pack_ih, pack_late;
   bool uniform;                // no sum of a forward pass depends on how many steps or threads there are
   bool shared_lengths;         // all groups have the same

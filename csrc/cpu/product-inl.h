@@ -1,7 +1,7 @@
 // The product of a few rows with a panel of packed weights.
 //
-// A panel holds `depth` x N vectors: for each k, the weights that input k has for N vectors of outputs (panels-inl.h packs
-// them). It is read front to back, once per tile of rows, while the tile's M x N sums stay in registers.
+// A panel holds `depth` x N vectors: for each k, the weights that input k has for N vectors of outputs (panels-inl.h
+// packs them). It is read front to back, once per tile of rows, while the tile's M x N sums stay in registers.
 #pragma once
 #include "isa-inl.h"
 

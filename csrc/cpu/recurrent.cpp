@@ -136,7 +136,8 @@ Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
   const int64_t weights = (kCells[p.cell].gates * p.hidden * p.width + (p.weight_hr ? p.hidden * p.width : 0)) * element;
   plan.split_rows = plan.team_size == 1 ||
                     (weights <= kCachedWeights && p.batch >= kRowsPerThread * plan.team_size);
-  // Sharing a small step costs more than it saves: a barrier takes about 1 us, in which a thread does some thousand flops.
+  // Sharing a small step costs more than it saves: a barrier takes about 1 us, in which a thread does some thousand
+  // flops.
   constexpr int64_t kWorthABarrier = 16 << 10;  // multiply-adds a thread and step
   if (!plan.split_rows)
     plan.team_size = static_cast<int>(std::clamp<int64_t>(products / kWorthABarrier, 1, plan.team_size));

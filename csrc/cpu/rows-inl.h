@@ -7,8 +7,8 @@
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
-// The rows of one group that a member computes, longest first, and how they meet time: i counts them, t is a time of the
-// sequence, which groups that run in reverse meet from their last to the first.
+// The rows of one group that a member computes, longest first, and how they meet time: i counts them, t is a time of
+// the sequence, which groups that run in reverse meet from their last to the first.
 template <class Params>
 struct Walk {
   const Params& p;
@@ -47,8 +47,8 @@ FASTRNN_HD int valid_lanes(int64_t size, int64_t j) {
   return int(size - j < Vec<T>::kLanes ? size - j : Vec<T>::kLanes);
 }
 
-// terms(j) gives N terms for each of units j .. j + L - 1; returns their N sums over all units, which depend on nothing but
-// the terms: the same member adds up all of a row, in the same order.
+// terms(j) gives N terms for each of units j .. j + L - 1; returns their N sums over all units, which depend on nothing
+// but the terms: the same member adds up all of a row, in the same order.
 template <class T, int N, class Terms>
 Pack<T, N> sum_over_units(int64_t units, Terms terms) {
   constexpr int L = Vec<T>::kLanes;

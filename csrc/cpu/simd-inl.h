@@ -1,5 +1,5 @@
-// The SIMD value type that the CPU recurrence gives to the cells. It is written with the compiler's vector extension, so
-// that one text serves every instruction set.
+// The SIMD value type that the CPU recurrence gives to the cells. It is written with the compiler's vector extension,
+// so that one text serves every instruction set.
 //
 // Accuracy, measured by tests/cpp/test_simd.cpp over all finite floats and a dense grid of doubles:
 //   exp   <= 2 ulp on [-87.3, 88.3] (double: [-708.3, 709.0]); outside, the value at the end of that range

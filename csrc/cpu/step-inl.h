@@ -1,10 +1,10 @@
-// What happens to one row in one step, forward and backward: the states it starts from, the cell, what is stored and what
-// is carried on. The products, and who computes which rows and units when, are in {forward,backward}-inl.h.
+// What happens to one row in one step, forward and backward: the states it starts from, the cell, what is stored and
+// what is carried on. The products, and who computes which rows and units when, are in {forward,backward}-inl.h.
 // csrc/cuda/common.cuh is the twin.
 //
-// All of it is for one row i of a member's, and for a vector of units: units j .. j + L - 1, of which those beyond the last
-// are computed too, but never stored. Nothing here crosses from one vector of units to another, but for the sums over a
-// row that a cell may ask for (Cell::Row, cells/cell.h).
+// All of it is for one row i of a member's, and for a vector of units: units j .. j + L - 1, of which those beyond the
+// last are computed too, but never stored. Nothing here crosses from one vector of units to another, but for the sums
+// over a row that a cell may ask for (Cell::Row, cells/cell.h).
 #pragma once
 #include "isa-inl.h"
 
@@ -261,8 +261,8 @@ struct BackwardStep : Walk<BackwardParams> {
       store_product_gradient(i, here, j, out.grad_gates_hh);
   }
 
-  // The gradient of a row's recurrent product, units j .., once cell() has been called for all units of the row. row: what
-  // combine() returned for it.
+  // The gradient of a row's recurrent product, units j .., once cell() has been called for all units of the row. row:
+  // what combine() returned for it.
   void project(int64_t i, int64_t j, const Pack<V, kRowSums<Cell>>& row) {
     if constexpr (kRowSums<Cell> > 0) {
       const int64_t here = place(i, t);
@@ -293,8 +293,8 @@ struct BackwardStep : Walk<BackwardParams> {
     store(static_cast<S*>(grad_initial) + at, load_or_zero<T>(static_cast<const S*>(grad_last), at, n), n);
   }
 
-  // The gradient of a state after the step by what comes after it: `later` from the next step, unless the row has none, or
-  // a reset lies between. `at`: of the state in tensors [B, ..].
+  // The gradient of a state after the step by what comes after it: `later` from the next step, unless the row has none,
+  // or a reset lies between. `at`: of the state in tensors [B, ..].
   FASTRNN_HD V arriving(int64_t i, int64_t at, V later, const void* grad_last, void* grad_reset, int n) const {
     if (i >= was_running) return load_or_zero<T>(static_cast<const S*>(grad_last), at, n);
     if (p.grad_clip > 0) later = clamp(later, T(p.grad_clip));

@@ -29,8 +29,9 @@ void pause() {
 //
 // Calls run on threads while those wait little for each other: processors are free, and nothing is tried out. Where the
 // waits of a few calls add up to so much that one thread may take no longer, the next few run on one, and whichever way
-// took less is kept for a while: twice as long as the comparison took, and twice as long again after each further one, up
-// to 64 times. Both ways are timed on the machine as it is at the time, so nothing has to be known about what else runs.
+// took less is kept for a while: twice as long as the comparison took, and twice as long again after each further one,
+// up to 64 times. Both ways are timed on the machine as it is at the time, so nothing has to be known about what else
+// runs.
 class Experience {
  public:
   bool prefers_one(int64_t time) {

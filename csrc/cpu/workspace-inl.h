@@ -1,8 +1,9 @@
-// The memory of a team, forward and backward: one allocation a call and team, in which every member finds the same arrays.
+// The memory of a team, forward and backward: one allocation a call and team, in which every member finds the same
+// arrays.
 //
-// Arrays of rows hold the rows that members own one member after another (Rows::first), not in the batch's order. Their rows
-// are padded so that whole vectors can be stored, and by one vector more, which keeps power-of-two sizes from sharing a
-// cache set.
+// Arrays of rows hold the rows that members own one member after another (Rows::first), not in the batch's order. Their
+// rows are padded so that whole vectors can be stored, and by one vector more, which keeps power-of-two sizes from
+// sharing a cache set.
 #pragma once
 #include "isa-inl.h"
 
@@ -28,8 +29,8 @@ struct ForwardBuffers {
   // Of a cell whose gates depend on whole rows: a step's recurrent product, [B][unit_vectors][G][L].
   T* gates_hh;
 
-  // The rest is of a layer's call, whose gates_ih are made here, for a chunk of steps at a time. In arrays of chunk_rows a
-  // member's part starts at chunk * Rows::first, and a step's rows follow those of the step before.
+  // The rest is of a layer's call, whose gates_ih are made here, for a chunk of steps at a time. In arrays of
+  // chunk_rows a member's part starts at chunk * Rows::first, and a step's rows follow those of the step before.
   int64_t chunk_rows, input_stride;
   T *panels_ih, *bias_ih;
   T* input;            // [chunk_rows, input_stride]
@@ -77,14 +78,14 @@ struct BackwardBuffers {
   int64_t gates_padded;                 // elements of a gate, padded to whole vectors
   int64_t gates_stride;                 // elements from row to row of gates
   T *panels_hh, *panels_hr;             // weight_hh and weight_hr, packed; see panels-inl.h
-  // [(slots + 1) B, gates_stride]: grad_gates_hh. A member's rows are together: first those of the step before, then those
-  // of the steps since, of which there are `slots`.
+  // [(slots + 1) B, gates_stride]: grad_gates_hh. A member's rows are together: first those of the step before, then
+  // those of the steps since, of which there are `slots`.
   int64_t slots;
   T* grad_gates;
   T *carry_h, *carry_c;  // [B, stride]: the pointwise part of grad_state_prev
   T* grad_h;             // [B, stride]: the gradient of the projection's output
-  // Of a cell whose gates depend on whole rows: [B, gates_stride], what its backward returned for a step's grad_gates_hh,
-  // before the rows' sums have their part of it.
+  // Of a cell whose gates depend on whole rows: [B, gates_stride], what its backward returned for a step's
+  // grad_gates_hh, before the rows' sums have their part of it.
   T* grad_pointwise;
   T* sums;  // [team_size][max(B, kBlockM)][kMaxVectors * L]: where deep products add up
   int64_t sums_size;

@@ -1,5 +1,5 @@
-// Every registered cell's backward against central differences of its forward, in double, with what a Row (cells/cell.h)
-// adds to both. Prints one line a cell and exits with 1 if any is off by more than kTolerance.
+// Every registered cell's backward against central differences of its forward, in double, with what a Row
+// (cells/cell.h) adds to both. Prints one line a cell and exits with 1 if any is off by more than kTolerance.
 #include <cmath>
 #include <cstdio>
 #include <random>
