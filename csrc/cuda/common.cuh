@@ -74,12 +74,14 @@ FASTRNN_INLINE void store(void* p, int64_t at, Wide<S> x) {
   static_cast<S*>(p)[at] = narrow<S>(x);
 }
 
-// ---- launches: params by value, and the directions with them ----
+// ---- launches ----
 
 constexpr int kGroupsPerLaunch = 1024;
 
+// What a kernel gets, by value: the call's params, which groups of them this launch runs, and their directions as bits
+// (`reverse` is the host's memory, and null here).
 template <class Params>
-struct Call : Params {  // params.reverse is the host's: kernels ask the bits
+struct LaunchParams : Params {
   int32_t first_group, groups_here;
   uint32_t reverse_bits[kGroupsPerLaunch / 32];
 };
@@ -90,20 +92,20 @@ inline bool check_sizes(const ForwardParams& p) {
          p.cell >= 0 && p.cell < kNumCells;
 }
 
-// launch(const Call<Params>&) -> int, once for every kGroupsPerLaunch groups, until one fails.
+// launch(const LaunchParams<Params>&) -> int, once for every kGroupsPerLaunch groups, until one fails.
 template <class Params, class F>
 int for_each_launch(const Params& p, F launch) {
   if (!check_sizes(p)) return int(dev::kInvalidValue);
   if (p.batch == 0) return int(dev::kSuccess);
   for (int64_t first = 0; first < p.groups; first += kGroupsPerLaunch) {
-    Call<Params> call{};
-    static_cast<Params&>(call) = p;
-    call.reverse = nullptr;
-    call.first_group = int32_t(first);
-    call.groups_here = int32_t(p.groups - first < kGroupsPerLaunch ? p.groups - first : kGroupsPerLaunch);
-    for (int i = 0; i < call.groups_here; ++i)
-      call.reverse_bits[i / 32] |= uint32_t(p.reverse[first + i] != 0) << (i % 32);
-    const int error = launch(call);
+    LaunchParams<Params> part{};
+    static_cast<Params&>(part) = p;
+    part.reverse = nullptr;
+    part.first_group = int32_t(first);
+    part.groups_here = int32_t(p.groups - first < kGroupsPerLaunch ? p.groups - first : kGroupsPerLaunch);
+    for (int i = 0; i < part.groups_here; ++i)
+      part.reverse_bits[i / 32] |= uint32_t(p.reverse[first + i] != 0) << (i % 32);
+    const int error = launch(part);
     if (error != int(dev::kSuccess)) return error;
   }
   return int(dev::kSuccess);
@@ -167,7 +169,7 @@ FASTRNN_INLINE int length_of(const ForwardParams& p, int group, int row) {
 
 // group_here counts from the launch's first group; row may lie past the batch.
 template <class Params>
-FASTRNN_INLINE Row row_of(const Call<Params>& call, int group_here, int row) {
+FASTRNN_INLINE Row row_of(const LaunchParams<Params>& call, int group_here, int row) {
   const int group = call.first_group + group_here;
   const bool reverse = call.reverse_bits[group_here / 32] >> (group_here % 32) & 1u;
   return {group, row, length_of(call, group, row), reverse};

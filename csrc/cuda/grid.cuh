@@ -145,7 +145,7 @@ struct GridOwner {
 };
 
 template <class Params>
-FASTRNN_INLINE GridOwner grid_owner(const Call<Params>& call, const GridShape& s, const GridShared& shared) {
+FASTRNN_INLINE GridOwner grid_owner(const LaunchParams<Params>& call, const GridShape& s, const GridShared& shared) {
   const int tid = int(threadIdx.x), words = s.words_per_row();
   const int first = int(blockIdx.x) * s.units, end = first + s.units < s.hidden ? first + s.units : s.hidden;
   GridOwner o;
@@ -203,7 +203,7 @@ int prepare_grid(const ForwardParams& p, int first_group, int groups, const Grid
                  dev::Stream stream);
 
 template <class Kernel, class Params>
-int launch_grid(Kernel kernel, const Call<Params>& call, const GridShape& s, void* workspace, void* stream) {
+int launch_grid(Kernel kernel, const LaunchParams<Params>& call, const GridShape& s, void* workspace, void* stream) {
   const auto on = static_cast<dev::Stream>(stream);
   const int error = prepare_grid(call, call.first_group, call.groups_here, s, workspace, on);
   if (error != int(dev::kSuccess)) return error;

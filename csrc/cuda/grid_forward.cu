@@ -7,7 +7,7 @@ namespace {
 
 template <class Cell, class S, class Product>
 __global__ void __launch_bounds__(tiles::kGridThreads, 1)
-    grid_forward_kernel(Call<ForwardParams> p, GridShape s, uint64_t* workspace) {
+    grid_forward_kernel(LaunchParams<ForwardParams> p, GridShape s, uint64_t* workspace) {
   constexpr int G = Cell::kGates, N = Product::kValues;
   const int group = p.first_group + int(blockIdx.z), first_unit = int(blockIdx.x) * s.units;
   const GridShared shared(dev::dynamic_shared(), s);
@@ -75,7 +75,7 @@ int grid_forward(const ForwardParams& params, const Choice& choice, void* worksp
   if (!check_sizes(params)) return int(dev::kInvalidValue);
   const GridShape s = grid_shape(params, choice, false);
   if (!grid_takes(params, s)) return int(dev::kInvalidValue);
-  return for_each_launch(params, [&](const Call<ForwardParams>& call) {
+  return for_each_launch(params, [&](const LaunchParams<ForwardParams>& call) {
     return with_cell(call.cell, [&](auto cell) {
       using Cell = typename decltype(cell)::type;
       constexpr int G = Cell::kGates;

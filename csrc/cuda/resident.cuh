@@ -303,7 +303,7 @@ int with_mma_tile(const ForwardParams& p, int rows, F f) {
 
 template <class Params, class Kernel>
 int launch_resident(Kernel kernel, const Params& p, int rows, size_t shared, void* stream) {
-  return for_each_launch(p, [&](const Call<Params>& call) {
+  return for_each_launch(p, [&](const LaunchParams<Params>& call) {
     dev::Launch launch{};
     launch.grid = dim3(unsigned(tiles::ceil_div(p.batch, rows)), unsigned(call.groups_here));
     launch.block = unsigned(resident_threads(p));

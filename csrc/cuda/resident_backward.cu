@@ -26,7 +26,7 @@ struct Boundaries {
 // float32. 16 lanes share 4 columns of h and split the product; then lane l has row l / 4 (kRows = 4) and column
 // l % 4, or lane 4 l the only row's column l.
 template <class Cell, int kRows>
-__global__ void __launch_bounds__(kFfmaThreads, 1) resident_ffma_backward_kernel(Call<BackwardParams> p) {
+__global__ void __launch_bounds__(kFfmaThreads, 1) resident_ffma_backward_kernel(LaunchParams<BackwardParams> p) {
   constexpr int G = Cell::kGates, kLanes = 16, kColumns = 4;
   const int h = int(p.hidden), first_row = int(blockIdx.x) * kRows, group_here = int(blockIdx.y);
   const int lane = int(threadIdx.x) % kLanes, first = int(threadIdx.x) / kLanes * kColumns;
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kFfmaThreads, 1) resident_ffma_backward_kernel
 // bfloat16, float16. A lane has columns g, g + 8 of its warp's 16 and rows 2q, 2q + 1 of the tile's 8:
 // resident.cuh.
 template <class Cell, class S, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32, 1) resident_mma_backward_kernel(Call<BackwardParams> p) {
+__global__ void __launch_bounds__(kWarps * 32, 1) resident_mma_backward_kernel(LaunchParams<BackwardParams> p) {
   constexpr int G = Cell::kGates;
   const int h = int(p.hidden), first_row = int(blockIdx.x) * kMmaRows, group_here = int(blockIdx.y);
   const int lane = int(threadIdx.x) % 32, g = lane / 4, q = lane % 4, warp = int(threadIdx.x) / 32;

@@ -5,7 +5,7 @@ namespace fastrnn::cuda {
 
 // float32. The 4 lanes of a unit split its products; then lane l has row l (kRows = 4), or lane 0 the only one.
 template <class Cell, int kRows>
-__global__ void __launch_bounds__(kFfmaThreads, 1) resident_ffma_forward_kernel(Call<ForwardParams> p) {
+__global__ void __launch_bounds__(kFfmaThreads, 1) resident_ffma_forward_kernel(LaunchParams<ForwardParams> p) {
   constexpr int G = Cell::kGates, kLanes = 4;
   const int h = int(p.hidden), first_row = int(blockIdx.x) * kRows, group_here = int(blockIdx.y);
   const int lane = int(threadIdx.x) % kLanes, j = int(threadIdx.x) / kLanes, row = kRows == 1 ? 0 : lane;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kFfmaThreads, 1) resident_ffma_forward_kernel(
 
 // bfloat16, float16. A lane has units g, g + 8 of its warp's 16 and rows 2q, 2q + 1 of the tile's 8: resident.cuh.
 template <class Cell, class S, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32, 1) resident_mma_forward_kernel(Call<ForwardParams> p) {
+__global__ void __launch_bounds__(kWarps * 32, 1) resident_mma_forward_kernel(LaunchParams<ForwardParams> p) {
   constexpr int G = Cell::kGates;
   const int h = int(p.hidden), first_row = int(blockIdx.x) * kMmaRows, group_here = int(blockIdx.y);
   const int lane = int(threadIdx.x) % 32, g = lane / 4, q = lane % 4, warp = int(threadIdx.x) / 32;

@@ -9,7 +9,7 @@ namespace fastrnn::cuda {
 // kernel<<<..>>>(call, args...) for every (group, row, 0 .. n - 1)
 template <class Params, class... KernelArgs, class... Args>
 int launch_rows(void (*kernel)(KernelArgs...), const Params& p, int64_t n, void* stream, const Args&... args) {
-  return for_each_launch(p, [&](const Call<Params>& call) {
+  return for_each_launch(p, [&](const LaunchParams<Params>& call) {
     const int64_t whole_warps = tiles::ceil_div(n, 32) * 32;
     const unsigned threads = unsigned(whole_warps < tiles::kStepThreads ? whole_warps : tiles::kStepThreads);
     const int64_t rows = p.batch < tiles::kStepRowBlocks ? p.batch : tiles::kStepRowBlocks;
@@ -23,7 +23,7 @@ int launch_rows(void (*kernel)(KernelArgs...), const Params& p, int64_t n, void*
 
 // body(r, j) for this thread's rows
 template <class Params, class Body>
-FASTRNN_INLINE void for_each_row(const Call<Params>& call, Body body) {
+FASTRNN_INLINE void for_each_row(const LaunchParams<Params>& call, Body body) {
   const int j = int(blockIdx.x * blockDim.x + threadIdx.x);
   for (int row = int(blockIdx.y); row < call.batch; row += int(gridDim.y))
     body(row_of(call, int(blockIdx.z), row), j);

@@ -6,7 +6,7 @@ namespace fastrnn::cuda {
 // With weight_hr: the gradient of state 0 in every column, which the projection's transpose multiplies.
 template <class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
-    step_backward_projected_kernel(Call<BackwardParams> p, StepBuffers b, int k) {
+    step_backward_projected_kernel(LaunchParams<BackwardParams> p, StepBuffers b, int k) {
   for_each_row(p, [&](const Row& r, int j) {
     if (j >= p.width || !r.running(k)) return;
     const int64_t at = in_buffer(p, r, p.width, j);
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
 // One step of every unit.
 template <class Cell, class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
-    step_backward_kernel(Call<BackwardParams> p, StepBuffers b, int k) {
+    step_backward_kernel(LaunchParams<BackwardParams> p, StepBuffers b, int k) {
   constexpr int G = Cell::kGates;
   using V = Wide<S>;
   for_each_row(p, [&](const Row& r, int j) {
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
 // grad_h_0 and grad_c_0. Columns up to the larger of h and R.
 template <class Cell, class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
-    finish_backward_kernel(Call<BackwardParams> p, StepBuffers b) {
+    finish_backward_kernel(LaunchParams<BackwardParams> p, StepBuffers b) {
   using V = Wide<S>;
   for_each_row(p, [&](const Row& r, int j) {
     const bool crossed = reset_before(p, r, 0);

@@ -5,7 +5,8 @@ namespace fastrnn::cuda {
 
 // h_0, c_0 or what a reset puts there, into h and carried. Columns up to the larger of h and R.
 template <class Cell, class S>
-__global__ void __launch_bounds__(tiles::kStepThreads) start_forward_kernel(Call<ForwardParams> p, StepBuffers b) {
+__global__ void __launch_bounds__(tiles::kStepThreads)
+    start_forward_kernel(LaunchParams<ForwardParams> p, StepBuffers b) {
   for_each_row(p, [&](const Row& r, int j) {
     const bool reset = reset_before(p, r, 0);
     Wide<S> h = 0;
@@ -21,7 +22,7 @@ __global__ void __launch_bounds__(tiles::kStepThreads) start_forward_kernel(Call
 // One step of every unit.
 template <class Cell, class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
-    step_forward_kernel(Call<ForwardParams> p, StepBuffers b, int k) {
+    step_forward_kernel(LaunchParams<ForwardParams> p, StepBuffers b, int k) {
   constexpr int G = Cell::kGates;
   using V = Wide<S>;
   for_each_row(p, [&](const Row& r, int j) {
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
 // State 0 of every column, from the projection.
 template <class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
-    step_forward_projected_kernel(Call<ForwardParams> p, StepBuffers b, int k) {
+    step_forward_projected_kernel(LaunchParams<ForwardParams> p, StepBuffers b, int k) {
   for_each_row(p, [&](const Row& r, int j) {
     if (j >= p.width || !r.running(k)) return;
     const int64_t at = in_buffer(p, r, p.width, j);

@@ -81,7 +81,7 @@ def test_disassembly_is_read():
 
 
 def test_names_are_short():
-    full = "void fastrnn::cuda::step_kernel<fastrnn::LSTMCell, float, (int)4>(fastrnn::cuda::Call<X>, int)"
+    full = "void fastrnn::cuda::step_kernel<fastrnn::LSTMCell, float, (int)4>(fastrnn::cuda::LaunchParams<X>, int)"
     assert shorten(full) == "step_kernel<LSTMCell, float, (int)4>"
     assert shorten("(anonymous namespace)::k(int)") == "k"
 
