@@ -12,7 +12,7 @@
 // Backward carries that state's pointwise gradient likewise. (No cell of two states reads h; see carried_state.)
 //
 // Who may read and write what: each (row, unit) belongs to one thread for the whole launch, so nothing here
-// needs a barrier and sums into grad_reset_* are in a fixed order. Offsets are 64-bit; sizes fit 31 bits
+// needs a barrier and sums into grad_reset_* and grad_params are in a fixed order. Offsets are 64-bit; sizes fit 31 bits
 // (check_sizes).
 #pragma once
 #include <cstdint>
@@ -231,6 +231,17 @@ FASTRNN_INLINE void load_bias(const ForwardParams& p, int group, int j, Pack<Wid
                  : Wide<S>(0);
 }
 
+// The parameters of unit j < h. They are read anew in every step: that is a hit in the first cache, and costs no register
+// between steps.
+template <class Cell, class S>
+FASTRNN_INLINE void load_params(const ForwardParams& p, int group, int j, Pack<Wide<S>, Cell::kParams>& out) {
+  if constexpr (Cell::kParams > 0) {
+#pragma unroll
+    for (int i = 0; i < Cell::kParams; ++i)
+      out[i] = load<S>(p.params, (int64_t(group) * Cell::kParams + i) * p.hidden + j);
+  }
+}
+
 // State 0 that step 0 multiplies, column j < R; a row without steps ends here. reset: reset_before(0).
 template <class S>
 FASTRNN_INLINE Wide<S> start_h(const ForwardParams& p, const Row& r, int j, bool reset) {
@@ -266,6 +277,7 @@ FASTRNN_INLINE Wide<S> forward_cell(const ForwardParams& p, const Row& r, int k,
   in.gates_hh = gates_hh;
   in.state[0] = V(0);
   in.state[carried_state<Cell>] = carried;
+  load_params<Cell, S>(p, r.group, j, in.params);
   Cell::forward(in, out);
 
   if (p.saved) {
@@ -398,8 +410,16 @@ FASTRNN_INLINE void backward_cell(const BackwardParams& p, const Row& r, int k, 
   if constexpr (C > 0)
     in.grad_state[C] =
         arriving<S>(p, r, k, r.place(p) * p.hidden + j, carried, crossed, p.grad_c_n, p.grad_reset_c);
+  load_params<Cell, S>(p, r.group, j, in.params);
   Cell::backward(in, out);
 
+  if constexpr (Cell::kParams > 0) {
+    if (p.grad_params) {
+      Wide<S>* sums = static_cast<Wide<S>*>(p.grad_params) + r.place(p) * Cell::kParams * p.hidden + j;
+#pragma unroll
+      for (int i = 0; i < Cell::kParams; ++i) sums[i * p.hidden] += out.grad_params[i];
+    }
+  }
   carried = out.grad_state_prev[C];
   grad_gates_hh = out.grad_gates_hh;
   const int64_t at = r.place(p, k) * G * p.hidden + j;
