@@ -29,11 +29,12 @@ struct CellInfo {
   // (h is the output).
   int saved;
   bool separate_gates_hh;  // backward returns grad_gates_hh as a tensor of its own
+  int row_sums;            // numbers that are summed over a row's units, see Row in cell.h
 };
 
 inline constexpr CellInfo kCells[] = {
 #define FASTRNN_CELL_INFO(name, Cell, separate) \
-  {name, Cell::kGates, Cell::kStates, Cell::kParams, Cell::kSaved + Cell::kStates - 1, separate},
+  {name, Cell::kGates, Cell::kStates, Cell::kParams, Cell::kSaved + Cell::kStates - 1, separate, kRowSums<Cell>},
     FASTRNN_FOR_EACH_CELL(FASTRNN_CELL_INFO)
 #undef FASTRNN_CELL_INFO
 };

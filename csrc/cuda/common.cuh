@@ -12,8 +12,8 @@
 // Backward carries that state's pointwise gradient likewise. (No cell of two states reads h; see carried_state.)
 //
 // Who may read and write what: each (row, unit) belongs to one thread for the whole launch, so nothing here
-// needs a barrier and sums into grad_reset_* and grad_params are in a fixed order. Offsets are 64-bit; sizes fit 31 bits
-// (check_sizes).
+// needs a barrier and sums into grad_reset_* and grad_params are in a fixed order. Offsets are 64-bit; sizes fit
+// 31 bits (check_sizes).
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -119,12 +119,23 @@ struct Type {
 template <class F>
 int with_cell(int32_t cell, F f) {
   int32_t id = 0;
-#define FASTRNN_DISPATCH(name, Cell, separate) \
+#define FASTRNN_DISPATCH(name, Cell, separate)                                                      \
+  static_assert(kLateGates<Cell> == 0, name ": no tier has a second recurrent product inside a step"); \
   if (cell == id++) return f(Type<Cell>{});
   FASTRNN_FOR_EACH_CELL(FASTRNN_DISPATCH)
 #undef FASTRNN_DISPATCH
   return int(dev::kInvalidValue);
 }
+// The same for cells whose units do not look at each other. Those that have a Row are the per-step tier's alone: in the
+// other tiers no block sees a whole row between the product and the cells.
+template <class F>
+int with_pointwise_cell(int32_t cell, F f) {
+  return with_cell(cell, [&](auto type) {
+    if constexpr (kRowSums<typename decltype(type)::type> > 0) return int(dev::kInvalidValue);
+    else return f(type);
+  });
+}
+inline bool is_pointwise(int32_t cell) { return kCells[cell].row_sums == 0; }
 template <class F>
 int with_half(DType dtype, F f) {
   switch (dtype) {
@@ -231,8 +242,8 @@ FASTRNN_INLINE void load_bias(const ForwardParams& p, int group, int j, Pack<Wid
                  : Wide<S>(0);
 }
 
-// The parameters of unit j < h. They are read anew in every step: that is a hit in the first cache, and costs no register
-// between steps.
+// The parameters of unit j < h. They are read anew in every step: that is a hit in the first cache, and costs no
+// register between steps.
 template <class Cell, class S>
 FASTRNN_INLINE void load_params(const ForwardParams& p, int group, int j, Pack<Wide<S>, Cell::kParams>& out) {
   if constexpr (Cell::kParams > 0) {
@@ -261,14 +272,18 @@ FASTRNN_INLINE Wide<S> start_carried(const ForwardParams& p, const Row& r, int j
   return reset ? load_or_zero<S>(p.reset_c, at) : c;
 }
 
+// The numbers that a cell with a Row knows of all units of a row; nothing for other cells.
+template <class Cell, class S>
+using RowSums = Pack<Wide<S>, kRowSums<Cell>>;
+
 // One step of unit j < h of a running row: stores saved and c_n, returns state 0 (o tanh(c) where it will be
 // projected). gates_hh: product and bias. reset_next: reset_before(k + 1). carried: before the step, then after
-// it; the caller sets it to store_h's result where h is the only state.
+// it; the caller sets it to store_h's result where h is the only state. row: what Row::combine made of them.
 template <class Cell, class S>
 FASTRNN_INLINE Wide<S> forward_cell(const ForwardParams& p, const Row& r, int k, int j,
                                     const Pack<S, Cell::kGates>& gates_ih,
                                     const Pack<Wide<S>, Cell::kGates>& gates_hh, bool reset_next,
-                                    Wide<S>& carried) {
+                                    Wide<S>& carried, const RowSums<Cell, S>& row = {}) {
   using V = Wide<S>;
   ForwardIn<Cell, V> in;
   ForwardOut<Cell, V> out;
@@ -278,6 +293,7 @@ FASTRNN_INLINE Wide<S> forward_cell(const ForwardParams& p, const Row& r, int k,
   in.state[0] = V(0);
   in.state[carried_state<Cell>] = carried;
   load_params<Cell, S>(p, r.group, j, in.params);
+  in.row = row;
   Cell::forward(in, out);
 
   if (p.saved) {
@@ -311,8 +327,8 @@ template <class Cell, class S>
 FASTRNN_INLINE Wide<S> forward_step(const ForwardParams& p, const Row& r, int k, int j,
                                     const Pack<S, Cell::kGates>& gates_ih,
                                     const Pack<Wide<S>, Cell::kGates>& gates_hh, bool reset_next,
-                                    Wide<S>& carried) {
-  const Wide<S> h = forward_cell<Cell, S>(p, r, k, j, gates_ih, gates_hh, reset_next, carried);
+                                    Wide<S>& carried, const RowSums<Cell, S>& row = {}) {
+  const Wide<S> h = forward_cell<Cell, S>(p, r, k, j, gates_ih, gates_hh, reset_next, carried, row);
   const Wide<S> next = store_h<S>(p, r, k, j, h, reset_next);
   if constexpr (Cell::kStates == 1) carried = next;
   return next;
@@ -336,6 +352,25 @@ FASTRNN_INLINE S load_grad_output(const BackwardParams& p, const Row& r, int k, 
                                               r.row * p.grad_output_stride_b + r.group * p.width + j];
 }
 
+// The cell's own saved values of unit j < h at a place (Row::place).
+template <class Cell, class S>
+FASTRNN_INLINE void load_saved(const BackwardParams& p, int64_t place, int j, Pack<S, Cell::kSaved>& out) {
+  if constexpr (Cell::kSaved > 0) {
+    const S* saved = static_cast<const S*>(p.saved) + place * kSavedAll<Cell> * p.hidden + j;
+#pragma unroll
+    for (int i = 0; i < Cell::kSaved; ++i) out[i] = saved[i * p.hidden];
+  }
+}
+template <class S, int N>
+FASTRNN_INLINE Pack<Wide<S>, N> widen_all(const Pack<S, N>& x) {
+  Pack<Wide<S>, N> wide;
+  if constexpr (N > 0) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) wide[i] = widen(x[i]);
+  }
+  return wide;
+}
+
 // Zeros where the row has no step k. reset: reset_before(k).
 template <class Cell, class S>
 FASTRNN_INLINE void load_backward(const BackwardParams& p, const Row& r, int k, int j, bool reset,
@@ -345,10 +380,7 @@ FASTRNN_INLINE void load_backward(const BackwardParams& p, const Row& r, int k, 
   const int64_t place = r.place(p, k), at = r.place(p) * p.hidden + j;
   const int64_t before = (r.reverse ? 1 : -1) * p.batch * p.groups;  // from place to that of step k - 1
   const S* saved = static_cast<const S*>(p.saved);
-  if constexpr (Cell::kSaved > 0) {
-#pragma unroll
-    for (int i = 0; i < Cell::kSaved; ++i) out.saved[i] = saved[(place * kSavedAll<Cell> + i) * p.hidden + j];
-  }
+  load_saved<Cell, S>(p, place, j, out.saved);
   // The carried state of all steps lies in `output`, or last in `saved`.
   constexpr bool kIsH = Cell::kStates == 1;
   constexpr int kStride = kIsH ? 1 : kSavedAll<Cell>;
@@ -390,7 +422,8 @@ FASTRNN_INLINE Wide<S> backward_h(const BackwardParams& p, const Row& r, int k, 
 }
 
 // Step k of unit j < h of a running row, given the gradient of its state 0: stores the gate gradients and hands
-// grad_gates_hh on to the product. carried: of step k + 1, then of step k; not read in a row's last step.
+// grad_gates_hh on to the product. Where the cell has a Row, grad_gates_hh goes through that first, and is not stored
+// here. carried: of step k + 1, then of step k; not read in a row's last step.
 template <class Cell, class S>
 FASTRNN_INLINE void backward_cell(const BackwardParams& p, const Row& r, int k, int j,
                                   const BackwardLoads<Cell, S>& loads, Wide<S> grad_h, bool crossed,
@@ -399,10 +432,7 @@ FASTRNN_INLINE void backward_cell(const BackwardParams& p, const Row& r, int k, 
   constexpr int C = carried_state<Cell>, G = Cell::kGates;
   BackwardIn<Cell, V> in;
   BackwardOut<Cell, V> out;
-  if constexpr (Cell::kSaved > 0) {
-#pragma unroll
-    for (int i = 0; i < Cell::kSaved; ++i) in.saved[i] = widen(loads.saved[i]);
-  }
+  in.saved = widen_all<S>(loads.saved);
   in.state[0] = in.state_prev[0] = V(0);
   in.state[C] = widen(loads.state);
   in.state_prev[C] = widen(loads.state_prev);
@@ -426,7 +456,8 @@ FASTRNN_INLINE void backward_cell(const BackwardParams& p, const Row& r, int k, 
 #pragma unroll
   for (int g = 0; g < G; ++g) {
     store<S>(p.grad_gates_ih, at + g * p.hidden, out.grad_gates_ih[g]);
-    if constexpr (kSeparateGates<Cell>) store<S>(p.grad_gates_hh, at + g * p.hidden, out.grad_gates_hh[g]);
+    if constexpr (kSeparateGates<Cell> && kRowSums<Cell> == 0)
+      store<S>(p.grad_gates_hh, at + g * p.hidden, out.grad_gates_hh[g]);
   }
 }
 

@@ -212,9 +212,9 @@ int launch_grid(Kernel kernel, const LaunchParams<Params>& call, const GridShape
   return int(dev::launch(kernel, launch, call, s, static_cast<uint64_t*>(workspace)));
 }
 
-// Can these params run on this shape at all? float64 and projections are the per-step tier's.
+// Can these params run on this shape at all? float64, projections and cells with a Row are the per-step tier's.
 inline bool grid_takes(const ForwardParams& p, const GridShape& s) {
-  return p.dtype != DType::kFloat64 && !p.weight_hr && s.valid();
+  return p.dtype != DType::kFloat64 && !p.weight_hr && is_pointwise(p.cell) && s.valid();
 }
 
 }  // namespace fastrnn::cuda

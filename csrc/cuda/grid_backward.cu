@@ -78,7 +78,7 @@ int grid_backward(const BackwardParams& params, const Choice& choice, void* work
   const GridShape s = grid_shape(params, choice, true);
   if (!grid_takes(params, s)) return int(dev::kInvalidValue);
   return for_each_launch(params, [&](const LaunchParams<BackwardParams>& call) {
-    return with_cell(call.cell, [&](auto cell) {
+    return with_pointwise_cell(call.cell, [&](auto cell) {
       using Cell = typename decltype(cell)::type;
       constexpr int G = Cell::kGates;
       if (s.half)

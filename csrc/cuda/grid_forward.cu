@@ -76,7 +76,7 @@ int grid_forward(const ForwardParams& params, const Choice& choice, void* worksp
   const GridShape s = grid_shape(params, choice, false);
   if (!grid_takes(params, s)) return int(dev::kInvalidValue);
   return for_each_launch(params, [&](const LaunchParams<ForwardParams>& call) {
-    return with_cell(call.cell, [&](auto cell) {
+    return with_pointwise_cell(call.cell, [&](auto cell) {
       using Cell = typename decltype(cell)::type;
       constexpr int G = Cell::kGates;
       if (s.half)

@@ -81,7 +81,7 @@ int prepare_grid(const ForwardParams& p, int first_group, int groups, const Grid
 
 bool grid_choice(const ForwardParams& p, bool backward, const Device& device, bool allow_tf32, bool forced,
                  Choice* choice) {
-  if (!check_sizes(p) || p.dtype == DType::kFloat64 || p.weight_hr) return false;
+  if (!check_sizes(p) || p.dtype == DType::kFloat64 || p.weight_hr || !is_pointwise(p.cell)) return false;
   if (p.groups > kGroupsPerLaunch || p.batch > tiles::kGridBatch || device.compute_capability < 80) return false;
   const bool half = tiles::is_half(p.dtype), tf32 = allow_tf32 && p.dtype == DType::kFloat32;
   GridShape s{kCells[p.cell].gates, int32_t(p.hidden), int32_t(p.batch), 0, 0, 0, backward, half || tf32, half};

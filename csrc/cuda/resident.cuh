@@ -285,7 +285,7 @@ using Constant = std::integral_constant<int, n>;
 template <class F>
 int with_ffma_tile(const ForwardParams& p, int rows, F f) {
   if (p.dtype != DType::kFloat32 || p.weight_hr || p.hidden > kFfmaThreads / 4) return int(dev::kInvalidValue);
-  return with_cell(p.cell, [&](auto cell) {
+  return with_pointwise_cell(p.cell, [&](auto cell) {
     return rows == 1 ? f(cell, Constant<1>{}) : rows == 4 ? f(cell, Constant<4>{}) : int(dev::kInvalidValue);
   });
 }
@@ -293,7 +293,7 @@ template <class F>
 int with_mma_tile(const ForwardParams& p, int rows, F f) {
   if (!tiles::is_half(p.dtype) || p.weight_hr || p.hidden > 12 * 16 || rows != kMmaRows)
     return int(dev::kInvalidValue);
-  return with_cell(p.cell, [&](auto cell) {
+  return with_pointwise_cell(p.cell, [&](auto cell) {
     return with_half(p.dtype, [&](auto storage) {
       return tiles::resident_warps(p.hidden) == 8 ? f(cell, storage, Constant<8>{})
                                                   : f(cell, storage, Constant<12>{});

@@ -150,7 +150,8 @@ static int64_t shared_bytes(const ForwardParams& p, int rows, bool backward) {
 }
 
 bool resident_choice(const ForwardParams& p, bool backward, const Device& device, Choice* choice) {
-  if (p.dtype == DType::kFloat64 || p.weight_hr || device.compute_capability < 80) return false;
+  if (p.dtype == DType::kFloat64 || p.weight_hr || !is_pointwise(p.cell)) return false;
+  if (device.compute_capability < 80) return false;
   for (const tiles::ResidentTile& tile : tiles::kResidentTiles) {
     if (tile.half != tiles::is_half(p.dtype) || p.hidden > tile.max_hidden) continue;
     const int64_t blocks = tiles::ceil_div(p.batch, tile.rows) * p.groups;

@@ -6,32 +6,102 @@
 
 namespace fastrnn::cuda {
 
-// kernel<<<..>>>(call, args...) for every (group, row, 0 .. n - 1)
+inline unsigned step_threads(int64_t n) {
+  const int64_t whole_warps = tiles::ceil_div(n, 32) * 32;
+  return unsigned(whole_warps < tiles::kStepThreads ? whole_warps : tiles::kStepThreads);
+}
+inline unsigned step_row_blocks(const ForwardParams& p) {
+  return unsigned(p.batch < tiles::kStepRowBlocks ? p.batch : tiles::kStepRowBlocks);
+}
+
+// kernel<<<..>>>(params, args...) for every (group, row, 0 .. n - 1): the kernel says for_each_row
 template <class Params, class... KernelArgs, class... Args>
 int launch_rows(void (*kernel)(KernelArgs...), const Params& p, int64_t n, void* stream, const Args&... args) {
-  return for_each_launch(p, [&](const LaunchParams<Params>& call) {
-    const int64_t whole_warps = tiles::ceil_div(n, 32) * 32;
-    const unsigned threads = unsigned(whole_warps < tiles::kStepThreads ? whole_warps : tiles::kStepThreads);
-    const int64_t rows = p.batch < tiles::kStepRowBlocks ? p.batch : tiles::kStepRowBlocks;
+  return for_each_launch(p, [&](const LaunchParams<Params>& part) {
     dev::Launch launch{};
-    launch.grid = dim3(unsigned(tiles::ceil_div(n, threads)), unsigned(rows), unsigned(call.groups_here));
-    launch.block = threads;
+    launch.block = step_threads(n);
+    launch.grid = dim3(unsigned(tiles::ceil_div(n, launch.block)), step_row_blocks(p), unsigned(part.groups_here));
     launch.stream = static_cast<dev::Stream>(stream);
-    return int(dev::launch(kernel, launch, call, args...));
+    return int(dev::launch(kernel, launch, part, args...));
   });
 }
 
 // body(r, j) for this thread's rows
 template <class Params, class Body>
-FASTRNN_INLINE void for_each_row(const LaunchParams<Params>& call, Body body) {
+FASTRNN_INLINE void for_each_row(const LaunchParams<Params>& p, Body body) {
   const int j = int(blockIdx.x * blockDim.x + threadIdx.x);
-  for (int row = int(blockIdx.y); row < call.batch; row += int(gridDim.y))
-    body(row_of(call, int(blockIdx.z), row), j);
+  for (int row = int(blockIdx.y); row < p.batch; row += int(gridDim.y)) body(row_of(p, int(blockIdx.z), row), j);
 }
 
 // of (row, group, element j) in buffers [P, B, n]
 FASTRNN_INLINE int64_t in_buffer(const ForwardParams& p, const Row& r, int64_t n, int64_t j) {
   return (r.group * p.batch + r.row) * n + j;
+}
+
+// ---- cells with a Row: a block takes whole rows, one after the other ----
+
+// Room for block_sum.
+template <class Cell, class S>
+struct RowShared {
+  Wide<S>* parts;  // [kRowSums, threads]
+  size_t bytes;
+  __host__ __device__ RowShared(char* base, int threads) {
+    dev::Carver carver(base);
+    parts = carver.take<Wide<S>>(size_t(kRowSums<Cell>) * threads);
+    bytes = carver.used;
+  }
+};
+
+// kernel<<<..>>>(params, args...) for every (group, row): the kernel says for_each_whole_row
+template <class Cell, class S, class Params, class... KernelArgs, class... Args>
+int launch_whole_rows(void (*kernel)(KernelArgs...), const Params& p, void* stream, const Args&... args) {
+  return for_each_launch(p, [&](const LaunchParams<Params>& part) {
+    dev::Launch launch{};
+    launch.block = step_threads(p.hidden);
+    launch.grid = dim3(1, step_row_blocks(p), unsigned(part.groups_here));
+    launch.shared = RowShared<Cell, S>(nullptr, int(launch.block)).bytes;
+    launch.stream = static_cast<dev::Stream>(stream);
+    return int(dev::launch(kernel, launch, part, args...));
+  });
+}
+
+// body(r) for this block's rows
+template <class Params, class Body>
+FASTRNN_INLINE void for_each_whole_row(const LaunchParams<Params>& p, Body body) {
+  for (int row = int(blockIdx.y); row < p.batch; row += int(gridDim.y)) body(row_of(p, int(blockIdx.z), row));
+}
+
+// The sums over this thread's units j of a row, of what terms(j) gives.
+template <class V, int N, class Terms>
+FASTRNN_INLINE Pack<V, N> thread_sum(int64_t hidden, Terms terms) {
+  Pack<V, N> sums{};
+  for (int j = int(threadIdx.x); j < hidden; j += int(blockDim.x)) {
+    const Pack<V, N> of_unit = terms(j);
+#pragma unroll
+    for (int i = 0; i < N; ++i) sums[i] += of_unit[i];
+  }
+  return sums;
+}
+
+// The sums over the threads of the block, in every thread. All threads call it. The order of additions is fixed: the
+// upper half of the parts is added to the lower half, and so on.
+template <class V, int N>
+FASTRNN_INLINE Pack<V, N> block_sum(Pack<V, N> sums, V* parts) {
+  const int thread = int(threadIdx.x), threads = int(blockDim.x);
+  dev::sync_block();  // before threads that still read the last sums lose them
+#pragma unroll
+  for (int i = 0; i < N; ++i) parts[i * threads + thread] = sums[i];
+  for (int left = threads; left > 1; left = (left + 1) / 2) {
+    dev::sync_block();
+    const int half = (left + 1) / 2;
+    if (thread + half >= left) continue;
+#pragma unroll
+    for (int i = 0; i < N; ++i) parts[i * threads + thread] += parts[i * threads + thread + half];
+  }
+  dev::sync_block();
+#pragma unroll
+  for (int i = 0; i < N; ++i) sums[i] = parts[i * threads];
+  return sums;
 }
 
 }  // namespace fastrnn::cuda

@@ -18,30 +18,79 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
   });
 }
 
+// Step k of unit j < h of a running row: all but what becomes of grad_gates_hh, which is returned.
+template <class Cell, class S>
+FASTRNN_INLINE Pack<Wide<S>, Cell::kGates> step_backward_unit(const BackwardParams& p, const StepBuffers& b,
+                                                              const Row& r, int k, int j) {
+  using V = Wide<S>;
+  BackwardLoads<Cell, S> loads;
+  load_backward<Cell, S>(p, r, k, j, reset_before(p, r, k), loads);
+  const bool crossed = reset_before(p, r, k + 1);
+  const int64_t at = in_buffer(p, r, p.hidden, j);
+  V now = r.last(k) ? V(0) : load<V>(b.carried, at);
+  Pack<V, Cell::kGates> grad_gates;
+  if (p.weight_hr) {
+    backward_cell<Cell, S>(p, r, k, j, loads, load<V>(b.grad_hidden, at), crossed, now, grad_gates);
+  } else {
+    const V recurrent = r.last(k) ? V(0) : load<V>(b.recurrent, at);
+    backward_step<Cell, S>(p, r, k, j, loads, recurrent, crossed, now, grad_gates);
+  }
+  store<V>(b.carried, at, now);
+  return grad_gates;
+}
+
+// Of a unit's gate g, in buffers [P, B, G*h].
+template <class Cell>
+FASTRNN_INLINE int64_t gate_in_buffer(const ForwardParams& p, const Row& r, int g, int j) {
+  return in_buffer(p, r, Cell::kGates * p.hidden, g * p.hidden + j);
+}
+
 // One step of every unit.
 template <class Cell, class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
     step_backward_kernel(LaunchParams<BackwardParams> p, StepBuffers b, int k) {
   constexpr int G = Cell::kGates;
-  using V = Wide<S>;
   for_each_row(p, [&](const Row& r, int j) {
     if (j >= p.hidden || !r.running(k)) return;
-    BackwardLoads<Cell, S> loads;
-    load_backward<Cell, S>(p, r, k, j, reset_before(p, r, k), loads);
-    const bool crossed = reset_before(p, r, k + 1);
-    const int64_t at = in_buffer(p, r, p.hidden, j);
-    V now = r.last(k) ? V(0) : load<V>(b.carried, at);
-    Pack<V, G> grad_gates;
-    if (p.weight_hr) {
-      backward_cell<Cell, S>(p, r, k, j, loads, load<V>(b.grad_hidden, at), crossed, now, grad_gates);
-    } else {
-      const V recurrent = r.last(k) ? V(0) : load<V>(b.recurrent, at);
-      backward_step<Cell, S>(p, r, k, j, loads, recurrent, crossed, now, grad_gates);
-    }
-    store<V>(b.carried, at, now);
+    Pack<Wide<S>, G> grad_gates = step_backward_unit<Cell, S>(p, b, r, k, j);
 #pragma unroll
-    for (int g = 0; g < G; ++g)
-      store<S>(b.grad_gates, in_buffer(p, r, G * p.hidden, g * p.hidden + j), grad_gates[g]);
+    for (int g = 0; g < G; ++g) store<S>(b.grad_gates, gate_in_buffer<Cell>(p, r, g, j), grad_gates[g]);
+  });
+}
+
+// The same for a cell with a Row. A thread comes back to the units whose pointwise gradients it has stored.
+template <class Cell, class S>
+__global__ void __launch_bounds__(tiles::kStepThreads)
+    step_backward_whole_rows_kernel(LaunchParams<BackwardParams> p, StepBuffers b, int k) {
+  constexpr int G = Cell::kGates;
+  using V = Wide<S>;
+  const RowShared<Cell, S> shared(dev::dynamic_shared(), int(blockDim.x));
+  for_each_whole_row(p, [&](const Row& r) {
+    if (!r.running(k)) return;
+    const int64_t place = r.place(p, k);
+    const auto saved_of = [&](int j) {
+      Pack<S, Cell::kSaved> saved;
+      load_saved<Cell, S>(p, place, j, saved);
+      return widen_all<S>(saved);
+    };
+    const RowSums<Cell, S> sums = thread_sum<V, kRowSums<Cell>>(p.hidden, [&](int j) {
+      Pack<V, G> grad_gates = step_backward_unit<Cell, S>(p, b, r, k, j);
+#pragma unroll
+      for (int g = 0; g < G; ++g) store<V>(b.grad_pointwise, gate_in_buffer<Cell>(p, r, g, j), grad_gates[g]);
+      return Cell::Row::reduce_grad(saved_of(j), grad_gates);
+    });
+    const RowSums<Cell, S> row = Cell::Row::combine_grad(block_sum(sums, shared.parts), V(p.hidden));
+    for (int j = int(threadIdx.x); j < p.hidden; j += int(blockDim.x)) {
+      Pack<V, G> grad_gates;
+#pragma unroll
+      for (int g = 0; g < G; ++g) grad_gates[g] = load<V>(b.grad_pointwise, gate_in_buffer<Cell>(p, r, g, j));
+      grad_gates = Cell::Row::project_grad(saved_of(j), row, grad_gates);
+#pragma unroll
+      for (int g = 0; g < G; ++g) {
+        store<S>(b.grad_gates, gate_in_buffer<Cell>(p, r, g, j), grad_gates[g]);
+        store<S>(p.grad_gates_hh, (place * G + g) * p.hidden + j, grad_gates[g]);
+      }
+    }
   });
 }
 
@@ -72,7 +121,10 @@ int step_backward(const BackwardParams& p, int64_t k, const StepBuffers& b, void
     return with_dtype(p.dtype, [&](auto storage) {
       using Cell = typename decltype(cell)::type;
       using S = typename decltype(storage)::type;
-      return launch_rows(step_backward_kernel<Cell, S>, p, p.hidden, stream, b, int(k));
+      if constexpr (kRowSums<Cell> > 0)
+        return launch_whole_rows<Cell, S>(step_backward_whole_rows_kernel<Cell, S>, p, stream, b, int(k));
+      else
+        return launch_rows(step_backward_kernel<Cell, S>, p, p.hidden, stream, b, int(k));
     });
   });
 }

@@ -19,31 +19,61 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
   });
 }
 
+// The recurrent product of unit j < h, with its bias.
+template <class Cell, class S>
+FASTRNN_INLINE Pack<Wide<S>, Cell::kGates> load_product(const ForwardParams& p, const StepBuffers& b, const Row& r,
+                                                        int j) {
+  constexpr int G = Cell::kGates;
+  Pack<Wide<S>, G> gates_hh;
+  load_bias<Cell, S>(p, r.group, j, gates_hh);
+#pragma unroll
+  for (int g = 0; g < G; ++g)
+    gates_hh[g] += load<Wide<S>>(b.gates_hh, in_buffer(p, r, G * p.hidden, g * p.hidden + j));
+  return gates_hh;
+}
+
+// Step k of unit j < h of a running row.
+template <class Cell, class S>
+FASTRNN_INLINE void step_forward_unit(const ForwardParams& p, const StepBuffers& b, const Row& r, int k, int j,
+                                      const Pack<Wide<S>, Cell::kGates>& gates_hh, const RowSums<Cell, S>& row) {
+  using V = Wide<S>;
+  Pack<S, Cell::kGates> gates_ih;
+  load_gates<Cell, S>(p, r, k, j, gates_ih);
+  const bool reset_next = reset_before(p, r, k + 1);
+  V* carried = static_cast<V*>(b.carried) + in_buffer(p, r, p.hidden, j);
+  V now = *carried;
+  if (p.weight_hr)
+    store<S>(b.hidden, in_buffer(p, r, p.hidden, j),
+             forward_cell<Cell, S>(p, r, k, j, gates_ih, gates_hh, reset_next, now, row));
+  else
+    store<S>(b.h, in_buffer(p, r, p.width, j),
+             forward_step<Cell, S>(p, r, k, j, gates_ih, gates_hh, reset_next, now, row));
+  *carried = now;
+}
+
 // One step of every unit.
 template <class Cell, class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
     step_forward_kernel(LaunchParams<ForwardParams> p, StepBuffers b, int k) {
-  constexpr int G = Cell::kGates;
-  using V = Wide<S>;
   for_each_row(p, [&](const Row& r, int j) {
     if (j >= p.hidden || !r.running(k)) return;
-    Pack<S, G> gates_ih;
-    Pack<V, G> gates_hh;
-    load_gates<Cell, S>(p, r, k, j, gates_ih);
-    load_bias<Cell, S>(p, r.group, j, gates_hh);
-#pragma unroll
-    for (int g = 0; g < G; ++g)
-      gates_hh[g] += load<V>(b.gates_hh, in_buffer(p, r, G * p.hidden, g * p.hidden + j));
-    const bool reset_next = reset_before(p, r, k + 1);
-    V* carried = static_cast<V*>(b.carried) + in_buffer(p, r, p.hidden, j);
-    V now = *carried;
-    if (p.weight_hr)
-      store<S>(b.hidden, in_buffer(p, r, p.hidden, j),
-               forward_cell<Cell, S>(p, r, k, j, gates_ih, gates_hh, reset_next, now));
-    else
-      store<S>(b.h, in_buffer(p, r, p.width, j),
-               forward_step<Cell, S>(p, r, k, j, gates_ih, gates_hh, reset_next, now));
-    *carried = now;
+    step_forward_unit<Cell, S>(p, b, r, k, j, load_product<Cell, S>(p, b, r, j), {});
+  });
+}
+
+// The same for a cell with a Row.
+template <class Cell, class S>
+__global__ void __launch_bounds__(tiles::kStepThreads)
+    step_forward_whole_rows_kernel(LaunchParams<ForwardParams> p, StepBuffers b, int k) {
+  using V = Wide<S>;
+  const RowShared<Cell, S> shared(dev::dynamic_shared(), int(blockDim.x));
+  for_each_whole_row(p, [&](const Row& r) {
+    if (!r.running(k)) return;
+    const RowSums<Cell, S> sums = thread_sum<V, kRowSums<Cell>>(
+        p.hidden, [&](int j) { return Cell::Row::reduce(load_product<Cell, S>(p, b, r, j)); });
+    const RowSums<Cell, S> row = Cell::Row::combine(block_sum(sums, shared.parts), V(p.hidden));
+    for (int j = int(threadIdx.x); j < p.hidden; j += int(blockDim.x))
+      step_forward_unit<Cell, S>(p, b, r, k, j, load_product<Cell, S>(p, b, r, j), row);
   });
 }
 
@@ -74,7 +104,10 @@ int step_forward(const ForwardParams& p, int64_t k, const StepBuffers& b, void* 
     return with_dtype(p.dtype, [&](auto storage) {
       using Cell = typename decltype(cell)::type;
       using S = typename decltype(storage)::type;
-      return launch_rows(step_forward_kernel<Cell, S>, p, p.hidden, stream, b, int(k));
+      if constexpr (kRowSums<Cell> > 0)
+        return launch_whole_rows<Cell, S>(step_forward_whole_rows_kernel<Cell, S>, p, stream, b, int(k));
+      else
+        return launch_rows(step_forward_kernel<Cell, S>, p, p.hidden, stream, b, int(k));
     });
   });
 }

@@ -10,6 +10,7 @@ import struct
 from functools import cache
 from itertools import product
 from random import Random
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -33,8 +34,19 @@ ADDRESSES = (
 )  # fmt: skip
 
 
+class CellInfo(NamedTuple):  # csrc/cells/registry.h
+    gates: int
+    states: int
+    params: int
+    saved: int
+    separate_gates_hh: bool
+    row_sums: int
+
+
 class Cuda(Emulator):
     """The launchers of csrc/cuda on the emulator's memory; launchers.cpp has the order of sizes and addresses."""
+
+    cells: dict[str, CellInfo]  # of this library, in the order of their numbers
 
     def __init__(self, path):
         super().__init__(path)
@@ -42,6 +54,10 @@ class Cuda(Emulator):
         self.library.cuda_choose.argtypes = [
             ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
             ctypes.c_int, ctypes.c_void_p]  # fmt: skip
+        self.library.cuda_cell.restype = ctypes.c_char_p
+        numbers, self.cells = (ctypes.c_int * 6)(), {}
+        while name := self.library.cuda_cell(len(self.cells), numbers):
+            self.cells[name.decode()] = CellInfo(*numbers)
 
     def choose(self, call, backward, multiprocessors=132, capability=90, shared=232448, tf32=False):
         choice = (ctypes.c_int64 * 8)()
@@ -61,7 +77,7 @@ class Call:
     """One call of a recurrence: its sizes, its arguments in the emulator's memory, its results."""
 
     def __init__(self, cuda, cell, weight_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, B, T):
-        self.cuda, self.cell, self.info = cuda, cell, ops.CELLS[cell]
+        self.cuda, self.cell, self.info = cuda, cell, cuda.cells[cell]
         self.T, self.B, self.P, self.R = T, B, weight_hh.shape[0], weight_hh.shape[2]
         self.h = weight_hh.shape[1] // self.info.gates
         self.dtype, self.padded = weight_hh.dtype, lengths is not None
@@ -69,7 +85,8 @@ class Call:
         self.wide = torch.promote_types(self.dtype, torch.float32)
         self.results, self.written = {}, []
         self.reverse = (ctypes.c_uint8 * self.P)(*reverse)
-        self.numbers = [T, B, self.P, self.h, self.R, CELLS.index(cell), DTYPES.index(self.dtype), *[0] * 10]
+        self.numbers = [T, B, self.P, self.h, self.R, list(cuda.cells).index(cell), DTYPES.index(self.dtype)]
+        self.numbers += [0] * 10  # strides and grad_clip
         self.places = dict.fromkeys(ADDRESSES)
         self.places["reverse"] = ctypes.addressof(self.reverse)
         for name, x in (("weight_hh", weight_hh), ("weight_hr", weight_hr), ("h_0", h_0), ("c_0", c_0),
@@ -124,13 +141,14 @@ class Call:
         return x, self.cuda.empty(x.nbytes, "buffer")
 
 
-def forward_call(cuda, arguments, save=True):
+def forward_call(cuda, arguments, save=True, params=None):
     a = dict(arguments)
     gates_ih, bias_hh = a.pop("gates_ih"), a.pop("bias_hh")
     T, B = gates_ih.shape[:2]
     call = Call(cuda, **a, T=T, B=B)
     call.read("gates_ih", gates_ih, 7)
     call.read("bias_hh", bias_hh)
+    call.read("params", params)
     P, h, R, second = call.P, call.h, call.R, call.info.states > 1
     call.result("output", (T, B, P * R), zero=call.padded)
     call.result("h_n", (B, P * R))
@@ -140,22 +158,25 @@ def forward_call(cuda, arguments, save=True):
 
 
 def backward_call(cuda, cell, grad_output, grad_h_n, grad_c_n, weight_hh, weight_hr, h_0, c_0, lengths, resets,
-                  reset_h, reset_c, reverse, output, saved, initial=True, grad_clip=0.0):  # fmt: skip
+                  reset_h, reset_c, reverse, output, saved, initial=True, grad_clip=0.0, params=None):  # fmt: skip
     T, B = output.shape[:2]
     call = Call(cuda, cell, weight_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, B, T)
     call.read("grad_output", grad_output, 14)
     call.numbers[16] = struct.unpack("q", struct.pack("d", grad_clip))[0]
-    for name, x in (("grad_h_n", grad_h_n), ("grad_c_n", grad_c_n), ("output", output), ("saved", saved)):
+    for name, x in (("grad_h_n", grad_h_n), ("grad_c_n", grad_c_n), ("output", output), ("saved", saved),
+                    ("params", params)):  # fmt: skip
         call.read(name, x)
     P, h, R, second = call.P, call.h, call.R, call.info.states > 1
     gates = (T, B, P * call.info.gates * h)
     call.result("grad_gates_ih", gates, zero=call.padded)
-    call.result("grad_gates_hh", gates, cell == "gru", zero=call.padded)
+    call.result("grad_gates_hh", gates, call.info.separate_gates_hh, zero=call.padded)
     call.result("grad_projected", (T, B, P * R), weight_hr is not None, zero=call.padded)
     call.result("grad_h_0", (B, P * R), initial)
     call.result("grad_c_0", (B, P * h), initial and second)
     call.result("grad_reset_h", (B, P * R), reset_h is not None, True, call.wide)
     call.result("grad_reset_c", (B, P * h), reset_c is not None, True, call.wide)
+    if params is not None:
+        call.result("grad_params", (B, P * call.info.params * h), True, True, call.wide)
     return call
 
 
@@ -178,9 +199,9 @@ class Step:
             "hidden": call.buffer(P, B, h), "projected": call.buffer(P, B, R, dtype=wide),
             "carried": call.buffer(P, B, h, dtype=wide), "grad_gates": call.buffer(P, B, G * h),
             "recurrent": call.buffer(P, B, R, dtype=wide), "grad_h": call.buffer(P, B, R),
-            "grad_hidden": call.buffer(P, B, h, dtype=wide),
+            "grad_hidden": call.buffer(P, B, h, dtype=wide), "grad_pointwise": call.buffer(P, B, G * h, dtype=wide),
         }  # fmt: skip
-        addresses = (ctypes.c_void_p * 9)(*(address.value for _, address in b.values()))
+        addresses = (ctypes.c_void_p * len(b))(*(address.value for _, address in b.values()))
 
         def launch(which, k=0):
             error = call.cuda.library.cuda_step(call.sizes, call.addresses, addresses, which, ctypes.c_int64(k))
@@ -264,7 +285,7 @@ class Grid(Whole):
     def tiles(self, case, backward):
         if case.projected or case.dtype == torch.float64 or not case.B:
             return []
-        half, gates, tiles = case.dtype in HALF, ops.CELLS[case.cell].gates, []
+        half, gates, tiles = case.dtype in HALF, case.info.gates, []
         for tf32 in (False,) if half else (False, True):
             values, most = 2 if half else 1, 16 if half or tf32 else 8 if backward else 32 // gates
             units = min(most, -(-case.h // (3 * values)) * values)
@@ -279,16 +300,16 @@ class Grid(Whole):
 TIERS = {"step": Step(), "resident": Resident(), "grid": Grid()}
 
 
-def run_forward(cuda, tier, tile, arguments, save=True):
+def run_forward(cuda, tier, tile, arguments, save=True, params=None):
     cuda.reset()
-    call = forward_call(cuda, arguments, save)
+    call = forward_call(cuda, arguments, save, params)
     tier.run(call, False, tile)
     return call.finish()
 
 
-def run_backward(cuda, tier, tile, arguments):
+def run_backward(cuda, tier, tile, arguments, **options):
     cuda.reset()
-    call = backward_call(cuda, *arguments)
+    call = backward_call(cuda, *arguments, **options)
     tier.run(call, True, tile)
     return call.finish()
 

@@ -137,11 +137,11 @@ FAULTS = {
     "step_forward": step("forward", "ffma", "", "", ""),
     "step_backward": step("backward", "ffma", "", "", ""),
     "step_units_that_are_not": step(
-        "forward", "ffma", "if (j >= p.hidden || !r.running(k)) return;\n    Pack<S, G> gates_ih",
-        "if (!r.running(k)) return;\n    Pack<S, G> gates_ih", "race|out of bounds"),
+        "forward", "ffma", "if (j >= p.hidden || !r.running(k)) return;\n    step_forward_unit",
+        "if (!r.running(k)) return;\n    step_forward_unit", "race|out of bounds"),
     "step_past_a_row's_end": step(
-        "forward", "ffma", "if (j >= p.hidden || !r.running(k)) return;\n    Pack<S, G> gates_ih",
-        "if (j >= p.hidden || !r.present()) return;\n    Pack<S, G> gates_ih", "race|out of bounds"),
+        "forward", "ffma", "if (j >= p.hidden || !r.running(k)) return;\n    step_forward_unit",
+        "if (j >= p.hidden || !r.present()) return;\n    step_forward_unit", "race|out of bounds"),
     "step_buffers_transposed": step(
         "forward", "ffma", "(r.group * p.batch + r.row) * n + j", "(r.row * p.batch + r.group) * n + j",
         "race|out of bounds"),

@@ -3,8 +3,19 @@
 
 #include <cstring>
 
+#include "cells/registry.h"
+
 using namespace fastrnn;
 using namespace fastrnn::cuda;
+
+// Cell number i of this library: its name, and the other members of CellInfo in their order. Null past the last one.
+FASTRNN_EXPORT const char* cuda_cell(int i, int* numbers) {
+  if (i >= kNumCells) return nullptr;
+  const CellInfo& c = kCells[i];
+  const int values[] = {c.gates, c.states, c.params, c.saved, c.separate_gates_hh, c.row_sums};
+  std::memcpy(numbers, values, sizeof values);
+  return c.name;
+}
 
 FASTRNN_EXPORT const char* cuda_choose(const int64_t* sizes, void* const* addresses, int backward,
                                        int multiprocessors, int compute_capability, int64_t shared_per_block,
