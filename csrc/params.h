@@ -42,10 +42,12 @@ struct ForwardParams {
   const int64_t* step_rows;
   int64_t first_row(int64_t t) const { return step_rows ? step_rows[t] : t * batch; }
 
-  void* output;  // [T, B, P*R]; already zero where lengths are given
+  // Where lengths are given, output and saved, and backward's first three results, are zero behind each row's end. The
+  // CPU's kernels find them zeroed; CUDA's write the zeros themselves.
+  void* output;  // [T, B, P*R]
   void* h_n;     // [B, P*R]
   void* c_n;     // [B, P*h] or null
-  void* saved;   // [T, B, P*S*h] or null: backward will not follow; already zero where lengths are given
+  void* saved;   // [T, B, P*S*h] or null: backward will not follow
 };
 
 // What a layer's call has beside ForwardParams: it makes gates_ih = weight_ih input + bias_ih itself, a few steps at a
@@ -74,16 +76,17 @@ struct BackwardParams : ForwardParams {
   const void* grad_h_n;  // [B, P*R] or null
   const void* grad_c_n;  // [B, P*h] or null
 
-  void* grad_gates_ih;   // [T, B, P*G*h]; already zero where lengths are given, like the next two
+  void* grad_gates_ih;   // [T, B, P*G*h]
   void* grad_gates_hh;   // same shape, or null where the cell's is equal to grad_gates_ih
   void* grad_projected;  // [T, B, P*R]: the whole gradient of weight_hr's product; null without weight_hr
   void* grad_h_0;        // [B, P*R], or null: neither it nor grad_c_0 is wanted, and the last product is saved
   void* grad_c_0;        // [B, P*h] or null
-  // In float32 where dtype is a half type, since a row may have many resets:
-  void* grad_reset_h;  // [B, P*R], already zero, or null where not wanted
-  void* grad_reset_c;  // [B, P*h], already zero, or null
+  // Sums over a row's steps, in float32 where dtype is a half type; null where not wanted. The CPU's kernels find them
+  // zeroed; CUDA's clear them where there is a step.
+  void* grad_reset_h;  // [B, P*R]
+  void* grad_reset_c;  // [B, P*h]
   // A part for every row, which the caller adds up: nobody else then writes where a row does.
-  void* grad_params;  // [B, P*kParams*h], already zero, or null where not wanted
+  void* grad_params;  // [B, P*kParams*h]
   // The gradient of the states, as a step hands it to the one before or to what it started from, is clamped to
   // [-grad_clip, grad_clip]; 0: it is not.
   double grad_clip;

@@ -168,6 +168,10 @@ struct Row {
   FASTRNN_INLINE int64_t place(const ForwardParams& p, int k) const {
     return (time(k) * p.batch + row) * p.groups + group;
   }
+  // Behind the row's end, k >= length, where time is counted from the first step in either direction.
+  FASTRNN_INLINE int64_t padding(const ForwardParams& p, int64_t k) const {
+    return (k * p.batch + row) * p.groups + group;
+  }
 };
 
 // The binding never looks at the values of lengths on a device, so they are clamped here.
@@ -334,7 +338,69 @@ FASTRNN_INLINE Wide<S> forward_step(const ForwardParams& p, const Row& r, int k,
   return next;
 }
 
+// Zeros in output, column j < R, and in saved, unit j < h, at time k behind the row's end.
+template <class S>
+FASTRNN_INLINE void pad_output(const ForwardParams& p, const Row& r, int64_t k, int j) {
+  store<S>(p.output, r.padding(p, k) * p.width + j, 0);
+}
+template <class Cell, class S>
+FASTRNN_INLINE void pad_saved(const ForwardParams& p, const Row& r, int64_t k, int j) {
+  if (!p.saved) return;
+#pragma unroll
+  for (int i = 0; i < kSavedAll<Cell>; ++i)
+    store<S>(p.saved, (r.padding(p, k) * kSavedAll<Cell> + i) * p.hidden + j, 0);
+}
+// Both, for all the steps that the row does not have; where nothing is projected.
+template <class Cell, class S>
+FASTRNN_INLINE void pad_forward(const ForwardParams& p, const Row& r, int j) {
+  for (int64_t k = r.length; k < p.steps; ++k) {
+    pad_output<S>(p, r, k, j);
+    pad_saved<Cell, S>(p, r, k, j);
+  }
+}
+
 // ---- backward: one unit of one row ----
+
+// Before a row's first step of the walk backward, what its steps are added to begins at zero: column j < R of
+// grad_reset_h, unit j < h of grad_reset_c and grad_params.
+template <class S>
+FASTRNN_INLINE void clear_sums_of_h(const BackwardParams& p, const Row& r, int j) {
+  if (p.grad_reset_h) store<Wide<S>>(p.grad_reset_h, r.place(p) * p.width + j, 0);
+}
+template <class Cell, class S>
+FASTRNN_INLINE void clear_sums_of_unit(const BackwardParams& p, const Row& r, int j) {
+  if constexpr (Cell::kStates > 1) {
+    if (p.grad_reset_c) store<Wide<S>>(p.grad_reset_c, r.place(p) * p.hidden + j, 0);
+  }
+  if constexpr (Cell::kParams > 0) {
+    if (!p.grad_params) return;
+#pragma unroll
+    for (int i = 0; i < Cell::kParams; ++i)
+      store<Wide<S>>(p.grad_params, (r.place(p) * Cell::kParams + i) * p.hidden + j, 0);
+  }
+}
+// Both, where nothing is projected.
+template <class Cell, class S>
+FASTRNN_INLINE void clear_sums(const BackwardParams& p, const Row& r, int j) {
+  clear_sums_of_h<S>(p, r, j);
+  clear_sums_of_unit<Cell, S>(p, r, j);
+}
+
+// Zeros in the gate gradients of unit j < h at time k behind the row's end; and at all such times.
+template <class Cell, class S>
+FASTRNN_INLINE void pad_grad_gates(const BackwardParams& p, const Row& r, int64_t k, int j) {
+  constexpr int G = Cell::kGates;
+  const int64_t at = r.padding(p, k) * G * p.hidden + j;
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+    store<S>(p.grad_gates_ih, at + g * p.hidden, 0);
+    if constexpr (kSeparateGates<Cell>) store<S>(p.grad_gates_hh, at + g * p.hidden, 0);
+  }
+}
+template <class Cell, class S>
+FASTRNN_INLINE void pad_backward(const BackwardParams& p, const Row& r, int j) {
+  for (int64_t k = r.length; k < p.steps; ++k) pad_grad_gates<Cell, S>(p, r, k, j);
+}
 
 // What step k of unit j < h reads from memory, as stored.
 template <class Cell, class S>

@@ -21,7 +21,10 @@ __global__ void __launch_bounds__(tiles::kGridThreads, 1)
   const GridOwner o = grid_owner(p, s, shared);
   float carried[N];
 #pragma unroll
-  for (int n = 0; n < N; ++n) carried[n] = 0.f;
+  for (int n = 0; n < N; ++n) {
+    carried[n] = 0.f;
+    if (n < o.units) clear_sums<Cell, S>(p, o.row, o.unit + n);
+  }
 
   // Step -1 finishes: its product, over the gate gradients of step 0, goes to grad_h_0.
   const int steps = shared.length[0], end = finish_wanted(p) ? -1 : 0;
@@ -69,6 +72,9 @@ __global__ void __launch_bounds__(tiles::kGridThreads, 1)
     crossed = reset;
     reset = reset_ahead;
   }
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+    if (n < o.units) pad_backward<Cell, S>(p, o.row, o.unit + n);
 }
 
 }  // namespace

@@ -67,6 +67,9 @@ __global__ void __launch_bounds__(tiles::kGridThreads, 1)
 #pragma unroll
     for (int n = 0; n < N; ++n) gates[n] = gates_next[n];
   }
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+    if (n < o.units) pad_forward<Cell, S>(p, o.row, o.unit + n);
 }
 
 }  // namespace

@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(kFfmaThreads, 1) resident_ffma_backward_kernel
   clear_shared(s.even, kRows * s.stride);
   clear_shared(s.odd, kRows * s.stride);
 
+  if (r.present()) clear_sums<Cell, float>(p, r, j);
   float carried = 0.f;
   Boundaries resets(p, r, steps - 1);
   BackwardLoads<Cell, float> loads;
@@ -78,6 +79,7 @@ __global__ void __launch_bounds__(kFfmaThreads, 1) resident_ffma_backward_kernel
     }
     dev::sync_block();
   }
+  if (r.present()) pad_backward<Cell, float>(p, r, j);
 }
 
 // bfloat16, float16. A lane has columns g, g + 8 of its warp's 16 and rows 2q, 2q + 1 of the tile's 8:
@@ -108,8 +110,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1) resident_mma_backward_kernel(L
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
 #pragma unroll
-    for (int u = 0; u < 2; ++u)
+    for (int u = 0; u < 2; ++u) {
+      if (r[c].present() && j + 8 * u < h) clear_sums<Cell, S>(p, r[c], j + 8 * u);
       load_backward<Cell, S>(p, r[c], steps - 1, j + 8 * u, resets[c].before(), loads[c][u]);
+    }
   }
   dev::sync_block();
 
@@ -150,6 +154,12 @@ __global__ void __launch_bounds__(kWarps * 32, 1) resident_mma_backward_kernel(L
       }
     }
     dev::sync_block();
+  }
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+#pragma unroll
+    for (int u = 0; u < 2; ++u)
+      if (r[c].present() && j + 8 * u < h) pad_backward<Cell, S>(p, r[c], j + 8 * u);
   }
 }
 

@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kFfmaThreads, 1) resident_ffma_forward_kernel(
     reset_next = reset_before(p, r, k + 2);
     dev::sync_block();
   }
+  if (r.present()) pad_forward<Cell, float>(p, r, j);
 }
 
 // bfloat16, float16. A lane has units g, g + 8 of its warp's 16 and rows 2q, 2q + 1 of the tile's 8: resident.cuh.
@@ -126,6 +127,12 @@ __global__ void __launch_bounds__(kWarps * 32, 1) resident_mma_forward_kernel(La
       reset_next[c] = reset_before(p, r[c], k + 2);
     }
     dev::sync_block();
+  }
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+#pragma unroll
+    for (int u = 0; u < 2; ++u)
+      if (r[c].present() && j + 8 * u < h) pad_forward<Cell, S>(p, r[c], j + 8 * u);
   }
 }
 

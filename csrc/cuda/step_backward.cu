@@ -8,7 +8,9 @@ template <class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
     step_backward_projected_kernel(LaunchParams<BackwardParams> p, StepBuffers b, int k) {
   for_each_row(p, [&](const Row& r, int j) {
-    if (j >= p.width || !r.running(k)) return;
+    if (j >= p.width) return;
+    if (k + 1 == p.steps) clear_sums_of_h<S>(p, r, j);
+    if (!r.running(k)) return store<S>(p.grad_projected, r.padding(p, k) * p.width + j, 0);
     const int64_t at = in_buffer(p, r, p.width, j);
     const Wide<S> later = r.last(k) ? Wide<S>(0) : load<Wide<S>>(b.recurrent, at);
     const bool crossed = reset_before(p, r, k + 1);
@@ -16,6 +18,16 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
     store<S>(p.grad_projected, r.place(p, k) * p.width + j, grad);
     store<S>(b.grad_h, at, grad);
   });
+}
+
+// What step k does to unit j < h of every row, running or not.
+template <class Cell, class S>
+FASTRNN_INLINE void step_backward_start(const BackwardParams& p, const Row& r, int k, int j) {
+  if (k + 1 == p.steps) {
+    if (!p.weight_hr) clear_sums_of_h<S>(p, r, j);
+    clear_sums_of_unit<Cell, S>(p, r, j);
+  }
+  if (!r.running(k)) pad_grad_gates<Cell, S>(p, r, k, j);
 }
 
 // Step k of unit j < h of a running row: all but what becomes of grad_gates_hh, which is returned.
@@ -51,7 +63,9 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
     step_backward_kernel(LaunchParams<BackwardParams> p, StepBuffers b, int k) {
   constexpr int G = Cell::kGates;
   for_each_row(p, [&](const Row& r, int j) {
-    if (j >= p.hidden || !r.running(k)) return;
+    if (j >= p.hidden) return;
+    step_backward_start<Cell, S>(p, r, k, j);
+    if (!r.running(k)) return;
     Pack<Wide<S>, G> grad_gates = step_backward_unit<Cell, S>(p, b, r, k, j);
 #pragma unroll
     for (int g = 0; g < G; ++g) store<S>(b.grad_gates, gate_in_buffer<Cell>(p, r, g, j), grad_gates[g]);
@@ -66,6 +80,7 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
   using V = Wide<S>;
   const RowShared<Cell, S> shared(dev::dynamic_shared(), int(blockDim.x));
   for_each_whole_row(p, [&](const Row& r) {
+    for (int j = int(threadIdx.x); j < p.hidden; j += int(blockDim.x)) step_backward_start<Cell, S>(p, r, k, j);
     if (!r.running(k)) return;
     const int64_t place = r.place(p, k);
     const auto saved_of = [&](int j) {

@@ -51,12 +51,19 @@ FASTRNN_INLINE void step_forward_unit(const ForwardParams& p, const StepBuffers&
   *carried = now;
 }
 
+template <class Cell, class S>
+FASTRNN_INLINE void step_forward_padding(const ForwardParams& p, const Row& r, int k, int j) {
+  if (!p.weight_hr) pad_output<S>(p, r, k, j);
+  pad_saved<Cell, S>(p, r, k, j);
+}
+
 // One step of every unit.
 template <class Cell, class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
     step_forward_kernel(LaunchParams<ForwardParams> p, StepBuffers b, int k) {
   for_each_row(p, [&](const Row& r, int j) {
-    if (j >= p.hidden || !r.running(k)) return;
+    if (j >= p.hidden) return;
+    if (!r.running(k)) return step_forward_padding<Cell, S>(p, r, k, j);
     step_forward_unit<Cell, S>(p, b, r, k, j, load_product<Cell, S>(p, b, r, j), {});
   });
 }
@@ -68,7 +75,10 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
   using V = Wide<S>;
   const RowShared<Cell, S> shared(dev::dynamic_shared(), int(blockDim.x));
   for_each_whole_row(p, [&](const Row& r) {
-    if (!r.running(k)) return;
+    if (!r.running(k)) {
+      for (int j = int(threadIdx.x); j < p.hidden; j += int(blockDim.x)) step_forward_padding<Cell, S>(p, r, k, j);
+      return;
+    }
     const RowSums<Cell, S> sums = thread_sum<V, kRowSums<Cell>>(
         p.hidden, [&](int j) { return Cell::Row::reduce(load_product<Cell, S>(p, b, r, j)); });
     const RowSums<Cell, S> row = Cell::Row::combine(block_sum(sums, shared.parts), V(p.hidden));
@@ -82,7 +92,8 @@ template <class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
     step_forward_projected_kernel(LaunchParams<ForwardParams> p, StepBuffers b, int k) {
   for_each_row(p, [&](const Row& r, int j) {
-    if (j >= p.width || !r.running(k)) return;
+    if (j >= p.width) return;
+    if (!r.running(k)) return pad_output<S>(p, r, k, j);
     const int64_t at = in_buffer(p, r, p.width, j);
     store<S>(b.h, at, store_h<S>(p, r, k, j, load<Wide<S>>(b.projected, at), reset_before(p, r, k + 1)));
   });

@@ -80,7 +80,7 @@ class Call:
         self.cuda, self.cell, self.info = cuda, cell, cuda.cells[cell]
         self.T, self.B, self.P, self.R = T, B, weight_hh.shape[0], weight_hh.shape[2]
         self.h = weight_hh.shape[1] // self.info.gates
-        self.dtype, self.padded = weight_hh.dtype, lengths is not None
+        self.dtype = weight_hh.dtype
         self.weight_hh, self.weight_hr = weight_hh, weight_hr
         self.wide = torch.promote_types(self.dtype, torch.float32)
         self.results, self.written = {}, []
@@ -117,7 +117,7 @@ class Call:
         self.places[name] = self.cuda.upload(x, name).value
 
     def result(self, name, shape, there=True, zero=False, dtype=None):
-        """A result: unwritten memory, or zeros where the kernels are given zeros."""
+        """A result: memory that nobody has written, its bytes those of NaN, or zeros where the caller clears it."""
         x = torch.empty(shape if there else 0, dtype=dtype or self.dtype)
         self.results[name] = x
         if x.numel():
@@ -150,10 +150,10 @@ def forward_call(cuda, arguments, save=True, params=None):
     call.read("bias_hh", bias_hh)
     call.read("params", params)
     P, h, R, second = call.P, call.h, call.R, call.info.states > 1
-    call.result("output", (T, B, P * R), zero=call.padded)
+    call.result("output", (T, B, P * R))
     call.result("h_n", (B, P * R))
     call.result("c_n", (B, P * h), second)
-    call.result("saved", (T, B, P * call.info.saved * h), save, zero=call.padded)
+    call.result("saved", (T, B, P * call.info.saved * h), save)
     return call
 
 
@@ -168,15 +168,15 @@ def backward_call(cuda, cell, grad_output, grad_h_n, grad_c_n, weight_hh, weight
         call.read(name, x)
     P, h, R, second = call.P, call.h, call.R, call.info.states > 1
     gates = (T, B, P * call.info.gates * h)
-    call.result("grad_gates_ih", gates, zero=call.padded)
-    call.result("grad_gates_hh", gates, call.info.separate_gates_hh, zero=call.padded)
-    call.result("grad_projected", (T, B, P * R), weight_hr is not None, zero=call.padded)
+    call.result("grad_gates_ih", gates)
+    call.result("grad_gates_hh", gates, call.info.separate_gates_hh)
+    call.result("grad_projected", (T, B, P * R), weight_hr is not None)
     call.result("grad_h_0", (B, P * R), initial)
     call.result("grad_c_0", (B, P * h), initial and second)
-    call.result("grad_reset_h", (B, P * R), reset_h is not None, True, call.wide)
-    call.result("grad_reset_c", (B, P * h), reset_c is not None, True, call.wide)
+    call.result("grad_reset_h", (B, P * R), reset_h is not None, T == 0, call.wide)
+    call.result("grad_reset_c", (B, P * h), reset_c is not None, T == 0, call.wide)
     if params is not None:
-        call.result("grad_params", (B, P * call.info.params * h), True, True, call.wide)
+        call.result("grad_params", (B, P * call.info.params * h), True, T == 0, call.wide)
     return call
 
 

@@ -88,6 +88,11 @@ FAULTS = {
         "carver.take<uint4>(size_t(s.weight_quads()) - 1)", "out of bounds"),
     "grid_tail_of_weights": grid("forward", "ffma", "unit < s.hidden && x.k_unit < s.hidden;", "unit < s.hidden;",
                                  "out of bounds"),
+    "grid_padding_left": grid("forward", "half", "if (n < o.units) pad_forward", "if (false) pad_forward", None),
+    "grid_backward_padding_left": grid(
+        "backward", "ffma", "if (n < o.units) pad_backward", "if (false) pad_backward", None),
+    "grid_sums_not_cleared": grid(
+        "backward", "half", "if (n < o.units) clear_sums", "if (false) clear_sums", "uninitialised"),
 
     "resident_ffma": resident("forward", "ffma", "", "", ""),
     "resident_half": resident("forward", "half", "", "", ""),
@@ -133,15 +138,33 @@ FAULTS = {
     "resident_backward_two_owners": resident(
         "backward", "ffma", "if (j >= h || (kRows == 1 && lane % kColumns > 0)) r.length = -1;", "",
         "race|out of bounds"),
+    "resident_padding_left": resident(
+        "forward", "ffma", "if (r.present()) pad_forward", "if (false) pad_forward", None),
+    "resident_padding_left_half": resident(
+        "forward", "half", "j + 8 * u < h) pad_forward", "false) pad_forward", None),
+    "resident_backward_padding_left": resident(
+        "backward", "ffma", "if (r.present()) pad_backward", "if (false) pad_backward", None),
+    "resident_backward_padding_left_half": resident(
+        "backward", "half", "j + 8 * u < h) pad_backward", "false) pad_backward", None),
+    "resident_sums_not_cleared": resident(
+        "backward", "ffma", "if (r.present()) clear_sums", "if (false) clear_sums", "uninitialised"),
+    "resident_sums_not_cleared_half": resident(
+        "backward", "half", "j + 8 * u < h) clear_sums", "false) clear_sums", "uninitialised"),
 
     "step_forward": step("forward", "ffma", "", "", ""),
     "step_backward": step("backward", "ffma", "", "", ""),
     "step_units_that_are_not": step(
-        "forward", "ffma", "if (j >= p.hidden || !r.running(k)) return;\n    step_forward_unit",
-        "if (!r.running(k)) return;\n    step_forward_unit", "race|out of bounds"),
+        "forward", "ffma", "if (j >= p.hidden) return;\n    if (!r.running(k)) return step_forward_padding",
+        "if (!r.running(k)) return step_forward_padding", "race|out of bounds"),
     "step_past_a_row's_end": step(
-        "forward", "ffma", "if (j >= p.hidden || !r.running(k)) return;\n    step_forward_unit",
-        "if (j >= p.hidden || !r.present()) return;\n    step_forward_unit", "race|out of bounds"),
+        "forward", "ffma", "if (!r.running(k)) return step_forward_padding",
+        "if (!r.present()) return step_forward_padding", "race|out of bounds"),
+    "step_padding_left": step(
+        "forward", "ffma", "return step_forward_padding<Cell, S>(p, r, k, j);\n    step_forward_unit",
+        "return;\n    step_forward_unit"),
+    "step_backward_padding_left": step(
+        "backward", "ffma", "if (!r.running(k)) pad_grad_gates<Cell, S>(p, r, k, j);", ""),
+    "step_sums_not_cleared": step("backward", "ffma", "if (k + 1 == p.steps) {", "if (false) {", "uninitialised"),
     "step_buffers_transposed": step(
         "forward", "ffma", "(r.group * p.batch + r.row) * n + j", "(r.row * p.batch + r.group) * n + j",
         "race|out of bounds"),

@@ -25,7 +25,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 INVALID_VALUE, TOO_LARGE = 1, 720
 
 KINDS = {
-    "float32": (torch.float32, False), "tf32": (torch.float32, True),
+    "float32": (torch.float32, False), "tf32": (torch.float32, False),
     "bfloat16": (torch.bfloat16, False), "float16": (torch.float16, False),
 }  # fmt: skip
 
@@ -97,9 +97,9 @@ class Grid(Emulator):
         p.reverse = ctypes.addressof(self.reverse)
         return p, info
 
-    def result(self, p, name, shape, dtype, zeroed):
+    def result(self, p, name, shape, dtype):
         x = torch.empty(shape, dtype=dtype)
-        address = (self.zeros if zeroed else self.empty)(x.nbytes, name)
+        address = self.empty(x.nbytes, name)
         setattr(p, name, address)
         return name, address, x
 
@@ -126,12 +126,11 @@ class Grid(Emulator):
         P, h = p.groups, p.hidden
         p.steps, p.batch = T, B
         p.gates_ih, p.gates_ih_stride_t, p.gates_ih_stride_b = self.upload(x, "gates_ih"), x.stride(0), x.stride(1)
-        padded = arguments["lengths"] is not None
         results = [
-            self.result(p, "output", (T, B, P * h), x.dtype, padded),
-            self.result(p, "h_n", (B, P * h), x.dtype, False),
-            self.result(p, "c_n", (B, P * h) if info.states > 1 else (0,), x.dtype, False),
-            self.result(p, "saved", (T, B, P * info.saved * h) if save else (0,), x.dtype, padded),
+            self.result(p, "output", (T, B, P * h), x.dtype),
+            self.result(p, "h_n", (B, P * h), x.dtype),
+            self.result(p, "c_n", (B, P * h) if info.states > 1 else (0,), x.dtype),
+            self.result(p, "saved", (T, B, P * info.saved * h) if save else (0,), x.dtype),
         ]
         if not save:
             p.saved = None
@@ -153,15 +152,15 @@ class Grid(Emulator):
                 setattr(p, name, self.upload(x, name))
         if grad_output is not None:
             p.grad_output_stride_t, p.grad_output_stride_b = grad_output.stride()[:2]
-        padded, dtype, absent, gates = lengths is not None, output.dtype, (0,), (T, B, P * info.gates * h)
+        dtype, absent, gates = output.dtype, (0,), (T, B, P * info.gates * h)
         results = [
-            self.result(p, "grad_gates_ih", gates, dtype, padded),
-            self.result(p, "grad_gates_hh", gates if cell == "gru" else absent, dtype, padded),
-            self.result(p, "grad_projected", absent, dtype, False),
-            self.result(p, "grad_h_0", (B, P * h), dtype, False),
-            self.result(p, "grad_c_0", (B, P * h) if second else absent, dtype, False),
-            self.result(p, "grad_reset_h", (B, P * h) if reset_h is not None else absent, torch.float32, True),
-            self.result(p, "grad_reset_c", (B, P * h) if reset_c is not None else absent, torch.float32, True),
+            self.result(p, "grad_gates_ih", gates, dtype),
+            self.result(p, "grad_gates_hh", gates if cell == "gru" else absent, dtype),
+            self.result(p, "grad_projected", absent, dtype),
+            self.result(p, "grad_h_0", (B, P * h), dtype),
+            self.result(p, "grad_c_0", (B, P * h) if second else absent, dtype),
+            self.result(p, "grad_reset_h", (B, P * h) if reset_h is not None else absent, torch.float32),
+            self.result(p, "grad_reset_c", (B, P * h) if reset_c is not None else absent, torch.float32),
         ]
         for name, _, x in results:
             if not x.numel():
