@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads)
 int prepare_grid(const ForwardParams& p, int first_group, int groups, const GridShape& s, void* workspace,
                  dev::Stream stream) {
   const int64_t most = s.all_words(groups) + s.packed_quads() * s.unit_blocks() * groups;
-  const int64_t blocks = (most + kThreads - 1) / kThreads;
+  const int64_t blocks = ceil_div(most, kThreads);
   dev::Launch launch{dim3(unsigned(blocks < kMostBlocks ? blocks : kMostBlocks)), kThreads, 0, 1, false, stream};
   const auto run = [&](auto type) {
     using S = typename decltype(type)::type;

@@ -16,7 +16,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../cells/cell.h"
+#include "../host_device.h"
 
 namespace fastrnn::cuda::tiles {
 
@@ -37,7 +37,6 @@ constexpr int kGridHidden = 16384;
 // Above this many bytes from the exchange a step and block (6 us at 42 bytes/ns) a GEMM per step is as good.
 constexpr int64_t kGridExchangeBytes = 256 << 10;
 
-constexpr FASTRNN_HD int grid_ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr FASTRNN_HD int grid_max(int a, int b) { return a > b ? a : b; }
 
 // What a launch is made of: all that kernels, launchers and the choice need to agree on.
@@ -52,9 +51,9 @@ struct GridShape {
   constexpr FASTRNN_HD int warps() const { return threads / 32; }
   constexpr FASTRNN_HD int values() const { return half ? 2 : 1; }  // elements in a word of the exchange
   constexpr FASTRNN_HD int most_units() const { return mma ? 16 : backward ? 8 : 32 / gates; }
-  constexpr FASTRNN_HD int unit_blocks() const { return grid_ceil_div(hidden, units); }
-  constexpr FASTRNN_HD int row_tiles() const { return grid_ceil_div(batch, rows); }
-  constexpr FASTRNN_HD int words_per_row() const { return grid_ceil_div(units, values()); }
+  constexpr FASTRNN_HD int unit_blocks() const { return ceil_div(hidden, units); }
+  constexpr FASTRNN_HD int row_tiles() const { return ceil_div(batch, rows); }
+  constexpr FASTRNN_HD int words_per_row() const { return ceil_div(units, values()); }
 
   // FFMA: `columns` of M lie side by side in a warp's lanes, as often as they fit; mma: 16 for every gate.
   constexpr FASTRNN_HD int columns() const { return mma ? 16 * gates_in_m() : backward ? 8 : 32; }
@@ -64,10 +63,10 @@ struct GridShape {
   constexpr FASTRNN_HD int sums_stride() const { return columns() + 4; }
   // K in tiles, each gate padded to whole ones; a warp has at most k_tiles_of_warp, mma's first few in registers.
   constexpr FASTRNN_HD int k_tile() const { return mma ? 8 * values() : 32; }
-  constexpr FASTRNN_HD int k_tiles() const { return grid_ceil_div(hidden, k_tile()) * gates_in_k(); }
-  constexpr FASTRNN_HD int k_tiles_of_warp() const { return grid_ceil_div(k_tiles(), warps()); }
+  constexpr FASTRNN_HD int k_tiles() const { return ceil_div(hidden, k_tile()) * gates_in_k(); }
+  constexpr FASTRNN_HD int k_tiles_of_warp() const { return ceil_div(k_tiles(), warps()); }
   constexpr FASTRNN_HD int held_tiles() const { return kGridFragments / gates_in_m(); }
-  constexpr FASTRNN_HD int padded_rows() const { return grid_ceil_div(rows, 8) * 8; }
+  constexpr FASTRNN_HD int padded_rows() const { return round_up(rows, 8); }
 
   // One parity buffer of one (group, row tile), in 64-bit words.
   constexpr FASTRNN_HD int64_t words() const {
@@ -106,12 +105,12 @@ struct GridShape {
 constexpr bool grid_fit(GridShape& s, int64_t groups, int multiprocessors, int64_t shared_per_block) {
   s.threads = kGridThreads;
   s.units = s.most_units();
-  if (s.hidden < s.units) s.units = grid_ceil_div(s.hidden, s.values()) * s.values();
+  if (s.hidden < s.units) s.units = round_up(s.hidden, s.values());
   const int64_t free_tiles = multiprocessors / (int64_t(s.unit_blocks()) * groups);
   if (free_tiles < 1 || s.batch < 1) return false;
   const int step = s.mma ? 8 : 4;  // what rows cost is counted in these
   const int tiles = free_tiles < s.batch ? int(free_tiles) : s.batch;
-  s.rows = grid_ceil_div(grid_ceil_div(s.batch, tiles), step) * step;
+  s.rows = round_up(ceil_div(s.batch, tiles), step);
   return s.rows <= kGridRows && s.valid() && s.shared_bytes() <= shared_per_block;
 }
 

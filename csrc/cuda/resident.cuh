@@ -10,8 +10,6 @@
 
 namespace fastrnn::cuda {
 
-__host__ __device__ constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
-
 // ---- float32 ----
 //
 // kLanes neighbouring lanes share kOut outputs of each of kRows rows. They split the sum in chunks of 4 terms:
@@ -29,7 +27,7 @@ struct FfmaShared {
   int units;           // threads / kLanes
   size_t bytes;
   __host__ __device__ FfmaShared(char* base, int terms, int threads) {
-    chunks = round_up(terms, 4 * kLanes) / (4 * kLanes);
+    chunks = ceil_div(terms, 4 * kLanes);
     stride = chunks * 4 * kLanes;
     units = threads / kLanes;
     dev::Carver carver(base);
@@ -150,7 +148,7 @@ struct MmaShared {
   int units;  // 16 a warp
   size_t bytes;
   __host__ __device__ MmaShared(char* base, int hidden, int threads) {
-    tiles = (hidden + 15) / 16;
+    tiles = ceil_div(hidden, 16);
     gate_stride = tiles * 8;
     stride = kSegments * gate_stride + 4;  // rows 4 banks apart (mod 8): neither reads nor stores collide
     dev::Carver carver(base);
@@ -305,7 +303,7 @@ template <class Params, class Kernel>
 int launch_resident(Kernel kernel, const Params& p, int rows, size_t shared, void* stream) {
   return for_each_launch(p, [&](const LaunchParams<Params>& call) {
     dev::Launch launch{};
-    launch.grid = dim3(unsigned(tiles::ceil_div(p.batch, rows)), unsigned(call.groups_here));
+    launch.grid = dim3(unsigned(ceil_div(p.batch, rows)), unsigned(call.groups_here));
     launch.block = unsigned(resident_threads(p));
     launch.shared = shared;
     launch.stream = static_cast<dev::Stream>(stream);

@@ -161,7 +161,7 @@ bool resident_choice(const ForwardParams& p, bool backward, const Device& device
   if (device.compute_capability < 80) return false;
   for (const tiles::ResidentTile& tile : tiles::kResidentTiles) {
     if (tile.half != tiles::is_half(p.dtype) || p.hidden > tile.max_hidden) continue;
-    const int64_t blocks = tiles::ceil_div(p.batch, tile.rows) * p.groups;
+    const int64_t blocks = ceil_div(p.batch, tile.rows) * p.groups;
     if (tile.fill && blocks > device.multiprocessors) continue;
     const int64_t shared = shared_bytes(p, tile.rows, backward);
     if (shared > device.shared_per_block) continue;

@@ -7,7 +7,7 @@
 namespace fastrnn::cuda {
 
 inline unsigned step_threads(int64_t n) {
-  const int64_t whole_warps = tiles::ceil_div(n, 32) * 32;
+  const int64_t whole_warps = round_up(n, 32);
   return unsigned(whole_warps < tiles::kStepThreads ? whole_warps : tiles::kStepThreads);
 }
 inline unsigned step_row_blocks(const ForwardParams& p) {
@@ -20,7 +20,7 @@ int launch_rows(void (*kernel)(KernelArgs...), const Params& p, int64_t n, void*
   return for_each_launch(p, [&](const LaunchParams<Params>& part) {
     dev::Launch launch{};
     launch.block = step_threads(n);
-    launch.grid = dim3(unsigned(tiles::ceil_div(n, launch.block)), step_row_blocks(p), unsigned(part.groups_here));
+    launch.grid = dim3(unsigned(ceil_div(n, launch.block)), step_row_blocks(p), unsigned(part.groups_here));
     launch.stream = static_cast<dev::Stream>(stream);
     return int(dev::launch(kernel, launch, part, args...));
   });

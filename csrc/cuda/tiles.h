@@ -4,13 +4,13 @@
 #pragma once
 #include <cstdint>
 
+#include "../host_device.h"
 #include "../params.h"
 #include "launch.h"
 
 namespace fastrnn::cuda::tiles {
 
 constexpr bool is_half(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- per-step: pointwise kernels ----
 
