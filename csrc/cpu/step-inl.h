@@ -1,6 +1,6 @@
-// What happens to one row in one step, forward and backward: the states it starts from, the cell, what is stored and
-// what is carried on. The products, and who computes which rows and units when, are in {forward,backward}-inl.h.
-// csrc/cuda/common.cuh is the twin.
+// What happens to one row in one step, forward and backward: the states it starts from, the cell, what is stored and what
+// is carried on. The products, and who computes which rows and units when, are in {forward,backward}-inl.h.
+// csrc/cuda/unit_{forward,backward}.cuh are the twin.
 //
 // All of it is for one row i of a member's, and for a vector of units: units j .. j + L - 1, of which those beyond the
 // last are computed too, but never stored. Nothing here crosses from one vector of units to another, but for the sums

@@ -1,4 +1,4 @@
-// The one door between kernel sources and the hardware; kernels include nothing else of it.
+// All that kernel sources know of the hardware; they include nothing else of it.
 //
 // nvcc gets device_cuda.cuh (intrinsics and inline PTX). Any other compiler gets emu.h, the host stand-in
 // under tests/hostbuild, where a block's threads run as fibers under a checker. Both offer the same names in

@@ -4,8 +4,8 @@
 // results to the others through L2. Block (x, y, z) computes `units` units of tile y of the rows of group z.
 //
 // Exchange. A word of 64 bits holds one float or two halves, and the tag of the step that made it. Readers spin on
-// the words themselves, so a step costs one hop through L2 (0.6 us), no fence, no flag and no second trip for the
-// payload; it costs twice the bytes. Words lie in the order in which readers load them (word_of), 256 bytes a
+// the words themselves, so a step costs one trip through L2 (0.6 us), no fence, no flag and no second trip for the
+// payload; it costs twice the bytes. Words have the order in which readers load them (word_of), 256 bytes a
 // warp.
 //
 // Why it is safe. Tags of a launch are all different from each other and from 0, and a kernel before this one, in
@@ -54,7 +54,7 @@ constexpr int kMostTurns = 0;  // no bound
 
 // Waits until those words[at(n)] that `wanted` has bit n for carry `tag`, and gives their values; 0 for the
 // others. Orders no other memory. Loads that will miss cost as much as others on their way from L2, and 8 warps
-// that look for all their words keep it busy longer than a hop takes. So after a miss a lane looks at one word
+// that look for all their words keep it busy longer than a trip takes. So after a miss a lane looks at one word
 // until it is there, and then at the others, all loads in flight at once; and where many words are sure to be
 // missing, `early`, it begins so.
 template <int N, class At>
@@ -141,7 +141,7 @@ struct GridOwner {
   int position;  // of the row in the tile
   int unit;      // of the group
   int units;     // how many of the word's units there are; 0: this thread owns nothing
-  Row row;
+  RowWalk row;
 };
 
 template <class Params>
@@ -152,7 +152,7 @@ FASTRNN_INLINE GridOwner grid_owner(const LaunchParams<Params>& call, const Grid
   o.position = tid / words;
   o.unit = first + tid % words * s.values();
   o.units = 0;
-  o.row = Row{call.first_group, 0, -1, false};
+  o.row = RowWalk{call.first_group, 0, -1, false};
   if (o.position < s.rows && shared.length[o.position] >= 0) {
     o.units = o.unit < end ? (end - o.unit < s.values() ? end - o.unit : s.values()) : 0;
     o.row = row_of(call, int(blockIdx.z), shared.row[o.position]);

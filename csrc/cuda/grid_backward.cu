@@ -2,6 +2,7 @@
 // multiplies the gate gradients of all units by them. The gate gradients of step k travel with tag k + 1 in buffer
 // k & 1.
 #include "grid_product.cuh"
+#include "unit_backward.cuh"
 
 namespace fastrnn::cuda {
 namespace {

@@ -1,6 +1,7 @@
-// Grid tier, forward: see grid.cuh. All gates of a unit lie in one block, and what a (row, unit) carries stays in
+// Grid tier, forward: see grid.cuh. All gates of a unit belong to one block, and what a (row, unit) carries stays in
 // a register of its owner. The state before step k travels with tag k + 1 in buffer k & 1; the initial one too.
 #include "grid_product.cuh"
+#include "unit_forward.cuh"
 
 namespace fastrnn::cuda {
 namespace {

@@ -108,7 +108,4 @@ int64_t grid_workspace_bytes(const ForwardParams& params, const Choice& choice, 
   return 8 * s.all_words(groups) + 16 * s.packed_quads() * s.unit_blocks() * groups;
 }
 
-// prepare_grid clears what has to be clear.
-int64_t grid_workspace_zeroed_bytes(const ForwardParams&, const Choice&, bool) { return 0; }
-
 }  // namespace fastrnn::cuda

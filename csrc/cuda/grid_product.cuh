@@ -22,7 +22,7 @@ FASTRNN_INLINE KRange k_range(const GridShape& s) {
 }
 
 // kColumns lanes side by side hold the columns of M; the 32 / kColumns sets of lanes split K by fours. Weights, as
-// [k / 4, column, 4], and a stage of 8 rows' words lie in shared memory: 4 R multiply-adds for R + 1 loads of 16
+// [k / 4, column, 4], and a stage of 8 rows' words are in shared memory: 4 R multiply-adds for R + 1 loads of 16
 // bytes, R of which are the same for all lanes of a set. Words: [8 rows, tile, row, 32].
 template <int kColumns, int kGates>
 class FfmaProduct {

@@ -55,7 +55,7 @@ struct GridShape {
   constexpr FASTRNN_HD int row_tiles() const { return ceil_div(batch, rows); }
   constexpr FASTRNN_HD int words_per_row() const { return ceil_div(units, values()); }
 
-  // FFMA: `columns` of M lie side by side in a warp's lanes, as often as they fit; mma: 16 for every gate.
+  // FFMA: `columns` of M stand side by side in a warp's lanes, as often as they fit; mma: 16 for every gate.
   constexpr FASTRNN_HD int columns() const { return mma ? 16 * gates_in_m() : backward ? 8 : 32; }
   constexpr FASTRNN_HD int gate_columns() const { return mma ? 16 : units; }
   // Sums over parts of K, added up through shared memory. 4 mod 16: mma's stores of them meet no bank twice.

@@ -45,10 +45,6 @@ int64_t workspace_bytes(const ForwardParams& params, const Choice& choice, bool 
   return choice.tier == Tier::kGrid ? grid_workspace_bytes(params, choice, backward) : 0;
 }
 
-int64_t workspace_zeroed_bytes(const ForwardParams& params, const Choice& choice, bool backward) {
-  return choice.tier == Tier::kGrid ? grid_workspace_zeroed_bytes(params, choice, backward) : 0;
-}
-
 int recurrent_forward(const ForwardParams& params, const Choice& choice, void* workspace, void* stream) {
   if (!check_sizes(params)) return int(dev::kInvalidValue);
   switch (choice.tier) {

@@ -1,5 +1,5 @@
-// The torch-free and CUDA-header-free door to the CUDA recurrences: choose a kernel, ask for its workspace,
-// launch. Errors are cudaError_t values as int (0: success); streams are cudaStream_t as void*. All pointers in
+// The CUDA recurrences for callers, without a header of torch or CUDA: choose a kernel, ask for its workspace, launch.
+// Errors are cudaError_t values as int (0: success); streams are cudaStream_t as void*. All pointers in
 // the params are the device's but for `reverse`, which is the host's and is read before a launcher returns.
 // Every launch is asynchronous, allocates nothing and can be captured in a graph. Sizes: params.h.
 #pragma once
@@ -39,10 +39,9 @@ Choice choose(const ForwardParams& params, bool backward, const Device& device, 
 bool choose_from(Tier tier, const ForwardParams& params, bool backward, const Device& device, bool allow_tf32,
                  Choice* choice);
 
-// Scratch of one launch, 256-byte aligned. Its first workspace_zeroed_bytes must be zero when the kernel starts;
-// nothing is kept from launch to launch. 0 for kStep, whose buffers are StepBuffers.
+// Scratch of one launch, 256-byte aligned. It may hold anything: a launch clears what has to be clear, and keeps
+// nothing for the next. 0 for kStep, whose buffers are StepBuffers.
 int64_t workspace_bytes(const ForwardParams& params, const Choice& choice, bool backward);
-int64_t workspace_zeroed_bytes(const ForwardParams& params, const Choice& choice, bool backward);
 
 // The whole recurrence in one launch (one for every kGroupsPerLaunch groups). cudaErrorInvalidValue where the
 // choice cannot run these params, kStep included.
@@ -85,7 +84,7 @@ int finish_backward(const BackwardParams& params, const StepBuffers& buffers, vo
 
 // ---- the other tiers, as choose() and recurrent_* call them ----
 //
-// *_choice fills `choice` and returns true if the tier can run the call on that device and, unless `forced`, should.
+// *_choice fills in `choice` and returns true if the tier can run the call on that device and, unless `forced`, should.
 
 bool resident_choice(const ForwardParams& params, bool backward, const Device& device, Choice* choice);
 int resident_forward(const ForwardParams& params, const Choice& choice, void* stream);
@@ -94,7 +93,6 @@ int resident_backward(const BackwardParams& params, const Choice& choice, void* 
 bool grid_choice(const ForwardParams& params, bool backward, const Device& device, bool allow_tf32, bool forced,
                  Choice* choice);
 int64_t grid_workspace_bytes(const ForwardParams& params, const Choice& choice, bool backward);
-int64_t grid_workspace_zeroed_bytes(const ForwardParams& params, const Choice& choice, bool backward);
 int grid_forward(const ForwardParams& params, const Choice& choice, void* workspace, void* stream);
 int grid_backward(const BackwardParams& params, const Choice& choice, void* workspace, void* stream);
 

@@ -1,5 +1,5 @@
 // The resident tier's products: a block holds all of a group's weight_hh, in registers and what does not fit
-// there in shared memory, and multiplies it once a step with a tile of rows that lies in shared memory. Forward
+// there in shared memory, and multiplies it once a step with a tile of rows in shared memory. Forward
 // multiplies h to make gates_hh; backward multiplies the gate gradients to make the gradient of h. Both are
 // written once, for float32 by FFMA and for the half types by mma.
 #pragma once
@@ -7,6 +7,7 @@
 
 #include "common.cuh"
 #include "tiles.h"
+#include "unit_forward.cuh"
 
 namespace fastrnn::cuda {
 
@@ -104,7 +105,7 @@ struct ResidentFfma {
 
 // Sums n values over groups of kLanes lanes and spreads the results: lane l of its group gets the sum of value
 // l / (kLanes / n). n <= kLanes, powers of two. The order of additions is fixed. (A recursion, since a loop whose
-// trips halve n is not unrolled for every target, and then v lies in local memory.)
+// trips halve n is not unrolled for every target, and then v is in local memory.)
 template <int kLanes, int n, int kMask = kLanes / 2, int kRoom>
 FASTRNN_INLINE float group_sum(float (&v)[kRoom]) {
   static_assert(n <= 2 * kMask && kLanes <= 32, "a value for every lane");

@@ -1,6 +1,7 @@
 // Resident tier, backward: a block runs all steps of one tile of rows of one group, from the last to the first,
 // with a block barrier a step. Step k multiplies the gate gradients of step k + 1 and then makes its own.
 #include "resident.cuh"
+#include "unit_backward.cuh"
 
 namespace fastrnn::cuda {
 
@@ -8,17 +9,17 @@ namespace fastrnn::cuda {
 struct Boundaries {
   unsigned flags;   // bit 0: on entering k + 1; bit 1: on entering k
   uint8_t earlier;  // on entering k - 1
-  FASTRNN_INLINE Boundaries(const ForwardParams& p, const Row& r, int k)
+  FASTRNN_INLINE Boundaries(const ForwardParams& p, const RowWalk& r, int k)
       : flags(bit(p, r, k + 1) | bit(p, r, k) << 1), earlier(reset_before(p, r, k - 1)) {}
   FASTRNN_INLINE bool after() const { return flags & 1u; }
   FASTRNN_INLINE bool before() const { return flags & 2u; }
-  FASTRNN_INLINE void step_to(const ForwardParams& p, const Row& r, int k) {
+  FASTRNN_INLINE void step_to(const ForwardParams& p, const RowWalk& r, int k) {
     flags = flags >> 1 | unsigned(earlier != 0) << 1;
     earlier = reset_before(p, r, k - 1);
   }
 
  private:
-  static FASTRNN_INLINE unsigned bit(const ForwardParams& p, const Row& r, int k) {
+  static FASTRNN_INLINE unsigned bit(const ForwardParams& p, const RowWalk& r, int k) {
     return reset_before(p, r, k) != 0;
   }
 };
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(kFfmaThreads, 1) resident_ffma_backward_kernel
   const int segment = ffma_segment(h);
   using Shared = FfmaBackward<Cell, kRows>;
   const Shared s(dev::dynamic_shared(), G * segment, int(blockDim.x));
-  Row r = row_of(p, group_here, first_row + row);
+  RowWalk r = row_of(p, group_here, first_row + row);
   const int steps = longest(p, r.group, first_row, kRows);
   if (j >= h || (kRows == 1 && lane % kColumns > 0)) r.length = -1;  // idle throughout
 
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) resident_mma_backward_kernel(L
   const int j = warp * 16 + g;
   using Shared = MmaBackward<Cell, S, kWarps>;
   const Shared s(dev::dynamic_shared(), h, int(blockDim.x));
-  const Row r[2] = {row_of(p, group_here, first_row + 2 * q), row_of(p, group_here, first_row + 2 * q + 1)};
+  const RowWalk r[2] = {row_of(p, group_here, first_row + 2 * q), row_of(p, group_here, first_row + 2 * q + 1)};
   const int steps = longest(p, r[0].group, first_row, kMmaRows);
 
   ResidentMma<Shared> product;

@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(kFfmaThreads, 1) resident_ffma_forward_kernel(
   const int lane = int(threadIdx.x) % kLanes, j = int(threadIdx.x) / kLanes, row = kRows == 1 ? 0 : lane;
   using Shared = FfmaForward<Cell, kRows>;
   const Shared s(dev::dynamic_shared(), h, int(blockDim.x));
-  Row r = row_of(p, group_here, first_row + row);
+  RowWalk r = row_of(p, group_here, first_row + row);
   const int steps = longest(p, r.group, first_row, kRows);
   if (j >= h || (kRows == 1 && lane > 0)) r.length = -1;  // idle throughout
 
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) resident_mma_forward_kernel(La
   const int j = warp * 16 + g;
   using Shared = MmaForward<Cell, S, kWarps>;
   const Shared s(dev::dynamic_shared(), h, int(blockDim.x));
-  const Row r[2] = {row_of(p, group_here, first_row + 2 * q), row_of(p, group_here, first_row + 2 * q + 1)};
+  const RowWalk r[2] = {row_of(p, group_here, first_row + 2 * q), row_of(p, group_here, first_row + 2 * q + 1)};
   const int steps = longest(p, r[0].group, first_row, kMmaRows);
 
   ResidentMma<Shared> product;

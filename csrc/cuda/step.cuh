@@ -34,7 +34,7 @@ FASTRNN_INLINE void for_each_row(const LaunchParams<Params>& p, Body body) {
 }
 
 // of (row, group, element j) in buffers [P, B, n]
-FASTRNN_INLINE int64_t in_buffer(const ForwardParams& p, const Row& r, int64_t n, int64_t j) {
+FASTRNN_INLINE int64_t in_buffer(const ForwardParams& p, const RowWalk& r, int64_t n, int64_t j) {
   return (r.group * p.batch + r.row) * n + j;
 }
 

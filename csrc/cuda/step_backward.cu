@@ -1,5 +1,6 @@
 // Per-step tier, backward: what stands between the products of a time loop (launch.h says in which order).
 #include "step.cuh"
+#include "unit_backward.cuh"
 
 namespace fastrnn::cuda {
 
@@ -7,7 +8,7 @@ namespace fastrnn::cuda {
 template <class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
     step_backward_projected_kernel(LaunchParams<BackwardParams> p, StepBuffers b, int k) {
-  for_each_row(p, [&](const Row& r, int j) {
+  for_each_row(p, [&](const RowWalk& r, int j) {
     if (j >= p.width) return;
     if (k + 1 == p.steps) clear_sums_of_h<S>(p, r, j);
     if (!r.running(k)) return store<S>(p.grad_projected, r.padding(p, k) * p.width + j, 0);
@@ -22,7 +23,7 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
 
 // What step k does to unit j < h of every row, running or not.
 template <class Cell, class S>
-FASTRNN_INLINE void step_backward_start(const BackwardParams& p, const Row& r, int k, int j) {
+FASTRNN_INLINE void step_backward_start(const BackwardParams& p, const RowWalk& r, int k, int j) {
   if (k + 1 == p.steps) {
     if (!p.weight_hr) clear_sums_of_h<S>(p, r, j);
     clear_sums_of_unit<Cell, S>(p, r, j);
@@ -33,7 +34,7 @@ FASTRNN_INLINE void step_backward_start(const BackwardParams& p, const Row& r, i
 // Step k of unit j < h of a running row: all but what becomes of grad_gates_hh, which is returned.
 template <class Cell, class S>
 FASTRNN_INLINE Pack<Wide<S>, Cell::kGates> step_backward_unit(const BackwardParams& p, const StepBuffers& b,
-                                                              const Row& r, int k, int j) {
+                                                              const RowWalk& r, int k, int j) {
   using V = Wide<S>;
   BackwardLoads<Cell, S> loads;
   load_backward<Cell, S>(p, r, k, j, reset_before(p, r, k), loads);
@@ -53,7 +54,7 @@ FASTRNN_INLINE Pack<Wide<S>, Cell::kGates> step_backward_unit(const BackwardPara
 
 // Of a unit's gate g, in buffers [P, B, G*h].
 template <class Cell>
-FASTRNN_INLINE int64_t gate_in_buffer(const ForwardParams& p, const Row& r, int g, int j) {
+FASTRNN_INLINE int64_t gate_in_buffer(const ForwardParams& p, const RowWalk& r, int g, int j) {
   return in_buffer(p, r, Cell::kGates * p.hidden, g * p.hidden + j);
 }
 
@@ -62,7 +63,7 @@ template <class Cell, class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
     step_backward_kernel(LaunchParams<BackwardParams> p, StepBuffers b, int k) {
   constexpr int G = Cell::kGates;
-  for_each_row(p, [&](const Row& r, int j) {
+  for_each_row(p, [&](const RowWalk& r, int j) {
     if (j >= p.hidden) return;
     step_backward_start<Cell, S>(p, r, k, j);
     if (!r.running(k)) return;
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
   constexpr int G = Cell::kGates;
   using V = Wide<S>;
   const RowShared<Cell, S> shared(dev::dynamic_shared(), int(blockDim.x));
-  for_each_whole_row(p, [&](const Row& r) {
+  for_each_whole_row(p, [&](const RowWalk& r) {
     for (int j = int(threadIdx.x); j < p.hidden; j += int(blockDim.x)) step_backward_start<Cell, S>(p, r, k, j);
     if (!r.running(k)) return;
     const int64_t place = r.place(p, k);
@@ -114,7 +115,7 @@ template <class Cell, class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
     finish_backward_kernel(LaunchParams<BackwardParams> p, StepBuffers b) {
   using V = Wide<S>;
-  for_each_row(p, [&](const Row& r, int j) {
+  for_each_row(p, [&](const RowWalk& r, int j) {
     const bool crossed = reset_before(p, r, 0);
     const bool stepped = r.length > 0;
     const V carried = stepped && j < p.hidden ? load<V>(b.carried, in_buffer(p, r, p.hidden, j)) : V(0);

@@ -1,5 +1,6 @@
 // Per-step tier, forward: what stands between the products of a time loop (launch.h says in which order).
 #include "step.cuh"
+#include "unit_forward.cuh"
 
 namespace fastrnn::cuda {
 
@@ -7,7 +8,7 @@ namespace fastrnn::cuda {
 template <class Cell, class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
     start_forward_kernel(LaunchParams<ForwardParams> p, StepBuffers b) {
-  for_each_row(p, [&](const Row& r, int j) {
+  for_each_row(p, [&](const RowWalk& r, int j) {
     const bool reset = reset_before(p, r, 0);
     Wide<S> h = 0;
     if (j < p.width) {
@@ -21,7 +22,7 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
 
 // The recurrent product of unit j < h, with its bias.
 template <class Cell, class S>
-FASTRNN_INLINE Pack<Wide<S>, Cell::kGates> load_product(const ForwardParams& p, const StepBuffers& b, const Row& r,
+FASTRNN_INLINE Pack<Wide<S>, Cell::kGates> load_product(const ForwardParams& p, const StepBuffers& b, const RowWalk& r,
                                                         int j) {
   constexpr int G = Cell::kGates;
   Pack<Wide<S>, G> gates_hh;
@@ -34,7 +35,7 @@ FASTRNN_INLINE Pack<Wide<S>, Cell::kGates> load_product(const ForwardParams& p, 
 
 // Step k of unit j < h of a running row.
 template <class Cell, class S>
-FASTRNN_INLINE void step_forward_unit(const ForwardParams& p, const StepBuffers& b, const Row& r, int k, int j,
+FASTRNN_INLINE void step_forward_unit(const ForwardParams& p, const StepBuffers& b, const RowWalk& r, int k, int j,
                                       const Pack<Wide<S>, Cell::kGates>& gates_hh, const RowSums<Cell, S>& row) {
   using V = Wide<S>;
   Pack<S, Cell::kGates> gates_ih;
@@ -52,7 +53,7 @@ FASTRNN_INLINE void step_forward_unit(const ForwardParams& p, const StepBuffers&
 }
 
 template <class Cell, class S>
-FASTRNN_INLINE void step_forward_padding(const ForwardParams& p, const Row& r, int k, int j) {
+FASTRNN_INLINE void step_forward_padding(const ForwardParams& p, const RowWalk& r, int k, int j) {
   if (!p.weight_hr) pad_output<S>(p, r, k, j);
   pad_saved<Cell, S>(p, r, k, j);
 }
@@ -61,7 +62,7 @@ FASTRNN_INLINE void step_forward_padding(const ForwardParams& p, const Row& r, i
 template <class Cell, class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
     step_forward_kernel(LaunchParams<ForwardParams> p, StepBuffers b, int k) {
-  for_each_row(p, [&](const Row& r, int j) {
+  for_each_row(p, [&](const RowWalk& r, int j) {
     if (j >= p.hidden) return;
     if (!r.running(k)) return step_forward_padding<Cell, S>(p, r, k, j);
     step_forward_unit<Cell, S>(p, b, r, k, j, load_product<Cell, S>(p, b, r, j), {});
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
     step_forward_whole_rows_kernel(LaunchParams<ForwardParams> p, StepBuffers b, int k) {
   using V = Wide<S>;
   const RowShared<Cell, S> shared(dev::dynamic_shared(), int(blockDim.x));
-  for_each_whole_row(p, [&](const Row& r) {
+  for_each_whole_row(p, [&](const RowWalk& r) {
     if (!r.running(k)) {
       for (int j = int(threadIdx.x); j < p.hidden; j += int(blockDim.x)) step_forward_padding<Cell, S>(p, r, k, j);
       return;
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
 template <class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
     step_forward_projected_kernel(LaunchParams<ForwardParams> p, StepBuffers b, int k) {
-  for_each_row(p, [&](const Row& r, int j) {
+  for_each_row(p, [&](const RowWalk& r, int j) {
     if (j >= p.width) return;
     if (!r.running(k)) return pad_output<S>(p, r, k, j);
     const int64_t at = in_buffer(p, r, p.width, j);

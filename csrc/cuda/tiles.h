@@ -16,7 +16,7 @@ constexpr bool is_half(DType dtype) { return dtype == DType::kBFloat16 || dtype 
 
 // Threads of a block, at most: a row's units go over x, so that no index is divided.
 constexpr int kStepThreads = 256;
-// Blocks in y, at most (65,535 by the hardware); rows beyond go round.
+// Blocks in y, at most (65,535 by the hardware). Where there are more rows, a block takes several, one after the other.
 constexpr int64_t kStepRowBlocks = 32768;
 
 // ---- resident: one block per (tile of rows, group), weights in registers and shared memory ----

@@ -134,12 +134,8 @@ void backward_per_step(const BackwardParams& p, const Tensor& weight_hh, const O
   if (finish) raise_if(cuda::finish_backward(p, b, stream), kOp, p, kernel);
 }
 
-// Bytes for one launch, those cleared that have to be.
 Tensor workspace(const ForwardParams& p, const cuda::Choice& choice, bool backward, const Tensor& like) {
-  const int64_t zeroed = cuda::workspace_zeroed_bytes(p, choice, backward);
-  Tensor bytes = at::empty({cuda::workspace_bytes(p, choice, backward)}, like.options().dtype(at::kByte));
-  if (zeroed) bytes.narrow(0, 0, zeroed).zero_();
-  return bytes;
+  return at::empty({cuda::workspace_bytes(p, choice, backward)}, like.options().dtype(at::kByte));
 }
 
 OptionalTensor contiguous(const OptionalTensor& x) { return x ? OptionalTensor(x->contiguous()) : x; }

@@ -54,6 +54,7 @@ class Cuda(Emulator):
         self.library.cuda_choose.argtypes = [
             ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
             ctypes.c_int, ctypes.c_void_p]  # fmt: skip
+        self.library.cuda_workspace.restype = ctypes.c_int64
         self.library.cuda_cell.restype = ctypes.c_char_p
         numbers, self.cells = (ctypes.c_int * 6)(), {}
         while name := self.library.cuda_cell(len(self.cells), numbers):
@@ -252,14 +253,9 @@ class Whole:
         assert error == 0, error
 
     def workspace(self, call, backward, tile):
-        library, choice = call.cuda.library, (ctypes.c_int64 * 8)(*tile)
-        size = (ctypes.c_int64 * 2)()
-        library.cuda_workspace(call.sizes, call.addresses, backward, choice, size)
-        workspace = call.cuda.empty(size[0], "workspace") if size[0] else ctypes.c_void_p()
-        if size[1]:
-            ctypes.memset(workspace, 0, size[1])
-            library.emu_define(workspace, ctypes.c_size_t(size[1]))
-        return workspace
+        choice = (ctypes.c_int64 * 8)(*tile)
+        size = call.cuda.library.cuda_workspace(call.sizes, call.addresses, backward, choice)
+        return call.cuda.empty(size, "workspace") if size else ctypes.c_void_p()
 
 
 class Resident(Whole):
@@ -315,27 +311,30 @@ def run_backward(cuda, tier, tile, arguments, **options):
 
 
 class Problem:
-    """A case's arguments for both passes, and what the reference makes of them."""
+    """A case's arguments for both passes, with its cell's params if any, and what the reference makes of them."""
 
-    def __init__(self, case, seed=0, edit=None):
-        self.case, self.arguments = case, case.arguments(seed)
+    def __init__(self, case, seed=0, edit=None, params=None):
+        self.case, self.arguments, self.params = case, case.arguments(seed), params
         if edit:
             edit(self.arguments)
-        self.want = reference.forward(*map(double, self.arguments.values()))
+        given = {} if params is None else {"params": params}
+        exact = {name: double(x) for name, x in given.items()}
+        self.want = reference.forward(*map(double, self.arguments.values()), **exact)
         output, saved = (self.want[i].to(case.dtype) for i in (0, 3))
         self.back = backward_arguments(self.arguments, output, saved, seed)
-        self.plain = cache(lambda tf32: plain_forward(self.arguments.values(), tf32))
-        self.want_back = cache(lambda: reference.backward(*map(double, self.back)))
-        self.plain_back = cache(lambda tf32: plain_backward(self.back, tf32))
+        self.plain = cache(lambda tf32: plain_forward(self.arguments.values(), tf32, **given))
+        self.want_back = cache(lambda: reference.backward(*map(double, self.back), **exact))
+        self.plain_back = cache(lambda tf32: plain_backward(self.back, tf32, **given))
 
     def run(self, cuda, tier, tile, backward):
         if backward:
-            return run_backward(cuda, tier, tile, self.back)
-        return run_forward(cuda, tier, tile, self.arguments)
+            return run_backward(cuda, tier, tile, self.back, params=self.params)
+        return run_forward(cuda, tier, tile, self.arguments, params=self.params)
 
     def check(self, cuda, tier):
         """Both passes with every tile that the tier has for the case; how many runs that were."""
         forward, backward = tier.tiles(self.case, False), tier.tiles(self.case, True)
+        names = BACKWARD_NAMES if self.params is None else (*BACKWARD_NAMES, "grad_params")
         for tile in forward:
             got = self.run(cuda, tier, tile, False)
             plain = self.plain(is_tf32(tile))
@@ -343,7 +342,7 @@ class Problem:
         for tile in backward:
             got = self.run(cuda, tier, tile, True)
             plain = self.plain_back(is_tf32(tile))
-            assert_as_exact(got, self.want_back(), plain, self.case.dtype, BACKWARD_NAMES, (self.case, tile))
+            assert_as_exact(got, self.want_back(), plain, self.case.dtype, names, (self.case, tile))
         return len(forward) + len(backward)
 
 
@@ -411,7 +410,7 @@ class AnyTile(Grid):
 @each_dtype
 @pytest.mark.parametrize("cell", CELLS)
 def test_full_tiles(cuda, tier, cell, dtype):
-    """Sizes at which weights lie in registers and in shared memory, up to the tier's limit."""
+    """Sizes at which weights are in registers and in shared memory, up to the tier's limit."""
     cuda.schedule(3, seed=5, races=False)
     for h in tier.full_sizes(dtype):
         same_problem(Case(cell, 3, 2, 1, h, 0, "", "state", "none", dtype), h).check(cuda, tier)

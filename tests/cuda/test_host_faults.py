@@ -186,9 +186,9 @@ FAULTS = {
 }  # fmt: skip
 
 FILES = {
-    "grid": ("common.cuh", "grid.cuh", "grid_product.cuh", "grid_prepare.cu", "grid_{}.cu"),
-    "resident": ("common.cuh", "resident.cuh", "resident_{}.cu"),
-    "step": ("common.cuh", "step.cuh", "step_{}.cu"),
+    "grid": ("common.cuh", "grid.cuh", "grid_product.cuh", "grid_prepare.cu", "unit_{}.cuh", "grid_{}.cu"),
+    "resident": ("common.cuh", "unit_forward.cuh", "unit_backward.cuh", "resident.cuh", "resident_{}.cu"),
+    "step": ("common.cuh", "step.cuh", "unit_{}.cuh", "step_{}.cu"),
 }
 CALLS = {
     "grid": "grid_WHICH(p, unpack_choice(choice), workspace, nullptr)",
@@ -289,11 +289,10 @@ def results(faulty, fault, problems, tile):
         if fault.tier != "step" and workspace is None:
             workspace = tier.workspace(call, backward, tile)
             if fault.launches > 1:
-                size = (ctypes.c_int64 * 2)()
                 choice = (ctypes.c_int64 * 8)(*tile)
-                faulty.library.cuda_workspace(call.sizes, call.addresses, backward, choice, size)
-                ctypes.memset(workspace, 0, size[0])
-                faulty.library.emu_define(workspace, ctypes.c_size_t(size[0]))
+                size = faulty.library.cuda_workspace(call.sizes, call.addresses, backward, choice)
+                ctypes.memset(workspace, 0, size)
+                faulty.library.emu_define(workspace, ctypes.c_size_t(size))
         tier.run(call, backward, tile, *([workspace] if workspace else []))
     found = " ".join(faulty.findings())
     left = sum(faulty.unwritten(call.places[x], call.results[x].nbytes) for x in call.written)

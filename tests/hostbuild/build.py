@@ -17,7 +17,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 OUT = ROOT / "build" / "hostbuild"
-MORE_CELLS = ROOT / "tests" / "more_cells.h"  # define FASTRNN_MORE_CELLS as its path, in quotes, to have its cells
 EMULATOR = [
     HERE / name
     for name in (
@@ -55,7 +54,7 @@ def headers_hash():
     for folder in (ROOT / "csrc", HERE):
         for path in sorted(folder.rglob("*.h")) + sorted(folder.rglob("*.cuh")):
             digest.update(path.read_bytes())
-    digest.update(MORE_CELLS.read_bytes())
+    digest.update((ROOT / "tests" / "more_cells.h").read_bytes())
     return digest.hexdigest()
 
 

@@ -39,12 +39,9 @@ FASTRNN_EXPORT int cuda_choose_from(const int64_t* sizes, void* const* addresses
   return 1;
 }
 
-// bytes, and how many of them, the first, have to be zero
-FASTRNN_EXPORT void cuda_workspace(const int64_t* sizes, void* const* addresses, int backward,
-                                   const int64_t* choice, int64_t* bytes) {
-  const ForwardParams p = unpack(sizes, addresses, backward != 0);
-  bytes[0] = workspace_bytes(p, unpack_choice(choice), backward != 0);
-  bytes[1] = workspace_zeroed_bytes(p, unpack_choice(choice), backward != 0);
+FASTRNN_EXPORT int64_t cuda_workspace(const int64_t* sizes, void* const* addresses, int backward,
+                                      const int64_t* choice) {
+  return workspace_bytes(unpack(sizes, addresses, backward != 0), unpack_choice(choice), backward != 0);
 }
 
 FASTRNN_EXPORT int cuda_forward(const int64_t* sizes, void* const* addresses, const int64_t* choice,

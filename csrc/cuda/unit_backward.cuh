@@ -1,0 +1,212 @@
+// What happens to one unit of one row in one step, backward; the same in every tier. csrc/cpu/step-inl.h is the twin.
+#pragma once
+#include "common.cuh"
+
+namespace fastrnn::cuda {
+
+// Before a row's first step of the walk backward, what its steps are added to begins at zero: column j < R of
+// grad_reset_h, unit j < h of grad_reset_c and grad_params.
+template <class S>
+FASTRNN_INLINE void clear_sums_of_h(const BackwardParams& p, const RowWalk& r, int j) {
+  if (p.grad_reset_h) store<Wide<S>>(p.grad_reset_h, r.place(p) * p.width + j, 0);
+}
+template <class Cell, class S>
+FASTRNN_INLINE void clear_sums_of_unit(const BackwardParams& p, const RowWalk& r, int j) {
+  if constexpr (Cell::kStates > 1) {
+    if (p.grad_reset_c) store<Wide<S>>(p.grad_reset_c, r.place(p) * p.hidden + j, 0);
+  }
+  if constexpr (Cell::kParams > 0) {
+    if (!p.grad_params) return;
+#pragma unroll
+    for (int i = 0; i < Cell::kParams; ++i)
+      store<Wide<S>>(p.grad_params, (r.place(p) * Cell::kParams + i) * p.hidden + j, 0);
+  }
+}
+// Both, where nothing is projected.
+template <class Cell, class S>
+FASTRNN_INLINE void clear_sums(const BackwardParams& p, const RowWalk& r, int j) {
+  clear_sums_of_h<S>(p, r, j);
+  clear_sums_of_unit<Cell, S>(p, r, j);
+}
+
+// Zeros in the gate gradients of unit j < h at time k behind the row's end; and at all such times.
+template <class Cell, class S>
+FASTRNN_INLINE void pad_grad_gates(const BackwardParams& p, const RowWalk& r, int64_t k, int j) {
+  constexpr int G = Cell::kGates;
+  const int64_t at = r.padding(p, k) * G * p.hidden + j;
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+    store<S>(p.grad_gates_ih, at + g * p.hidden, 0);
+    if constexpr (kSeparateGates<Cell>) store<S>(p.grad_gates_hh, at + g * p.hidden, 0);
+  }
+}
+template <class Cell, class S>
+FASTRNN_INLINE void pad_backward(const BackwardParams& p, const RowWalk& r, int j) {
+  for (int64_t k = r.length; k < p.steps; ++k) pad_grad_gates<Cell, S>(p, r, k, j);
+}
+
+// What step k of unit j < h reads from memory, as stored.
+template <class Cell, class S>
+struct BackwardLoads {
+  Pack<S, Cell::kSaved> saved;
+  S state, state_prev;  // the carried state after and before the step
+  S grad_output;        // of column j; where nothing is projected
+};
+
+// grad_output of step k, column j < R
+template <class S>
+FASTRNN_INLINE S load_grad_output(const BackwardParams& p, const RowWalk& r, int k, int j) {
+  if (!p.grad_output) return zero<S>();
+  return static_cast<const S*>(p.grad_output)[r.time(k) * p.grad_output_stride_t +
+                                              r.row * p.grad_output_stride_b + r.group * p.width + j];
+}
+
+// The cell's own saved values of unit j < h at a place (RowWalk::place).
+template <class Cell, class S>
+FASTRNN_INLINE void load_saved(const BackwardParams& p, int64_t place, int j, Pack<S, Cell::kSaved>& out) {
+  if constexpr (Cell::kSaved > 0) {
+    const S* saved = static_cast<const S*>(p.saved) + place * kSavedAll<Cell> * p.hidden + j;
+#pragma unroll
+    for (int i = 0; i < Cell::kSaved; ++i) out[i] = saved[i * p.hidden];
+  }
+}
+template <class S, int N>
+FASTRNN_INLINE Pack<Wide<S>, N> widen_all(const Pack<S, N>& x) {
+  Pack<Wide<S>, N> wide;
+  if constexpr (N > 0) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) wide[i] = widen(x[i]);
+  }
+  return wide;
+}
+
+// Zeros where the row has no step k. reset: reset_before(k).
+template <class Cell, class S>
+FASTRNN_INLINE void load_backward(const BackwardParams& p, const RowWalk& r, int k, int j, bool reset,
+                                  BackwardLoads<Cell, S>& out) {
+  out = BackwardLoads<Cell, S>{};
+  if (!r.running(k) || k < 0 || j >= p.hidden) return;
+  const int64_t place = r.place(p, k), at = r.place(p) * p.hidden + j;
+  const int64_t before = (r.reverse ? 1 : -1) * p.batch * p.groups;  // from place to that of step k - 1
+  const S* saved = static_cast<const S*>(p.saved);
+  load_saved<Cell, S>(p, place, j, out.saved);
+  // The carried state after every step is in `output`, or the last of the values in `saved`.
+  constexpr bool kIsH = Cell::kStates == 1;
+  constexpr int kStride = kIsH ? 1 : kSavedAll<Cell>;
+  const S* sequence = kIsH ? static_cast<const S*>(p.output) : saved;
+  const void* start = kIsH ? p.h_0 : p.c_0;
+  const void* restart = kIsH ? p.reset_h : p.reset_c;
+  out.state = sequence[(place * kStride + kStride - 1) * p.hidden + j];
+  const void* given = reset ? restart : start;  // a state that no step made
+  if (reset || k == 0)
+    out.state_prev = given ? static_cast<const S*>(given)[at] : zero<S>();
+  else
+    out.state_prev = sequence[((place + before) * kStride + kStride - 1) * p.hidden + j];
+  if (!p.weight_hr) out.grad_output = load_grad_output<S>(p, r, k, j);
+}
+
+// The gradient of a state after step k (k = -1: of the initial one) by what came after: `later` from step k + 1,
+// unless there is none or a reset cut it off. crossed: reset_before(k + 1). at: of the element in
+// grad_last [B, P*n] and in grad_reset.
+template <class S>
+FASTRNN_INLINE Wide<S> arriving(const BackwardParams& p, const RowWalk& r, int k, int64_t at, Wide<S> later,
+                                bool crossed, const void* grad_last, void* grad_reset) {
+  if (r.last(k)) return load_or_zero<S>(grad_last, at);
+  if (p.grad_clip > 0) {  // comparisons, and not fmin and fmax, which lose NaN
+    const Wide<S> limit = Wide<S>(p.grad_clip);
+    later = later > limit ? limit : later < -limit ? -limit : later;
+  }
+  if (!crossed) return later;
+  if (grad_reset) static_cast<Wide<S>*>(grad_reset)[at] += later;
+  return Wide<S>(0);
+}
+
+// The whole gradient of state 0 after step k of a running row, column j < R. later: the product over step k + 1's
+// gate gradients, and the carried gradient where h is the only state.
+template <class S>
+FASTRNN_INLINE Wide<S> backward_h(const BackwardParams& p, const RowWalk& r, int k, int j, Wide<S> later, bool crossed,
+                                  S grad_output) {
+  return arriving<S>(p, r, k, r.place(p) * p.width + j, later, crossed, p.grad_h_n, p.grad_reset_h) +
+         widen(grad_output);
+}
+
+// Step k of unit j < h of a running row, given the gradient of its state 0: stores the gate gradients and hands
+// grad_gates_hh on to the product. Where the cell has a Row, grad_gates_hh goes through that first, and is not stored
+// here. carried: of step k + 1, then of step k; not read in a row's last step.
+template <class Cell, class S>
+FASTRNN_INLINE void backward_cell(const BackwardParams& p, const RowWalk& r, int k, int j,
+                                  const BackwardLoads<Cell, S>& loads, Wide<S> grad_h, bool crossed,
+                                  Wide<S>& carried, Pack<Wide<S>, Cell::kGates>& grad_gates_hh) {
+  using V = Wide<S>;
+  constexpr int C = carried_state<Cell>, G = Cell::kGates;
+  BackwardIn<Cell, V> in;
+  BackwardOut<Cell, V> out;
+  in.saved = widen_all<S>(loads.saved);
+  in.state[0] = in.state_prev[0] = V(0);
+  in.state[C] = widen(loads.state);
+  in.state_prev[C] = widen(loads.state_prev);
+  in.grad_state[0] = grad_h;
+  if constexpr (C > 0)
+    in.grad_state[C] =
+        arriving<S>(p, r, k, r.place(p) * p.hidden + j, carried, crossed, p.grad_c_n, p.grad_reset_c);
+  load_params<Cell, S>(p, r.group, j, in.params);
+  Cell::backward(in, out);
+
+  if constexpr (Cell::kParams > 0) {
+    if (p.grad_params) {
+      Wide<S>* sums = static_cast<Wide<S>*>(p.grad_params) + r.place(p) * Cell::kParams * p.hidden + j;
+#pragma unroll
+      for (int i = 0; i < Cell::kParams; ++i) sums[i * p.hidden] += out.grad_params[i];
+    }
+  }
+  carried = out.grad_state_prev[C];
+  grad_gates_hh = out.grad_gates_hh;
+  const int64_t at = r.place(p, k) * G * p.hidden + j;
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+    store<S>(p.grad_gates_ih, at + g * p.hidden, out.grad_gates_ih[g]);
+    if constexpr (kSeparateGates<Cell> && kRowSums<Cell> == 0)
+      store<S>(p.grad_gates_hh, at + g * p.hidden, out.grad_gates_hh[g]);
+  }
+}
+
+// Both, where nothing is projected. recurrent: the product over step k + 1's gate gradients.
+template <class Cell, class S>
+FASTRNN_INLINE void backward_step(const BackwardParams& p, const RowWalk& r, int k, int j,
+                                  const BackwardLoads<Cell, S>& loads, Wide<S> recurrent, bool crossed,
+                                  Wide<S>& carried, Pack<Wide<S>, Cell::kGates>& grad_gates_hh) {
+  const Wide<S> later = Cell::kStates == 1 ? recurrent + carried : recurrent;
+  const Wide<S> grad_h = backward_h<S>(p, r, k, j, later, crossed, loads.grad_output);
+  backward_cell<Cell, S>(p, r, k, j, loads, grad_h, crossed, carried, grad_gates_hh);
+}
+
+// Is there something to do after step 0, for which the last product is needed: the initial state's gradient, or a
+// reset's at the first step?
+__host__ __device__ inline bool finish_wanted(const BackwardParams& p) { return p.grad_h_0 || p.resets; }
+
+// After step 0 of a row that is present: grad_h_0, column j < R. crossed: reset_before(0). `later` as in
+// backward_h.
+template <class S>
+FASTRNN_INLINE void finish_h(const BackwardParams& p, const RowWalk& r, int j, Wide<S> later, bool crossed) {
+  const int64_t at = r.place(p) * p.width + j;
+  const Wide<S> grad = arriving<S>(p, r, -1, at, later, crossed, p.grad_h_n, p.grad_reset_h);
+  if (p.grad_h_0) store<S>(p.grad_h_0, at, grad);
+}
+// grad_c_0, unit j < h; nothing where h is the only state.
+template <class Cell, class S>
+FASTRNN_INLINE void finish_carried(const BackwardParams& p, const RowWalk& r, int j, Wide<S> carried, bool crossed) {
+  if constexpr (Cell::kStates > 1) {
+    const int64_t at = r.place(p) * p.hidden + j;
+    const Wide<S> grad = arriving<S>(p, r, -1, at, carried, crossed, p.grad_c_n, p.grad_reset_c);
+    if (p.grad_c_0) store<S>(p.grad_c_0, at, grad);
+  }
+}
+// Both, where nothing is projected.
+template <class Cell, class S>
+FASTRNN_INLINE void finish_backward_unit(const BackwardParams& p, const RowWalk& r, int j, Wide<S> recurrent,
+                                         Wide<S> carried, bool crossed) {
+  finish_h<S>(p, r, j, Cell::kStates == 1 ? recurrent + carried : recurrent, crossed);
+  finish_carried<Cell, S>(p, r, j, carried, crossed);
+}
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,126 @@
+// What happens to one unit of one row in one step, forward; the same in every tier. csrc/cpu/step-inl.h is the twin.
+#pragma once
+#include "common.cuh"
+
+namespace fastrnn::cuda {
+
+// gates_ih of step k, unit j, as stored; zeros where the row has no such step.
+template <class Cell, class S>
+FASTRNN_INLINE void load_gates(const ForwardParams& p, const RowWalk& r, int k, int j, Pack<S, Cell::kGates>& out) {
+  constexpr int G = Cell::kGates;
+  const bool there = r.running(k) && j < p.hidden;
+  const S* gates = static_cast<const S*>(p.gates_ih);
+  if (there)
+    gates += r.time(k) * p.gates_ih_stride_t + r.row * p.gates_ih_stride_b + int64_t(r.group) * G * p.hidden + j;
+#pragma unroll
+  for (int g = 0; g < G; ++g) out[g] = there ? gates[g * p.hidden] : zero<S>();
+}
+
+template <class Cell, class S>
+FASTRNN_INLINE void load_bias(const ForwardParams& p, int group, int j, Pack<Wide<S>, Cell::kGates>& out) {
+#pragma unroll
+  for (int g = 0; g < Cell::kGates; ++g)
+    out[g] = p.bias_hh && j < p.hidden
+                 ? load<S>(p.bias_hh, (int64_t(group) * Cell::kGates + g) * p.hidden + j)
+                 : Wide<S>(0);
+}
+
+// State 0 that step 0 multiplies, column j < R; a row without steps ends here. reset: reset_before(0).
+template <class S>
+FASTRNN_INLINE Wide<S> start_h(const ForwardParams& p, const RowWalk& r, int j, bool reset) {
+  const int64_t at = r.place(p) * p.width + j;
+  const Wide<S> h = load_or_zero<S>(p.h_0, at);
+  if (r.length == 0) store<S>(p.h_n, at, h);
+  return reset ? load_or_zero<S>(p.reset_h, at) : h;
+}
+
+// What unit j < h carries into step 0. Where h is the only state, that is start_h's result.
+template <class Cell, class S>
+FASTRNN_INLINE Wide<S> start_carried(const ForwardParams& p, const RowWalk& r, int j, bool reset, Wide<S> start) {
+  if constexpr (Cell::kStates == 1) return start;
+  const int64_t at = r.place(p) * p.hidden + j;
+  const Wide<S> c = load_or_zero<S>(p.c_0, at);
+  if (r.length == 0) store<S>(p.c_n, at, c);
+  return reset ? load_or_zero<S>(p.reset_c, at) : c;
+}
+
+// One step of unit j < h of a running row: stores saved and c_n, returns state 0 (o tanh(c) where it will be
+// projected). gates_hh: product and bias. reset_next: reset_before(k + 1). carried: before the step, then after
+// it; the caller sets it to store_h's result where h is the only state. row: what Row::combine made of them.
+template <class Cell, class S>
+FASTRNN_INLINE Wide<S> forward_cell(const ForwardParams& p, const RowWalk& r, int k, int j,
+                                    const Pack<S, Cell::kGates>& gates_ih,
+                                    const Pack<Wide<S>, Cell::kGates>& gates_hh, bool reset_next,
+                                    Wide<S>& carried, const RowSums<Cell, S>& row = {}) {
+  using V = Wide<S>;
+  ForwardIn<Cell, V> in;
+  ForwardOut<Cell, V> out;
+#pragma unroll
+  for (int g = 0; g < Cell::kGates; ++g) in.gates_ih[g] = widen(gates_ih[g]);
+  in.gates_hh = gates_hh;
+  in.state[0] = V(0);
+  in.state[carried_state<Cell>] = carried;
+  load_params<Cell, S>(p, r.group, j, in.params);
+  in.row = row;
+  Cell::forward(in, out);
+
+  if (p.saved) {
+    const int64_t at = r.place(p, k) * kSavedAll<Cell> * p.hidden + j;
+    if constexpr (Cell::kSaved > 0) {
+#pragma unroll
+      for (int i = 0; i < Cell::kSaved; ++i) store<S>(p.saved, at + i * p.hidden, out.saved[i]);
+    }
+    if constexpr (Cell::kStates > 1) store<S>(p.saved, at + Cell::kSaved * p.hidden, out.state[1]);
+  }
+  if constexpr (Cell::kStates > 1) {
+    const int64_t at = r.place(p) * p.hidden + j;
+    if (r.last(k)) store<S>(p.c_n, at, out.state[1]);
+    carried = reset_next ? load_or_zero<S>(p.reset_c, at) : out.state[1];
+  }
+  return out.state[0];
+}
+
+// State 0 after step k of a running row, column j < R: stores output and h_n, returns what the next step
+// multiplies.
+template <class S>
+FASTRNN_INLINE Wide<S> store_h(const ForwardParams& p, const RowWalk& r, int k, int j, Wide<S> h, bool reset_next) {
+  const int64_t at = r.place(p) * p.width + j;
+  store<S>(p.output, r.place(p, k) * p.width + j, h);
+  if (r.last(k)) store<S>(p.h_n, at, h);
+  return reset_next ? load_or_zero<S>(p.reset_h, at) : h;
+}
+
+// Both, where nothing is projected: returns what the next step multiplies.
+template <class Cell, class S>
+FASTRNN_INLINE Wide<S> forward_step(const ForwardParams& p, const RowWalk& r, int k, int j,
+                                    const Pack<S, Cell::kGates>& gates_ih,
+                                    const Pack<Wide<S>, Cell::kGates>& gates_hh, bool reset_next,
+                                    Wide<S>& carried, const RowSums<Cell, S>& row = {}) {
+  const Wide<S> h = forward_cell<Cell, S>(p, r, k, j, gates_ih, gates_hh, reset_next, carried, row);
+  const Wide<S> next = store_h<S>(p, r, k, j, h, reset_next);
+  if constexpr (Cell::kStates == 1) carried = next;
+  return next;
+}
+
+// Zeros in output, column j < R, and in saved, unit j < h, at time k behind the row's end.
+template <class S>
+FASTRNN_INLINE void pad_output(const ForwardParams& p, const RowWalk& r, int64_t k, int j) {
+  store<S>(p.output, r.padding(p, k) * p.width + j, 0);
+}
+template <class Cell, class S>
+FASTRNN_INLINE void pad_saved(const ForwardParams& p, const RowWalk& r, int64_t k, int j) {
+  if (!p.saved) return;
+#pragma unroll
+  for (int i = 0; i < kSavedAll<Cell>; ++i)
+    store<S>(p.saved, (r.padding(p, k) * kSavedAll<Cell> + i) * p.hidden + j, 0);
+}
+// Both, for all the steps that the row does not have; where nothing is projected.
+template <class Cell, class S>
+FASTRNN_INLINE void pad_forward(const ForwardParams& p, const RowWalk& r, int j) {
+  for (int64_t k = r.length; k < p.steps; ++k) {
+    pad_output<S>(p, r, k, j);
+    pad_saved<Cell, S>(p, r, k, j);
+  }
+}
+
+}  // namespace fastrnn::cuda
