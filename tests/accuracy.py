@@ -34,14 +34,14 @@ def to_tf32(x: torch.Tensor) -> torch.Tensor:
     return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-def plain_forward(arguments: Iterable[object], tf32: bool = False) -> tuple[torch.Tensor, ...]:
+def plain_forward(arguments: Iterable[object], tf32: bool = False, **options: object) -> tuple[torch.Tensor, ...]:
     with mock.patch.object(reference, "torch", _Plain(tf32)):
-        return reference.forward(*arguments)
+        return reference.forward(*arguments, **options)
 
 
-def plain_backward(arguments: Iterable[object], tf32: bool = False) -> tuple[torch.Tensor, ...]:
+def plain_backward(arguments: Iterable[object], tf32: bool = False, **options: object) -> tuple[torch.Tensor, ...]:
     with mock.patch.object(reference, "torch", _Plain(tf32)):
-        return reference.backward(*arguments)
+        return reference.backward(*arguments, **options)
 
 
 def errors(got, want, plain, dtype):
