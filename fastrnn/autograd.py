@@ -14,7 +14,7 @@ first backward with grad mode on, so the first backward must stay the fused op e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,23 +23,19 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
 from . import reference
-from .ops import CELLS, clamp_gradient, library, recurrent_backward, recurrent_forward
-from .products import (
-    grouped_linear,
-    grouped_outer,
-    is_vmapped_call,
-    linear_by_aten,
-    outer_by_aten,
-    outer_products,
-    transposed_product,
-)
+from .ops import CELLS, clamp_gradient, library, named, names_of, recurrent_backward, recurrent_forward
+from .products import grouped_linear, grouped_outer, linear_by_aten, outer_by_aten, outer_products, transposed_product
+from .records import LayerStates
+from .transforms import is_vmapped_call
 
 Grads = tuple[Tensor | None, ...]
-_SAVE = 12  # recurrent_forward's save; behind it, where it is not 0, grad_clip
+Pulled = Mapping[str, Tensor | None]  # gradients by the names of what they are of
 
 
 def _composite_forward(*args: Any) -> tuple[Tensor, ...]:
-    return reference.forward(*args[:_SAVE], *args[_SAVE + 1 :])
+    given = named(recurrent_forward, args)
+    del given["save"]
+    return reference.forward(**given)
 
 
 class _Rule(NamedTuple):
@@ -47,52 +43,49 @@ class _Rule(NamedTuple):
 
     op: Any
     composite: Callable[..., Any]
-    pullback: Callable[[list[Any], Sequence[Tensor], Sequence[bool], Grads], Grads]
-    reads: frozenset[int]  # arguments that the pullback looks at
+    # (arguments by name, results that are kept, names of what gradients are needed of, gradients of the results)
+    pullback: Callable[[Mapping[str, Any], Sequence[Tensor], Collection[str], Grads], Pulled]
+    unread: frozenset[str]  # arguments that the pullback does not look at
     keeps: tuple[int, ...]  # results that the pullback looks at
 
 
-def pull_forward(args: list[Any], results: Sequence[Tensor], needed: Sequence[bool], grads: Grads) -> Grads:
-    cell, _, weight_hh, _, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, _, *clip = args
+def pull_forward(args: Mapping[str, Any], results: Sequence[Tensor], needed: Collection[str], grads: Grads) -> Pulled:
+    """recurrent_forward's gradients; results: output and saved, grads: of output, h_n, c_n and saved."""
+    weight_hh, reverse = args["weight_hh"], args["reverse"]
     output, saved = results
     grad_output, grad_h_n, grad_c_n, grad_saved = grads
-    states = (h_0, c_0, lengths, resets, reset_h, reset_c, reverse)
-    given = (
-        cell,
-        grad_output,
-        grad_h_n,
-        grad_c_n if c_0 is not None else None,
-        weight_hh,
-        weight_hr,
-        *states,
+    states = {name: args[name] for name in LayerStates._fields}
+    given = dict(
+        cell=args["cell"],
+        grad_output=grad_output,
+        grad_h_n=grad_h_n,
+        grad_c_n=grad_c_n if states["c_0"] is not None else None,
+        weight_hh=weight_hh,
+        weight_hr=args["weight_hr"],
+        **states,
+        reverse=reverse,
+        output=output,
+        saved=saved,
+        initial="h_0" in needed or "c_0" in needed,
+        grad_clip=args.get("grad_clip", 0.0),
     )
-    initial = needed[5] or needed[6]
-    if grad_saved is None:
-        pulled = recurrent_backward(*given, output, saved, initial, *clip)
-    else:
-        pulled = reference.backward(*given, output, saved, initial, clip[0] if clip else 0.0, grad_saved)
-    grad_gates_ih, grad_gates_hh, grad_projected, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c = pulled
-    if not CELLS[cell].separate_gates_hh:
+    by_kernel = grad_saved is None
+    pulled = recurrent_backward(**given) if by_kernel else reference.backward(**given, grad_saved=grad_saved)
+    grad_gates_ih, grad_gates_hh, grad_projected, *of_states = pulled
+    if not CELLS[args["cell"]].separate_gates_hh:
         grad_gates_hh = grad_gates_ih
-
-    def when(index: int, grad: Callable[[], Tensor]) -> Tensor | None:
-        return grad() if needed[index] else None
-
     P = weight_hh.shape[0]
-    return (
-        None,
-        when(1, lambda: grad_gates_ih),
-        when(2, lambda: _grad_weight_hh(grad_gates_hh, output, h_0, lengths, resets, reset_h, reverse)),
-        when(3, lambda: grad_gates_hh.sum((0, 1)).reshape(P, -1)),
-        when(4, lambda: _grad_weight(grad_projected, reference.lstm_hidden(saved, P))),
-        when(5, lambda: grad_h_0),
-        when(6, lambda: grad_c_0),
-        None,
-        None,
-        when(9, lambda: grad_reset_h),
-        when(10, lambda: grad_reset_c),
-        *(None,) * (len(args) - 11),
-    )
+    found: dict[str, Tensor | None] = dict(zip(("h_0", "c_0", "reset_h", "reset_c"), of_states, strict=True))
+    if "gates_ih" in needed:
+        found["gates_ih"] = grad_gates_ih
+    if "weight_hh" in needed:
+        h_0, _, lengths, resets, reset_h, _ = states.values()
+        found["weight_hh"] = _grad_weight_hh(grad_gates_hh, output, h_0, lengths, resets, reset_h, reverse)
+    if "bias_hh" in needed:
+        found["bias_hh"] = grad_gates_hh.sum((0, 1)).reshape(P, -1)
+    if "weight_hr" in needed:
+        found["weight_hr"] = _grad_weight(grad_projected, reference.lstm_hidden(saved, P))
+    return {name: x for name, x in found.items() if name in needed}
 
 
 def _grad_weight(grad: Tensor, x: Tensor) -> Tensor:
@@ -147,57 +140,47 @@ def _group(x: Tensor, p: int, groups: int) -> Tensor:
     return x if groups == 1 else x.narrow(-1, p * n, n)
 
 
-def _pull_backward(args: list[Any], results: Sequence[Tensor], needed: Sequence[bool], grads: Grads) -> Grads:
-    which = [i for i, need in enumerate(needed) if need]
+def _pull_backward(args: Mapping[str, Any], results: Sequence[Tensor], needed: Collection[str], grads: Grads) -> Pulled:
+    which = [name for name in args if name in needed]
 
     def function(*values: Tensor) -> tuple[Tensor, ...]:
-        full = list(args)
-        for i, value in zip(which, values, strict=True):
-            full[i] = value
-        return reference.backward(*full)
+        return reference.backward(**{**args, **dict(zip(which, values, strict=True))})
 
     # torch.func.vjp and not torch.autograd.grad, which gives silent zeros once a functorch level has ended.
     primals, pull = torch.func.vjp(
         function,  # type: ignore[misc]
-        *(args[i] for i in which),
+        *(args[name] for name in which),
     )
-    pulled = iter(pull(tuple(torch.zeros_like(y) if g is None else g for y, g in zip(primals, grads, strict=True))))
-    return tuple(next(pulled) if need else None for need in needed)
+    pulled = pull(tuple(torch.zeros_like(y) if g is None else g for y, g in zip(primals, grads, strict=True)))
+    return dict(zip(which, pulled, strict=True))
 
 
-_FORWARD = _Rule(
-    recurrent_forward,
-    _composite_forward,
-    pull_forward,
-    frozenset((0, 2, 4, 5, 6, 7, 8, 9, 10, 11, _SAVE, _SAVE + 1)),
-    (0, 3),  # output and saved; h_n and c_n stay free for in-place use
-)
-
-
-def _pull_linear(args: list[Any], results: Sequence[Tensor], needed: Sequence[bool], grads: Grads) -> Grads:
-    input, weight, _ = args
+def _pull_linear(args: Mapping[str, Any], results: Sequence[Tensor], needed: Collection[str], grads: Grads) -> Pulled:
     (grad,) = grads
     assert grad is not None
-    return (
-        grouped_linear(grad, weight.transpose(1, 2), None) if needed[0] else None,
-        grouped_outer(grad, input) if needed[1] else None,
-        grad.sum(0) if needed[2] else None,
-    )
+    forms: dict[str, Callable[[], Tensor]] = {
+        "input": lambda: grouped_linear(grad, args["weight"].transpose(1, 2), None),
+        "weight": lambda: grouped_outer(grad, args["input"]),
+        "bias": lambda: grad.sum(0),
+    }
+    return {name: forms[name]() for name in needed}
 
 
-def _pull_outer(args: list[Any], results: Sequence[Tensor], needed: Sequence[bool], grads: Grads) -> Grads:
-    a, b = args
+def _pull_outer(args: Mapping[str, Any], results: Sequence[Tensor], needed: Collection[str], grads: Grads) -> Pulled:
     (grad,) = grads
     assert grad is not None
-    return (
-        grouped_linear(b, grad, None) if needed[0] else None,
-        grouped_linear(a, grad.transpose(1, 2), None) if needed[1] else None,
-    )
+    forms: dict[str, Callable[[], Tensor]] = {
+        "a": lambda: grouped_linear(args["b"], grad, None),
+        "b": lambda: grouped_linear(args["a"], grad.transpose(1, 2), None),
+    }
+    return {name: forms[name]() for name in needed}
 
 
-_BACKWARD = _Rule(recurrent_backward, reference.backward, _pull_backward, frozenset(range(17)), ())
-_LINEAR = _Rule(grouped_linear, linear_by_aten, _pull_linear, frozenset((0, 1)), ())
-_OUTER = _Rule(grouped_outer, outer_by_aten, _pull_outer, frozenset((0, 1)), ())
+# Of recurrent_forward output and saved are kept; h_n and c_n stay free for in-place use.
+_FORWARD = _Rule(recurrent_forward, _composite_forward, pull_forward, frozenset(("gates_ih", "bias_hh")), (0, 3))
+_BACKWARD = _Rule(recurrent_backward, reference.backward, _pull_backward, frozenset(), ())
+_LINEAR = _Rule(grouped_linear, linear_by_aten, _pull_linear, frozenset(("bias",)), ())
+_OUTER = _Rule(grouped_outer, outer_by_aten, _pull_outer, frozenset(), ())
 
 
 def keep(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
@@ -226,7 +209,7 @@ class _Recurrent(torch.autograd.Function):
             results = rule.op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
         ctx.set_materialize_grads(False)
         ctx.rule = rule
-        read = [a if i in rule.reads else None for i, a in enumerate(args)]
+        read = [None if name in rule.unread else a for name, a in zip(names_of(rule.op), args, strict=False)]
         ctx.plain = [None if isinstance(a, Tensor) else a for a in read]
         keep(ctx, [a if isinstance(a, Tensor) else None for a in read] + [results[i] for i in rule.keeps])
         return results
@@ -237,8 +220,10 @@ class _Recurrent(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         tensors, count = kept(ctx), len(ctx.plain)
         args = [plain if x is None else x for plain, x in zip(ctx.plain, tensors[:count], strict=True)]
-        results = tensors[count:]
-        return (None, None, *ctx.rule.pullback(args, results, ctx.needs_input_grad[2:], grads))
+        names, results = names_of(ctx.rule.op), tensors[count:]
+        needed = [name for name, need in zip(names, ctx.needs_input_grad[2:], strict=False) if need]
+        found = ctx.rule.pullback(dict(zip(names, args, strict=False)), results, needed, grads)
+        return (None, None, *(found.get(name) for name in names[:count]))
 
 
 class _RecurrentLevel(torch.autograd.function._SingleLevelFunction):
@@ -267,8 +252,8 @@ def _autograd_kernel(rule: _Rule) -> Callable[..., Any]:
         if _has_tangent(args):
             return rule.composite(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            if rule is _FORWARD:
-                args = (*args[:_SAVE], True, *args[_SAVE + 1 :])  # save: only here is it known that backward may follow
+            if rule is _FORWARD:  # only here is it known that backward may follow
+                args = tuple((named(recurrent_forward, args) | {"save": True}).values())
             if not torch._C._are_functorch_transforms_active():
                 return _Recurrent.apply(rule, keyset, *args)
             with enable_single_level_autograd_function():

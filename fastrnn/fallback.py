@@ -3,7 +3,7 @@
 A module outlives the place that it was made for. After ``model.to("mps")`` or ``model.to(torch.complex64)`` there is no
 kernel of ours, and where ``torch.jit.trace`` or ``torch.onnx.export`` records a call, whoever reads the record knows
 none. Such a call computes what torch.nn's would, or fails with torch's own error. Where an option is on that torch's
-ops lack (lengths, resets, tokens, grad_clip ...), ``functional.py`` runs the recurrence of ``reference.py``.
+ops lack (lengths, resets, tokens, grad_clip ...), ``layer.py`` takes the recurrence of ``reference.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import _C
 
 if TYPE_CHECKING:
-    from .functional import LayerWeights, States
+    from .records import LayerWeights, States
 
 _FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 # The dtypes that kernels of this build take, by type of device. Of meta tensors there are only shapes to compute.

@@ -15,108 +15,100 @@ import torch
 from torch import Tensor
 
 from .imports import when_imported
-from .ops import CELLS
-from .products import is_plain
+from .ops import CELLS, named
+from .records import GRADIENTS
+from .transforms import is_plain
+
+Given = dict[str, Any]  # an op's arguments by name
 
 
-def _rows(steps: Tensor, h_0: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None, reverse: list[bool]) -> Any:
+def _rows(steps: Tensor, given: Given) -> tuple[Any, Any]:
     """Rows of all groups, and those of them that no row comes before in their group's direction of time.
 
     steps: [T, B, ..] or, with batch_sizes, [N, ..].
     """
+    lengths, batch_sizes, reverse = given["lengths"], given.get("batch_sizes"), given["reverse"]
     P = len(reverse)
     if batch_sizes is not None:
-        last = int(batch_sizes[-1]) if is_plain(batch_sizes) else h_0.shape[0]
-        return P * steps.shape[0], sum(last if backwards else h_0.shape[0] for backwards in reverse)
+        first, last = (int(batch_sizes[at]) for at in (0, -1)) if is_plain(batch_sizes) else (steps.shape[0],) * 2
+        return P * steps.shape[0], sum(last if backwards else first for backwards in reverse)
     T, B = steps.shape[:2]
     if lengths is None or not is_plain(lengths):
         return P * T * B, P * B
     of_groups = lengths.expand(P, B) if lengths.dim() == 1 else lengths.t()
-    first = sum(int((of_groups[p] == T if reverse[p] else of_groups[p] > 0).sum()) for p in range(P))
-    return int(of_groups.sum()), first
+    begun = sum(int((of_groups[p] == T if reverse[p] else of_groups[p] > 0).sum()) for p in range(P))
+    return int(of_groups.sum()), begun
 
 
 def _recurrence(weight_hh: Tensor, weight_hr: Tensor | None) -> int:
-    """Multiply-adds of a row."""
-    _, Gh, R = weight_hh.shape
-    return Gh * R + (0 if weight_hr is None else R * weight_hr.shape[2])
+    """Multiply-adds of a row; weights of one group or of all, [P, ..]."""
+    *_, Gh, R = weight_hh.shape
+    return Gh * R + (0 if weight_hr is None else R * weight_hr.shape[-1])
 
 
-def _recurrent_forward(
-    cell, gates_ih, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, save,
-    grad_clip=0.0, out_val=None,
-):  # fmt: skip
-    rows, _ = _rows(gates_ih, h_0, lengths, None, reverse)
-    return 2 * rows * _recurrence(weight_hh, weight_hr)
+def _first(group: list[Tensor]) -> Tensor | None:
+    return group[0] if group else None
 
 
-def _layer_forward(
-    cell, input, weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c,
-    reverse, save, batch_sizes=None, out_val=None,
-):  # fmt: skip
-    rows, _ = _rows(input, h_0, lengths, batch_sizes, reverse)
-    return 2 * rows * (weight_ih.shape[1] * weight_ih.shape[2] + _recurrence(weight_hh, weight_hr))
+def _recurrent_forward(given: Given) -> int:
+    rows, _ = _rows(given["gates_ih"], given)
+    return 2 * rows * _recurrence(given["weight_hh"], given["weight_hr"])
 
 
-def _quantized_forward(
-    cell, input, weight_ih, scale_ih, sum_ih, bias_ih, weight_hh, scale_hh, sum_hh, bias_hh, weight_hr, h_0, c_0,
-    lengths, resets, reset_h, reset_c, reverse, out_val=None,
-):  # fmt: skip
-    rows, _ = _rows(input, h_0, lengths, None, reverse)
-    R = h_0.shape[1] // len(reverse)
+def _layer_forward(given: Given) -> int:
+    input, weight_ih = given["input"], given["weight_ih"][0]
+    rows, _ = _rows(input, given)
+    projection = weight_ih.numel() if input.is_floating_point() else 0  # tokens are looked up
+    return 2 * rows * (projection + _recurrence(given["weight_hh"][0], _first(given["weight_hr"])))
+
+
+def _quantized_forward(given: Given) -> int:
+    input, weight_hr = given["input"], given["weight_hr"]
+    rows, _ = _rows(input, given)
+    R = given["h_0"].shape[1] // len(given["reverse"])
     h = R if weight_hr is None else weight_hr.shape[2]  # int8 weights lie in blocks, whose shape hides it
-    return 2 * rows * (CELLS[cell].gates * h * (input.shape[2] + R) + (0 if weight_hr is None else R * h))
+    of_row = CELLS[given["cell"]].gates * h * (input.shape[2] + R) + (0 if weight_hr is None else R * h)
+    return 2 * rows * of_row
 
 
-def _recurrent_backward(
-    cell, grad_output, grad_h_n, grad_c_n, weight_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c,
-    reverse, output, saved, initial=True, grad_clip=0.0, out_val=None,
-):  # fmt: skip
-    return 2 * _through_time(output, weight_hh, weight_hr, h_0, lengths, reset_h, reverse, None, initial)
-
-
-def _through_time(
-    output: Tensor,
-    weight_hh: Tensor,
-    weight_hr: Tensor | None,
-    h_0: Tensor,
-    lengths: Tensor | None,
-    reset_h: Tensor | None,
-    reverse: list[bool],
-    batch_sizes: Tensor | None,
-    initial: bool,
-) -> int:
+def _through_time(given: Given, weight_hh: Tensor, weight_hr: Tensor | None, initial: bool) -> int:
     """Multiply-adds of the states' gradients. What a first row started from has one only where it is wanted."""
-    rows, first = _rows(output, h_0, lengths, batch_sizes, reverse)
-    unwanted = 0 if initial or reset_h is not None else first
+    rows, first = _rows(given["output"], given)
+    unwanted = 0 if initial or given["reset_h"] is not None else first
     return rows * _recurrence(weight_hh, weight_hr) - unwanted * _recurrence(weight_hh, None)
 
 
-def _layer_backward(
-    cell, grad_output, grad_h_n, grad_c_n, input, weight_ih, weight_hh, h_0, c_0, lengths, resets, reset_h, reset_c,
-    reverse, output, saved, wanted, batch_sizes=None, grad_clip=0.0, grad_cells=None, out_val=None,
-):  # fmt: skip
-    of_input, of_weight_ih, of_weight_hh, _, _, initial = wanted
-    rows, _ = _rows(output, h_0, lengths, batch_sizes, reverse)
-    _, Gh, R = weight_hh.shape
-    I = (weight_ih if input is None else input).shape[-1] if of_input or of_weight_ih else 0  # noqa: E741
-    products = rows * Gh * ((of_input + of_weight_ih) * I + of_weight_hh * R)
-    return 2 * (products + _through_time(output, weight_hh, None, h_0, lengths, reset_h, reverse, batch_sizes, initial))
+def _recurrent_backward(given: Given) -> int:
+    return 2 * _through_time(given, given["weight_hh"], given["weight_hr"], given["initial"])
 
 
-def _gemm(a, b, bias, transpose_a, transpose_b, out_val=None):
-    return 2 * a.numel() * b.shape[0 if transpose_b else 1]
+def _layer_backward(given: Given) -> int:
+    needed = dict(zip(GRADIENTS, given["needed"], strict=True))
+    weight_hh, weight_hr, input = given["weight_hh"][0], _first(given["weight_hr"]), given["input"]
+    rows, _ = _rows(given["output"], given)
+    Gh, R = weight_hh.shape
+    I = 0  # noqa: E741
+    if input is None or input.is_floating_point():
+        I = input.shape[-1] if input is not None else given["weight_ih"][0].shape[1] if needed["input"] else 0  # noqa: E741
+    products = rows * Gh * ((needed["input"] + needed["weight_ih"]) * I + needed["weight_hh"] * R)
+    if needed["weight_hr"] and weight_hr is not None:
+        products += rows * weight_hr.numel()
+    return 2 * (products + _through_time(given, weight_hh, weight_hr, needed["h_0"] or needed["c_0"]))
 
 
-def _grouped_linear(input, weight, bias, out_val=None):
-    return 2 * input.numel() * weight.shape[1]
+def _gemm(given: Given) -> int:
+    return 2 * given["a"].numel() * given["b"].shape[0 if given["transpose_b"] else 1]
 
 
-def _grouped_outer(a, b, out_val=None):
-    return 2 * a.numel() * b.shape[2]
+def _grouped_linear(given: Given) -> int:
+    return 2 * given["input"].numel() * given["weight"].shape[1]
 
 
-FORMULAS: dict[str, Callable[..., int]] = {
+def _grouped_outer(given: Given) -> int:
+    return 2 * given["a"].numel() * given["b"].shape[2]
+
+
+FORMULAS: dict[str, Callable[[Given], int]] = {
     "recurrent_forward": _recurrent_forward,
     "recurrent_backward": _recurrent_backward,
     "layer_forward": _layer_forward,
@@ -129,8 +121,12 @@ FORMULAS: dict[str, Callable[..., int]] = {
 
 
 def _register(flop_counter: ModuleType) -> None:
-    for op, formula in FORMULAS.items():
-        flop_counter.register_flop_formula(getattr(torch.ops.fastrnn, op), get_raw=True)(formula)
+    def by_name(op: Any, formula: Callable[[Given], int]) -> Callable[..., int]:
+        return lambda *args, out_val=None, **kwargs: formula(named(op.default, args, kwargs))
+
+    for name, formula in FORMULAS.items():
+        op = getattr(torch.ops.fastrnn, name)
+        flop_counter.register_flop_formula(op, get_raw=True)(by_name(op, formula))
 
 
 # Not imported here, for it imports triton where there is one.

@@ -21,6 +21,8 @@ import torch
 import fastrnn
 
 from . import _C
+from .fallback import KERNELS
+from .layer import road
 from .ops import CELLS
 
 
@@ -44,8 +46,8 @@ GPUS = {
 }
 
 
-class Call(NamedTuple):
-    """One layer's call of the op: T steps, B batch, P groups (directions), h hidden units, R width of state 0."""
+class Sizes(NamedTuple):
+    """Those of one layer's call: T steps, B batch, P groups (directions), h hidden units, R width of state 0."""
 
     cell: str
     dtype: str
@@ -99,22 +101,28 @@ def environment() -> dict[str, Any]:
     }
 
 
-def cpu_choice(call: Call, features: int, threads: int) -> dict[str, Any]:
+def road_of(call: Sizes, device: str) -> str:
+    """The road of an eager call (fastrnn/layer.py)."""
+    return road(getattr(torch, call.dtype) in KERNELS.get(device, ()))
+
+
+def cpu_choice(call: Sizes, features: int, threads: int) -> dict[str, Any]:
     """How a CPU call is shared out over threads, for a layer of so many input features run eagerly.
 
-    A call with lengths splits its rows by them, the rest is equal. Half types and graphs run the recurrence alone, with
-    the products before and behind it; so does the backward of a projection. ``steps_at_a_time``: of which a layer's own
-    call holds gates or their gradients.
+    A call with lengths splits its rows by them, the rest is equal. Half types run the recurrence's kernel, with the
+    products before and behind it; so does the backward of a projection. ``steps_at_a_time``: of which the kernel of a
+    whole layer holds gates or their gradients.
     """
-    fused = features if call.dtype in ("float32", "float64") else 0
+    whole = features if call.dtype in ("float32", "float64") else 0
     return {
+        "road": road_of(call, "cpu"),
         "instruction_set": fastrnn.instruction_set(),
-        "forward": _C.cpu_plan(*call.sizes(), fused, threads, False),
-        "backward": _C.cpu_plan(*call.sizes(), fused if call.h == call.R else 0, threads, True),
+        "forward": _C.cpu_plan(*call.sizes(), whole, threads, False),
+        "backward": _C.cpu_plan(*call.sizes(), whole if call.h == call.R else 0, threads, True),
     }
 
 
-def cuda_choice(call: Call, gpu: Gpu, backward: bool, tf32: bool, tier: str = "") -> dict[str, Any]:
+def cuda_choice(call: Sizes, gpu: Gpu, backward: bool, tf32: bool, tier: str = "") -> dict[str, Any]:
     """The tier and tile that the CUDA dispatch table gives, or the tile of the tier that is named.
 
     Raises:
@@ -158,7 +166,7 @@ def describe(options: argparse.Namespace) -> dict[str, Any] | None:
     if not any(value for name, value in vars(options).items() if name not in ignored):
         return None
     hidden = options.hidden or 256
-    call = Call(
+    call = Sizes(
         options.cell or "lstm",
         options.dtype or "float32",
         options.steps or 100,
@@ -181,6 +189,7 @@ def describe(options: argparse.Namespace) -> dict[str, Any] | None:
         assumed = options.gpu or (None if present_gpu() else "h100")
         tf32 = _C.allow_tf32(call.T) if options.tf32 is None else options.tf32
         told["cuda"] = {
+            "road": road_of(call, "cuda"),
             "gpu": {"assumed": assumed, **gpu._asdict()},
             "forward": cuda_choice(call, gpu, False, tf32, tier),
             "backward": cuda_choice(call, gpu, True, tf32, tier),

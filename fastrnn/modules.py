@@ -24,15 +24,18 @@ from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from . import _C, fallback, functional, layer, per_sample
-from .functional import LayerWeights, States
+from . import _C, checks, fallback, per_sample
+from .layer import road
+from .network import network, own, step
 from .ops import CELLS
 from .options import SWITCHES, VALUES, checked, documented, without_lstm_only
-from .products import is_overloaded, is_plain_call
+from .packing import on_device, pack, pad
+from .records import LayerWeights, States
+from .transforms import in_autocast_dtype, is_overloaded, is_plain_call
 
 F = TypeVar("F")
-# An instance that has any of these goes the long way: _C.plain_forward knows nothing of them.
-_LONG_WAY = ("learn_initial_state", "state_batch_first", "return_all_states", "_opacus")
+# What _C.module_forward knows nothing of.
+_UNKNOWN_TO_C = ("learn_initial_state", "state_batch_first", "return_all_states", "_opacus")
 
 
 def _typed_as(function: F) -> Callable[[Any], F]:
@@ -183,8 +186,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         if per_sample.asked_for(rows):
             return tuple(per_sample.initial_states(each, batch) for each in rows)
         return tuple(
-            torch.stack(list(map(functional.in_autocast_dtype, each))).unsqueeze(1).expand(-1, batch, -1)
-            for each in rows
+            torch.stack(list(map(in_autocast_dtype, each))).unsqueeze(1).expand(-1, batch, -1) for each in rows
         )
 
     def store_by_token(self) -> Self:
@@ -223,14 +225,14 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-        dims = x.dim() + (self.token_input and functional.are_tokens(x))
+        dims = x.dim() + (self.token_input and checks.are_tokens(x))
         if dims not in (1, 2):
             rows = "[batch, input_size]" + (
                 ", tokens [batch] or one row of either" if self.token_input else " or [input_size]"
             )
             raise ValueError(f"x: expected {rows}, got {list(x.shape)}")
         time = 1 if self.batch_first and dims == 2 else 0
-        functional.check_resets(resets, reset_state, x.shape[: dims - 1], x.device)
+        checks.check_resets(resets, reset_state, x.shape[: dims - 1], x.device)
         options = {} if resets is None else {"resets": resets.unsqueeze(time), "reset_state": reset_state}
         if torch.compiler.is_compiling():
             output, after, *_ = self(x.unsqueeze(time), state, **options)
@@ -240,26 +242,26 @@ class _Recurrent(per_sample.Hooked, RNNBase):
             except Exception:  # it speaks of a sequence
                 self._check_step(x, dims, state, reset_state)
                 raise
-        return functional.own(output.squeeze(time)), after
+        return own(output.squeeze(time)), after
 
     def _check_step(self, x: Tensor, dims: int, state: Any, reset_state: Any) -> None:
         """What ``forward`` checks, said of the arguments of ``step``."""
         weight, tokens = self._first_weight(), x.dim() < dims
         if not tokens and x.shape[-1] != self.input_size:
             raise RuntimeError(f"x: expected {self.input_size} features (input_size), got {x.shape[-1]}")
-        if not tokens and not functional.dtypes_fit(x.dtype, self._input_dtype()):
+        if not tokens and not checks.dtypes_fit(x.dtype, self._input_dtype()):
             raise ValueError(f"x: expected {self._input_dtype()}, got {x.dtype}")
         for name, given in (("state", state), ("reset_state", reset_state)):
             if given is None:
                 continue
-            states = functional.given_states(self.mode.lower(), name, given)
+            states = checks.given_states(self.mode.lower(), name, given)
             count = self.num_layers * (2 if self.bidirectional else 1)
             batch = [] if dims == 1 else [x.shape[0]]
             leading = [*batch, count] if self.state_batch_first else [count, *batch]
-            for (part, found), width in zip(functional.parts_of(name, states), self._state_widths(), strict=True):
+            for (part, found), width in zip(checks.parts_of(name, states), self._state_widths(), strict=True):
                 if list(found.shape) != [*leading, width]:
                     raise RuntimeError(f"{part}: expected {[*leading, width]}, got {list(found.shape)}")
-                functional.check_fits(part, found, *((weight, "weight_ih_l0") if tokens else (x, "x")))
+                checks.check_fits(part, found, *((weight, "weight_ih_l0") if tokens else (x, "x")))
 
     def _input_dtype(self) -> torch.dtype:
         return self._first_weight().dtype
@@ -319,7 +321,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         weight = self._first_weight()
-        if not functional.dtypes_fit(input.dtype, weight.dtype) and not self._holds_tokens(input, batch_sizes):
+        if not checks.dtypes_fit(input.dtype, weight.dtype) and not self._holds_tokens(input, batch_sizes):
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
@@ -337,7 +339,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
 
     def _holds_tokens(self, input: Tensor, batch_sizes: Tensor | None) -> bool:
         dims = 1 if batch_sizes is not None else 2
-        return self.token_input and functional.are_tokens(input) and input.dim() == dims
+        return self.token_input and checks.are_tokens(input) and input.dim() == dims
 
     def _check_input_size(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         dims = 2 if batch_sizes is not None else 3
@@ -400,36 +402,32 @@ class _Recurrent(per_sample.Hooked, RNNBase):
     def _network(self, input: Tensor, states: States | None, **sequence: Any) -> tuple[Tensor, States, Tensor | None]:
         """input [T, B, I] or [T, B] -> output [T, B, D*R], final states [L*D, B, n], every c [T, B, D*H] or None."""
         cell, weights = self.mode.lower(), self._weights()
-        fresh = sequence.pop("reset_states", None)
-        arguments = (
-            cell,
-            input,
-            states,
-            weights,
-            self.dropout,
-            self.training,
-            sequence.get("lengths"),
-            sequence.get("resets"),
-            fresh,
-            self.return_all_states,
-            sequence.get("batch_sizes"),
-            self.grad_clip or 0.0,
-            self.recompute,
+        options: dict[str, Any] = dict(
+            dropout=self.dropout,
+            training=self.training,
+            all_states=self.return_all_states,
+            grad_clip=self.grad_clip or 0.0,
+            recompute=self.recompute,
         )
         if torch.compiler.is_compiling():
-            return functional._network(*arguments)
+            return network(cell, input, weights, states, **sequence, **options)
         try:
-            return functional._network(*arguments)
+            return network(cell, input, weights, states, **sequence, **options)
         except Exception:
-            functional.explain(cell, input, weights, self._name_of)
+            checks.explain(cell, input, weights, self._name_of)
             raise
 
     def _name_of(self, layer: int, direction: int, field: str) -> str:
         return f"{field}_l{layer}{'_reverse' if direction else ''}"
 
-    def _takes_packed(self, data: Tensor, states: States | None) -> bool:
-        """Can the kernels read a packed sequence as it is?"""
-        return all(layer.fits(data, w, states or (), ()) for w in self._weights())
+    def _takes_packed(self, data: Tensor) -> bool:
+        """Do the kernels read a packed sequence as it is? Elsewhere it is padded once for all layers."""
+        if self._opacus is not None or not (data.is_cpu and data.dtype in (torch.float32, torch.float64)):
+            return False
+        weights = [x for directions in self._weights() for w in directions for x in w]
+        if per_sample.asked_for([weights]) or any(x is not None and x.dtype is not data.dtype for x in weights):
+            return False
+        return is_plain_call() and road(fallback.has_kernels(data, *weights)) == "fused"
 
     def _check_states(self, name: str, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
         """Of hx torch.nn's texts, and the same of reset_state under its name."""
@@ -444,39 +442,30 @@ class _Recurrent(per_sample.Hooked, RNNBase):
             self.check_forward_args(input, self._user_state(states), batch_sizes)
         else:
             expected = self.get_expected_hidden_size(input, batch_sizes)
-            for (part, state), width in zip(functional.parts_of(name, states), self._state_widths(), strict=True):
+            for (part, state), width in zip(checks.parts_of(name, states), self._state_widths(), strict=True):
                 self.check_hidden_size(state, (*expected[:2], width), f"Expected {part} size {{}}, got {{}}")
         tokens = self._holds_tokens(input, batch_sizes)
         other, whose = (self._first_weight(), "weight_ih_l0") if tokens else (input, "input")
-        for part, state in functional.parts_of(name, states):
-            functional.check_fits(part, state, other, whose)
+        for part, state in checks.parts_of(name, states):
+            checks.check_fits(part, state, other, whose)
 
     def _user_state(self, states: States) -> Any:
         """As forward takes and returns it: a tensor, or for an LSTM a pair."""
         return states[0]
 
     def _plain(self, input: Any, hx: Any, resets: Any) -> tuple[Any, ...] | None:
-        """(output, h_n[, c_n]) of a call that asks for nothing special, the short way; None where it does."""
+        """(output, h_n[, c_n]) of a call that asks for nothing special, by C++ alone; None where it does."""
         if self.bidirectional or (self.dropout and self.training) or torch.compiler.is_compiling():
             return None
-        if not self.__dict__.keys().isdisjoint(_LONG_WAY):
+        if not self.__dict__.keys().isdisjoint(_UNKNOWN_TO_C):
             return None
         tensors, names = self._weights_by_name()
-        found = _C.plain_forward(tensors, names, self.mode, self.batch_first, input, hx, resets)
-        return self._differentiable(found, input, hx) if isinstance(found, list) else found
-
-    def _differentiable(self, weights: list[Any], input: Tensor, hx: Any) -> tuple[Any, ...] | None:
-        """The same where derivatives are asked for."""
-        if self.recompute:
-            return None
-        states = () if hx is None else functional.given_states(self.mode.lower(), "hx", hx)
-        x = input.transpose(0, 1) if self.batch_first else input
-        output, *finals = layer.layers(self.mode.lower(), x, weights, states, self.grad_clip or 0.0)
-        own = _C.without_view
-        return (own(output.transpose(0, 1)) if self.batch_first else output, *map(own, finals))
+        return _C.module_forward(
+            tensors, names, self.mode, self.batch_first, input, hx, resets, self.grad_clip, self.recompute
+        )
 
     def _weights_by_name(self) -> tuple[dict[str, Any], list[Any]]:
-        """For the short way: a dict of tensors, and by layer its keys, see csrc/torch/plain_call.cpp."""
+        """A dict of tensors, and by layer its keys; see csrc/torch/module_call.cpp."""
         written = None if self._written is None else self._named_weights()
         return self._parameters if written is None else written, self._all_weights
 
@@ -500,7 +489,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
             output, after = getattr(rnn, self._kind()).forward(self, input, hx)
             return output, after if isinstance(after, tuple) else (after,), None
         states, reset_states = (
-            None if state is None else functional.given_states(self.mode.lower(), name, state)
+            None if state is None else checks.given_states(self.mode.lower(), name, state)
             for name, state in (("hx", hx), ("reset_state", reset_state))
         )
         if isinstance(input, PackedSequence):
@@ -510,7 +499,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
             return self._run_packed(input, states)
         if not isinstance(input, Tensor):
             raise TypeError(f"input: expected a tensor or a PackedSequence, got {type(input).__name__}")
-        tokens = self.token_input and functional.are_tokens(input)
+        tokens = self.token_input and checks.are_tokens(input)
         dims = input.dim() + tokens
         if dims not in (2, 3):
             tensor = " tensor" if self.mode.startswith("RNN") else ""
@@ -519,7 +508,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         batched = dims == 3
         self._check_ranks("hx", states, batched)
         self._check_ranks("reset_state", reset_states, batched)
-        functional.check_resets(resets, reset_state, input.shape[: dims - 1], input.device)
+        checks.check_resets(resets, reset_state, input.shape[: dims - 1], input.device)
         batch_dim, state_dim = 0 if self.batch_first else 1, 0 if self.state_batch_first else 1
         if not batched:
             input = input.unsqueeze(batch_dim)
@@ -538,23 +527,22 @@ class _Recurrent(per_sample.Hooked, RNNBase):
             input = input.transpose(0, 1)
             resets = None if resets is None else resets.transpose(0, 1)
         if lengths is not None:
-            lengths = functional.given_lengths(lengths, input)
+            lengths = checks.given_lengths(lengths, input)
         output, finals, cells = self._layers(input, states, lengths, resets, reset_states)
         if self.batch_first:
             output, cells = output.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
         if not batched:
             output, cells = output.squeeze(batch_dim), None if cells is None else cells.squeeze(batch_dim)
             finals = tuple(x.squeeze(state_dim) for x in finals)
-        own = functional.own
         return own(output), tuple(map(own, finals)), own(cells)
 
     def _run_packed(
         self, input: PackedSequence, states: States | None
     ) -> tuple[PackedSequence, States, PackedSequence | None]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        data = functional.in_autocast_dtype(data)
+        data = in_autocast_dtype(data)
         state_dim = 0 if self.state_batch_first else 1
-        if not functional.is_tensor_like(data):
+        if not checks.is_tensor_like(data):
             raise TypeError(f"data: expected a tensor, got {type(data).__name__}")
         self.check_input(data, batch_sizes)
         _check_batch_sizes(batch_sizes, data.shape[0])
@@ -569,23 +557,23 @@ class _Recurrent(per_sample.Hooked, RNNBase):
                 "input: expected a padded tensor and lengths where the call is traced or exported to ONNX, "
                 "got a PackedSequence"
             )
-        if self._takes_packed(data, states):
+        if self._takes_packed(data):
             output, finals, cells = self._layers(data, states, None, batch_sizes=batch_sizes)
         elif self._opacus is not None or per_sample.asked_for([self._parameters.values()]):
             # A sample's gradient is expected where the caller has the sample.
-            padded, lengths = layer.pad(data, batch_sizes)
+            padded, lengths = pad(data, batch_sizes)
             output, finals, cells = self._layers(
                 _permute(padded, unsorted_indices),
                 None if states is None else tuple(_permute(x, unsorted_indices, state_dim) for x in states),
                 _permute(lengths, unsorted_indices, 0),
             )
             finals = tuple(_permute(x, sorted_indices, state_dim) for x in finals)
-            output = layer.pack(_permute(output, sorted_indices), lengths)
-            cells = None if cells is None else layer.pack(_permute(cells, sorted_indices), lengths)
+            output = pack(_permute(output, sorted_indices), lengths)
+            cells = None if cells is None else pack(_permute(cells, sorted_indices), lengths)
         elif is_plain_call():
-            padded, lengths = layer.pad(data, batch_sizes)
-            output, finals, cells = self._layers(padded, states, layer.on_device(lengths, data.device))
-            output, cells = layer.pack(output, lengths), None if cells is None else layer.pack(cells, lengths)
+            padded, lengths = pad(data, batch_sizes)
+            output, finals, cells = self._layers(padded, states, on_device(lengths, data.device))
+            output, cells = pack(output, lengths), None if cells is None else pack(cells, lengths)
         else:  # torch's routines have neither a forward derivative nor a rule for vmap
             lengths, places = (x.to(data.device, non_blocking=True) for x in _packed_layout(batch_sizes))
             T, B = len(batch_sizes), len(lengths)
@@ -597,7 +585,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         def packed(x: Tensor) -> PackedSequence:
             return PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices)
 
-        finals = tuple(functional.own(_permute(x, unsorted_indices, state_dim)) for x in finals)
+        finals = tuple(own(_permute(x, unsorted_indices, state_dim)) for x in finals)
         return packed(output), finals, None if cells is None else packed(cells)
 
     def _kind(self) -> str:
@@ -893,20 +881,17 @@ class _Cell(per_sample.Hooked, RNNCellBase):
 
     def _step(self, cell: str, input: Tensor, hx: Any) -> States:
         if not torch.compiler.is_compiling() and self._opacus is None:
-            plain = _C.plain_forward(self._parameters, _CELL_NAMES[bool(self.bias)], cell, None, input, hx, None)
-            if isinstance(plain, list):
-                given = () if hx is None else functional.given_states(cell, "hx", hx)
-                finals = layer.layers(cell, input[None], plain, [x[None] for x in given], 0.0)[1:]
-                return tuple(_C.without_view(x[0]) for x in finals)
+            names = _CELL_NAMES[bool(self.bias)]
+            plain = _C.module_forward(self._parameters, names, cell, None, input, hx, None, None, 0)
             if plain is not None:
                 return plain[1:]
         kind = type(self).__name__
         if self.hidden_size == 0 or _is_for_torch(self.weight_ih, self._parameters.values(), input, hx):
             after = self._torchs.forward(self, input, hx)
             return after if isinstance(after, tuple) else (after,)
-        if not functional.is_tensor_like(input):
+        if not checks.is_tensor_like(input):
             raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
-        states = None if hx is None else functional.given_states(cell, "hx", hx)
+        states = None if hx is None else checks.given_states(cell, "hx", hx)
         if input.dim() not in (1, 2):
             raise ValueError(f"{kind}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         for i, state in enumerate(states or ()):
@@ -934,20 +919,20 @@ class _Cell(per_sample.Hooked, RNNCellBase):
                     f"hidden{i} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
                 )
         weights = self._weights()
-        functional.check_fits("input", input, weights.weight_ih, "weight_ih")
+        checks.check_fits("input", input, weights.weight_ih, "weight_ih")
         if hx is not None:
-            for name, state in functional.parts_of("hx", states):
-                functional.check_fits(name, state, input, "input")
+            for name, state in checks.parts_of("hx", states):
+                checks.check_fits(name, state, input, "input")
         after = self._after(cell, input, states, weights)
-        return after if batched else tuple(functional.own(x if x.dim() < 2 else x.squeeze(0)) for x in after)
+        return after if batched else tuple(own(x if x.dim() < 2 else x.squeeze(0)) for x in after)
 
     def _after(self, cell: str, input: Tensor, states: States, weights: LayerWeights) -> States:
         if torch.compiler.is_compiling():
-            return functional._cell(cell, input, states, weights)
+            return step(cell, input, states, weights)
         try:
-            return functional._cell(cell, input, states, weights)
+            return step(cell, input, states, weights)
         except Exception:
-            functional.explain(cell, input, [[weights]], lambda layer, direction, field: field)
+            checks.explain(cell, input, [[weights]], lambda layer, direction, field: field)
             raise
 
 

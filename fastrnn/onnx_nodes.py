@@ -15,7 +15,7 @@ from torch import Tensor
 from .ops import CELLS
 
 if TYPE_CHECKING:
-    from .functional import LayerWeights, States
+    from .records import LayerWeights, States
 
 _DTYPES = (torch.float32, torch.float64, torch.float16)
 

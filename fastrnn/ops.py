@@ -1,15 +1,19 @@
-"""The two ops as Python sees them: fake kernels, vmap rules and autocast. Their schemas stand in csrc/torch/ops.cpp,
-their derivatives in autograd.py.
+"""The ops as Python sees them: fake kernels, vmap rules and autocast. Their schemas stand in csrc/torch/ops.cpp, their
+derivatives in csrc/torch/autograd.cpp (of a layer) and autograd.py (of the recurrence).
+
+Arguments are found by the names that the schemas give them, so no position of one stands here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import _C  # noqa: F401  (registers the ops)
 from .imports import when_imported
@@ -18,6 +22,19 @@ library = torch.library.Library("fastrnn", "FRAGMENT")
 recurrent_forward = torch.ops.fastrnn.recurrent_forward.default
 recurrent_backward = torch.ops.fastrnn.recurrent_backward.default
 clamp_gradient = torch.ops.fastrnn.clamp_gradient.default
+_MODULE_OPS = ("recurrent_forward", "recurrent_backward", "layer_forward", "layer_backward", "quantized_forward")
+
+
+@functools.cache
+def names_of(op: Any) -> tuple[str, ...]:
+    """An op's arguments by name, in order."""
+    return tuple(argument.name for argument in op._schema.arguments)
+
+
+def named(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All arguments of a call by name, in the schema's order; torch leaves out those that have their default value."""
+    given = dict(zip(names_of(op), args, strict=False)) | dict(kwargs or {})
+    return {a.name: given.get(a.name, a.default_value) for a in op._schema.arguments}
 
 
 class CellInfo(NamedTuple):
@@ -40,15 +57,18 @@ CELLS: dict[str, CellInfo] = {
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class _Door:
-    """Checks the arguments of a call whose first tensor is `reference`, as the kernels' door does."""
+class _Checker:
+    """Checks a call of the recurrence as the kernels do; the tensor `name` says dtype and device."""
 
-    def __init__(self, op: str, cell: str, name: str, reference: Tensor, weight_hh: Tensor, args: dict[str, Any]):
+    def __init__(self, op: str, name: str, args: dict[str, Any]) -> None:
+        cell, reference, weight_hh = args["cell"], args[name], args["weight_hh"]
         if cell not in CELLS:
             raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
         self.op, self.name, self.reference, self.info = op, name, reference, CELLS[cell]
         if reference.dtype not in _DTYPES:
             raise TypeError(f"{op}: {name}: expected float32, float64, bfloat16 or float16, got {reference.dtype}")
+        if not args.get("grad_clip", 0.0) >= 0:
+            raise ValueError(f"{op}: grad_clip: expected 0 (none) or a number above, got {args['grad_clip']}")
         self.sized(name, reference, reference.dim() == 3, "3 dimensions")
         gates, second = self.info.gates, self.info.states > 1
         self.sized("weight_hh", weight_hh, weight_hh.dim() == 3, "3 dimensions (groups, gates * hidden, width)")
@@ -62,20 +82,21 @@ class _Door:
             raise RuntimeError(f"{op}: {unwanted}: expected none for cell '{cell}', got a tensor")
         for unwanted in {"reset_h", "reset_c"} & given if "resets" not in given else ():
             raise RuntimeError(f"{op}: {unwanted}: expected none without resets, got a tensor")
-        if second and "c_0" not in given:
-            raise RuntimeError(f"{op}: c_0: expected a tensor for cell '{cell}', got none")
+        for name in ("h_0", "c_0")[: self.info.states]:
+            if name not in given:
+                raise RuntimeError(f"{op}: {name}: expected a tensor for cell '{cell}', got none")
         if len(args["reverse"]) != self.P:
             raise RuntimeError(f"{op}: reverse: expected {self.P} values (groups), got {len(args['reverse'])}")
         if "weight_hr" not in given:
             self.sized("weight_hh", weight_hh, self.h == self.R, f"[{self.P}, {self.Gh}, {self.h}] without weight_hr")
-        self.masks(args.get("lengths"), args.get("resets"))
+        self.masks(args["lengths"], args["resets"])
         B, P, Gh, h, R = self.B, self.P, self.Gh, self.h, self.R
         sizes = {"weight_hh": (P, Gh, R), "bias_hh": (P, Gh), "weight_hr": (P, R, h)}
         sizes |= dict.fromkeys(("h_0", "reset_h", "grad_h_n"), (B, P * R))
         sizes |= dict.fromkeys(("c_0", "reset_c", "grad_c_n"), (B, P * h))
         sizes |= dict.fromkeys(("output", "grad_output"), (self.T, B, P * R))
         sizes |= {"gates_ih": (self.T, B, P * Gh), "saved": (self.T, B, P * self.info.saved * h)}
-        for argument, x in ({"weight_hh": weight_hh, name: reference} | args).items():
+        for argument, x in args.items():
             if isinstance(x, Tensor) and argument in sizes:
                 self.floating(argument, x, sizes[argument])
 
@@ -115,52 +136,118 @@ class _Door:
             self.placed("resets", resets)
 
 
-def _check_grad_clip(op: str, grad_clip: float) -> None:
-    if not grad_clip >= 0:
-        raise ValueError(f"{op}: grad_clip: expected 0 (none) or a number above, got {grad_clip}")
-
-
 @torch.library.register_fake("fastrnn::recurrent_forward", lib=library)
-def _(
-    cell, gates_ih, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, save,
-    grad_clip=0.0,
-):  # fmt: skip
-    args = dict(
-        bias_hh=bias_hh, weight_hr=weight_hr, h_0=h_0, c_0=c_0, lengths=lengths, resets=resets, reset_h=reset_h,
-        reset_c=reset_c, reverse=reverse,
-    )  # fmt: skip
-    _check_grad_clip("recurrent_forward", grad_clip)
-    d = _Door("recurrent_forward", cell, "gates_ih", gates_ih, weight_hh, args)
-    empty = gates_ih.new_empty
+def _(*args, **kwargs):
+    given = named(recurrent_forward, args, kwargs)
+    c = _Checker("recurrent_forward", "gates_ih", given)
+    empty = given["gates_ih"].new_empty
     return (
-        empty(d.T, d.B, d.P * d.R),
-        empty(d.B, d.P * d.R),
-        empty(d.B, d.P * d.h) if c_0 is not None else empty(0),
-        empty(d.T, d.B, d.P * d.info.saved * d.h) if save else empty(0),
+        empty(c.T, c.B, c.P * c.R),
+        empty(c.B, c.P * c.R),
+        empty(c.B, c.P * c.h) if c.info.states > 1 else empty(0),
+        empty(c.T, c.B, c.P * c.info.saved * c.h) if given["save"] else empty(0),
     )
 
 
 @torch.library.register_fake("fastrnn::recurrent_backward", lib=library)
-def _(
-    cell, grad_output, grad_h_n, grad_c_n, weight_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c,
-    reverse, output, saved, initial=True, grad_clip=0.0,
-):  # fmt: skip
-    args = dict(
-        grad_output=grad_output, grad_h_n=grad_h_n, grad_c_n=grad_c_n, weight_hr=weight_hr, h_0=h_0, c_0=c_0,
-        lengths=lengths, resets=resets, reset_h=reset_h, reset_c=reset_c, reverse=reverse, saved=saved,
-    )  # fmt: skip
-    _check_grad_clip("recurrent_backward", grad_clip)
-    d = _Door("recurrent_backward", cell, "output", output, weight_hh, args)
-    empty = output.new_empty
+def _(*args, **kwargs):
+    given = named(recurrent_backward, args, kwargs)
+    c = _Checker("recurrent_backward", "output", given)
+    empty, initial = given["output"].new_empty, given["initial"]
     return (
-        empty(d.T, d.B, d.P * d.Gh),
-        empty(d.T, d.B, d.P * d.Gh) if d.info.separate_gates_hh else empty(0),
-        empty(d.T, d.B, d.P * d.R) if weight_hr is not None else empty(0),
-        empty(d.B, d.P * d.R) if initial else empty(0),
-        empty(d.B, d.P * d.h) if initial and c_0 is not None else empty(0),
-        empty(d.B, d.P * d.R) if reset_h is not None else empty(0),
-        empty(d.B, d.P * d.h) if reset_c is not None else empty(0),
+        empty(c.T, c.B, c.P * c.Gh),
+        empty(c.T, c.B, c.P * c.Gh) if c.info.separate_gates_hh else empty(0),
+        empty(c.T, c.B, c.P * c.R) if given["weight_hr"] is not None else empty(0),
+        empty(c.B, c.P * c.R) if initial else empty(0),
+        empty(c.B, c.P * c.h) if initial and c.info.states > 1 else empty(0),
+        empty(c.B, c.P * c.R) if given["reset_h"] is not None else empty(0),
+        empty(c.B, c.P * c.h) if given["reset_c"] is not None else empty(0),
     )
+
+
+layer_forward = torch.ops.fastrnn.layer_forward.default
+layer_backward = torch.ops.fastrnn.layer_backward.default
+
+
+def _layer_sizes(given: dict[str, Any]) -> tuple[int, int, int, int]:
+    """P, R, h, and the rows of a weight."""
+    Gh, R = given["weight_hh"][0].shape
+    return len(given["reverse"]), R, Gh // CELLS[given["cell"]].gates, Gh
+
+
+def _check_layer(given: dict[str, Any], B: int) -> None:
+    """That tensors of a call of layer_forward fit each other: one without data brings all of them here."""
+    P, R, h, Gh = _layer_sizes(given)
+    input = given["input"]
+    dense = input.is_floating_point()
+    first, whose = (input, "input") if dense else (given["weight_ih"][0], "weight_ih")
+    I = input.shape[-1] if dense else first.shape[1]  # noqa: E741
+    sizes: dict[str, tuple[int, ...]] = {
+        "weight_ih": (Gh, I), "weight_hh": (Gh, R), "bias_ih": (Gh,), "bias_hh": (Gh,), "weight_hr": (R, h),
+        **dict.fromkeys(("h_0", "reset_h"), (P, B, R)), **dict.fromkeys(("c_0", "reset_c"), (P, B, h)),
+    }  # fmt: skip
+
+    def check(name: str, x: Tensor, size: tuple[int, ...]) -> None:
+        def message() -> str:
+            return f"layer_forward: {name}: expected {list(size)}, got {list(x.shape)}"
+
+        torch._check(x.dim() == len(size), message)
+        for got, want in zip(x.shape, size, strict=True):
+            torch._check(got == want, message)
+        for what in ("dtype", "device"):
+            if getattr(first, what) != getattr(x, what):
+                wanted = f"expected {what} {getattr(first, what)} (that of {whose})"
+                raise RuntimeError(f"layer_forward: {name}: {wanted}, got {getattr(x, what)}")
+
+    for name, size in sizes.items():
+        x = given[name]
+        for each in x if isinstance(x, (list, tuple)) else () if x is None else (x,):
+            check(name, each, size)
+
+
+@torch.library.register_fake("fastrnn::layer_forward", lib=library)
+def _(*args, **kwargs):
+    given = named(layer_forward, args, kwargs)
+    P, R, h, _ = _layer_sizes(given)
+    input, h_0, info = given["input"], given["h_0"], CELLS[given["cell"]]
+    tokens = not input.is_floating_point()
+    steps = input.shape if tokens else input.shape[:-1]  # T, B or N
+    if h_0 is not None:
+        B = h_0.shape[1]
+    else:
+        B = input.shape[1] if given["batch_sizes"] is None else int(given["batch_sizes"][0])
+    _check_layer(given, B)
+    empty = given["weight_hh"][0].new_empty
+    return (
+        empty(*steps, P * R),
+        empty(P, B, R),
+        empty(P, B, h) if info.states > 1 else empty(0),
+        empty(*steps, P * h) if given["all_states"] else empty(0),
+        empty(*steps, P * info.saved * h) if given["save"] else empty(0),
+    )
+
+
+@torch.library.register_fake("fastrnn::layer_backward", lib=library)
+def _(*args, **kwargs):
+    given = named(layer_backward, args, kwargs)
+    P, R, h, Gh = _layer_sizes(given)
+    input, weight_ih, output = given["input"], given["weight_ih"], given["output"]
+    dense = input is not None and input.is_floating_point()
+    I = input.shape[-1] if dense else weight_ih[0].shape[1] if weight_ih else 0  # noqa: E741
+    B = output.shape[1] if given["batch_sizes"] is None else int(given["batch_sizes"][0])
+    two_states = CELLS[given["cell"]].states > 1
+    sizes = {
+        "input": (*output.shape[:-1], I), "weight_ih": (P, Gh, I), "weight_hh": (P, Gh, R), "bias_ih": (P, Gh),
+        "bias_hh": (P, Gh), "weight_hr": (P, R, h), "h_0": (P, B, R), "c_0": (P, B, h) if two_states else 0,
+        "reset_h": (P, B, R), "reset_c": (P, B, h),
+    }  # fmt: skip
+    found = []
+    for (name, size), needed in zip(sizes.items(), given["needed"], strict=True):
+        if needed and name == "weight_ih" and not dense:  # as a look-up's gradient lies in memory
+            found.append(output.new_empty(I, P, Gh).permute(1, 2, 0))
+        else:
+            found.append(output.new_empty(size if needed else 0))
+    return tuple(found)
 
 
 @torch.library.register_fake("fastrnn::clamp_gradient", lib=library)
@@ -170,10 +257,22 @@ def _(x, limit):
 
 # ---- vmap: a batched call is one call with a larger batch, or, where weights are batched, with more groups ----
 
-# Kinds of arguments and results: s [T, B, P*n], v [B, P*n], w [P, ...], l [B] or [B, P], r [T, B] or [T, B, P],
-# d one flag per group, - anything else. Where each kind takes the new dimension:
-_INTO_BATCH = {"s": 1, "v": 0, "l": 0, "r": 1}
-_INTO_GROUPS = {"s": 2, "v": 1, "w": 0, "l": 1, "r": 2}
+# What arguments and results are: a sequence [T, B, P*n], a state [B, P*n], a weight [P, ...], lengths [B] or [B, P],
+# resets [T, B] or [T, B, P]. All else is left alone, but for `reverse`, one flag a group.
+_KINDS = {
+    **dict.fromkeys(("gates_ih", "gates_hh", "projected", "output", "saved"), "sequence"),
+    **dict.fromkeys(("h_0", "c_0", "reset_h", "reset_c", "h_n", "c_n"), "state"),
+    **dict.fromkeys(("weight_hh", "bias_hh", "weight_hr"), "weight"),
+    "lengths": "lengths",
+    "resets": "resets",
+}
+# Where each takes the new dimension.
+_INTO_BATCH = {"sequence": 1, "state": 0, "lengths": 0, "resets": 1}
+_INTO_GROUPS = {"sequence": 2, "state": 1, "weight": 0, "lengths": 1, "resets": 2}
+
+
+def _kind(name: str) -> str | None:
+    return _KINDS.get(name.removeprefix("grad_"))
 
 
 def _fold(x: Tensor, dim: int | None, n: int, at: int) -> Tensor:
@@ -184,7 +283,7 @@ def _fold(x: Tensor, dim: int | None, n: int, at: int) -> Tensor:
 
 def _mask_into_groups(x: Tensor, dim: int | None, n: int, kind: str, groups: int) -> Tensor:
     """lengths or resets, which groups share unless they have a dimension for them."""
-    rank = 1 if kind == "l" else 2
+    rank = 1 if kind == "lengths" else 2
     shared = x.dim() - (dim is not None) == rank
     if shared and dim is None:
         return x
@@ -194,30 +293,29 @@ def _mask_into_groups(x: Tensor, dim: int | None, n: int, kind: str, groups: int
     return _fold(x, dim, n, _INTO_GROUPS[kind])
 
 
-_DEFAULTS = (True, 0.0)  # of the last arguments: recurrent_backward's initial, and grad_clip
+def _vmap_rule(op: Any) -> Callable[..., Any]:
+    results = [_kind(result.name) for result in op._schema.returns]
 
-
-def _vmap_rule(op: Callable[..., tuple[Tensor, ...]], kinds: str, results: str) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         n = info.batch_size
-        # torch leaves out trailing arguments that have their default value
-        in_dims = (*in_dims, *(None for _ in kinds[len(in_dims) :]))
-        args = (*args, *_DEFAULTS[len(_DEFAULTS) - (len(kinds) - len(args)) :])
-        into_groups = any(k == "w" and d is not None for k, d in zip(kinds, in_dims, strict=True))
+        given = named(op, args)
+        dims_in = dict(zip(given, (*in_dims, *(None,) * (len(given) - len(in_dims))), strict=True))
+        into_groups = any(_kind(name) == "weight" and dim is not None for name, dim in dims_in.items())
         places = _INTO_GROUPS if into_groups else _INTO_BATCH
-        groups = len(args[kinds.index("d")])
+        groups = len(given["reverse"])
 
-        def folded(x: Any, dim: int | None, kind: str) -> Any:
-            if kind == "d" and into_groups:
+        def folded(name: str, x: Any) -> Any:
+            kind, dim = _kind(name), dims_in[name]
+            if name == "reverse" and into_groups:
                 return list(x) * n
             if x is None or kind not in places:
                 return x
-            if into_groups and kind in "lr":
+            if into_groups and kind in ("lengths", "resets"):
                 return _mask_into_groups(x, dim, n, kind, groups)
             return _fold(x, dim, n, places[kind])
 
-        out = op(*(folded(*each) for each in zip(args, in_dims, kinds, strict=True)))
-        dims = tuple(places[k] if x.dim() > 1 else None for x, k in zip(out, results, strict=True))
+        out = op(*(folded(name, x) for name, x in given.items()))
+        dims = tuple(places[k] if k is not None and x.dim() > 1 else None for x, k in zip(out, results, strict=True))
         unfolded = tuple(
             x if d is None else x.unflatten(d, (n, x.shape[d] // n)) for x, d in zip(out, dims, strict=True)
         )
@@ -226,12 +324,8 @@ def _vmap_rule(op: Callable[..., tuple[Tensor, ...]], kinds: str, results: str) 
     return rule
 
 
-torch.library.register_vmap(
-    "fastrnn::recurrent_forward", _vmap_rule(recurrent_forward, "-swwwvvlrvvd--", "svvs"), lib=library
-)
-torch.library.register_vmap(
-    "fastrnn::recurrent_backward", _vmap_rule(recurrent_backward, "-svvwwvvlrvvdss--", "sssvvvv"), lib=library
-)
+for _op in (recurrent_forward, recurrent_backward):
+    torch.library.register_vmap(_op._schema.name, _vmap_rule(_op), lib=library)
 
 
 @torch.library.register_vmap("fastrnn::clamp_gradient", lib=library)
@@ -267,9 +361,7 @@ for _device_type in ("cpu", "cuda"):
 
 when_imported(
     "torch._inductor.lowering",
-    lambda lowering: lowering.FALLBACK_ALLOW_LIST.update(
-        f"fastrnn::{op}" for op in ("recurrent_forward", "recurrent_backward", "quantized_forward", "clamp_gradient")
-    ),
+    lambda lowering: lowering.FALLBACK_ALLOW_LIST.update(f"fastrnn::{op}" for op in (*_MODULE_OPS, "clamp_gradient")),
 )
 
 
@@ -288,8 +380,9 @@ def _beside_real_tensors(mode: Any, op: Any, types: Any, args: Any, kwargs: Any 
     finally:
         mode.propagate_real_tensors = asked
     if asked:
-        real = [x.real_tensor if isinstance(x, FakeTensor) else x for x in args]
-        if all(x is not None for x, fake in zip(real, args, strict=True) if isinstance(fake, FakeTensor)):
+        fakes = [x for x in tree_leaves(args) if isinstance(x, FakeTensor)]
+        if all(x.real_tensor is not None for x in fakes):
+            real = tree_map(lambda x: x.real_tensor if isinstance(x, FakeTensor) else x, args)
             found = op(*real, **(kwargs or {}))
             pairs = zip(results, found, strict=True) if isinstance(found, tuple) else [(results, found)]
             for fake, x in pairs:
@@ -297,5 +390,5 @@ def _beside_real_tensors(mode: Any, op: Any, types: Any, args: Any, kwargs: Any 
     return results
 
 
-for _op in ("recurrent_forward", "recurrent_backward", "quantized_forward", "grouped_linear", "gemm"):
-    torch.library.register_torch_dispatch(f"fastrnn::{_op}", FakeTensorMode, _beside_real_tensors, lib=library)
+for _name in (*_MODULE_OPS, "grouped_linear", "gemm"):
+    torch.library.register_torch_dispatch(f"fastrnn::{_name}", FakeTensorMode, _beside_real_tensors, lib=library)

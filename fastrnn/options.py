@@ -48,8 +48,7 @@ recompute: a number of steps (0: off): training keeps the states at every ``reco
   makes the rest again from there, so many steps at a time. The square root of T takes about the least memory. Results
   are equal up to rounding, and in every bit from run to run. Double backward needs the memory of the default, and so
   does a last layer with ``return_all_states``. Nothing is recomputed under torch.compile, torch.func and forward-mode
-  AD, and where the gradient of every sample is asked for (Opacus); half types, autocast, tokens and other devices go
-  by ``torch.utils.checkpoint``.
+  AD, where the gradient of every sample is asked for (Opacus), and on devices without kernels of ours.
 """
 
 _CALLS = """\

@@ -21,13 +21,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from . import layer as fused
-from . import reference
+from . import composed, reference
 from .autograd import Grads, keep, kept
 from .imports import when_imported
-from .layer import FIELDS
 from .ops import CELLS, recurrent_backward, recurrent_forward
-from .products import grouped_outer, is_plain, is_plain_call, outer_by_aten
+from .packing import without_padding
+from .products import grouped_outer, outer_by_aten
+from .records import LayerCall, LayerResults, LayerStates, LayerWeights
+from .transforms import is_plain, is_plain_call
+
+_FIELDS, _STATES = len(LayerWeights._fields), len(LayerStates._fields)
 
 # Takes the gradients of a weight by sample, [B, ..]; returns the weight's own, or None.
 Sampler = Callable[[Tensor], Tensor | None]
@@ -54,29 +57,23 @@ def _unmarked(x: Any, batch: int) -> tuple[Any, Sampler | None]:
     return _KINDS[type(x)](x, batch) if type(x) in _KINDS else (x, None)
 
 
-def layer(
-    cell: str,
-    input: Tensor,
-    weights: Sequence[Any],
-    states: Sequence[Tensor],
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    reset_states: Sequence[Tensor] | None,
-    grad_clip: float,
-    all_states: bool,
-    project: Callable[[Tensor, Sequence[Any]], Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What ``layer.layer`` gives, of marked weights; input also tokens [T, B]. project: functional.py's."""
-    pairs = [_unmarked(x, input.shape[1]) for direction in weights for x in direction]
+def layer(call: LayerCall) -> LayerResults:
+    """A layer of marked weights."""
+    pairs = [_unmarked(x, call.batch) for w in call.weights for x in w]
     flat = [x for x, _ in pairs]
-    options = (cell, [sampler for _, sampler in pairs], grad_clip, all_states)
+    directions = [LayerWeights(*flat[i : i + _FIELDS]) for i in range(0, len(flat), _FIELDS)]
+    input, lengths = call.input, call.states.lengths
     if lengths is not None:
-        input = fused.without_padding(input, lengths)
+        input = without_padding(input, lengths)
     with torch.no_grad():
-        directions = [type(w)(*flat[i * FIELDS : (i + 1) * FIELDS]) for i, w in enumerate(weights)]
-        gates_ih = project(input, directions)
-    given = fused.given_of(states, lengths, resets, reset_states)
-    return _SampledLayer.apply(options, gates_ih, input, *given, *flat)
+        gates_ih = composed.project(input, directions)
+    weight_hh = torch.stack([w.weight_hh for w in directions])
+    states = composed.folded(call.states, call.cell, weight_hh, call.batch)
+    options = call._replace(weights=[], states=None, input=None), [sampler for _, sampler in pairs]  # type: ignore[arg-type]
+    output, h_n, c_n, cells = _SampledLayer.apply(options, gates_ih, input, *states, *flat)
+    D = len(directions)
+    c_n = composed.unfold(c_n, D) if CELLS[call.cell].states > 1 else c_n
+    return LayerResults(output, composed.unfold(h_n, D), c_n, cells, output.new_empty(0))
 
 
 def initial_states(weights: Sequence[Any], batch: int) -> Tensor:
@@ -102,78 +99,87 @@ class _SampledRows(torch.autograd.Function):
         return None, ctx.sampler(grad), None
 
 
+def _stacked(flat: Sequence[Tensor | None]) -> LayerWeights:
+    """The weights of all directions: [D, ...] each."""
+    fields = (flat[i::_FIELDS] for i in range(_FIELDS))
+    return LayerWeights(*(None if x[0] is None else torch.stack(x) for x in fields))  # type: ignore[arg-type, type-var]
+
+
 class _SampledLayer(torch.autograd.Function):
-    """Arguments: (cell, samplers, grad_clip, all_states), gates_ih, input, h_0, c_0, lengths, resets, reset_h, reset_c,
-    FIELDS weights a direction, with a sampler or None for each."""
+    """Arguments: (the call without tensors, a sampler or None for each weight), gates_ih, input, the fields of
+    LayerStates, with states [B, D*n], and those of each direction's LayerWeights."""
 
     @staticmethod
-    def forward(ctx: Any, options: Any, gates_ih: Tensor, input: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-        cell, _, _, all_states = ctx.options = options
-        given, flat = rest[:6], rest[6:]
-        _, weight_hh, _, bias_hh, weight_hr = fused.stacked(flat)
-        assert weight_hh is not None
-        P = len(weight_hh)
+    def forward(ctx: Any, options: Any, gates_ih: Tensor, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        call, _ = ctx.options = options
+        states, w = LayerStates(*rest[:_STATES]), _stacked(rest[_STATES:])
+        D = len(w.weight_hh)
         output, h_n, c_n, saved = recurrent_forward(
-            cell, gates_ih, weight_hh, bias_hh, weight_hr, *given, [False, True][:P], True
+            call.cell, gates_ih, w.weight_hh, w.bias_hh, w.weight_hr, *states, list(call.reverse[:D]), True
         )
         ctx.set_materialize_grads(False)
         keep(ctx, [input, *rest, output, saved])
-        return output, h_n, c_n, fused.every_c(cell, saved, P) if all_states else None
+        cells = composed.every_c(call.cell, saved, D) if call.all_states else output.new_empty(0)
+        return output, h_n, c_n, cells
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        cell, samplers, grad_clip, _ = ctx.options
+        call, samplers = ctx.options
         needs = ctx.needs_input_grad[2:]
         input, *rest, output, saved = kept(ctx)
-        given, flat = rest[:6], rest[6:]
-        found, (grad_input, *of_states) = _gradients(cell, grad_clip, grads, input, given, flat, output, saved, needs)
+        states, flat = LayerStates(*rest[:_STATES]), rest[_STATES:]
+        found, of_others = _gradients(call, grads, input, states, flat, output, saved, needs)
         of_weights: list[Tensor | None] = []
         for at, (weight, sampler) in enumerate(zip(flat, samplers, strict=True)):
-            p, field = divmod(at, FIELDS)
+            p, field = divmod(at, _FIELDS)
             grad = found[field]
-            if grad is None or not needs[7 + at]:
+            if grad is None or not needs[1 + _STATES + at]:
                 of_weights.append(None)
                 continue
             of_samples = grad[:, p].to(weight.dtype)
             of_weights.append(of_samples.sum(0) if sampler is None else sampler(of_samples))
-        h_0, c_0, reset_h, reset_c = of_states
-        of_given = (grad_input, h_0, c_0, None, None, reset_h, reset_c)
-        wanted = [x if need else None for x, need in zip(of_given, needs, strict=False)]
+        names = ("input", *LayerStates._fields)
+        wanted = [of_others.get(name) if need else None for name, need in zip(names, needs, strict=False)]
         return (None, None, *wanted, *of_weights)
 
 
 def _gradients(
-    cell: str,
-    grad_clip: float,
+    call: LayerCall,
     grads: Grads,
     input: Tensor,
-    given: Sequence[Any],
+    states: LayerStates,
     flat: Sequence[Any],
     output: Tensor,
     saved: Tensor,
     needs: Sequence[bool],
-) -> tuple[list[Tensor | None], tuple[Tensor | None, ...]]:
-    """Of the weights' fields by sample [B, P, ..], and of input, h_0, c_0, reset_h, reset_c."""
-    h_0, c_0, lengths, resets, reset_h, reset_c = given
-    dtype = output.dtype  # under autocast not the arguments'
-    h_0 = h_0.to(dtype)
-    c_0, reset_h, reset_c = (None if x is None else x.to(dtype) for x in (c_0, reset_h, reset_c))
-    weight_ih, weight_hh, _, _, weight_hr = (None if x is None else x.to(dtype) for x in fused.stacked(flat))
+) -> tuple[list[Tensor | None], dict[str, Tensor | None]]:
+    """Of the weights' fields by sample [B, P, ..], and by name of input, h_0, c_0, reset_h, reset_c."""
+    cell, dtype = call.cell, output.dtype  # under autocast not the arguments'
+    states = LayerStates(*(x.to(dtype) if x is not None and x.is_floating_point() else x for x in states))
+    weight_ih, weight_hh, _, _, weight_hr = (None if x is None else x.to(dtype) for x in _stacked(flat))
     assert weight_ih is not None and weight_hh is not None
     (T, B, _), P = output.shape, len(weight_hh)
-    reverse = [False, True][:P]
-    call: tuple[Any, ...] = (
-        cell, *grads[:2], grads[2] if c_0 is not None else None, weight_hh, weight_hr, h_0, c_0, lengths, resets,
-        reset_h, reset_c, reverse, output, saved, True, grad_clip,
-    )  # fmt: skip
+    reverse = list(call.reverse[:P])
+    given: dict[str, Any] = dict(
+        cell=cell,
+        grad_output=grads[0],
+        grad_h_n=grads[1],
+        grad_c_n=grads[2] if states.c_0 is not None else None,
+        weight_hh=weight_hh,
+        weight_hr=weight_hr,
+        **states._asdict(),
+        reverse=reverse,
+        output=output,
+        saved=saved,
+        grad_clip=call.grad_clip,
+    )
     if grads[3] is None:
-        pulled = recurrent_backward(*call)
+        pulled = recurrent_backward(**given)
     else:
-        of_saved: Any = fused._in_saved(cell, grads[3], P, None)
-        pulled = reference.backward(*(*call, of_saved))
+        pulled = reference.backward(**given, grad_saved=composed.in_saved(cell, grads[3], P, None))
     gates_ih, gates_hh, projected, *of_states = pulled
     if not CELLS[cell].separate_gates_hh:
         gates_hh = gates_ih
@@ -191,16 +197,21 @@ def _gradients(
         # sizes and not -1: of an empty batch, which Opacus draws, nothing could be found out
         return _outer(grad.reshape(T, B * P, grad.shape[2] // P), x.flatten(1, 2)).unflatten(0, (B, P))
 
+    def before() -> Tensor:
+        h_0, _, lengths, resets, reset_h, _ = states
+        assert h_0 is not None
+        return reference.previous_h(output, h_0, lengths, resets, reset_h, reverse)
+
     forms: list[Callable[[], Tensor]] = [
         of_input,
-        lambda: of_groups(gates_hh, reference.previous_h(output, h_0, lengths, resets, reset_h, reverse)),
+        lambda: of_groups(gates_hh, before()),
         lambda: gates_ih.sum(0).unflatten(1, (P, gates_ih.shape[2] // P)),
         lambda: gates_hh.sum(0).unflatten(1, (P, gates_hh.shape[2] // P)),
         lambda: of_groups(projected, reference.lstm_hidden(saved, P)),
     ]
-    found = [form() if any(needs[7 + i :: FIELDS]) else None for i, form in enumerate(forms)]
+    found = [form() if any(needs[1 + _STATES + i :: _FIELDS]) else None for i, form in enumerate(forms)]
     grad_input = gates_ih @ weight_ih.flatten(0, 1) if needs[0] else None
-    return found, (grad_input, *of_states)
+    return found, dict(zip(("input", "h_0", "c_0", "reset_h", "reset_c"), (grad_input, *of_states), strict=True))
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""The matrix products around a recurrence: its input projection, its weight gradients and its input's gradient.
+"""The matrix products of a composed layer: its input projection, its weight gradients and its input's gradient.
 
-In plain eager execution on a CPU they run on the recurrence's own micro-kernel (``fastrnn::gemm``). So they do under
-``torch.func.vmap``, as two ops with rules of their own, for the products of many samples or members are what per-sample
-gradients and ensembles spend their time in. Under everything else (graph capture, other transforms of torch.func,
-forward-mode AD, autocast, half types, double backward, other devices, few rows) they are ATen's, so every transform has
-its rule already. Of float32 on CUDA they are those two ops' again, on cuBLAS, for ATen's obey another switch for TF32
-than torch.nn's recurrent networks do (csrc/torch/precision.h).
+A fused layer has its own (csrc/torch/layer.cpp). Where a composed one's backward is not to be differentiated, they
+run on the recurrence's micro-kernel (``fastrnn::gemm``). So they do under ``torch.func.vmap``, as two ops with rules
+of their own, for the products of many samples or members are what per-sample gradients and ensembles spend their time
+in. Under everything else (other transforms of torch.func, forward-mode AD, double backward, few rows) they are
+ATen's, so every transform has its rule already. Of float32 on CUDA they are those two ops' again, on cuBLAS, for
+ATen's obey another switch for TF32 than torch.nn's recurrent networks do (csrc/torch/precision.h).
 """
 
 from __future__ import annotations
@@ -14,73 +14,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Parameter
 
-from .fallback import is_traced
 from .ops import library
+from .transforms import is_plain, is_plain_call, is_vmapped_call
 
 _gemm = torch.ops.fastrnn.gemm.default
-# What make_fx records, of real tensors too, may be differentiated later. Other dispatch modes change nothing: a
-# checkpoint's second forward pass may run without the mode of the first, and must do the same.
-_MAKE_FX = torch._C._TorchDispatchModeKey.PROXY
-_DISABLED = torch._C._disabled_torch_function_impl
-_TENSORS = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 # Below this many rows the time goes into packing the other matrix.
 _FEWEST_ROWS = 32
-
-
-def is_plain_call() -> bool:
-    """Is nothing in force that wants to see more of a call than its kernel?"""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._get_dispatch_mode(_MAKE_FX) is not None
-        or is_traced()
-    )
-
-
-def is_plain(x: Tensor | None) -> bool:
-    """Is it an ordinary CPU tensor, or None? Looks at no size, so that a graph gets no guard from it."""
-    return x is None or ((type(x) is Tensor or type(x) is Parameter) and x.is_cpu)
-
-
-def is_overloaded(*args: Any) -> bool:
-    """Has one of them, or of the tuples among them, a ``__torch_function__`` of its own, as tensor-likes do?"""
-    if torch.compiler.is_compiling():
-        return False
-    for x in args:
-        if type(x) is tuple:
-            if is_overloaded(*x):
-                return True
-        elif type(x) is not Tensor:
-            found = getattr(type(x), "__torch_function__", _DISABLED)
-            if found is not _DISABLED and getattr(found, "__func__", None) is not _TENSORS:
-                return True
-    return False
 
 
 def _has_gemm(a: Tensor, b: Tensor) -> bool:
     """Can the micro-kernel take them?"""
     return is_plain_call() and is_plain(a) and is_plain(b) and {a.dtype, b.dtype} <= {torch.float32, torch.float64}
-
-
-def is_vmapped_call(*tensors: Tensor | None) -> bool:
-    """Is torch.func.vmap in force, and nothing that makes a graph or casts, and fit the tensors the micro-kernel?"""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return False
-    if torch.is_autocast_enabled("cpu") or torch._C._get_dispatch_mode(_MAKE_FX) is not None:
-        return False
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    return (
-        any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
-        and all(map(is_plain, tensors))
-        and {x.dtype for x in tensors if x is not None} in ({torch.float32}, {torch.float64})
-    )
 
 
 def has_own_precision(*tensors: Tensor) -> bool:

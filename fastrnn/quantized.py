@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import fallback, functional
-from .functional import LayerWeights, States
+from . import fallback
+from .composed import fold, unfold
 from .modules import GRU, LSTM, RNN, _Recurrent
 from .ops import CELLS
+from .records import LayerWeights, States
 from .swap import check_module
 
 _quantized_forward = torch.ops.fastrnn.quantized_forward.default
 _UNITS, _DEPTH = 16, 4  # of a block; see LayerParams in csrc/params.h
 DTYPES = (torch.int8, torch.bfloat16)
-_FIELDS = (  # of a layer's weights, by name and suffix, in the order of csrc/torch/plain_call.cpp
+_FIELDS = (  # of a layer's weights, by name and suffix, in the order of csrc/torch/module_call.cpp
     *((field, "") for field in LayerWeights._fields),
     *((field, suffix) for field in ("weight_ih", "weight_hh") for suffix in ("_scale", "_sum")),
 )
@@ -158,7 +159,7 @@ class _Quantized(_Recurrent):
 
     dtype: torch.dtype
     qconfig = None  # torch.ao.quantization has nothing left to do
-    _names: list[list[str | int | None]]  # for the short way
+    _names: list[list[str | int | None]]  # for _C.module_forward
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError(f"a {type(self).__name__} is made by fastrnn.quantize(module), not by its class")
@@ -234,18 +235,18 @@ class _Quantized(_Recurrent):
         finals, output = [], input
         for layer in range(self.num_layers):
             at = slice(layer * directions, (layer + 1) * directions)
-            h, *c = (functional._fold(x[at]) for x in states)
-            h_reset, *c_reset = (functional._fold(x[at]) for x in fresh) if fresh else (None,)
+            h, *c = (fold(x[at]) for x in states)
+            h_reset, *c_reset = (fold(x[at]) for x in fresh) if fresh else (None,)
             output, h_n, c_n = _quantized_forward(
                 self.mode.lower(), output, *self._matrix(f"weight_ih_l{layer}"), self._buffers.get(f"bias_ih_l{layer}"),
                 *self._matrix(f"weight_hh_l{layer}"), self._buffers.get(f"bias_hh_l{layer}"),
                 self._buffers.get(f"weight_hr_l{layer}"), h, c[0] if c else None, sequence.get("lengths"),
                 sequence.get("resets"), h_reset, c_reset[0] if c_reset else None, [False, True][:directions],
             )  # fmt: skip
-            finals.append([functional._unfold(x, directions) for x in (h_n, c_n)[: len(widths)]])
+            finals.append([unfold(x, directions) for x in (h_n, c_n)[: len(widths)]])
         return output, tuple(torch.cat(each) if len(each) > 1 else each[0] for each in zip(*finals, strict=True)), None
 
-    def _takes_packed(self, data: Tensor, states: States | None) -> bool:
+    def _takes_packed(self, data: Tensor) -> bool:
         return False
 
     def _is_for_torch(self, input: Any, hx: Any) -> bool:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ._C import set_uniform
-from .functional import check_values_of, given_lengths
-from .layer import on_device, pad
-from .products import is_plain, is_plain_call
+from .checks import check_values_of, given_lengths
+from .packing import on_device, pad
+from .transforms import is_plain, is_plain_call
 
 
 def pool(

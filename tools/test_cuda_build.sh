@@ -38,7 +38,7 @@ import torch
 import fastrnn
 
 assert fastrnn.build_info()["cuda_archs"] == os.environ["FASTRNN_CUDA_ARCHS"], fastrnn.build_info()
-for op in ("recurrent_forward", "recurrent_backward"):
+for op in ("recurrent_forward", "recurrent_backward", "layer_forward", "layer_backward"):
     for key in ("CPU", "CUDA"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastrnn::{op}", key), (op, key)
 END

@@ -81,7 +81,7 @@ def choices(row: GpuRow, device: torch.device) -> dict[str, Any]:
     if not info.has_cuda_kernels():
         return dict.fromkeys(passes)
     cell = f"{case.cell.lower()}_tanh" if case.cell == "RNN" else case.cell.lower()
-    call = info.Call(
+    call = info.Sizes(
         cell, case.dtype, case.T, case.B, 2 if case.bidirectional else 1, case.H, case.proj or case.H,
         bool(case.shortest), bool(row.resets),
     )  # fmt: skip

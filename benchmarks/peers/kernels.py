@@ -53,7 +53,7 @@ def fastrnn_kernel(case: Case, mode: str) -> str:
         cell = f"rnn_{case.nonlinearity or 'tanh'}"
     directions = 2 if case.bidirectional else 1
     R = case.proj or case.H
-    call: Any = info.Call(cell, case.dtype, case.T, case.B, directions, case.H, R, case.shortest > 0, case.resets > 0)
+    call: Any = info.Sizes(cell, case.dtype, case.T, case.B, directions, case.H, R, case.shortest > 0, case.resets > 0)
     choice = info.cpu_choice(call, case.I, torch.get_num_threads())
     plan = ", ".join(f"{name} {value}" for name, value in choice["backward" if mode == "train" else "forward"].items())
     return f"fused, {choice['instruction_set']}" + (f" ({plan})" if plan else "")

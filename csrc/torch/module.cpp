@@ -11,7 +11,8 @@
 #include "../cpu/plan.h"
 #include "../cpu/processors.h"
 #include "../launch.h"
-#include "plain_call.h"
+#include "autograd.h"
+#include "module_call.h"
 #include "precision.h"
 #if defined(FASTRNN_CUDA_ARCHS)
 #include "../cuda/launch.h"
@@ -30,11 +31,11 @@ namespace py = pybind11;
 using fastrnn::DType;
 
 // A call without its data. Planners look at sizes, and at which pointers are there, never behind one.
-struct Call {
+struct Sizes {
   fastrnn::BackwardParams params{};
   std::vector<uint8_t> reverse;
 
-  Call(int cell, const std::string& dtype, int64_t T, int64_t B, int64_t P, int64_t h, int64_t R, bool projected,
+  Sizes(int cell, const std::string& dtype, int64_t T, int64_t B, int64_t P, int64_t h, int64_t R, bool projected,
        bool lengths, bool resets) {
     static constexpr std::pair<const char*, DType> kNames[] = {{"float32", DType::kFloat32},
                                                                {"float64", DType::kFloat64},
@@ -68,7 +69,7 @@ struct Call {
 // input: the features of a layer that projects them itself; 0 for a recurrence that is given its gates.
 py::dict cpu_plan(int cell, const std::string& dtype, int64_t T, int64_t B, int64_t P, int64_t h, int64_t R,
                   bool projected, int64_t input, int threads, bool backward) {
-  const Call call(cell, dtype, T, B, P, h, R, projected, /*lengths=*/false, /*resets=*/false);
+  const Sizes call(cell, dtype, T, B, P, h, R, projected, /*lengths=*/false, /*resets=*/false);
   if (input < 0) throw std::invalid_argument("features: expected 0 or more");
   fastrnn::LayerParams projection{};
   projection.weight_dtype = call.params.dtype;
@@ -92,7 +93,7 @@ py::dict cpu_plan(int cell, const std::string& dtype, int64_t T, int64_t B, int6
 py::dict cuda_plan(int cell, const std::string& dtype, int64_t T, int64_t B, int64_t P, int64_t h, int64_t R,
                    bool projected, bool lengths, bool resets, bool backward, bool tf32, int multiprocessors,
                    int compute_capability, int64_t shared_per_block, const std::string& tier) {
-  const Call call(cell, dtype, T, B, P, h, R, projected, lengths, resets);
+  const Sizes call(cell, dtype, T, B, P, h, R, projected, lengths, resets);
   const fastrnn::cuda::Device device{multiprocessors, compute_capability, shared_per_block};
   fastrnn::cuda::Choice choice{};
   if (tier.empty()) {
@@ -123,12 +124,11 @@ PYBIND11_MODULE(_C, m) {
     return PyMethodDef{name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL,
                        nullptr};
   };
-  static PyMethodDef plain[] = {fast("plain_forward", fastrnn::plain_forward),
-                                fast("plain_layer_forward", fastrnn::plain_layer_forward),
-                                fast("plain_layer_backward", fastrnn::plain_layer_backward),
-                                fast("without_view", fastrnn::without_view),
-                                {nullptr, nullptr, 0, nullptr}};
-  if (PyModule_AddFunctions(m.ptr(), plain) != 0) throw py::error_already_set();
+  static PyMethodDef functions[] = {fast("module_forward", fastrnn::module_forward),
+                                    fast("without_view", fastrnn::without_view),
+                                    {nullptr, nullptr, 0, nullptr}};
+  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+  m.def("set_composed_backward", &fastrnn::set_composed_backward);
   m.def("instruction_set", &fastrnn::cpu::instruction_set);
   m.def("cpu_plan", &cpu_plan);
   m.def("usable_processors", &fastrnn::cpu::usable_processors);

@@ -1,69 +1,41 @@
-// The ops' schemas, and their CPU kernels. This is the only place where a schema stands; fastrnn/ops.py gives the
-// same ops their fake, autograd, vmap and autocast behaviour.
+// The ops' schemas, and the CPU's kernels of the recurrence. A schema is put together here from the lists of arguments.h,
+// which says what the arguments are; fastrnn/ops.py gives the same ops their fake, autograd, vmap and autocast behaviour.
 //
-//   T steps, B batch, P groups, G gates, h hidden units a group, R width of state 0 (h, or the projected size),
-//   S saved values (cell_info). Results that do not apply have size 0; none aliases an argument or another result.
-//   grad_clip: 0 (none), or what the states' gradient is clamped to; recurrent_forward has it for its derivative.
+//   Results that do not apply have size 0; none aliases an argument or another result.
+//   grad_clip: recurrent_forward and layer_forward have it for their derivatives.
 //   initial: are the gradients of h_0 and c_0 wanted?
-//   batch_sizes [T]: of a packed sequence; tensors [T, B, ..] are [N, ..] then, as torch packs them.
-//   lengths [B] or [B, P], any integer dtype; resets bool [T, B] or [T, B, P]; reverse: P values.
+#include "ops.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include "../cells/registry.h"
 #include "../launch.h"
+#include "autograd.h"
 #include "check.h"
-#include "ops.h"
-#include "prepare.h"
 
 namespace fastrnn {
 namespace {
 
 int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(
-    c10::string_view cell, const Tensor& gates_ih, const Tensor& weight_hh, const OptionalTensor& bias_hh,
-    const OptionalTensor& weight_hr, const Tensor& h_0, const OptionalTensor& c_0, const OptionalTensor& lengths,
-    const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
-    const c10::List<bool>& reverse, bool save, double grad_clip) {
-  check_grad_clip("recurrent_forward", grad_clip);  // for its derivative
-  PreparedForward call = prepare_forward(
-      {cell, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse}, gates_ih, save);
-  if (call.params.batch > 0) cpu::recurrent_forward(call.params, threads());
-  return {call.output, call.h_n, call.c_n, call.saved};
+LayerResults forward_cpu(const Recurrence& args, const Tensor& gates_ih, bool save) {
+  PreparedForward run = prepare_forward(args, gates_ih, save);
+  if (run.params.batch > 0) cpu::recurrent_forward(run.params, threads());
+  return run.results();
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantized_forward_cpu(
-    c10::string_view cell, const Tensor& input, const Tensor& weight_ih, const OptionalTensor& scale_ih,
-    const OptionalTensor& sum_ih, const OptionalTensor& bias_ih, const Tensor& weight_hh,
-    const OptionalTensor& scale_hh, const OptionalTensor& sum_hh, const OptionalTensor& bias_hh,
-    const OptionalTensor& weight_hr, const Tensor& h_0, const OptionalTensor& c_0, const OptionalTensor& lengths,
-    const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
-    const c10::List<bool>& reverse) {
-  PreparedForward call =
-      prepare_quantized({cell, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse},
-                        input, {weight_ih, scale_ih, sum_ih, scale_hh, sum_hh}, bias_ih);
-  if (call.params.batch > 0) cpu::layer_forward(call.params, call.layer, threads());
-  return {call.output, call.h_n, call.c_n};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
-    c10::string_view cell, const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-    const OptionalTensor& grad_c_n, const Tensor& weight_hh, const OptionalTensor& weight_hr, const Tensor& h_0,
-    const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
-    const OptionalTensor& reset_h, const OptionalTensor& reset_c, const c10::List<bool>& reverse, const Tensor& output,
-    const Tensor& saved, bool initial, double grad_clip) {
-  PreparedBackward call = prepare_backward(
-      {cell, weight_hh, std::nullopt, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse},
-      {grad_output, grad_h_n, grad_c_n, output, saved, grad_clip}, initial);
-  if (call.params.batch > 0) cpu::recurrent_backward(call.params, threads());
-  const auto dtype = output.scalar_type();
-  return {call.grad_gates_ih, call.grad_gates_hh, call.grad_projected,        call.grad_h_0,
-          call.grad_c_0,      call.grad_reset_h.to(dtype), call.grad_reset_c.to(dtype)};
+RecurrentGradients backward_cpu(const Recurrence& args, const Given& given, bool initial, bool together) {
+  PreparedBackward run = prepare_backward(args, given, initial, together);
+  if (run.params.batch > 0) cpu::recurrent_backward(run.params, threads());
+  return run.results();
 }
 
 Tensor gemm_cpu(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool transpose_a, bool transpose_b) {
@@ -71,6 +43,31 @@ Tensor gemm_cpu(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bo
   if (call.out.numel() > 0) cpu::gemm(call.params, threads());
   return call.out;
 }
+
+bool has_gemm(const Tensor& x) { return x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble; }
+
+// Below this many products of a row with a column the time goes into packing the other matrix.
+constexpr int64_t kFewestRows = 32;
+
+void product_cpu(const Tensor& out, const Tensor& a, const Tensor& b, bool add, int64_t) {
+  Tensor to = out;
+  if (add) {
+    to.addmm_(a, b);
+  } else if (has_gemm(a) && a.size(a.stride(0) == 1 ? 1 : 0) >= kFewestRows) {
+    const bool turned = a.stride(0) == 1 && a.stride(1) != 1;
+    const PreparedGemm run = prepare_gemm(turned ? a.t() : a, b, std::nullopt, turned, false, out);
+    if (out.numel() > 0) cpu::gemm(run.params, threads());
+  } else {
+    at::mm_out(to, a, b);
+  }
+}
+
+Tensor linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t) {
+  return at::linear(x, weight, bias);
+}
+
+constexpr RecurrentKernels kKernels{forward_cpu, backward_cpu, product_cpu, linear_cpu};
+[[maybe_unused]] const bool known = (set_recurrent_kernels(at::kCPU, kKernels), true);
 
 // Products of many groups, each on one thread where there are enough of them. Small ones are ATen's: preparing a call
 // of ours would cost more than the product.
@@ -138,86 +135,206 @@ std::vector<std::string> cell_names() {
 }
 
 std::vector<int64_t> cell_info(c10::string_view cell) {
-  const CellInfo& info = kCells[find_cell(cell)];
+  const CellInfo& info = kCells[known_cell(cell)];
   return {info.gates, info.states, info.saved, info.params, info.separate_gates_hh};
+}
+
+// ---- kernels of the ops: arguments from the stack, results onto it ----
+
+using Stack = torch::jit::Stack;
+
+Reader reader(const c10::OperatorHandle& op, const Stack& stack) {
+  return Reader(torch::jit::last(stack, op.schema().arguments().size()));
+}
+
+template <class... Results>
+void give(const c10::OperatorHandle& op, Stack& stack, const Results&... results) {
+  torch::jit::drop(stack, op.schema().arguments().size());
+  (stack.emplace_back(results), ...);
+}
+
+void read_recurrence(Reader& from, Recurrence& args) {
+  from.read(args.states);
+  args.reverse = from.flags();
+}
+
+// Of a device whose kernels `args` name: arguments may lie on several, which a check then tells.
+const RecurrentKernels& kernels_for(const Tensor& x, const char* op, const char* name) {
+  const RecurrentKernels* found = recurrent_kernels(x.device().type());
+  RNN_CHECK(found, op, ": ", name, ": expected a device of ours, as that of another argument, got ", x.device());
+  return *found;
+}
+
+void recurrent_forward(const c10::OperatorHandle& op, Stack* stack) {
+  Reader from = reader(op, *stack);
+  Recurrence args;
+  args.cell = from.text();
+  const Tensor gates_ih = from.tensor();
+  args.weight_hh = from.tensor();
+  args.bias_hh = from.optional();
+  args.weight_hr = from.optional();
+  read_recurrence(from, args);
+  const bool save = from.value().toBool();
+  check_grad_clip("recurrent_forward", from.value().toDouble());
+  const LayerResults out = kernels_for(gates_ih, "recurrent_forward", "gates_ih").forward(args, gates_ih, save);
+  give(op, *stack, out.output, out.h_n, out.c_n, out.saved);
+}
+
+void recurrent_backward(const c10::OperatorHandle& op, Stack* stack) {
+  Reader from = reader(op, *stack);
+  Recurrence args;
+  Given given;
+  args.cell = from.text();
+  given.grad_output = from.optional();
+  given.grad_h_n = from.optional();
+  given.grad_c_n = from.optional();
+  args.weight_hh = from.tensor();
+  args.weight_hr = from.optional();
+  read_recurrence(from, args);
+  given.output = from.tensor();
+  given.saved = from.tensor();
+  const bool initial = from.value().toBool();
+  args.grad_clip = from.value().toDouble();
+  const RecurrentGradients out =
+      kernels_for(given.output, "recurrent_backward", "output").backward(args, given, initial, /*together=*/false);
+  give(op, *stack, out.gates_ih, out.gates_hh, out.projected, out.h_0, out.c_0, out.reset_h, out.reset_c);
+}
+
+void quantized_forward(const c10::OperatorHandle& op, Stack* stack) {
+  Reader from = reader(op, *stack);
+  Recurrence args;
+  Narrow narrow;
+  args.cell = from.text();
+  const Tensor input = from.tensor();
+  narrow.weight_ih = from.tensor();
+  narrow.scale_ih = from.optional();
+  narrow.sum_ih = from.optional();
+  const OptionalTensor bias_ih = from.optional();
+  args.weight_hh = from.tensor();
+  narrow.scale_hh = from.optional();
+  narrow.sum_hh = from.optional();
+  args.bias_hh = from.optional();
+  args.weight_hr = from.optional();
+  read_recurrence(from, args);
+  PreparedForward run = prepare_quantized(args, input, narrow, bias_ih);
+  if (run.params.batch > 0) cpu::layer_forward(run.params, run.layer, threads());
+  give(op, *stack, run.output, run.h_n, run.c_n);
+}
+
+void layer_forward_kernel(const c10::OperatorHandle& op, Stack* stack) {
+  const LayerArguments args = read_layer_forward(reader(op, *stack));
+  const LayerResults out = layer_forward(args.call, args.save, args.all_states);
+  give(op, *stack, out.output, out.h_n, out.c_n, out.cells, out.saved);
+}
+
+void layer_backward_kernel(const c10::OperatorHandle& op, Stack* stack) {
+  const LayerBackwardArguments args = read_layer_backward(reader(op, *stack));
+  LayerGradients grads = layer_backward(args.call, args.given, args.needed);
+  torch::jit::drop(*stack, op.schema().arguments().size());
+  for (Tensor& x : grads) stack->emplace_back(x.defined() ? x : args.given.output.new_empty({0}));
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward_cpu(
-    c10::string_view cell, const Tensor& input, const Tensor& weight_ih, const OptionalTensor& bias_ih,
-    const Tensor& weight_hh, const OptionalTensor& bias_hh, const OptionalTensor& weight_hr, const Tensor& h_0,
-    const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
-    const OptionalTensor& reset_h, const OptionalTensor& reset_c, const c10::List<bool>& reverse, bool save,
-    const OptionalTensor& batch_sizes) {
-  PreparedForward call = prepare_layer(
-      {cell, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, batch_sizes}, input,
-      weight_ih, bias_ih, save);
-  if (call.params.batch > 0) cpu::layer_forward(call.params, call.layer, threads());
-  return {call.output, call.h_n, call.c_n, call.saved};
+LayerArguments read_layer_forward(Reader from) {
+  LayerArguments args;
+  args.call.cell = from.text();
+  args.call.input = from.tensor();
+  from.read(args.call.weights);
+  from.read(args.call.states);
+  args.call.batch_sizes = from.optional();
+  args.call.reverse = from.flags();
+  args.save = from.value().toBool();
+  args.call.grad_clip = from.value().toDouble();
+  args.all_states = from.value().toBool();
+  return args;
 }
 
-Gradients layer_backward_cpu(c10::string_view cell, const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                             const OptionalTensor& grad_c_n, const OptionalTensor& input,
-                             const OptionalTensor& weight_ih, const Tensor& weight_hh, const Tensor& h_0,
-                             const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
-                             const OptionalTensor& reset_h, const OptionalTensor& reset_c,
-                             const c10::List<bool>& reverse, const Tensor& output, const Tensor& saved,
-                             const c10::List<bool>& wanted, const OptionalTensor& batch_sizes, double grad_clip,
-                             const OptionalTensor& grad_cells) {
-  PreparedBackward call = prepare_layer_backward({cell, weight_hh, std::nullopt, std::nullopt, h_0, c_0, lengths, resets,
-                                                  reset_h, reset_c, reverse, batch_sizes},
-                                                 {grad_output, grad_h_n, grad_c_n, output, saved, grad_clip}, input,
-                                                 weight_ih, grad_cells, wanted);
-  if (call.params.batch > 0) {
-    cpu::layer_backward(call.params, call.layer, threads());
-  } else {
-    for (const Tensor& x : {call.grad_weight_ih, call.grad_weight_hh, call.grad_bias_ih, call.grad_bias_hh}) x.zero_();
-  }
-  if (wanted[0]) call.grad_input = call.params.groups == 1 ? call.grad_input[0] : call.grad_input.sum(0);
-  return {call.grad_input, call.grad_weight_ih, call.grad_weight_hh, call.grad_bias_ih, call.grad_bias_hh,
-          call.grad_h_0,   call.grad_c_0,       call.grad_reset_h,   call.grad_reset_c};
+LayerBackwardArguments read_layer_backward(Reader from) {
+  LayerBackwardArguments args;
+  args.call.cell = from.text();
+  args.given.grad_output = from.optional();
+  args.given.grad_h_n = from.optional();
+  args.given.grad_c_n = from.optional();
+  args.given.grad_cells = from.optional();
+  if (const OptionalTensor input = from.optional()) args.call.input = *input;
+  from.read(args.call.weights);
+  from.read(args.call.states);
+  args.call.batch_sizes = from.optional();
+  args.call.reverse = from.flags();
+  args.given.output = from.tensor();
+  args.given.saved = from.tensor();
+  const std::vector<bool> needed = from.flags();
+  RNN_CHECK(needed.size() == kGradients, "layer_backward: needed: expected ", static_cast<int64_t>(kGradients),
+            " values, got ", needed.size());
+  std::copy(needed.begin(), needed.end(), args.needed.begin());
+  args.call.grad_clip = from.value().toDouble();
+  return args;
+}
+
+torch::jit::Stack stack_of(const LayerCall& call, bool save, bool all_states) {
+  Stack stack;
+  stack.reserve(24);
+  stack.emplace_back(call.cell);
+  stack.emplace_back(call.input);
+  push(stack, call.weights);
+  push(stack, call.states);
+  stack.push_back(value_of(call.batch_sizes));
+  stack.emplace_back(list_of(call.reverse));
+  stack.emplace_back(save);
+  stack.emplace_back(call.grad_clip);
+  stack.emplace_back(all_states);
+  return stack;
+}
+
+torch::jit::Stack stack_of(const LayerCall& call, const LayerGiven& given, const Needed& needed) {
+  Stack stack;
+  stack.reserve(24);
+  stack.emplace_back(call.cell);
+  for (const OptionalTensor* x : {&given.grad_output, &given.grad_h_n, &given.grad_c_n, &given.grad_cells})
+    stack.push_back(value_of(*x));
+  stack.push_back(call.input.defined() ? c10::IValue(call.input) : c10::IValue());
+  push(stack, call.weights);
+  push(stack, call.states);
+  stack.push_back(value_of(call.batch_sizes));
+  stack.emplace_back(list_of(call.reverse));
+  stack.emplace_back(given.output);
+  stack.emplace_back(given.saved);
+  stack.emplace_back(list_of(std::vector<bool>(needed.begin(), needed.end())));
+  stack.emplace_back(call.grad_clip);
+  return stack;
 }
 
 TORCH_LIBRARY(fastrnn, m) {
-  m.def(
-      "recurrent_forward(str cell, Tensor gates_ih, Tensor weight_hh, Tensor? bias_hh, Tensor? weight_hr, "
-      "Tensor h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, bool[] reverse, "
-      "bool save, float grad_clip=0.0) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)",
-      {at::Tag::pt2_compliant_tag});
-  m.def(
-      "recurrent_backward(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor weight_hh, "
-      "Tensor? weight_hr, Tensor h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, "
-      "bool[] reverse, Tensor output, Tensor saved, bool initial=True, float grad_clip=0.0) -> "
-      "(Tensor grad_gates_ih, Tensor grad_gates_hh, Tensor grad_projected, Tensor grad_h_0, Tensor grad_c_0, "
-      "Tensor grad_reset_h, Tensor grad_reset_c)",
-      {at::Tag::pt2_compliant_tag});
-  // recurrent_forward of gates_ih = weight_ih input + bias_ih, which are made a few steps at a time and never stored.
-  // weight_ih [P, G*h, I], bias_ih [P, G*h]. No derivative of its own: fastrnn/layer.py makes the node.
-  m.def(
-      "layer_forward(str cell, Tensor input, Tensor weight_ih, Tensor? bias_ih, Tensor weight_hh, Tensor? bias_hh, "
-      "Tensor? weight_hr, Tensor h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, "
-      "bool[] reverse, bool save, Tensor? batch_sizes=None) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)",
-      {at::Tag::pt2_compliant_tag});
-  // Its gradients; recurrent_backward and the products around it. wanted: those of input, weight_ih, weight_hh, bias_ih,
-  // bias_hh, and of h_0 with c_0. grad_cells [T, B, P*h]: of an LSTM's c after every step, which lies in saved. Not with
-  // weight_hr; float32 and float64.
-  m.def(
-      "layer_backward(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? input, "
-      "Tensor? weight_ih, Tensor weight_hh, Tensor h_0, Tensor? c_0, Tensor? lengths, Tensor? resets, Tensor? reset_h, "
-      "Tensor? reset_c, bool[] reverse, Tensor output, Tensor saved, bool[] wanted, Tensor? batch_sizes=None, "
-      "float grad_clip=0.0, Tensor? grad_cells=None) -> "
-      "(Tensor grad_input, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, Tensor grad_bias_hh, "
-      "Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c)",
-      {at::Tag::pt2_compliant_tag});
+  const auto def = [&m](std::initializer_list<const char*> parts) {
+    std::string schema;
+    for (const char* part : parts) schema += part;
+    m.def(schema.c_str(), {at::Tag::pt2_compliant_tag});
+  };
+  def({"recurrent_forward(str cell, Tensor gates_ih, Tensor weight_hh, Tensor? bias_hh, Tensor? weight_hr, ", kStatesText,
+       "bool[] reverse, bool save, float grad_clip=0.0) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)"});
+  def({"recurrent_backward(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor weight_hh, "
+       "Tensor? weight_hr, ",
+       kStatesText,
+       "bool[] reverse, Tensor output, Tensor saved, bool initial=True, float grad_clip=0.0) -> "
+       "(Tensor grad_gates_ih, Tensor grad_gates_hh, Tensor grad_projected, Tensor grad_h_0, Tensor grad_c_0, "
+       "Tensor grad_reset_h, Tensor grad_reset_c)"});
+  // recurrent_forward of gates_ih = weight_ih input + bias_ih, which on a CPU are made a few steps at a time and never
+  // stored. Its derivative is made by autograd.cpp.
+  def({"layer_forward(str cell, Tensor input, ", kWeightsText, kStatesText,
+       "Tensor? batch_sizes, bool[] reverse, bool save, float grad_clip=0.0, bool all_states=False) -> "
+       "(Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor saved)"});
+  // Its gradients, weights' [P, ...]; needed: a flag for each of them.
+  def({"layer_backward(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, "
+       "Tensor? input, ",
+       kWeightsText, kStatesText,
+       "Tensor? batch_sizes, bool[] reverse, Tensor output, Tensor saved, bool[] needed, float grad_clip=0.0) -> (",
+       kGradientsText + 2, ")"});
   // layer_forward for inference on a float32 input with weights of bfloat16 (no scales, no sums) or int8 in blocks; see
   // LayerParams in params.h and fastrnn/quantized.py.
-  m.def(
-      "quantized_forward(str cell, Tensor input, Tensor weight_ih, Tensor? scale_ih, Tensor? sum_ih, Tensor? bias_ih, "
-      "Tensor weight_hh, Tensor? scale_hh, Tensor? sum_hh, Tensor? bias_hh, Tensor? weight_hr, Tensor h_0, Tensor? c_0, "
-      "Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, bool[] reverse) "
-      "-> (Tensor output, Tensor h_n, Tensor c_n)",
-      {at::Tag::pt2_compliant_tag});
+  def({"quantized_forward(str cell, Tensor input, Tensor weight_ih, Tensor? scale_ih, Tensor? sum_ih, Tensor? bias_ih, "
+       "Tensor weight_hh, Tensor? scale_hh, Tensor? sum_hh, Tensor? bias_hh, Tensor? weight_hr, ",
+       kStatesText, "bool[] reverse) -> (Tensor output, Tensor h_n, Tensor c_n)"});
   // op(a) op(b) + bias on matrices, op transposing or not; float32 and float64. No derivative of its own: fastrnn's
   // autograd calls it where none is asked for.
   m.def("gemm(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor",
@@ -233,12 +350,16 @@ TORCH_LIBRARY(fastrnn, m) {
   m.def("cell_info(str cell) -> int[]", cell_info);
 }
 
+void register_kernels(torch::Library& m) {
+  m.impl("recurrent_forward", torch::CppFunction::makeFromBoxedFunction<&recurrent_forward>());
+  m.impl("recurrent_backward", torch::CppFunction::makeFromBoxedFunction<&recurrent_backward>());
+  m.impl("layer_forward", torch::CppFunction::makeFromBoxedFunction<&layer_forward_kernel>());
+  m.impl("layer_backward", torch::CppFunction::makeFromBoxedFunction<&layer_backward_kernel>());
+}
+
 TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
-  m.impl("recurrent_forward", forward_cpu);
-  m.impl("recurrent_backward", backward_cpu);
-  m.impl("layer_forward", layer_forward_cpu);
-  m.impl("layer_backward", layer_backward_cpu);
-  m.impl("quantized_forward", quantized_forward_cpu);
+  register_kernels(m);
+  m.impl("quantized_forward", torch::CppFunction::makeFromBoxedFunction<&quantized_forward>());
   m.impl("gemm", gemm_cpu);
   m.impl("grouped_linear", grouped_linear_cpu);
   m.impl("grouped_outer", grouped_outer_cpu);
@@ -249,7 +370,7 @@ TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(fastrnn, Autograd, m) {
-  m.impl("layer_forward", torch::CppFunction::makeFromBoxedFunction<&without_derivative>());
+  m.impl("layer_forward", torch::CppFunction::makeFromBoxedFunction<&layer_forward_autograd>());
   m.impl("layer_backward", torch::CppFunction::makeFromBoxedFunction<&without_derivative>());
   m.impl("gemm", torch::CppFunction::makeFromBoxedFunction<&without_derivative>());
 }

@@ -1,10 +1,14 @@
-// The ops' CUDA kernels: the same door as the CPU (prepare.h), then one launch on the current stream, or the
-// per-step tier's loop. Nothing here waits for the device, and all of it can be captured in a CUDA graph.
+// What CUDA supplies to the ops: the recurrence (the checks of prepare.h, then one launch on the current stream, or the
+// per-step tier's loop) and the matrix products around it. Nothing here waits for the device, and all of it can be
+// captured in a CUDA graph.
 #include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/cuda/CUDAContext.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/baddbmm.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -15,8 +19,8 @@
 #include "../cells/registry.h"
 #include "../cuda/launch.h"
 #include "check.h"
+#include "ops.h"
 #include "precision.h"
-#include "prepare.h"
 #include "tf32_product.h"
 
 namespace fastrnn {
@@ -61,14 +65,18 @@ struct Scratch {
   Tensor in_wide(at::IntArrayRef sizes) const { return at::empty(sizes, wide); }
 };
 
-// out [P, B, m] = x [P, B, n] @ weight [P, n, m], out contiguous; cuBLAS accumulates half types in float32 and here gives
-// that. Of float32 the guard keeps out what torch.backends.cuda.matmul may allow: at::bmm obeys that alone.
-void product(Tensor& out, const Tensor& x, const Tensor& weight, bool tf32) {
+// out [P, B, m] = x [P, B, n] @ weight [P, n, m], or what is there and that; out contiguous. cuBLAS accumulates half types
+// in float32 and here may give that. Of float32 the guard keeps out what torch.backends.cuda.matmul may allow: ATen's
+// products obey that alone.
+void product(Tensor out, const Tensor& x, const Tensor& weight, bool tf32, bool add = false) {
   if (out.scalar_type() != x.scalar_type()) {
     at::bmm_out(out, x, weight, out.scalar_type());
-  } else if (!(tf32 && tf32_product(out, x, weight))) {
+  } else if (!(tf32 && tf32_product(out, x, weight, add))) {
     const at::NoTF32Guard exact;
-    at::bmm_out(out, x, weight);
+    if (add)
+      at::baddbmm_out(out, out, x, weight);
+    else
+      at::bmm_out(out, x, weight);
   }
 }
 
@@ -117,6 +125,11 @@ void backward_per_step(const BackwardParams& p, const Tensor& weight_hh, const O
   b.grad_gates = grad_gates.mutable_data_ptr();
   b.recurrent = recurrent.const_data_ptr();
   b.carried = carried.mutable_data_ptr();
+  Tensor grad_pointwise;
+  if (kCells[p.cell].row_sums > 0) {
+    grad_pointwise = scratch.in_wide({P, B, G * h});
+    b.grad_pointwise = grad_pointwise.mutable_data_ptr();
+  }
   if (weight_hr) {
     grad_h = scratch.in_dtype({P, B, R});
     grad_hidden = scratch.in_wide({P, B, h});
@@ -138,64 +151,68 @@ Tensor workspace(const ForwardParams& p, const cuda::Choice& choice, bool backwa
   return at::empty({cuda::workspace_bytes(p, choice, backward)}, like.options().dtype(at::kByte));
 }
 
-OptionalTensor contiguous(const OptionalTensor& x) { return x ? OptionalTensor(x->contiguous()) : x; }
+Tensor three_dimensions(const Tensor& weight) {  // of a layer of one group: [G*h, R]
+  return (weight.dim() == 2 ? weight.unsqueeze(0) : weight).contiguous();
+}
+OptionalTensor three_dimensions(const OptionalTensor& weight) {
+  return weight ? OptionalTensor(three_dimensions(*weight)) : weight;
+}
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(
-    c10::string_view cell, const Tensor& gates_ih, const Tensor& weight_hh, const OptionalTensor& bias_hh,
-    const OptionalTensor& weight_hr, const Tensor& h_0, const OptionalTensor& c_0, const OptionalTensor& lengths,
-    const OptionalTensor& resets, const OptionalTensor& reset_h, const OptionalTensor& reset_c,
-    const c10::List<bool>& reverse, bool save, double grad_clip) {
+LayerResults forward_cuda(const Recurrence& args, const Tensor& gates_ih, bool save) {
   const at::AutoDispatchBelowADInplaceOrView below;  // the products' out= tensors meet no autograd
-  RNN_CHECK(gates_ih.is_cuda(), "recurrent_forward: gates_ih: expected a CUDA device, as that of another argument, got ",
-            gates_ih.device());
   const c10::cuda::CUDAGuard guard(gates_ih.device());
-  check_grad_clip("recurrent_forward", grad_clip);  // for its derivative
-  PreparedForward call = prepare_forward(
-      {cell, weight_hh, bias_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse}, gates_ih, save);
-  const ForwardParams& p = call.params;
+  PreparedForward run = prepare_forward(args, gates_ih, save);
+  const ForwardParams& p = run.params;
   if (p.batch > 0) {
     const cuda::Choice choice = choose("recurrent_forward", p, false);
     void* stream = c10::cuda::getCurrentCUDAStream().stream();
     if (choice.tier == cuda::Tier::kStep) {
-      forward_per_step(p, weight_hh.contiguous(), contiguous(weight_hr), stream, choice);
+      forward_per_step(p, three_dimensions(args.weight_hh), three_dimensions(args.weight_hr), stream, choice);
     } else {
       const Tensor scratch = workspace(p, choice, false, gates_ih);
       raise_if(cuda::recurrent_forward(p, choice, scratch.data_ptr(), stream), "recurrent_forward", p,
                choice.description);
     }
   }
-  return {call.output, call.h_n, call.c_n, call.saved};
+  return run.results();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
-    c10::string_view cell, const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-    const OptionalTensor& grad_c_n, const Tensor& weight_hh, const OptionalTensor& weight_hr, const Tensor& h_0,
-    const OptionalTensor& c_0, const OptionalTensor& lengths, const OptionalTensor& resets,
-    const OptionalTensor& reset_h, const OptionalTensor& reset_c, const c10::List<bool>& reverse,
-    const Tensor& output, const Tensor& saved, bool initial, double grad_clip) {
+RecurrentGradients backward_cuda(const Recurrence& args, const Given& given, bool initial, bool together) {
   const at::AutoDispatchBelowADInplaceOrView below;
-  RNN_CHECK(output.is_cuda(),
-            "recurrent_backward: output: expected a CUDA device, as that of another argument, got ", output.device());
-  const c10::cuda::CUDAGuard guard(output.device());
-  PreparedBackward call = prepare_backward(
-      {cell, weight_hh, std::nullopt, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c, reverse},
-      {grad_output, grad_h_n, grad_c_n, output, saved, grad_clip}, initial);
-  const BackwardParams& p = call.params;
+  const c10::cuda::CUDAGuard guard(given.output.device());
+  PreparedBackward run = prepare_backward(args, given, initial, together);
+  const BackwardParams& p = run.params;
   if (p.batch > 0) {
     const cuda::Choice choice = choose("recurrent_backward", p, true);
     void* stream = c10::cuda::getCurrentCUDAStream().stream();
     if (choice.tier == cuda::Tier::kStep) {
-      backward_per_step(p, weight_hh.contiguous(), contiguous(weight_hr), stream, choice);
+      backward_per_step(p, three_dimensions(args.weight_hh), three_dimensions(args.weight_hr), stream, choice);
     } else {
-      const Tensor scratch = workspace(p, choice, true, output);
+      const Tensor scratch = workspace(p, choice, true, given.output);
       raise_if(cuda::recurrent_backward(p, choice, scratch.data_ptr(), stream), "recurrent_backward", p,
                choice.description);
     }
   }
-  const auto dtype = output.scalar_type();
-  return {call.grad_gates_ih, call.grad_gates_hh, call.grad_projected,        call.grad_h_0,
-          call.grad_c_0,      call.grad_reset_h.to(dtype), call.grad_reset_c.to(dtype)};
+  return run.results();
 }
+
+void product_cuda(const Tensor& out, const Tensor& a, const Tensor& b, bool add, int64_t steps) {
+  const c10::cuda::CUDAGuard guard(out.device());  // cuBLAS' handle is the current device's
+  product(out.unsqueeze(0), a.unsqueeze(0), b.unsqueeze(0), allow_tf32(steps), add);
+}
+
+Tensor linear_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t steps) {
+  if (x.scalar_type() == at::kFloat && allow_tf32(steps)) {
+    Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
+    product_cuda(out, x, weight.t(), false, steps);
+    return bias ? out.add_(*bias) : out;
+  }
+  const at::NoTF32Guard exact;
+  return bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
+}
+
+constexpr RecurrentKernels kKernels{forward_cuda, backward_cuda, product_cuda, linear_cuda};
+[[maybe_unused]] const bool known = (set_recurrent_kernels(at::kCUDA, kKernels), true);
 
 Tensor grouped_linear_cuda(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   const at::AutoDispatchBelowADInplaceOrView below;
@@ -219,8 +236,7 @@ Tensor grouped_outer_cuda(const Tensor& a, const Tensor& b) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {
-  m.impl("recurrent_forward", forward_cuda);
-  m.impl("recurrent_backward", backward_cuda);
+  register_kernels(m);
   m.impl("grouped_linear", grouped_linear_cuda);
   m.impl("grouped_outer", grouped_outer_cuda);
 }

@@ -1,8 +1,11 @@
 #include "prepare.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
+#include <strings.h>
 
 #include <string>
 
@@ -34,14 +37,14 @@ const int64_t* checked_batch_sizes(const char* op, const Tensor& x, int64_t rows
   return sizes;
 }
 
-// Checks an op's tensors one by one against the sizes, dtype and device of gates_ih (or output).
-class Door {
+// Checks an op's tensors one by one against the sizes, dtype and device of the first of them, `reference`.
+class Checker {
  public:
   // weight: the sizes of weight_hh [P, G*h, R]
-  Door(const char* op, const Recurrence& args, const Tensor& reference, const char* reference_name,
-       at::IntArrayRef weight)
-      : op_(op), reference_(reference), reference_name_(reference_name), cell_(find_cell(args.cell)),
-        info_(kCells[cell_]) {
+  Checker(const char* op, const Recurrence& args, const Tensor& reference, const char* reference_name,
+          at::IntArrayRef weight)
+      : op_(op), reference_(reference), reference_name_(reference_name), cell_(known_cell(args.cell)),
+        info_(kCells[cell_]), of_layer_(args.of_layer) {
     switch (reference.scalar_type()) {
       case at::kFloat: dtype_ = DType::kFloat32; break;
       case at::kDouble: dtype_ = DType::kFloat64; break;
@@ -63,21 +66,27 @@ class Door {
       batch_sizes_ = checked_batch_sizes(op, *args.batch_sizes, dims_.rows);
       dims_.T = args.batch_sizes->size(0);
       dims_.B = batch_sizes_[0];
-      RNN_CHECK(!args.lengths && !args.resets, op_, ": ", args.lengths ? "lengths" : "resets",
+      RNN_CHECK(!args.states.lengths && !args.states.resets, op_, ": ", args.states.lengths ? "lengths" : "resets",
                 ": expected none with batch_sizes, got a tensor");
     }
     RNN_CHECK(dims_.P > 0 && dims_.h > 0 && dims_.R > 0 && weight[1] == info_.gates * dims_.h, op_,
               ": weight_hh: expected (groups, ", info_.gates, " * hidden, width) with every size above 0, got ",
               weight);
+    RNN_CHECK_NOT_IMPLEMENTED(info_.params == 0, op_, ": cell: expected one without parameters of a unit, got '",
+                              info_.name, "'");
     RNN_CHECK(info_.states > 1 || !args.weight_hr, op_, ": weight_hr: expected none for cell '", info_.name,
               "', got a tensor");
     RNN_CHECK(args.weight_hr || dims_.R == dims_.h, op_, ": weight_hh: expected [", dims_.P, ", ", weight[1], ", ",
               dims_.h, "] without weight_hr, got ", weight);
     RNN_CHECK(static_cast<int64_t>(args.reverse.size()) == dims_.P, op_, ": reverse: expected ", dims_.P,
               " values (groups), got ", args.reverse.size());
-    RNN_CHECK(args.c_0.has_value() == (info_.states > 1), op_, ": c_0: expected ",
-              info_.states > 1 ? "a tensor" : "none", " for cell '", info_.name, "', got ",
-              args.c_0 ? "a tensor" : "none");
+    // A layer's absent states are zeros.
+    const auto state = [&](const char* name, const OptionalTensor& x, bool there) {
+      RNN_CHECK(x.has_value() == there || (there && of_layer_), op_, ": ", name, ": expected ",
+                there ? "a tensor" : "none", " for cell '", info_.name, "', got ", x ? "a tensor" : "none");
+    };
+    state("h_0", args.states.h_0, true);
+    state("c_0", args.states.c_0, info_.states > 1);
   }
 
   const Dims& dims() const { return dims_; }
@@ -115,6 +124,24 @@ class Door {
     return keep.back().const_data_ptr();
   }
 
+  // The same of a weight [P, ..], which a layer of one group has without its first dimension.
+  const void* read_weight(const char* name, const OptionalTensor& x, at::IntArrayRef expected) {
+    return read(name, x, of_layer_ && dims_.P == 1 ? expected.slice(1) : expected);
+  }
+
+  // The same of a state of n values a group, as [B, P*n]; a layer has it as [P, B, n].
+  const void* read_state(const char* name, const OptionalTensor& x, int64_t n) {
+    if (!of_layer_ || dims_.P == 1 || !x) return read(name, x, state_sizes(n));
+    floating(name, *x, {dims_.P, dims_.B, n});
+    keep.push_back(x->transpose(0, 1).contiguous());
+    return keep.back().const_data_ptr();
+  }
+  // Of a state as a kernel writes it. What a layer of several groups returns is turned afterwards (by_group).
+  std::vector<int64_t> state_sizes(int64_t n) const {
+    if (!of_layer_) return {dims_.B, dims_.P * n};
+    return dims_.P == 1 ? std::vector<int64_t>{1, dims_.B, n} : std::vector<int64_t>{dims_.B, dims_.P, n};
+  }
+
   // The same for a sequence of n features, of which only the last dimension must be contiguous.
   const void* read_strided(const char* name, const OptionalTensor& x, int64_t n, int64_t& stride_t,
                            int64_t& stride_b) {
@@ -128,8 +155,8 @@ class Door {
 
   void weights(const Recurrence& args, ForwardParams& p) {
     const auto [T, B, P, G, h, R, S, packed, rows] = dims_;
-    p.weight_hh = read("weight_hh", args.weight_hh, {P, G * h, R});
-    p.weight_hr = read("weight_hr", args.weight_hr, {P, R, h});
+    p.weight_hh = read_weight("weight_hh", args.weight_hh, {P, G * h, R});
+    p.weight_hr = read_weight("weight_hr", args.weight_hr, {P, R, h});
   }
 
   // All but the weights.
@@ -142,30 +169,41 @@ class Door {
     p.width = R;
     p.cell = cell_;
     p.dtype = dtype_;
-    p.bias_hh = read("bias_hh", args.bias_hh, {P, G * h});
-    p.h_0 = read("h_0", args.h_0, {B, P * R});
-    p.c_0 = read("c_0", args.c_0, {B, P * h});
+    p.bias_hh = read_weight("bias_hh", args.bias_hh, {P, G * h});
+    p.h_0 = read_state("h_0", args.states.h_0, R);
+    p.c_0 = read_state("c_0", args.states.c_0, h);
     for (const bool r : args.reverse) own.reverse.push_back(r);
     p.reverse = own.reverse.data();
     if (packed)
       packing(p, own);
     else
-      lengths(args, p);
-    resets(args, p);
+      lengths(args.states, p);
+    resets(args.states, p);
   }
 
   Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, reference_.options()); }
   Tensor zeros(at::IntArrayRef sizes) const { return at::zeros(sizes, reference_.options()); }
   Tensor absent() const { return empty({0}); }
-  // Zero where a kernel with lengths will not write.
-  Tensor result(at::IntArrayRef sizes, bool padded) const { return padded ? zeros(sizes) : empty(sizes); }
+  // Zero where a kernel with lengths will not write: a CPU's, for CUDA's write the padding.
+  Tensor result(at::IntArrayRef sizes, bool padded) const {
+    return padded && !reference_.is_cuda() ? zeros(sizes) : empty(sizes);
+  }
   Tensor accumulator(at::IntArrayRef sizes) const {
     const bool half = dtype_ == DType::kBFloat16 || dtype_ == DType::kFloat16;
-    return at::zeros(sizes, half ? reference_.options().dtype(at::kFloat) : reference_.options());
+    const auto options = half ? reference_.options().dtype(at::kFloat) : reference_.options();
+    // CUDA's kernels clear it themselves, where they run.
+    const bool cleared = reference_.is_cuda() && dims_.T > 0 && dims_.B > 0;
+    return cleared ? at::empty(sizes, options) : at::zeros(sizes, options);
   }
 
  private:
   void device(const char* name, const Tensor& x) const {
+    // Somebody may have resized the storage under its tensor.
+    if (x.numel() && x.has_storage())
+      RNN_CHECK(at::detail::computeStorageNbytes(x.sizes(), x.strides(), x.itemsize(), x.storage_offset()) <=
+                    x.storage().nbytes(),
+                op_, ": ", name, ": ", x.sizes(), " is out of bounds for storage of size ",
+                static_cast<int64_t>(x.storage().nbytes()));
     RNN_CHECK(x.device() == reference_.device(), op_, ": ", name, ": expected device ", reference_.device(),
               " (that of ", reference_name_, "), got ", x.device());
   }
@@ -184,7 +222,7 @@ class Door {
     p.lengths_stride_b = 1;
   }
 
-  void lengths(const Recurrence& args, ForwardParams& p) {
+  void lengths(const States& args, ForwardParams& p) {
     if (!args.lengths) return;
     const Tensor& x = *args.lengths;
     RNN_CHECK_TYPE(at::isIntegralType(x.scalar_type(), /*includeBool=*/false), op_,
@@ -203,7 +241,7 @@ class Door {
                       "], got ", p.lengths[i], " at index ", i);
   }
 
-  void resets(const Recurrence& args, ForwardParams& p) {
+  void resets(const States& args, ForwardParams& p) {
     const auto [T, B, P, G, h, R, S, packed, rows] = dims_;
     RNN_CHECK(args.resets || !(args.reset_h || args.reset_c), op_, ": ", args.reset_h ? "reset_h" : "reset_c",
               ": expected none without resets, got a tensor");
@@ -220,8 +258,8 @@ class Door {
     p.resets_stride_t = x.stride(0);
     p.resets_stride_b = x.stride(1);
     p.resets_stride_p = x.dim() == 2 ? 0 : x.stride(2);
-    p.reset_h = read("reset_h", args.reset_h, {B, P * R});
-    p.reset_c = read("reset_c", args.reset_c, {B, P * h});
+    p.reset_h = read_state("reset_h", args.reset_h, R);
+    p.reset_c = read_state("reset_c", args.reset_c, h);
   }
 
   const char* op_;
@@ -231,6 +269,7 @@ class Door {
   const CellInfo& info_;
   DType dtype_;
   Dims dims_;
+  const bool of_layer_;
   const int64_t* batch_sizes_ = nullptr;
 };
 
@@ -239,12 +278,47 @@ void* data_or_null(const Tensor& x) { return x.numel() ? x.mutable_data_ptr() : 
 }  // namespace
 
 int find_cell(std::string_view name) {
-  std::string names;
   for (int i = 0; i < kNumCells; ++i) {
-    if (name == kCells[i].name) return i;
-    names += (i ? ", " : "") + std::string(kCells[i].name);
+    const std::string_view known = kCells[i].name;
+    if (name.size() == known.size() && strncasecmp(name.data(), known.data(), name.size()) == 0) return i;
   }
-  RNN_CHECK_VALUE(false, "cell: expected one of ", names, ", got '", std::string(name), "'");
+  return -1;
+}
+
+int known_cell(std::string_view name) {
+  int found = find_cell(name);
+  if (found >= 0 && name != kCells[found].name) found = -1;
+  std::string names;
+  for (int i = 0; found < 0 && i < kNumCells; ++i) names += (i ? ", " : "") + std::string(kCells[i].name);
+  RNN_CHECK_VALUE(found >= 0, "cell: expected one of ", names, ", got '", std::string(name), "'");
+  return found;
+}
+
+OptionalTensor stacked(const Group& group) {
+  if (group.empty()) return std::nullopt;
+  return group.size() == 1 ? group[0] : at::stack(at::TensorList(group));
+}
+
+Recurrence recurrence_of(const LayerCall& call) {
+  const Weights& w = call.weights;
+  const int64_t P = call.groups();
+  const auto check = [&](const char* name, const Group& group, bool wanted) {
+    const int64_t count = group.size();
+    RNN_CHECK(count == P || (count == 0 && !wanted), "layer_forward: ", name, ": expected ", P, " tensors (groups), got ",
+              count);
+  };
+#define FASTRNN_CHECK(name) check(#name, w.name, &w.name == &w.weight_hh);
+  FASTRNN_FOR_EACH_WEIGHT(FASTRNN_CHECK)
+#undef FASTRNN_CHECK
+  Recurrence args;
+  static_cast<Run&>(args) = call;
+  args.weight_hh = *stacked(w.weight_hh);
+  args.bias_hh = stacked(w.bias_hh);
+  args.weight_hr = stacked(w.weight_hr);
+  args.states = call.states;
+  args.batch_sizes = call.batch_sizes;
+  args.of_layer = true;
+  return args;
 }
 
 void check_grad_clip(const char* op, double grad_clip) {
@@ -253,49 +327,73 @@ void check_grad_clip(const char* op, double grad_clip) {
 
 namespace {
 
-// What both forms of the forward call share, after the door has seen the sequence.
-void prepare_results(Door& door, const Recurrence& args, bool save, PreparedForward& out) {
-  const auto [T, B, P, G, h, R, S, packed, rows] = door.dims();
+// What both forms of the forward call share, once the sequence has been checked.
+void prepare_results(Checker& checker, const Recurrence& args, bool save, PreparedForward& out) {
+  const auto [T, B, P, G, h, R, S, packed, rows] = checker.dims();
   ForwardParams& p = out.params;
-  door.fill(args, p, out.own);
-  const bool padded = p.lengths && !packed, c = door.info().states > 1;
-  out.output = door.result(door.sequence(P * R), padded);
-  out.h_n = door.empty({B, P * R});
-  out.c_n = c ? door.empty({B, P * h}) : door.absent();
-  out.saved = save ? door.result(door.sequence(P * S * h), padded) : door.absent();
+  checker.fill(args, p, out.own);
+  const bool padded = p.lengths && !packed, c = checker.info().states > 1;
+  out.output = checker.result(checker.sequence(P * R), padded);
+  out.h_n = checker.empty(checker.state_sizes(R));
+  out.c_n = c ? checker.empty(checker.state_sizes(h)) : checker.absent();
+  out.saved = save ? checker.result(checker.sequence(P * S * h), padded) : checker.absent();
   p.output = data_or_null(out.output);
   p.h_n = data_or_null(out.h_n);
   p.c_n = data_or_null(out.c_n);
   p.saved = data_or_null(out.saved);
-  out.keep = std::move(door.keep);
+  out.keep = std::move(checker.keep);
 }
 
 }  // namespace
 
-PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save) {
-  Door door("recurrent_forward", args, gates_ih, "gates_ih", args.weight_hh.sizes());
-  const auto [T, B, P, G, h, R, S, packed, rows] = door.dims();
-  PreparedForward out;
-  ForwardParams& p = out.params;
-  p.gates_ih = door.read_strided("gates_ih", gates_ih, P * G * h, p.gates_ih_stride_t, p.gates_ih_stride_b);
-  door.weights(args, out.params);
-  prepare_results(door, args, save, out);
+// [B, P, n], as a kernel writes a layer's states of several groups, to [P, B, n].
+static Tensor by_group(const Tensor& x) {
+  return x.dim() == 3 && x.size(1) > 1 ? x.transpose(0, 1).contiguous() : x;
+}
+
+LayerResults PreparedForward::results() const {
+  const bool turned = params.groups > 1;
+  return {output, turned ? by_group(h_n) : h_n, turned ? by_group(c_n) : c_n, output.new_empty({0}), saved};
+}
+
+RecurrentGradients PreparedBackward::results() const {
+  RecurrentGradients out = gradients;
+  for (Tensor* x : {&out.reset_h, &out.reset_c}) *x = x->to(dtype);
+  if (params.groups > 1)
+    for (Tensor* x : {&out.h_0, &out.c_0, &out.reset_h, &out.reset_c}) *x = by_group(*x);
   return out;
 }
 
-PreparedForward prepare_layer(const Recurrence& args, const Tensor& input, const Tensor& weight_ih,
-                              const OptionalTensor& bias_ih, bool save) {
-  Door door("layer_forward", args, input, "input", args.weight_hh.sizes());
-  const auto [T, B, P, G, h, R, S, packed, rows] = door.dims();
+static std::vector<int64_t> weight_sizes(const Recurrence& args) {
+  std::vector<int64_t> sizes = args.weight_hh.sizes().vec();
+  if (args.of_layer && args.reverse.size() == 1) sizes.insert(sizes.begin(), 1);
+  return sizes;
+}
+
+PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save) {
+  Checker checker("recurrent_forward", args, gates_ih, "gates_ih", weight_sizes(args));
+  const auto [T, B, P, G, h, R, S, packed, rows] = checker.dims();
+  PreparedForward out;
+  ForwardParams& p = out.params;
+  p.gates_ih = checker.read_strided("gates_ih", gates_ih, P * G * h, p.gates_ih_stride_t, p.gates_ih_stride_b);
+  checker.weights(args, out.params);
+  prepare_results(checker, args, save, out);
+  return out;
+}
+
+PreparedForward prepare_layer(const LayerCall& call, bool save) {
+  const Recurrence args = recurrence_of(call);
+  Checker checker("layer_forward", args, call.input, "input", weight_sizes(args));
+  const auto [T, B, P, G, h, R, S, packed, rows] = checker.dims();
   PreparedForward out;
   LayerParams& p = out.layer;
-  p.size = input.size(-1);
-  p.input = door.read_strided("input", input, p.size, p.input_stride_t, p.input_stride_b);
-  p.weight = door.read("weight_ih", weight_ih, {P, G * h, p.size});
-  p.bias = door.read("bias_ih", bias_ih, {P, G * h});
-  p.weight_dtype = door.dtype();
-  door.weights(args, out.params);
-  prepare_results(door, args, save, out);
+  p.size = call.input.size(-1);
+  p.input = checker.read_strided("input", call.input, p.size, p.input_stride_t, p.input_stride_b);
+  p.weight = checker.read_weight("weight_ih", stacked(call.weights.weight_ih), {P, G * h, p.size});
+  p.bias = checker.read_weight("bias_ih", stacked(call.weights.bias_ih), {P, G * h});
+  p.weight_dtype = checker.dtype();
+  checker.weights(args, out.params);
+  prepare_results(checker, args, save, out);
   return out;
 }
 
@@ -313,25 +411,26 @@ PreparedForward prepare_quantized(const Recurrence& args, const Tensor& input, c
               " * width], got ", x.sizes());
     return x.size(1) / groups;
   };
-  const int64_t groups = args.reverse.size(), gates = kCells[find_cell(args.cell)].gates, R0 = width("h_0", args.h_0);
-  const int64_t h0 = args.c_0 ? width("c_0", *args.c_0) : R0;
-  Door door(op, args, input, "input", {groups, gates * h0, R0});
-  const auto [T, B, P, G, h, R, S, packed, rows] = door.dims();
+  RNN_CHECK(args.states.h_0, op, ": h_0: expected a tensor, got none");
+  const int64_t groups = args.reverse.size(), gates = kCells[known_cell(args.cell)].gates;
+  const int64_t R0 = width("h_0", *args.states.h_0), h0 = args.states.c_0 ? width("c_0", *args.states.c_0) : R0;
+  Checker checker(op, args, input, "input", std::vector<int64_t>{groups, gates * h0, R0});
+  const auto [T, B, P, G, h, R, S, packed, rows] = checker.dims();
   PreparedForward out;
   LayerParams& p = out.layer;
   p.size = input.size(2);
   p.weight_dtype = int8 ? DType::kInt8 : DType::kBFloat16;
-  p.input = door.read_strided("input", input, p.size, p.input_stride_t, p.input_stride_b);
-  p.bias = door.read("bias_ih", bias_ih, {P, G * h});
+  p.input = checker.read_strided("input", input, p.size, p.input_stride_t, p.input_stride_b);
+  p.bias = checker.read("bias_ih", bias_ih, {P, G * h});
   const int64_t blocks = (h + 15) / 16;
   const auto weight = [&](const char* name, const Tensor& x, int64_t n) {
-    return int8 ? door.read_as(name, x, at::kChar, {P, blocks, (n + 3) / 4, G, 16, 4})
-                : door.read_as(name, x, at::kBFloat16, {P, G * h, n});
+    return int8 ? checker.read_as(name, x, at::kChar, {P, blocks, (n + 3) / 4, G, 16, 4})
+                : checker.read_as(name, x, at::kBFloat16, {P, G * h, n});
   };
   const auto of_rows = [&](const char* name, const OptionalTensor& x, at::ScalarType type) {
     RNN_CHECK(x.has_value() == int8, op, ": ", name, ": expected ", int8 ? "a tensor" : "none", " with weights of ",
               dtype, ", got ", x ? "a tensor" : "none");
-    return door.read_as(name, x, type, {P, blocks, G, 16});
+    return checker.read_as(name, x, type, {P, blocks, G, 16});
   };
   p.weight = weight("weight_ih", narrow.weight_ih, p.size);
   out.params.weight_hh = weight("weight_hh", args.weight_hh, R);
@@ -339,98 +438,112 @@ PreparedForward prepare_quantized(const Recurrence& args, const Tensor& input, c
   p.scale_hh = static_cast<const float*>(of_rows("scale_hh", narrow.scale_hh, at::kFloat));
   p.sum_ih = static_cast<const int32_t*>(of_rows("sum_ih", narrow.sum_ih, at::kInt));
   p.sum_hh = static_cast<const int32_t*>(of_rows("sum_hh", narrow.sum_hh, at::kInt));
-  out.params.weight_hr = door.read_as("weight_hr", args.weight_hr, int8 ? at::kFloat : at::kBFloat16, {P, R, h});
-  prepare_results(door, args, /*save=*/false, out);
+  out.params.weight_hr = checker.read_as("weight_hr", args.weight_hr, int8 ? at::kFloat : at::kBFloat16, {P, R, h});
+  prepare_results(checker, args, /*save=*/false, out);
   return out;
 }
 
 namespace {
 
 // What both forms of the backward call share.
-void prepare_gradients(const char* op, Door& door, const Recurrence& args, const Given& given, bool initial,
+void prepare_gradients(const char* op, Checker& checker, const Recurrence& args, const Given& given, bool initial,
                        PreparedBackward& out) {
-  const auto [T, B, P, G, h, R, S, packed, rows] = door.dims();
+  const auto [T, B, P, G, h, R, S, packed, rows] = checker.dims();
   BackwardParams& p = out.params;
-  check_grad_clip(op, given.grad_clip);
-  p.grad_clip = given.grad_clip;
-  door.weights(args, p);
-  door.fill(args, p, out.own);
-  const bool c = door.info().states > 1;
-  RNN_CHECK(c || !given.grad_c_n, op, ": grad_c_n: expected none for cell '", door.info().name, "', got a tensor");
+  check_grad_clip(op, args.grad_clip);
+  p.grad_clip = args.grad_clip;
+  checker.weights(args, p);
+  checker.fill(args, p, out.own);
+  const bool c = checker.info().states > 1;
+  RNN_CHECK(c || !given.grad_c_n, op, ": grad_c_n: expected none for cell '", checker.info().name, "', got a tensor");
   p.grad_output =
-      door.read_strided("grad_output", given.grad_output, P * R, p.grad_output_stride_t, p.grad_output_stride_b);
-  p.grad_h_n = door.read("grad_h_n", given.grad_h_n, {B, P * R});
-  p.grad_c_n = door.read("grad_c_n", given.grad_c_n, {B, P * h});
-  p.output = const_cast<void*>(door.read("output", given.output, door.sequence(P * R)));
-  p.saved = const_cast<void*>(door.read("saved", given.saved, door.sequence(P * S * h)));
-  out.grad_h_0 = initial ? door.empty({B, P * R}) : door.absent();
-  out.grad_c_0 = initial && c ? door.empty({B, P * h}) : door.absent();
-  out.grad_reset_h = args.reset_h ? door.accumulator({B, P * R}) : door.absent();
-  out.grad_reset_c = args.reset_c ? door.accumulator({B, P * h}) : door.absent();
-  p.grad_h_0 = data_or_null(out.grad_h_0);
-  p.grad_c_0 = data_or_null(out.grad_c_0);
-  p.grad_reset_h = data_or_null(out.grad_reset_h);
-  p.grad_reset_c = data_or_null(out.grad_reset_c);
+      checker.read_strided("grad_output", given.grad_output, P * R, p.grad_output_stride_t, p.grad_output_stride_b);
+  p.grad_h_n = checker.read_state("grad_h_n", given.grad_h_n, R);
+  p.grad_c_n = checker.read_state("grad_c_n", given.grad_c_n, h);
+  p.output = const_cast<void*>(checker.read("output", given.output, checker.sequence(P * R)));
+  p.saved = const_cast<void*>(checker.read("saved", given.saved, checker.sequence(P * S * h)));
+  RecurrentGradients& grad = out.gradients;
+  grad.h_0 = initial ? checker.empty(checker.state_sizes(R)) : checker.absent();
+  grad.c_0 = initial && c ? checker.empty(checker.state_sizes(h)) : checker.absent();
+  grad.reset_h = args.states.reset_h ? checker.accumulator(checker.state_sizes(R)) : checker.absent();
+  grad.reset_c = args.states.reset_c ? checker.accumulator(checker.state_sizes(h)) : checker.absent();
+  p.grad_h_0 = data_or_null(grad.h_0);
+  p.grad_c_0 = data_or_null(grad.c_0);
+  p.grad_reset_h = data_or_null(grad.reset_h);
+  p.grad_reset_c = data_or_null(grad.reset_c);
+  out.dtype = given.output.scalar_type();
 }
 
 }  // namespace
 
-PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bool initial) {
+PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bool initial, bool together) {
   const char* op = "recurrent_backward";
-  Door door(op, args, given.output, "output", args.weight_hh.sizes());
-  const auto [T, B, P, G, h, R, S, packed, rows] = door.dims();
+  Checker checker(op, args, given.output, "output", weight_sizes(args));
+  const auto [T, B, P, G, h, R, S, packed, rows] = checker.dims();
   PreparedBackward out;
   BackwardParams& p = out.params;
-  prepare_gradients(op, door, args, given, initial, out);
+  prepare_gradients(op, checker, args, given, initial, out);
   const bool padded = p.lengths != nullptr;
-  out.grad_gates_ih = door.result({T, B, P * G * h}, padded);
-  out.grad_gates_hh = door.info().separate_gates_hh ? door.result({T, B, P * G * h}, padded) : door.absent();
-  out.grad_projected = args.weight_hr ? door.result({T, B, P * R}, padded) : door.absent();
-  p.grad_gates_ih = data_or_null(out.grad_gates_ih);
-  p.grad_gates_hh = data_or_null(out.grad_gates_hh);
-  p.grad_projected = data_or_null(out.grad_projected);
-  out.keep = std::move(door.keep);
+  RecurrentGradients& grad = out.gradients;
+  const bool separate = checker.info().separate_gates_hh;
+  if (together) {
+    grad.together = checker.result({separate ? 2 : 1, T, B, P * G * h}, padded);
+    grad.gates_ih = grad.together.select(0, 0);
+    if (separate) grad.gates_hh = grad.together.select(0, 1);
+  } else {
+    grad.gates_ih = checker.result({T, B, P * G * h}, padded);
+    if (separate) grad.gates_hh = checker.result({T, B, P * G * h}, padded);
+  }
+  if (!separate) grad.gates_hh = checker.absent();
+  grad.projected = args.weight_hr ? checker.result({T, B, P * R}, padded) : checker.absent();
+  p.grad_gates_ih = data_or_null(grad.gates_ih);
+  p.grad_gates_hh = data_or_null(grad.gates_hh);
+  p.grad_projected = data_or_null(grad.projected);
+  out.keep = std::move(checker.keep);
   return out;
 }
 
-PreparedBackward prepare_layer_backward(const Recurrence& args, const Given& given, const OptionalTensor& input,
-                                        const OptionalTensor& weight_ih, const OptionalTensor& grad_cells,
-                                        const c10::List<bool>& wanted) {
+PreparedBackward prepare_layer_backward(const LayerCall& call, const LayerGiven& given, const Needed& needed) {
   const char* op = "layer_backward";
-  RNN_CHECK(wanted.size() == 6, op, ": wanted: expected 6 values, got ", wanted.size());
-  RNN_CHECK(!wanted[0] || weight_ih, op, ": weight_ih: expected a tensor where input's gradient is wanted, got none");
-  RNN_CHECK(!wanted[1] || input, op, ": input: expected a tensor where weight_ih's gradient is wanted, got none");
-  RNN_CHECK(!args.weight_hr, op, ": weight_hr: expected none, got a tensor");
-  Door door(op, args, given.output, "output", args.weight_hh.sizes());
-  RNN_CHECK_TYPE(door.dtype() == DType::kFloat32 || door.dtype() == DType::kFloat64, op,
-                 ": output: expected float32 or float64, got ", given.output.scalar_type());
-  const auto [T, B, P, G, h, R, S, packed, rows] = door.dims();
+  const Weights& w = call.weights;
+  RNN_CHECK(!needed[kOf_input] || !w.weight_ih.empty(), op,
+            ": weight_ih: expected a tensor where input's gradient is needed, got none");
+  RNN_CHECK(!needed[kOf_weight_ih] || call.input.defined(), op,
+            ": input: expected a tensor where weight_ih's gradient is needed, got none");
+  const Recurrence args = recurrence_of(call);
+  Checker checker(op, args, given.output, "output", weight_sizes(args));
+  const auto [T, B, P, G, h, R, S, packed, rows] = checker.dims();
   PreparedBackward out;
   LayerBackwardParams& p = out.layer;
-  prepare_gradients(op, door, args, given, wanted[5], out);
-  p.size = input ? input->size(-1) : weight_ih ? weight_ih->size(-1) : 0;
+  prepare_gradients(op, checker, args, {given.grad_output, given.grad_h_n, given.grad_c_n, given.output, given.saved},
+                    needed[kOf_h_0] || needed[kOf_c_0], out);
+  const OptionalTensor input = call.input.defined() ? OptionalTensor(call.input) : std::nullopt;
+  p.size = input ? input->size(-1) : w.weight_ih.empty() ? 0 : w.weight_ih[0].size(-1);
   p.rows = rows;
-  p.separate_gates_hh = door.info().separate_gates_hh;
-  p.input = door.read_strided("input", input, p.size, p.input_stride_t, p.input_stride_b);
-  p.weight = door.read("weight_ih", weight_ih, {P, G * h, p.size});
-  RNN_CHECK(!grad_cells || door.info().states > 1, op, ": grad_cells: expected none for cell '", door.info().name,
-            "', got a tensor");
-  p.grad_cells = door.read_strided("grad_cells", grad_cells, P * h, p.grad_cells_stride_t, p.grad_cells_stride_b);
-  auto parts = door.sequence(p.size);
+  p.separate_gates_hh = checker.info().separate_gates_hh;
+  p.input = checker.read_strided("input", input, p.size, p.input_stride_t, p.input_stride_b);
+  p.weight = checker.read_weight("weight_ih", stacked(w.weight_ih), {P, G * h, p.size});
+  RNN_CHECK(!given.grad_cells || checker.info().states > 1, op, ": grad_cells: expected none for cell '",
+            checker.info().name, "', got a tensor");
+  p.grad_cells =
+      checker.read_strided("grad_cells", given.grad_cells, P * h, p.grad_cells_stride_t, p.grad_cells_stride_b);
+  auto parts = checker.sequence(p.size);
   parts.insert(parts.begin(), P);
   const bool padded = out.params.lengths && !packed;
-  out.grad_input = wanted[0] ? door.result(parts, padded) : door.absent();
-  const auto gradient = [&](int i, at::IntArrayRef sizes) { return wanted[i] ? door.empty(sizes) : door.absent(); };
-  out.grad_weight_ih = gradient(1, {P, G * h, p.size});
-  out.grad_weight_hh = gradient(2, {P, G * h, R});
-  out.grad_bias_ih = gradient(3, {P, G * h});
-  out.grad_bias_hh = gradient(4, {P, G * h});
+  out.grad_input = needed[kOf_input] ? checker.result(parts, padded) : checker.absent();
+  const auto gradient = [&](Gradient of, at::IntArrayRef sizes) {
+    return needed[of] ? checker.empty(sizes) : checker.absent();
+  };
+  out.grad_weight_ih = gradient(kOf_weight_ih, {P, G * h, p.size});
+  out.grad_weight_hh = gradient(kOf_weight_hh, {P, G * h, R});
+  out.grad_bias_ih = gradient(kOf_bias_ih, {P, G * h});
+  out.grad_bias_hh = gradient(kOf_bias_hh, {P, G * h});
   p.grad_input = data_or_null(out.grad_input);
   p.grad_weight_ih = data_or_null(out.grad_weight_ih);
   p.grad_weight_hh = data_or_null(out.grad_weight_hh);
   p.grad_bias_ih = data_or_null(out.grad_bias_ih);
   p.grad_bias_hh = data_or_null(out.grad_bias_hh);
-  out.keep = std::move(door.keep);
+  out.keep = std::move(checker.keep);
   return out;
 }
 

@@ -1,31 +1,26 @@
-// The door: every check of an op's arguments and every allocation of its results. What passes here, kernels take
-// as given. Devices share this file; only what runs afterwards differs.
+// Every check of an op's arguments and every allocation of its results. Kernels take for granted what passes here. Devices
+// share this file; only what runs afterwards differs.
 #pragma once
-#include <ATen/core/List.h>
-#include <ATen/core/Tensor.h>
-
-#include <optional>
 #include <string_view>
 #include <vector>
 
 #include "../params.h"
+#include "arguments.h"
 
 namespace fastrnn {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// The arguments that both ops share, in schema order; shapes as in params.h, with P groups in one batch of calls.
-struct Recurrence {
-  std::string_view cell;
-  Tensor weight_hh;
+// What every call of a recurrence is given, a layer's included.
+struct Recurrence : Run {
+  Tensor weight_hh;  // [P, G*h, R]; of a layer of one group [G*h, R], and the next two likewise
   OptionalTensor bias_hh, weight_hr;
-  Tensor h_0;
-  OptionalTensor c_0, lengths, resets, reset_h, reset_c;
-  c10::List<bool> reverse;
-  // Of a packed sequence: int64 [T]; tensors [T, B, ..] are [N, ..] then, rows sorted by length.
-  OptionalTensor batch_sizes = std::nullopt;
+  States states;
+  OptionalTensor batch_sizes = std::nullopt;  // as in LayerCall
+  bool of_layer = false;                      // are the states [P, B, n], and not [B, P*n]?
 };
+Recurrence recurrence_of(const LayerCall& call);
+
+// A field of all groups: [P, ...], or of one group the tensor itself. None where there is none.
+OptionalTensor stacked(const Group& group);
 
 // What the params point at that no tensor holds.
 struct Owned {
@@ -35,32 +30,39 @@ struct Owned {
 
 struct PreparedForward {
   ForwardParams params{};
-  LayerParams layer{};       // of a whole layer's call
+  LayerParams layer{};             // of a whole layer's call
   Tensor output, h_n, c_n, saved;  // an absent one has size 0
   std::vector<Tensor> keep;        // inputs as the kernel reads them
   Owned own;
+  // What the kernel has written, as the op returns it.
+  LayerResults results() const;
 };
 
 // What a backward call is given beside Recurrence.
 struct Given {
   OptionalTensor grad_output, grad_h_n, grad_c_n;
   Tensor output, saved;
-  double grad_clip;
+};
+
+struct RecurrentGradients {
+  Tensor together;  // [1 or 2, T, B, P*G*h], where asked for: gates_ih, and gates_hh where it is a tensor of its own
+  Tensor gates_ih, gates_hh, projected, h_0, c_0, reset_h, reset_c;
 };
 
 struct PreparedBackward {
   BackwardParams params{};
   LayerBackwardParams layer{};  // of a whole layer's call
-  Tensor grad_gates_ih, grad_gates_hh, grad_projected;  // of a recurrence's
+  RecurrentGradients gradients;
   Tensor grad_input, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh;  // of a layer's
-  Tensor grad_h_0, grad_c_0, grad_reset_h, grad_reset_c;
+  at::ScalarType dtype;  // of the gradients; reset_h and reset_c are added up in float32 where this is a half type
   std::vector<Tensor> keep;
   Owned own;
+  // What the kernel has written, as the op returns it.
+  RecurrentGradients results() const;
 };
 
 PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save);
-PreparedForward prepare_layer(const Recurrence& args, const Tensor& input, const Tensor& weight_ih,
-                              const OptionalTensor& bias_ih, bool save);
+PreparedForward prepare_layer(const LayerCall& call, bool save);
 
 // Weights narrower than the input, which is float32: bfloat16 [P, G*h, n], or int8 blocks with scales and sums as at
 // LayerParams. args.weight_hh is such a one, too.
@@ -71,12 +73,10 @@ struct Narrow {
 PreparedForward prepare_quantized(const Recurrence& args, const Tensor& input, const Narrow& narrow,
                                   const OptionalTensor& bias_ih);
 
-PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bool initial);
-// grad_cells: of an LSTM's c after every step. wanted: the gradients of input (a part for every group), weight_ih,
-// weight_hh, bias_ih, bias_hh; of h_0 and c_0.
-PreparedBackward prepare_layer_backward(const Recurrence& args, const Given& given, const OptionalTensor& input,
-                                        const OptionalTensor& weight_ih, const OptionalTensor& grad_cells,
-                                        const c10::List<bool>& wanted);
+// together: may gates_ih and gates_hh lie in one tensor?
+PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bool initial, bool together);
+// grad_input has a part for every group.
+PreparedBackward prepare_layer_backward(const LayerCall& call, const LayerGiven& given, const Needed& needed);
 
 struct PreparedGemm {
   GemmParams params{};
@@ -95,7 +95,9 @@ void check_grouped_outer(const Tensor& a, const Tensor& b);
 // 0, or a limit above it.
 void check_grad_clip(const char* op, double grad_clip);
 
-// The position of a cell in kCells; throws ValueError naming the cells there are.
+// The position of a cell in kCells, whatever the case of its letters; -1 where there is none of this name.
 int find_cell(std::string_view name);
+// The same; throws ValueError naming the cells there are.
+int known_cell(std::string_view name);
 
 }  // namespace fastrnn

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import modules
-from ..functional import LayerWeights
+from ..records import LayerWeights
 from .parameters import Cell, Module, check_module, copy_into, directions, gates, names, reordered, restored, tensor
 
 _ORDERS: dict[Cell, tuple[int, ...]] = {"LSTM": (0, 1, 2, 3), "GRU": (1, 0, 2), "RNN": (0,)}

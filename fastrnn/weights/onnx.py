@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import modules
-from ..functional import LayerWeights, are_tokens, given_lengths
+from ..checks import are_tokens, given_lengths
+from ..records import LayerWeights
 from .parameters import Cell, Module, check_module, copy_into, directions, gates, reordered, restored, tensor
 
 ORDERS: dict[Cell, tuple[int, ...]] = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}

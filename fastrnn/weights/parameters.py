@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
-from ..functional import LayerWeights
 from ..ops import CELLS
+from ..records import LayerWeights
 from ..swap import _TORCHS, _no_twin, _plain_type
 
 Module = nn.RNNBase | RNNCellBase

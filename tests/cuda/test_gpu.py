@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from benchmarks.gpu.steps import capture
-from fastrnn import info, layer, ops, reference
+from fastrnn import info, ops, packing, reference
 from tests.accuracy import assert_as_exact, plain_backward, plain_forward
 from tests.helpers import allow_cudnn_tf32
 from tests.kernels.test_kernels import (
@@ -67,7 +67,7 @@ def moved(x, device=DEVICE):
 
 def plan(case, backward=False, tf32=False, tier=""):
     """The choice of the dispatch table for this GPU, or of one tier; ValueError if that cannot run the case."""
-    call = info.Call(
+    call = info.Sizes(
         case.cell, str(case.dtype).removeprefix("torch."), case.T, case.B, case.P, case.h, case.projected or case.h,
         bool(case.lengths), bool(case.resets),
     )  # fmt: skip
@@ -576,7 +576,7 @@ def test_nothing_waits_for_the_device(sequence):
 def test_lengths_of_a_packed_sequence_are_on_the_device():
     """More that differ than one launch takes."""
     lengths = torch.arange(700, 0, -1)
-    assert torch.equal(layer.on_device(lengths, DEVICE).cpu(), lengths)
+    assert torch.equal(packing.on_device(lengths, DEVICE).cpu(), lengths)
 
 
 @needs_gpu

@@ -25,7 +25,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 INVALID_VALUE, TOO_LARGE = 1, 720
 
 KINDS = {
-    "float32": (torch.float32, False), "tf32": (torch.float32, False),
+    "float32": (torch.float32, False), "tf32": (torch.float32, True),
     "bfloat16": (torch.bfloat16, False), "float16": (torch.float16, False),
 }  # fmt: skip
 

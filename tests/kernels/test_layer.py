@@ -1,25 +1,28 @@
-"""A layer as one op: the op against reference.py, the node made around it against the composed form, and when it is
-taken."""
+"""A layer as one op: the op against reference.py, its node of autograd against the composed form, and which calls take
+which road."""
 
+import collections
 from itertools import product
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
-from fastrnn import _C, functional, layer, ops, reference
+from fastrnn import _C, composed, functional, layer, modules, ops, reference
+from fastrnn.records import GRADIENTS, LayerCall, LayerStates, LayerWeights, layer_states
 from tests.helpers import KINDS, assert_equal, build, evaluate, randn
 from tests.kernels.test_kernels import FORWARD_NAMES, SIZES, TOLERANCE, Case, assert_near, cells_with_projection, double
 
 layer_forward = torch.ops.fastrnn.layer_forward.default
-FIELDS = functional.LayerWeights._fields
-STATES = (("h_0", "c_0"), ("reset_h", "reset_c"))
+FIELDS = LayerWeights._fields
 
 
 def arguments_of(case: Case, size: int, seed: int, biased: bool = True) -> dict:
-    """The layer op's arguments but ``save``, in its order."""
+    """A layer's arguments by name, with weights [P, ...] and states [B, P*n] as reference.py takes them."""
     rest = case.arguments(seed)
     cell, gates_ih, weight_hh, bias_hh = (rest.pop(k) for k in ("cell", "gates_ih", "weight_hh", "bias_hh"))
     generator = torch.Generator().manual_seed(seed + 1000)
@@ -39,6 +42,32 @@ def arguments_of(case: Case, size: int, seed: int, biased: bool = True) -> dict:
     }
 
 
+def unfolded(x: torch.Tensor | None, P: int) -> torch.Tensor | None:
+    return None if x is None else composed.unfold(x, P)
+
+
+def call_of(given: dict, **options) -> LayerCall:
+    """The same as the records that fastrnn calls a layer with."""
+    P = len(given["reverse"])
+    weights = [LayerWeights(*(None if given[k] is None else given[k][p] for k in FIELDS)) for p in range(P)]
+    states = {k: given[k] if k in ("lengths", "resets") else unfolded(given[k], P) for k in LayerStates._fields}
+    return LayerCall(
+        given["cell"], given["input"], weights, LayerStates(**states), reverse=tuple(given["reverse"]), **options
+    )
+
+
+def arguments_of_op(given: dict, save: bool, batch_sizes: torch.Tensor | None = None) -> tuple:
+    call = call_of(given, batch_sizes=batch_sizes)
+    return (call.cell, call.input, *call.by_field(), *call.states, batch_sizes, call.directions, save)
+
+
+def by_op(given: dict, save: bool) -> tuple[torch.Tensor, ...]:
+    """output, h_n, c_n and saved, states [B, P*n]."""
+    output, h_n, c_n, cells, saved = layer_forward(*arguments_of_op(given, save))
+    assert cells.numel() == 0
+    return output, composed.fold(h_n), composed.fold(c_n) if c_n.dim() == 3 else c_n, saved
+
+
 def by_reference(cell, input, weight_ih, bias_ih, *rest):
     gates_ih = input @ weight_ih.flatten(0, 1).t()
     return reference.forward(cell, gates_ih if bias_ih is None else gates_ih + bias_ih.flatten(), *rest)
@@ -46,10 +75,10 @@ def by_reference(cell, input, weight_ih, bias_ih, *rest):
 
 def check(case: Case, size: int, seed: int = 0, biased: bool = True) -> None:
     arguments = arguments_of(case, size, seed, biased)
-    got = layer_forward(*arguments.values(), True)
+    got = by_op(arguments, True)
     want = by_reference(*map(double, arguments.values()))
     assert_near(got, want, TOLERANCE[case.dtype], FORWARD_NAMES, case)
-    unsaved = layer_forward(*arguments.values(), False)
+    unsaved = by_op(arguments, False)
     assert unsaved[3].numel() == 0
     assert all(torch.equal(a, b) for a, b in zip(got[:3], unsaved[:3], strict=True))
 
@@ -87,17 +116,17 @@ def test_no_rows_steps_or_features():
 def test_bitwise_repeatable():
     torch.set_num_threads(3)
     arguments = arguments_of(Case("gru", 130, 9, 2, 65, 0, "rows", "state", dtype=torch.float32), 33, 1)
-    runs = [layer_forward(*arguments.values(), True) for _ in range(3)]
+    runs = [by_op(arguments, True) for _ in range(3)]
     assert all(torch.equal(a, b) for again in runs[1:] for a, b in zip(runs[0], again, strict=True))
 
 
 def test_reads_any_layout():
     arguments = arguments_of(Case("lstm", 30, 4, 2, 9), 6, 2)
-    want = layer_forward(*arguments.values(), True)
+    want = by_op(arguments, True)
     batch_major = arguments["input"].transpose(0, 1).contiguous().transpose(0, 1)
     apart = arguments["input"].new_zeros(30, 4, 12)[:, :, ::2].copy_(arguments["input"])
     for x in (batch_major, apart):
-        got = layer_forward(*(arguments | {"input": x}).values(), True)
+        got = by_op(arguments | {"input": x}, True)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -105,16 +134,16 @@ def test_reads_any_layout():
     ("name", "value", "message"),
     [
         ("input", torch.ones(3, 4), "layer_forward: input: expected 3 dimensions, got [3, 4]"),
-        ("weight_ih", torch.ones(1, 20, 7), "weight_ih: expected [1, 20, 6], got [1, 20, 7]"),
+        ("weight_ih", torch.ones(1, 20, 7), "weight_ih: expected [20, 6], got [20, 7]"),
         ("weight_ih", torch.ones(1, 20, 6).double(), "weight_ih: expected dtype Float (that of input), got Double"),
-        ("bias_ih", torch.ones(1, 19), "bias_ih: expected [1, 20], got [1, 19]"),
-        ("h_0", torch.ones(2, 5), "h_0: expected [3, 5], got [2, 5]"),
+        ("bias_ih", torch.ones(1, 19), "bias_ih: expected [20], got [19]"),
+        ("h_0", torch.ones(2, 5), "h_0: expected [1, 3, 5], got [1, 2, 5]"),
     ],
 )
 def test_refuses(name, value, message):
     arguments = arguments_of(Case("lstm", 4, 3, 1, 5, dtype=torch.float32), 6, 0)
     with pytest.raises(RuntimeError) as caught:
-        layer_forward(*(arguments | {name: value}).values(), True)
+        by_op(arguments | {name: value}, True)
     assert message in str(caught.value)
 
 
@@ -122,46 +151,45 @@ def test_refuses(name, value, message):
 def test_opcheck(cell):
     for case in (Case(cell, 3, 2, 1, 5), Case(cell, 3, 2, 2, 5, 0, "rows", "state")):
         for save in (False, True):
-            torch.library.opcheck(layer_forward, (*arguments_of(case, 4, 0).values(), save))
+            torch.library.opcheck(layer_forward, arguments_of_op(arguments_of(case, 4, 0), save))
 
 
 # ---- the node ----
 
 
 @pytest.fixture
-def composed(monkeypatch):
+def by_composition(monkeypatch):
     """A function that runs another without layer ops."""
 
     def run(function, *args, **kwargs):
         with monkeypatch.context() as patch:
-            patch.setattr(layer, "fits", lambda *call: False)
-            patch.setattr(_C, "plain_forward", lambda *call: None)
+            for module in (layer, modules):
+                patch.setattr(module, "road", lambda has_kernels: "composed")
+            patch.setattr(_C, "module_forward", lambda *call: None)
             return function(*args, **kwargs)
 
     return run
 
 
 @pytest.fixture
-def taken(monkeypatch):
-    """The layer op's calls, through the dispatcher or past it."""
-    calls, short = [], _C.plain_layer_forward
+def roads(monkeypatch):
+    """The roads that layers take, past C++'s own calls of modules."""
+    taken, road = [], layer.road
 
-    def past(*args):
-        found = short(*args)
-        if found is not None:
-            calls.append(args)
-        return found
+    def spy(has_kernels):
+        taken.append(road(has_kernels))
+        return taken[-1]
 
-    monkeypatch.setattr(layer, "_layer_forward", lambda *args: calls.append(args) or layer_forward(*args))
-    monkeypatch.setattr(_C, "plain_layer_forward", past)
-    return calls
+    monkeypatch.setattr(layer, "road", spy)
+    monkeypatch.setattr(_C, "module_forward", lambda *call: None)
+    return taken
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("kind", "proj"), [*((kind, 0) for kind in KINDS), ("LSTM", 5)])
-def test_gradients_are_those_of_the_composed_form(kind, proj, bias, batch_first, masked, composed, taken):
+def test_gradients_are_those_of_the_composed_form(kind, proj, bias, batch_first, masked, by_composition, roads):
     options = {"proj_size": proj} if proj else {}
     module = build(
         fastrnn, kind, 6, 9, num_layers=2, bidirectional=True, bias=bias, batch_first=batch_first,
@@ -173,29 +201,29 @@ def test_gradients_are_those_of_the_composed_form(kind, proj, bias, batch_first,
         extra["resets"] = extra["resets"].t()
     x = randn(*((B, T) if batch_first else (T, B)), 6)
     got = evaluate(module, x, **extra)
-    assert len(taken) == 2
+    assert roads == ["fused"] * 2
     module.zero_grad()
-    assert_equal(got, composed(evaluate, module, x, **extra), 1e-12)
-    assert len(taken) == 2
+    assert_equal(got, by_composition(evaluate, module, x, **extra), 1e-12)
+    assert len(roads) == 2
 
 
 @pytest.mark.parametrize("cell", ops.CELLS)
-def test_gradcheck(cell, taken):
+def test_gradcheck(cell, roads):
     """Both orders, with respect to everything, through the layer's own node."""
     info = ops.CELLS[cell]
     x = torch.randn(4, 2, 3, dtype=torch.float64)
-    states = [torch.randn(2, 5, dtype=torch.float64) for _ in range(info.states)]
+    states = [torch.randn(1, 2, 5, dtype=torch.float64) for _ in range(info.states)]
     shapes = ((info.gates * 5, 3), (info.gates * 5, 5), (info.gates * 5,), (info.gates * 5,))
     weights = [torch.randn(*shape, dtype=torch.float64) * 0.5 for shape in shapes]
 
     def run(x, *rest):
-        results = layer.layer(cell, x, [(*rest[info.states :], None)], rest[: info.states], None, None, None)
-        return results[: 1 + info.states]
+        call = LayerCall(cell, x, [LayerWeights(*rest[info.states :])], layer_states(rest[: info.states]))
+        return layer.layer(call)[: 1 + info.states]
 
     leaves = [t.requires_grad_() for t in (x, *states, *weights)]
     torch.autograd.gradcheck(run, leaves)
     torch.autograd.gradgradcheck(run, leaves)
-    assert taken
+    assert set(roads) == {"fused"}
 
 
 def check_gradients(case: Case, size: int) -> None:
@@ -203,14 +231,12 @@ def check_gradients(case: Case, size: int) -> None:
     P = case.P
     given = arguments_of(case, size, seed=case.B + case.h)
     leaves = {k: x.requires_grad_() for k, x in given.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
-    weights = [tuple(None if given[k] is None else given[k][p] for k in FIELDS) for p in range(P)]
-    states, fresh = (tuple(given[k] for k in names if given[k] is not None) for names in STATES)
     lstm = case.cell == "lstm"
-    masked = given["lengths"], given["resets"]
-    got = layer.layer(case.cell, given["input"], weights, states, *masked, fresh, all_states=lstm)
+    output, h_n, c_n, cells, _ = layer.layer(call_of(given, all_states=lstm))
+    got = [output, composed.fold(h_n), composed.fold(c_n) if lstm else c_n, cells]
     *want, saved = by_reference(*given.values())
     if lstm:
-        want.append(layer.every_c("lstm", saved, P))
+        want.append(composed.every_c("lstm", saved, P))
     which = [i for i, x in enumerate(want) if x.numel()]
     grads = [torch.randn_like(want[i]) for i in which]
     found, expected = (
@@ -224,12 +250,12 @@ def check_gradients(case: Case, size: int) -> None:
 
 @pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
 @pytest.mark.parametrize("masks", [("", ""), ("rows", "state"), ("groups", "groups")], ids=str)
-def test_gradients_at_odd_sizes(cell, projected, masks, taken):
+def test_gradients_at_odd_sizes(cell, projected, masks, roads):
     """One direction, past the dispatcher, and two."""
     for (B, h, size), P in product([(1, 3, 17), (17, 1, 3), (3, 17, 129), (129, 3, 1), (3, 129, 17)], (1, 2)):
         if projected < h:
             check_gradients(Case(cell, 4, B, P, h, projected, *masks), size)
-    assert taken
+    assert set(roads) == {"fused"}
 
 
 @pytest.mark.parametrize("B", [3, 100])
@@ -241,7 +267,7 @@ def test_gradients_of_deep_products(cell, h, B):
 
 
 @pytest.mark.parametrize("which", range(6))
-def test_only_what_is_asked_for(which, composed):
+def test_only_what_is_asked_for(which, by_composition):
     """One leaf at a time requires grad; the others get none."""
     tensors = [randn(5, 3, 4), randn(3, 6), randn(12, 4)[:, :].repeat(2, 1)[:24], randn(24, 6), randn(24), randn(24)]
     x, h, weight_ih, weight_hh, bias_ih, bias_hh = (t.clone().requires_grad_(i == which) for i, t in enumerate(tensors))
@@ -253,11 +279,11 @@ def test_only_what_is_asked_for(which, composed):
         leaf = (x, h, weight_ih, weight_hh, bias_ih, bias_hh)[which]
         return torch.autograd.grad(output.square().sum(), leaf)[0]
 
-    torch.testing.assert_close(pulled(), composed(pulled), rtol=0, atol=1e-12)
+    torch.testing.assert_close(pulled(), by_composition(pulled), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("frozen", ["weights", "input"])
-def test_keeps_only_what_backward_reads(frozen, composed):
+def test_keeps_only_what_backward_reads(frozen, by_composition):
     """What no gradient needs may be changed afterwards, as around torch's own products."""
     lstm = fastrnn.LSTM(4, 6, bidirectional=True, dtype=torch.float64)
     x, states = randn(40, 3, 4), (randn(2, 3, 6), randn(2, 3, 6))
@@ -278,37 +304,67 @@ def test_keeps_only_what_backward_reads(frozen, composed):
             changed.copy_(kept)
         return grad
 
-    torch.testing.assert_close(pulled(), composed(pulled), rtol=0, atol=1e-12)
+    torch.testing.assert_close(pulled(), by_composition(pulled), rtol=0, atol=1e-12)
 
 
-def test_taken_only_where_plain(taken):
+def test_which_road(roads):
+    """Graphs and half types are fused; what differentiates or batches a call itself is composed."""
     lstm = fastrnn.LSTM(4, 6)
     x = torch.randn(7, 2, 4)
-    lstm(x)
-    fastrnn.LSTMCell(4, 6)(x[0])
-    assert len(taken) == 2
-    taken.clear()
 
     class Subclass(torch.Tensor):
         pass
 
-    unusual = {
-        "half": lambda: fastrnn.LSTM(4, 6, dtype=torch.bfloat16)(x.bfloat16()),
-        "meta": lambda: fastrnn.LSTM(4, 6, device="meta")(x.to("meta")),
-        "subclass": lambda: lstm(x.as_subclass(Subclass)),
-        "vmap": lambda: torch.func.vmap(lambda x: lstm(x)[0])(x.expand(3, 7, 2, 4)),
-        "grad": lambda: torch.func.grad(lambda x: lstm(x)[0].sum())(x),
-        "jvp": lambda: torch.func.jvp(lambda x: lstm(x)[0], (x,), (x,)),
-        "make_fx": lambda: make_fx(lambda x: lstm(x)[0])(x),
-        "compile": lambda: torch.compile(lstm, backend="eager", fullgraph=True)(x),
+    def under_autocast():
+        with torch.autocast("cpu", torch.bfloat16):
+            lstm(x)
+
+    def with_a_tangent():
+        with torch.autograd.forward_ad.dual_level():
+            lstm(torch.autograd.forward_ad.make_dual(x, x))
+
+    calls = {
+        "fused": [
+            lambda: lstm(x),
+            lambda: fastrnn.LSTMCell(4, 6)(x[0]),
+            lambda: fastrnn.LSTM(4, 6, dtype=torch.bfloat16)(x.bfloat16()),
+            lambda: fastrnn.LSTM(4, 6, device="meta")(x.to("meta")),
+            lambda: fastrnn.LSTM(4, 6, token_input=True)(torch.tensor([[1], [3]])),
+            lambda: lstm(x.as_subclass(Subclass)),
+            under_autocast,
+        ],
+        "composed": [
+            lambda: torch.func.vmap(lambda x: lstm(x)[0])(x.expand(3, 7, 2, 4)),
+            lambda: torch.func.grad(lambda x: lstm(x)[0].sum())(x),
+            lambda: torch.func.jvp(lambda x: lstm(x)[0], (x,), (x,)),
+            lambda: make_fx(lambda x: lstm(x)[0])(x),
+            with_a_tangent,
+        ],
+        "reference": [lambda: fastrnn.LSTM(4, 6, dtype=torch.complex64, return_all_states=True)(x.to(torch.complex64))],
     }
-    for function in unusual.values():
-        function()
-    with torch.autocast("cpu", torch.bfloat16):
-        lstm(x)
-    with torch.autograd.forward_ad.dual_level():
-        lstm(torch.autograd.forward_ad.make_dual(x, x))
-    assert not taken
+    for road, functions in calls.items():
+        for function in functions:
+            roads.clear()
+            function()
+            assert roads == [road], function
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_graphs_hold_the_layer_as_one_op(grad):
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
+        return make_boxed_func(graph.forward)
+
+    lstm = fastrnn.LSTM(4, 6, bidirectional=True).requires_grad_(grad)
+    compiled = torch.compile(lstm, backend=aot_autograd(fw_compiler=look), fullgraph=True)
+    output = compiled(torch.randn(7, 2, 4))[0]
+    assert "fastrnn.layer_forward.default" in graphs[0]
+    if grad:
+        output.sum().backward()
+        assert "fastrnn.layer_backward.default" in graphs[1]
+    assert not any("recurrent" in op or "mm" in op for graph in graphs for op in graph)
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -323,15 +379,40 @@ def test_a_recorded_graph_has_derivatives(trained):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_calls_around_a_recurrence(kind, given):
+    """What a device without a kernel of whole layers does for a training step: 6 launches beside the recurrence's two.
+
+    bfloat16 on the CPU goes the way of CUDA (csrc/torch/layer.cpp). There a bias is one launch more, where the product
+    cannot add it; and the grid tier has one before each recurrence.
+    """
+    module = build(fastrnn, kind, 16, 16, dtype=torch.bfloat16)
+    x, state = torch.randn(8, 4, 16).bfloat16().requires_grad_(), torch.randn(1, 4, 16).bfloat16()
+    hx = ((state, state) if kind == "LSTM" else state) if given else None
+    weights, ones = [x, *module.parameters()], torch.ones(8, 4, 16).bfloat16()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.autograd.grad(module(x, hx)[0], weights, ones)
+    counts = collections.Counter(event.name.removeprefix("aten::") for event in profile.events())
+    works = {"add", "add_", "addmm", "addmm_", "bmm", "cat", "clone", "mm", "mul", "stack", "sum", "where", "zero_"}
+    made = {"addmm": 1, "mm": 3, "sum": 1} | ({"addmm_": 1} if given else {})
+    assert {name: n for name, n in counts.items() if name in works} == made
+    assert counts["fastrnn::layer_forward"] == counts["fastrnn::layer_backward"] == 1
+
+
 def test_no_result_without_a_history():
     """The ops without a derivative refuse a call that would need one."""
-    arguments = arguments_of(Case("lstm", 4, 3, 1, 5), 6, 0)
-    for name in ("input", "weight_hh"):
-        needy = arguments | {name: arguments[name].clone().requires_grad_()}
-        with pytest.raises(NotImplementedError, match="fastrnn::layer_forward: it has no derivative"):
-            layer_forward(*needy.values(), True)
-        with torch.no_grad():
-            assert not layer_forward(*needy.values(), True)[0].requires_grad
+    given = arguments_of(Case("lstm", 4, 3, 1, 5), 6, 0)
+    call = call_of(given)
+    made = layer.fused(call, save=True)
+    flags = [name not in ("reset_h", "reset_c") for name in GRADIENTS]
+    call = call._replace(input=given["input"].requires_grad_())
+    rest = (call.input, *call.by_field(), *call.states, None, call.directions, made.output, made.saved, flags)
+    with pytest.raises(NotImplementedError, match="fastrnn::layer_backward: it has no derivative"):
+        ops.layer_backward(call.cell, torch.ones_like(made.output), None, None, None, *rest)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward derivative"):
+        x = given["input"].detach()
+        layer.fused(call._replace(input=torch.autograd.forward_ad.make_dual(x, x)))
     a = torch.ones(3, 3)
     with pytest.raises(NotImplementedError, match="fastrnn::gemm: it has no derivative"):
         torch.ops.fastrnn.gemm(a, a.clone().requires_grad_(), None, False, False)
@@ -342,7 +423,7 @@ def test_no_result_without_a_history():
 
 
 @pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
-def test_packed_as_it_lies(cell, projected, monkeypatch):
+def test_packed_is_read_as_it_is(cell, projected):
     """A packed sequence against the same one padded, every gradient; two directions, rows of one step, odd sizes."""
     for (T, B, h, size), threads in product([(5, 7, 3, 17), (40, 17, 33, 1), (9, 33, 129, 5), (3, 1, 17, 3)], (1, 3)):
         torch.set_num_threads(threads)
@@ -350,18 +431,13 @@ def test_packed_as_it_lies(cell, projected, monkeypatch):
         leaves = [x.requires_grad_() for x in given.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]
         lengths = torch.randint(1, T + 1, (B,)).sort(descending=True).values
         lengths[0] = T
-        weights = [tuple(None if given[k] is None else given[k][p] for k in FIELDS) for p in range(2)]
-        states = tuple(given[k] for k in STATES[0] if given[k] is not None)
         data, batch_sizes, *_ = pack_padded_sequence(given["input"], lengths)
-        padded = layer.layer(cell, given["input"], weights, states, lengths, None, None)[:3]
+        padded = layer.layer(call_of(given | {"lengths": lengths}))[:3]
         want = (pack_padded_sequence(padded[0], lengths).data, *padded[1:])
-        with monkeypatch.context() as patch:
-            if given["weight_hr"] is None:
-                patch.setattr(layer, "pad", None)  # nothing is padded
-            got = layer.layer(cell, data, weights, states, None, None, None, batch_sizes)[:3]
-            which = [i for i, x in enumerate(want) if x.numel()]
-            grads = [torch.randn_like(want[i]) for i in which]
-            found = torch.autograd.grad([got[i] for i in which], leaves, grads, retain_graph=True)
+        got = layer.layer(call_of(given, batch_sizes=batch_sizes)._replace(input=data))[:3]
+        which = [i for i, x in enumerate(want) if x.numel()]
+        grads = [torch.randn_like(want[i]) for i in which]
+        found = torch.autograd.grad([got[i] for i in which], leaves, grads, retain_graph=True)
         expected = torch.autograd.grad([want[i] for i in which], leaves, grads)
         assert_equal(dict(enumerate([*got, *found])), dict(enumerate([*want, *expected])))
 
@@ -394,5 +470,5 @@ def test_refuses_batch_sizes(sizes, message):
     given = arguments_of(Case("gru", 5, 1, 1, 3), 2, 0)
     given["input"] = given["input"][:, 0]
     with pytest.raises((RuntimeError, ValueError)) as caught:
-        layer_forward(*given.values(), False, torch.tensor(sizes, dtype=torch.int64))
+        layer_forward(*arguments_of_op(given, False, torch.tensor(sizes, dtype=torch.int64)))
     assert message in str(caught.value)

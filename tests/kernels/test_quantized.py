@@ -51,7 +51,7 @@ def direction_by_hand(cell: str, x: Tensor, w: LayerWeights, h: Tensor, c: Tenso
     for step in x:
         gates_ih = rounded_rows(step, dtype) @ weight_ih.t() + bias_ih
         gates_hh = rounded_rows(states[0].float(), dtype) @ weight_hh.t() + bias_hh
-        after, _ = rule.forward(gates_ih.chunk(rule.gates, 1), gates_hh.chunk(rule.gates, 1), tuple(states))
+        after, _ = rule.forward(gates_ih.chunk(rule.gates, 1), gates_hh.chunk(rule.gates, 1), tuple(states), ())
         states = list(after)
         outputs.append(states[0])
     return torch.stack(outputs), states

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import fastrnn
-from fastrnn import segments
 from tests.helpers import (
     KINDS,
     assert_equal,
@@ -199,17 +198,16 @@ def test_transforms_recompute_nothing_but_run(kind):
 
 @every_kind
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_checkpoints_where_there_is_no_kernel_for_it(monkeypatch, kind, proj, bidirectional):
-    """The path of other devices, half types, autocast and tokens, on numbers that can be compared."""
+def test_nothing_is_recomputed_where_there_are_no_kernels(monkeypatch, kind, proj, bidirectional):
+    """On a device that no kernel of ours knows the network is the reference's, once."""
     module, plain = both(kind, 4, proj_size=proj, num_layers=2, bidirectional=bidirectional)
     state = make_state(kind, 4 if bidirectional else 2, B, hidden=H, proj=proj)
     masks = dict(lengths=torch.tensor([T, 3, 0, 8]), resets=randn(T, B, seed=3) > 0.3)
     want = evaluate(plain, randn(T, B, I), state, **masks)
-    monkeypatch.setattr(fastrnn.functional.fused, "fits", lambda *call: False)
-    monkeypatch.setattr(segments, "layer", None)
+    monkeypatch.delitem(fastrnn.fallback.KERNELS, "cpu")
     with count_calls() as calls:
         assert_equal(evaluate(module, randn(T, B, I), state, **masks), want)
-    assert calls["forward"] == 2 * 3 * 2 * (2 if bidirectional else 1)  # layers, segments, passes
+    assert calls["composite forward"] == 2 * T and "forward" not in calls
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

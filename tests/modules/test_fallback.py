@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
-from fastrnn import _C, fallback, layer
+from fastrnn import _C, fallback
 from fastrnn.functional import LayerWeights
 from tests.helpers import (
     CELL_KINDS,
@@ -59,8 +59,7 @@ class OnlyTorchsOps(TorchDispatchMode):
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CPU as a device that no kernel of ours knows."""
     monkeypatch.delitem(fallback.KERNELS, "cpu")
-    monkeypatch.setattr(_C, "plain_forward", lambda *call: None)
-    monkeypatch.setattr(layer, "fits", lambda *call: False)
+    monkeypatch.setattr(_C, "module_forward", lambda *call: None)
     with OnlyTorchsOps():
         yield
 

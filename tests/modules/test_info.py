@@ -9,11 +9,11 @@ import torch
 
 import fastrnn
 from fastrnn import info
-from fastrnn.info import GPUS, Call
+from fastrnn.info import GPUS, Sizes
 from tests.helpers import allow_cudnn_tf32
 
 needs_cuda_build = pytest.mark.skipif(not info.has_cuda_kernels(), reason="built without CUDA kernels")
-LSTM = Call("lstm", "float32", 100, 32, 1, 256, 256)
+LSTM = Sizes("lstm", "float32", 100, 32, 1, 256, 256)
 
 
 def run(capsys, *argv):
@@ -48,6 +48,7 @@ def test_cpu_choice(cell, capsys):
     status, out = run(capsys, "--cell", cell, "--device", "cpu", "--threads", "2", "--batch", "64")
     told = json.loads(out.out)
     assert status == 0 and told["call"]["cell"] == cell and told["call"]["B"] == 64 and "cuda" not in told
+    assert told["cpu"]["road"] == "fused"
     for plan in (told["cpu"]["forward"], told["cpu"]["backward"]):
         assert plan["threads"] == plan["teams"] * plan["team_size"] <= 2
 
@@ -101,7 +102,7 @@ def test_cuda_choice_needs_no_gpu(cell, gpu):
     for dtype in ("float32", "float64", "bfloat16", "float16"):
         for batch, groups, hidden in [(1, 1, 5), (32, 2, 128), (16, 1, 512), (64, 1, 1024), (128, 1, 4096)]:
             for backward in (False, True):
-                call = Call(cell, dtype, 50, batch, groups, hidden, hidden, lengths=True)
+                call = Sizes(cell, dtype, 50, batch, groups, hidden, hidden, lengths=True)
                 choice = info.cuda_choice(call, GPUS[gpu], backward, tf32=False)
                 assert choice["tier"] in ("step", "resident", "grid", "cluster")
                 assert choice["shared_bytes"] <= GPUS[gpu].shared_per_block

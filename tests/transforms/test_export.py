@@ -159,15 +159,17 @@ def _samples() -> dict[str, tuple[Any, ...]]:
     module = fastrnn.quantize(fastrnn.LSTM(3, 4), torch.bfloat16)
     narrow = (module.weight_ih_l0, None, None, module.bias_ih_l0, module.weight_hh_l0, None, None, module.bias_hh_l0)
     rest = (None, *zeros, None, None, None, None, [False])
-    whole = (torch.randn(5, 3, 3), torch.randn(1, 16, 3), None, torch.randn(1, 16, 4), None)
-    output, _, _, saved = torch.ops.fastrnn.layer_forward.default("lstm", *whole, *rest, True)
-    grads, weights = (output.cos(), None, None), (whole[0], whole[1], torch.randn(1, 16, 4))
+    weights = ([torch.randn(16, 3)], [torch.randn(16, 4)], [], [torch.randn(16)], [])
+    states = (torch.zeros(1, 3, 4), None, None, None, None, None, None, [False])  # then batch_sizes and reverse
+    x = torch.randn(5, 3, 3)
+    output, _, _, _, saved = torch.ops.fastrnn.layer_forward.default("lstm", x, *weights, *states, True)
+    grads, needed = (output.cos(), None, None, None), [True] * 3 + [False] + [True] + [False] + [True] * 2 + [False] * 2
     groups = torch.randn(70, 2, 40)
     return {
         "recurrent_forward": (*case.arguments(), True),
         "recurrent_backward": tuple(backward_arguments(case)),
-        "layer_forward": ("lstm", *whole, *rest, True),
-        "layer_backward": ("lstm", *grads, *weights, *rest[1:], output, saved, [True] * 6),
+        "layer_forward": ("lstm", x, *weights, *states, True, 0.0, True),
+        "layer_backward": ("lstm", *grads, x, *weights, *states, output, saved, needed),
         "quantized_forward": ("lstm", torch.randn(5, 3, 3), *narrow, *rest),
         "gemm": (torch.randn(40, 6), torch.randn(40, 5), None, True, False),
         "clamp_gradient": (torch.randn(3, 4, requires_grad=True), 0.5),

@@ -188,8 +188,11 @@ def test_what_walks_the_graph_meets_tensors_alone(kind: str):
         calls.append(functools.partial(build(fastrnn, kind, 8, 6).bfloat16(), x.bfloat16()))
     for call in calls:
         results = [y for y in pytree.tree_leaves(call()) if isinstance(y, Tensor) and y.requires_grad]
-        saved = [y for node in _nodes(results) for y in getattr(node, "saved_tensors", ())]
-        assert saved and all(isinstance(y, Tensor) for y in saved)
+        nodes = _nodes(results)
+        saved = [y for node in nodes for y in getattr(node, "saved_tensors", ())]
+        # Nodes of C++ show nothing of what they have saved.
+        assert saved or any("CppFunction" in type(node).__name__ for node in nodes)
+        assert all(isinstance(y, Tensor) for y in saved)
 
 
 @every_module
@@ -242,10 +245,18 @@ def test_selective_checkpoint(kind: str):
 
 def test_graph_is_freed():
     """[r09d] No cycle keeps a module's graph alive."""
-    output, _ = make_module("lstm")(_input())
-    node = weakref.ref(output.grad_fn)
+    saved: list[Any] = []
+
+    class Packed:
+        def __init__(self, x: Tensor) -> None:
+            self.x = x.detach()  # a result itself would keep its node
+            saved.append(weakref.ref(self))
+
+    with torch.autograd.graph.saved_tensors_hooks(Packed, lambda packed: packed.x):
+        output, _ = make_module("lstm")(_input())
+    assert saved and all(held() is not None for held in saved)
     del output, _
-    assert node() is None
+    assert all(held() is None for held in saved)
 
 
 @pytest.mark.parametrize("kind", ["lstm-projected", "rnn_tanh", "rnn_relu"])

@@ -1,6 +1,7 @@
 // What csrc/torch/tf32_product.h asks of cuBLAS, of matrices of every layout. Prints how many products it made.
 #include "../../../csrc/torch/tf32_product.h"
 
+#include <ATen/ops/add.h>
 #include <ATen/ops/allclose.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
@@ -36,7 +37,11 @@ int main() {
           for (const at::Tensor& a : layouts(P, m, k))
             for (const at::Tensor& b : layouts(P, k, n)) {
               at::Tensor out = at::empty({P, m, n});
-              if (!fastrnn::tf32_product(out, a, b) || !at::allclose(out, at::bmm(a, b), 1e-5, 1e-5)) {
+              bool right = fastrnn::tf32_product(out, a, b) && at::allclose(out, at::bmm(a, b), 1e-5, 1e-5);
+              out.fill_(2);
+              const at::Tensor sum = at::add(out, at::bmm(a, b));
+              right = right && fastrnn::tf32_product(out, a, b, /*add=*/true) && at::allclose(out, sum, 1e-5, 1e-5);
+              if (!right) {
                 std::printf("wrong: P %d m %d n %d k %d\n", int(P), int(m), int(n), int(k));
                 return 1;
               }

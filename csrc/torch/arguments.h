@@ -1,0 +1,169 @@
+// What a call of an op is made of: records with named fields, one order, and with it the text of the ops' schemas.
+//
+// A field stands in its list below and nowhere else as a position. Schemas are put together from the lists, calls are read
+// from a stack in the same order, and fastrnn/ops.py asks the schemas for the names. So a new argument is a new entry
+// here, and then whatever the kernels do with it (docs/architecture.md tells the way).
+//
+//   T steps, B batch, P groups (directions), G gates, h hidden units a group, I input features, S saved values
+//   (cell_info), R width of state 0: h, or the projected size.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <ATen/core/stack.h>
+#include <c10/util/SmallVector.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace fastrnn {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// A layer's weights: of each field one tensor for every group, or none at all.
+#define FASTRNN_FOR_EACH_WEIGHT(X)         \
+  X(weight_ih) /* [G*h, I] */              \
+  X(weight_hh) /* [G*h, R] */              \
+  X(bias_ih)   /* [G*h] */                 \
+  X(bias_hh)   /* [G*h] */                 \
+  X(weight_hr) /* [R, h]: h' = weight_hr (o tanh(c)) */
+
+// What a recurrence starts from, how long its rows are, and where it starts anew. h_0 and reset_h are [B, P*R], c_0 and
+// reset_c [B, P*h] for the recurrence's ops, [P, B, R] and [P, B, h] for a layer's. An absent one stands for zeros; the
+// recurrence's ops want h_0 and c_0.
+#define FASTRNN_FOR_EACH_STATE(X)                                        \
+  X(h_0)                                                                 \
+  X(c_0)     /* of cells with two states */                              \
+  X(lengths) /* [B] or [B, P], any integer dtype: the steps of a row */  \
+  X(resets)  /* bool [T, B] or [T, B, P]: nothing is carried into step t from the one before it, in either direction */ \
+  X(reset_h) /* what the state is there instead */                       \
+  X(reset_c)
+
+// What a layer's gradients are of, in the order of layer_backward's results.
+#define FASTRNN_FOR_EACH_GRADIENT(X) X(input) FASTRNN_FOR_EACH_WEIGHT(X) X(h_0) X(c_0) X(reset_h) X(reset_c)
+
+using Group = c10::SmallVector<Tensor, 2>;  // of one field, a tensor for every group; empty: there is none
+
+struct Weights {
+#define FASTRNN_FIELD(name) Group name;
+  FASTRNN_FOR_EACH_WEIGHT(FASTRNN_FIELD)
+#undef FASTRNN_FIELD
+};
+
+struct States {
+#define FASTRNN_FIELD(name) OptionalTensor name;
+  FASTRNN_FOR_EACH_STATE(FASTRNN_FIELD)
+#undef FASTRNN_FIELD
+};
+
+// How a recurrence runs.
+struct Run {
+  std::string cell;
+  std::vector<bool> reverse;  // a flag for every group: does it run from the last step to the first?
+  double grad_clip = 0;       // 0: none; else what backward clamps the states' gradient to
+};
+
+// One call of a layer: input [T, B, I], or tokens [T, B] of an integer dtype, which stand for one-hot rows. batch_sizes
+// int64 [T], on the CPU, of a packed sequence: tensors [T, B, ..] are [N, ..] then.
+struct LayerCall : Run {
+  Tensor input;
+  Weights weights;
+  States states;
+  OptionalTensor batch_sizes;
+  int64_t groups() const { return static_cast<int64_t>(reverse.size()); }
+};
+
+// What forward hands on: output [T, B, P*R], h_n [P, B, R], c_n [P, B, h], cells [T, B, P*h] (c after every step, where
+// all_states), saved [T, B, P*S*h] (where backward may follow). Results that do not apply have size 0.
+struct LayerResults {
+  Tensor output, h_n, c_n, cells, saved;
+};
+
+// What a layer's backward has beside the call. An absent gradient stands for zeros.
+struct LayerGiven {
+  OptionalTensor grad_output, grad_h_n, grad_c_n, grad_cells;
+  Tensor output, saved;
+};
+
+enum Gradient {
+#define FASTRNN_FIELD(name) kOf_##name,
+  FASTRNN_FOR_EACH_GRADIENT(FASTRNN_FIELD)
+#undef FASTRNN_FIELD
+  kGradients
+};
+using Needed = std::array<bool, kGradients>;
+// Of the weights [P, ...]; those that are not needed are undefined.
+using LayerGradients = std::array<Tensor, kGradients>;
+
+// ---- the same as text ----
+
+#define FASTRNN_TEXT(name) "Tensor? " #name ", "
+inline constexpr char kStatesText[] = FASTRNN_FOR_EACH_STATE(FASTRNN_TEXT);
+#undef FASTRNN_TEXT
+#define FASTRNN_TEXT(name) "Tensor[] " #name ", "
+inline constexpr char kWeightsText[] = FASTRNN_FOR_EACH_WEIGHT(FASTRNN_TEXT);
+#undef FASTRNN_TEXT
+#define FASTRNN_TEXT(name) ", Tensor grad_" #name
+inline constexpr char kGradientsText[] = FASTRNN_FOR_EACH_GRADIENT(FASTRNN_TEXT);
+#undef FASTRNN_TEXT
+
+// ---- and on a stack ----
+
+// The arguments of a boxed call, one after the other.
+class Reader {
+ public:
+  explicit Reader(c10::ArrayRef<c10::IValue> arguments) : next_(arguments.begin()) {}
+  const c10::IValue& value() { return *next_++; }
+  Tensor tensor() { return value().toTensor(); }
+  OptionalTensor optional() {
+    const c10::IValue& x = value();
+    return x.isTensor() && x.toTensor().defined() ? OptionalTensor(x.toTensor()) : std::nullopt;
+  }
+  Group group() {
+    Group group;
+    const c10::IValue& x = value();
+    if (x.isNone()) return group;  // AOTInductor's word for an empty list
+    for (const c10::IValue& item : x.toListRef()) group.push_back(item.toTensor());
+    return group;
+  }
+  std::string text() { return std::string(value().toStringView()); }
+  std::vector<bool> flags() {
+    std::vector<bool> flags;
+    for (const bool flag : value().toBoolList()) flags.push_back(flag);
+    return flags;
+  }
+  void read(Weights& weights) {
+#define FASTRNN_FIELD(name) weights.name = group();
+    FASTRNN_FOR_EACH_WEIGHT(FASTRNN_FIELD)
+#undef FASTRNN_FIELD
+  }
+  void read(States& states) {
+#define FASTRNN_FIELD(name) states.name = optional();
+    FASTRNN_FOR_EACH_STATE(FASTRNN_FIELD)
+#undef FASTRNN_FIELD
+  }
+
+ private:
+  const c10::IValue* next_;
+};
+
+inline c10::IValue value_of(const OptionalTensor& x) { return x ? c10::IValue(*x) : c10::IValue(); }
+inline c10::List<bool> list_of(const std::vector<bool>& flags) {
+  c10::List<bool> list;
+  for (const bool flag : flags) list.push_back(flag);
+  return list;
+}
+
+inline void push(torch::jit::Stack& stack, const Weights& weights) {
+#define FASTRNN_FIELD(name) stack.emplace_back(at::TensorList(weights.name));
+  FASTRNN_FOR_EACH_WEIGHT(FASTRNN_FIELD)
+#undef FASTRNN_FIELD
+}
+inline void push(torch::jit::Stack& stack, const States& states) {
+#define FASTRNN_FIELD(name) stack.push_back(value_of(states.name));
+  FASTRNN_FOR_EACH_STATE(FASTRNN_FIELD)
+#undef FASTRNN_FIELD
+}
+
+}  // namespace fastrnn

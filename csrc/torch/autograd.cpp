@@ -1,0 +1,290 @@
+#include "autograd.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "check.h"
+#include "plain_thread.h"
+
+namespace fastrnn {
+namespace {
+
+namespace py = pybind11;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+const c10::OperatorHandle& op_named(const char* name) {
+  static const c10::OperatorHandle forward = c10::Dispatcher::singleton().findSchemaOrThrow("fastrnn::layer_forward", ""),
+                                   backward =
+                                       c10::Dispatcher::singleton().findSchemaOrThrow("fastrnn::layer_backward", "");
+  return name[0] == 'f' ? forward : backward;
+}
+
+// How many tensors a call has of each thing that may have a gradient, in the order of their gradients.
+using Counts = std::array<int64_t, kGradients>;
+
+template <class Visit>
+void for_each_differentiable(const LayerCall& call, Visit visit) {
+  visit(kOf_input, call.input);
+#define FASTRNN_VISIT(name) \
+  for (const Tensor& x : call.weights.name) visit(kOf_##name, x);
+  FASTRNN_FOR_EACH_WEIGHT(FASTRNN_VISIT)
+#undef FASTRNN_VISIT
+  const States& s = call.states;
+  if (s.h_0) visit(kOf_h_0, *s.h_0);
+  if (s.c_0) visit(kOf_c_0, *s.c_0);
+  if (s.reset_h) visit(kOf_reset_h, *s.reset_h);
+  if (s.reset_c) visit(kOf_reset_c, *s.reset_c);
+}
+
+// The same call on tensors of its own.
+LayerCall held_call(const LayerCall& call) {
+  LayerCall own = call;
+  if (own.input.defined()) own.input = held(own.input);
+#define FASTRNN_HOLD(name) \
+  for (Tensor& x : own.weights.name) x = held(x);
+  FASTRNN_FOR_EACH_WEIGHT(FASTRNN_HOLD)
+#undef FASTRNN_HOLD
+#define FASTRNN_HOLD(name) \
+  if (own.states.name) own.states.name = held(*own.states.name);
+  FASTRNN_FOR_EACH_STATE(FASTRNN_HOLD)
+#undef FASTRNN_HOLD
+  return own;
+}
+
+Tensor or_undefined(const OptionalTensor& x) { return x ? *x : Tensor(); }
+OptionalTensor or_none(const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; }
+
+LayerResults by_dispatcher(const LayerCall& call, bool save, bool all_states) {
+  torch::jit::Stack stack = stack_of(call, save, all_states);
+  op_named("forward").callBoxed(stack);
+  const auto result = [&](int i) { return stack[i].toTensor(); };
+  return {result(0), result(1), result(2), result(3), result(4)};
+}
+
+LayerGradients by_dispatcher(const LayerCall& call, const LayerGiven& given, const Needed& needed) {
+  torch::jit::Stack stack = stack_of(call, given, needed);
+  op_named("backward").callBoxed(stack);
+  LayerGradients grads;
+  for (int i = 0; i < kGradients; ++i)
+    if (needed[i]) grads[i] = stack[i].toTensor();
+  return grads;
+}
+
+PyObject* composed = nullptr;
+
+// The backward of ops that have derivatives.
+LayerGradients by_python(const LayerCall& call, const LayerGiven& given, const Tensor& grad_saved, const Needed& needed) {
+  const py::gil_scoped_acquire gil;
+  try {
+    RNN_CHECK(composed, "layer_backward: fastrnn has not been imported");
+    const auto group = [](const Group& x) {
+      py::tuple items(x.size());
+      for (size_t i = 0; i < x.size(); ++i) items[i] = py::cast(x[i]);
+      return items;
+    };
+    const auto tensor = [](const OptionalTensor& x) { return x ? py::cast(*x) : py::none(); };
+    py::dict weights, states;
+#define FASTRNN_GIVE(name) weights[#name] = group(call.weights.name);
+    FASTRNN_FOR_EACH_WEIGHT(FASTRNN_GIVE)
+#undef FASTRNN_GIVE
+#define FASTRNN_GIVE(name) states[#name] = tensor(call.states.name);
+    FASTRNN_FOR_EACH_STATE(FASTRNN_GIVE)
+#undef FASTRNN_GIVE
+    const py::tuple grads = py::make_tuple(tensor(given.grad_output), tensor(given.grad_h_n), tensor(given.grad_c_n),
+                                           tensor(given.grad_cells), tensor(or_none(grad_saved)));
+    const py::list reverse = py::cast(call.reverse), wanted = py::cast(std::vector<bool>(needed.begin(), needed.end()));
+    const py::tuple found = py::handle(composed)(call.cell, grads, tensor(or_none(call.input)), weights, states,
+                                                 tensor(call.batch_sizes), reverse, given.output, given.saved, wanted,
+                                                 call.grad_clip);
+    LayerGradients result;
+    for (int i = 0; i < kGradients; ++i)
+      if (needed[i] && !found[i].is_none()) result[i] = found[i].cast<Tensor>();
+    return result;
+  } catch (py::error_already_set& error) {
+    error.restore();
+    python_error kept;
+    kept.persist();
+    throw std::move(kept);
+  }
+}
+
+// Are these tensors, or the thread, functorch's?
+bool is_transformed(const variable_list& tensors) {
+  static const c10::DispatchKeySet wrappers({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
+                                             c10::DispatchKey::Batched});
+  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) return true;
+  for (const Tensor& x : tensors)
+    if (x.defined() && x.key_set().has_any(wrappers)) return true;
+  return false;
+}
+
+// The node. Saved: batch_sizes, input, all weights but the biases, the states, output and saved.
+struct LayerFunction : torch::autograd::Function<LayerFunction> {
+  static constexpr bool is_traceable = true;  // by compiled autograd: backward reads what ctx has, and calls ops
+
+  // tensors: what for_each_differentiable visits.
+  static variable_list forward(AutogradContext* ctx, const LayerCall& call, bool all_states, bool plain,
+                               at::TensorList tensors) {
+    LayerResults out;
+    if (plain) {
+      const LayerCall own = held_call(call);
+      const py::gil_scoped_release released;
+      const at::AutoDispatchBelowADInplaceOrView below;
+      RECORD_FUNCTION("fastrnn::layer_forward", {});
+      out = layer_forward(own, /*save=*/true, all_states);
+    } else {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      out = by_dispatcher(call, /*save=*/true, all_states);
+    }
+    ctx->set_materialize_grads(false);
+    Counts counts{};
+    for_each_differentiable(call, [&](Gradient of, const Tensor&) { ++counts[of]; });
+    // What may be asked for. (needs_input_grad would answer for the backward in whose midst this may run, as a checkpoint's
+    // second forward pass does.)
+    bool of_weight_ih = false;
+    for (const Tensor& x : call.weights.weight_ih) of_weight_ih |= x.requires_grad();
+    // Biases are not looked at again; the input is for weight_ih's gradient alone, and weight_ih for the input's. Of
+    // tokens weight_ih says how many there may be.
+    const bool tokens = call.input.scalar_type() != out.output.scalar_type();
+    variable_list kept{or_undefined(call.batch_sizes), of_weight_ih ? call.input : Tensor()};
+    const bool keeps_weight_ih = call.input.requires_grad() || (tokens && of_weight_ih);
+    for (const Tensor& x : call.weights.weight_ih) kept.push_back(keeps_weight_ih ? x : Tensor());
+    for (const Group* group : {&call.weights.weight_hh, &call.weights.weight_hr})
+      for (const Tensor& x : *group) kept.push_back(x);
+#define FASTRNN_KEEP(name) kept.push_back(or_undefined(call.states.name));
+    FASTRNN_FOR_EACH_STATE(FASTRNN_KEEP)
+#undef FASTRNN_KEEP
+    kept.push_back(out.output);
+    kept.push_back(out.saved);
+    ctx->save_for_backward(std::move(kept));
+    ctx->saved_data["cell"] = call.cell;
+    ctx->saved_data["reverse"] = list_of(call.reverse);
+    ctx->saved_data["grad_clip"] = call.grad_clip;
+    ctx->saved_data["counts"] = c10::IValue(c10::IntArrayRef(counts));
+    return {out.output, out.h_n, out.c_n, out.cells, out.saved};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    Counts counts;
+    const auto saved_counts = ctx->saved_data["counts"].toIntVector();
+    std::copy(saved_counts.begin(), saved_counts.end(), counts.begin());
+    int64_t all = 0;
+    for (const int64_t count : counts) all += count;
+    size_t at = 3;  // behind call, all_states and plain, which have no gradient
+    variable_list result(at + all);
+    bool any = false;
+    for (const Tensor& grad : grads) any |= grad.defined();
+    if (!any) return result;
+
+    Needed needed{};
+    size_t edge = 0;
+    for (int of = 0; of < kGradients; ++of)
+      for (int64_t i = 0; i < counts[of]; ++i) needed[of] |= ctx->needs_input_grad(edge++);
+
+    const variable_list kept = ctx->get_saved_variables();
+    auto next = kept.begin();
+    LayerCall call;
+    LayerGiven given;
+    call.cell = ctx->saved_data["cell"].toStringRef();
+    for (const bool flag : ctx->saved_data["reverse"].toBoolList()) call.reverse.push_back(flag);
+    call.grad_clip = ctx->saved_data["grad_clip"].toDouble();
+    call.batch_sizes = or_none(*next++);
+    call.input = *next++;
+    const auto take = [&](Group& group, Gradient of) {
+      for (int64_t i = 0; i < counts[of]; ++i, ++next)
+        if (next->defined()) group.push_back(*next);
+    };
+    take(call.weights.weight_ih, kOf_weight_ih);
+    take(call.weights.weight_hh, kOf_weight_hh);
+    take(call.weights.weight_hr, kOf_weight_hr);
+#define FASTRNN_TAKE(name) call.states.name = or_none(*next++);
+    FASTRNN_FOR_EACH_STATE(FASTRNN_TAKE)
+#undef FASTRNN_TAKE
+    given.output = *next++;
+    given.saved = *next++;
+    given.grad_output = or_none(grads[0]);
+    given.grad_h_n = or_none(grads[1]);
+    given.grad_c_n = or_none(grads[2]);
+    given.grad_cells = or_none(grads[3]);
+    const Tensor& grad_saved = grads[4];
+
+    LayerGradients found;
+    if (at::GradMode::is_enabled() || grad_saved.defined() || is_transformed(grads) ||
+        (given.grad_cells && !takes_grad_cells(call, given.output))) {
+      found = by_python(call, given, grad_saved, needed);
+    } else if (is_plain_thread() && are_ordinary(kept) && are_ordinary(grads)) {
+      const LayerCall own = held_call(call);
+      const at::AutoDispatchBelowADInplaceOrView below;
+      RECORD_FUNCTION("fastrnn::layer_backward", {});
+      found = layer_backward(own, given, needed);
+    } else {
+      found = by_dispatcher(call, given, needed);
+    }
+
+    edge = 0;
+    for (int of = 0; of < kGradients; ++of)
+      for (int64_t i = 0; i < counts[of]; ++i, ++at, ++edge) {
+        if (!ctx->needs_input_grad(edge) || !found[of].defined()) continue;
+        const bool is_weight = of >= kOf_weight_ih && of <= kOf_weight_hr;
+        result[at] = is_weight ? found[of].select(0, i) : found[of];
+      }
+    return result;
+  }
+
+ private:
+  static bool are_ordinary(const variable_list& tensors) {
+    for (const Tensor& x : tensors)
+      if (x.defined() && !is_ordinary(x)) return false;
+    return true;
+  }
+};
+
+variable_list differentiables(const LayerCall& call) {
+  variable_list tensors;
+  tensors.reserve(16);
+  for_each_differentiable(call, [&](Gradient, const Tensor& x) { tensors.push_back(x); });
+  return tensors;
+}
+
+}  // namespace
+
+void layer_forward_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const size_t count = op.schema().arguments().size();
+  const LayerArguments args = read_layer_forward(Reader(torch::jit::last(*stack, count)));
+  const variable_list tensors = differentiables(args.call);
+  bool needed = false;
+  for (const Tensor& x : tensors) {
+    RNN_CHECK_NOT_IMPLEMENTED(!x._fw_grad(/*level=*/0).defined(), op.operator_name().name,
+                              ": it has no forward derivative; fastrnn.functional and the modules compose one");
+    needed |= x.requires_grad();
+  }
+  if (!needed || !at::GradMode::is_enabled()) return op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+  const variable_list out = LayerFunction::apply(args.call, args.all_states, /*plain=*/false, at::TensorList(tensors));
+  torch::jit::drop(*stack, count);
+  for (const Tensor& x : out) stack->emplace_back(x);
+}
+
+LayerResults differentiable_layer(const LayerCall& call) {
+  const variable_list tensors = differentiables(call);
+  if (!torch::autograd::any_variable_requires_grad(tensors)) {
+    const LayerCall own = held_call(call);
+    const py::gil_scoped_release released;
+    const at::AutoDispatchBelowADInplaceOrView below;
+    RECORD_FUNCTION("fastrnn::layer_forward", {});
+    return layer_forward(own, /*save=*/false, /*all_states=*/false);
+  }
+  const variable_list out =
+      LayerFunction::apply(call, /*all_states=*/false, /*plain=*/true, at::TensorList(tensors));
+  return {out[0], out[1], out[2], out[3], out[4]};
+}
+
+void set_composed_backward(py::object function) { composed = function.release().ptr(); }
+
+}  // namespace fastrnn

@@ -1,0 +1,347 @@
+// A layer is one kernel's work on a CPU in float32 and float64 (csrc/cpu). Elsewhere (CUDA, half types, tokens, the
+// backward of a projection) it is the recurrence's kernel with the matrix products before and behind it.
+#include "layer.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/_pack_padded_sequence.h>
+#include <ATen/ops/_pad_packed_sequence.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/embedding.h>
+#include <ATen/ops/embedding_dense_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "../cells/registry.h"
+#include "../launch.h"
+#include "check.h"
+
+namespace fastrnn {
+namespace {
+
+constinit std::array<const RecurrentKernels*, c10::COMPILE_TIME_MAX_DEVICE_TYPES> kernels_by_device{};
+
+const RecurrentKernels& kernels_of(const Tensor& x) {
+  const RecurrentKernels* found = recurrent_kernels(x.device().type());
+  RNN_CHECK_NOT_IMPLEMENTED(found, "layer: there are no kernels for ", x.device());
+  return *found;
+}
+
+bool are_tokens(const Tensor& input) { return input.defined() && at::isIntegralType(input.scalar_type(), false); }
+
+// Is the whole layer one kernel, for tensors like this one (the input, or in backward the output)?
+bool is_one_kernel(const LayerCall& call, const Tensor& like, bool backward) {
+  if (!like.is_cpu() || are_tokens(call.input) || (backward && !call.weights.weight_hr.empty())) return false;
+  return like.scalar_type() != at::kBFloat16 && like.scalar_type() != at::kHalf;
+}
+
+int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+// A weight of all groups, one below the other: [P*m, n].
+Tensor one_matrix(const Group& group) { return group.size() == 1 ? group[0] : at::cat(at::TensorList(group)); }
+OptionalTensor one_vector(const Group& group) {
+  return group.empty() ? OptionalTensor() : OptionalTensor(one_matrix(group));
+}
+
+// ---- packed sequences, where the kernels want padded ones; on the CPU alone ----
+
+struct Padded {
+  LayerCall call;
+  Tensor lengths;  // on the CPU, falling
+
+  explicit Padded(const LayerCall& packed) : call(packed), batch_sizes_(*packed.batch_sizes) {
+    RNN_CHECK(batch_sizes_.is_cpu(), "layer: batch_sizes: expected a CPU tensor, got one on ", batch_sizes_.device());
+    call.batch_sizes = std::nullopt;
+  }
+  // [N, n] -> [T, B, n], zeros behind each row's end
+  Tensor pad(const Tensor& x) {
+    auto [padded, of_rows] = at::_pad_packed_sequence(x, batch_sizes_, false, 0.0, batch_sizes_.size(0));
+    lengths = of_rows;
+    call.states.lengths = lengths;
+    return padded;
+  }
+  OptionalTensor pad(const OptionalTensor& x) { return x ? OptionalTensor(pad(*x)) : std::nullopt; }
+  Tensor pack(const Tensor& x) const {
+    return x.defined() && x.numel() ? std::get<0>(at::_pack_padded_sequence(x, lengths, false)) : x;
+  }
+
+ private:
+  Tensor batch_sizes_;
+};
+
+// ---- rows of different lengths ----
+
+// The steps that rows have, [T, B, 1]; lengths [B], or [B, P] of which group p is meant.
+Tensor lengths_of(const Tensor& lengths, int64_t p, const Tensor& like) {
+  const Tensor own = lengths.dim() == 1 ? lengths : lengths.select(1, p);
+  return own.to(like.device(), at::kLong, /*non_blocking=*/own.is_cpu()).view({1, -1, 1});
+}
+Tensor steps_like(const Tensor& x) { return at::arange(x.size(0), x.options().dtype(at::kLong)).view({-1, 1, 1}); }
+
+// x [T, B, n] with zeros behind each row's end: a NaN there would reach a sum through 0 * NaN.
+Tensor without_padding(const Tensor& x, const Tensor& lengths) {
+  const Tensor most = lengths.dim() == 1 ? lengths : std::get<0>(lengths.max(1));
+  return at::where(steps_like(x) < lengths_of(most, 0, x), x, 0);
+}
+
+// A call's input, of either kind.
+Tensor without_padding(const LayerCall& call) {
+  if (!call.states.lengths) return call.input;
+  if (!are_tokens(call.input)) return without_padding(call.input, *call.states.lengths);
+  return without_padding(call.input.unsqueeze(2), *call.states.lengths).squeeze(2);
+}
+
+// ---- forward ----
+
+// W_ih x for the one-hot rows x that tokens stand for: rows of the transposed weight.
+Tensor look_up(const Tensor& tokens, const Tensor& weight) {
+  Tensor indices = tokens;
+  if (tokens.scalar_type() != at::kLong && tokens.scalar_type() != at::kInt) indices = tokens.to(at::kLong);
+  if (tokens.is_cpu() && tokens.numel()) {  // elsewhere a look at the values would wait for the device
+    const int64_t low = indices.min().item<int64_t>(), high = indices.max().item<int64_t>();
+    TORCH_CHECK_INDEX(low >= 0 && high < weight.size(1), message("input: expected tokens in [0, ", weight.size(1),
+                                                                 ") (input_size), got ", low, " to ", high));
+  }
+  return at::embedding(weight.t(), indices);
+}
+
+LayerResults forward_by_products(const LayerCall& call, bool save) {
+  if (call.batch_sizes) {
+    Padded padded(call);
+    padded.call.input = padded.pad(call.input);
+    LayerResults out = forward_by_products(padded.call, save);
+    out.output = padded.pack(out.output);
+    out.saved = padded.pack(out.saved);
+    return out;
+  }
+  Recurrence args = recurrence_of(call);
+  const Tensor& input = call.input;
+  const bool tokens = are_tokens(input);
+  RNN_CHECK(input.dim() == (tokens ? 2 : 3), "layer_forward: input: expected ", tokens ? 2 : 3, " dimensions, got ",
+            input.sizes());
+  RNN_CHECK(!call.weights.weight_ih.empty() && (tokens || call.weights.weight_ih[0].size(-1) == input.size(2)),
+            "layer_forward: weight_ih: expected ", tokens ? 0 : input.size(2), " columns (features of input)");
+  OptionalTensor bias = one_vector(call.weights.bias_ih);
+  // Where both biases are added to the same gates, the kernel adds them: no pass over all gates.
+  if (bias && args.bias_hh && !kCells[known_cell(call.cell)].separate_gates_hh && (tokens || !input.is_cpu())) {
+    args.bias_hh = *args.bias_hh + bias->view(args.bias_hh->sizes());
+    bias = std::nullopt;
+  }
+  if (tokens) {
+    const Tensor indices = without_padding(call);
+    std::vector<Tensor> parts;  // of each group: all weights in one matrix would be a copy of a large one
+    for (const Tensor& weight : call.weights.weight_ih) parts.push_back(look_up(indices, weight));
+    Tensor gates = parts.size() == 1 ? parts[0] : at::cat(parts, -1);
+    if (bias) gates += *bias;
+    return kernels_of(gates).forward(args, gates, save);
+  }
+  const Tensor weight = one_matrix(call.weights.weight_ih);
+  const int64_t T = input.size(0), B = input.size(1), rows = weight.size(0);
+  const Tensor gates = kernels_of(input).linear(input.reshape({T * B, input.size(2)}), weight, bias, T);
+  return kernels_of(input).forward(args, gates.view({T, B, rows}), save);
+}
+
+// ---- backward ----
+
+// The state of group p before every step, [T, B, R], where resets may have replaced it. output [T, B, R] is the group's.
+Tensor states_before(const LayerCall& call, const Tensor& output, int64_t p) {
+  const States& states = call.states;
+  const auto own = [&](const OptionalTensor& x) { return x ? x->select(0, p) : at::zeros_like(output.select(0, 0)); };
+  const bool reverse = call.reverse[p];
+  const int64_t T = output.size(0);
+  const Tensor h_0 = own(states.h_0).unsqueeze(0), resets = states.resets->dim() == 2
+                                                                ? states.resets->unsqueeze(2)
+                                                                : states.resets->narrow(2, p, 1);
+  const Tensor fresh = own(states.reset_h).unsqueeze(0);
+  if (!reverse) {
+    const Tensor valid = states.lengths ? steps_like(output) < lengths_of(*states.lengths, p, output) : Tensor();
+    return at::where(valid.defined() ? resets & valid : resets, fresh, at::cat({h_0, output.narrow(0, 0, T - 1)}));
+  }
+  // Entering step t from t + 1 crosses the boundary of t + 1. The last step of a row starts from h_0.
+  const Tensor later = at::cat({output.narrow(0, 1, T - 1), h_0});
+  const Tensor crossed = at::cat({resets.narrow(0, 1, T - 1), at::zeros_like(resets.narrow(0, 0, 1))});
+  if (!states.lengths) return at::where(crossed, fresh, later);
+  const Tensor ends = lengths_of(*states.lengths, p, output), next = steps_like(output) + 1;
+  return at::where(next < ends, at::where(crossed, fresh, later), h_0);
+}
+
+// grad [G*h, R] of weight_hh of group p, from the group's gate gradients [T, B, G*h] and output [T, B, R].
+void weight_hh_gradient(const LayerCall& call, const Tensor& gates, const Tensor& output, int64_t p, const Tensor& out) {
+  const auto product = [&](const Tensor& a, const Tensor& b, bool add) {
+    kernels_of(output).product(out, a.t(), b, add, output.size(0));
+  };
+  const int64_t T = output.size(0), B = output.size(1);
+  const Tensor grad = gates.flatten(0, 1), h = output.flatten(0, 1);
+  if (call.states.resets) return product(grad, states_before(call, output, p).flatten(0, 1), false);
+  // The states before are the outputs one step on, so views of both serve and nothing is copied: at padded steps both
+  // are 0. What is left is each row's first step, whose state before is h_0.
+  const bool reverse = call.reverse[p], start = call.states.h_0.has_value();
+  if (T > 1)
+    product(grad.narrow(0, reverse ? 0 : B, (T - 1) * B), h.narrow(0, reverse ? B : 0, (T - 1) * B), false);
+  else if (!start)
+    out.zero_();
+  if (!start) return;
+  Tensor first = gates.select(0, reverse ? T - 1 : 0);
+  if (reverse && call.states.lengths) {
+    const Tensor last = (lengths_of(*call.states.lengths, p, gates) - 1).clamp_min(0);
+    first = gates.gather(0, last.expand({1, B, gates.size(2)})).squeeze(0);
+  }
+  product(first, call.states.h_0->select(0, p), T > 1);
+}
+
+LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& given, const Needed& needed) {
+  const RecurrentKernels& kernels = kernels_of(given.output);
+  if (call.batch_sizes) {
+    Padded padded(call);
+    if (call.input.defined()) padded.call.input = padded.pad(call.input);
+    LayerGiven all = given;
+    all.output = padded.pad(given.output);
+    all.saved = padded.pad(given.saved);
+    all.grad_output = padded.pad(given.grad_output);
+    LayerGradients grads = backward_by_products(padded.call, all, needed);
+    grads[kOf_input] = padded.pack(grads[kOf_input]);
+    return grads;
+  }
+  RNN_CHECK_NOT_IMPLEMENTED(!given.grad_cells, "layer_backward: grad_cells: expected none here, got a tensor");
+  const Recurrence args = recurrence_of(call);
+  const bool initial = needed[kOf_h_0] || needed[kOf_c_0];
+  const RecurrentGradients found = kernels.backward(
+      args, {given.grad_output, given.grad_h_n, given.grad_c_n, given.output, given.saved}, initial, /*together=*/true);
+  LayerGradients grads;
+  grads[kOf_h_0] = found.h_0;
+  grads[kOf_c_0] = found.c_0;
+  grads[kOf_reset_h] = found.reset_h;
+  grads[kOf_reset_c] = found.reset_c;
+  const int64_t T = given.output.size(0), B = given.output.size(1), P = call.groups();
+  const int64_t Gh = found.gates_ih.size(2) / P;
+  const Tensor gates_hh = found.gates_hh.numel() ? found.gates_hh : found.gates_ih;
+  const Tensor rows = found.gates_ih.view({T * B, P * Gh});
+  const auto empty = [&](at::IntArrayRef sizes) { return at::empty(sizes, rows.options()); };
+  const auto of_group = [&](const Tensor& x, int64_t p) {
+    const int64_t n = x.size(2) / P;
+    return P == 1 ? x : x.narrow(2, p * n, n);
+  };
+  if (needed[kOf_input]) {
+    const Tensor weight = one_matrix(call.weights.weight_ih), out = empty({T * B, weight.size(1)});
+    kernels.product(out, rows, weight, false, T);
+    grads[kOf_input] = out.view({T, B, weight.size(1)});
+  }
+  if (needed[kOf_weight_ih]) {
+    if (are_tokens(call.input)) {
+      const int64_t I = call.weights.weight_ih[0].size(1);
+      const Tensor of_tokens =  // [I, P*G*h]
+          at::embedding_dense_backward(found.gates_ih, without_padding(call).to(at::kLong), I, -1, false);
+      grads[kOf_weight_ih] = of_tokens.view({I, P, Gh}).permute({1, 2, 0});
+    } else {
+      const Tensor input = without_padding(call);
+      const int64_t I = input.size(2);
+      const Tensor out = empty({P * Gh, I});
+      kernels.product(out, rows.t(), input.reshape({T * B, I}), false, T);
+      grads[kOf_weight_ih] = out.view({P, Gh, I});
+    }
+  }
+  if (needed[kOf_weight_hh]) {
+    const int64_t R = given.output.size(2) / P;
+    grads[kOf_weight_hh] = empty({P, Gh, R});
+    for (int64_t p = 0; p < P; ++p)
+      weight_hh_gradient(call, of_group(gates_hh, p), of_group(given.output, p), p, grads[kOf_weight_hh].select(0, p));
+  }
+  if (needed[kOf_bias_ih] && needed[kOf_bias_hh]) {
+    // Both in one pass: over the two parts of one tensor, or over one part twice.
+    const Tensor both = found.together.size(0) == 2 ? found.together : found.together.expand({2, T, B, P * Gh});
+    const Tensor sums = both.sum(at::IntArrayRef{1, 2});
+    grads[kOf_bias_ih] = sums.select(0, 0).view({P, Gh});
+    grads[kOf_bias_hh] = sums.select(0, 1).view({P, Gh});
+  } else if (needed[kOf_bias_ih] || needed[kOf_bias_hh]) {
+    const bool ih = needed[kOf_bias_ih];
+    grads[ih ? kOf_bias_ih : kOf_bias_hh] =
+        (ih ? found.gates_ih : gates_hh).sum(at::IntArrayRef{0, 1}).view({P, Gh});
+  }
+  if (needed[kOf_weight_hr]) {
+    const int64_t R = given.output.size(2) / P, h = Gh / kCells[known_cell(call.cell)].gates;
+    // o tanh(c): the cell's own values end with o, and c stands last.
+    const int64_t S = kCells[known_cell(call.cell)].saved;
+    const Tensor saved = given.saved.view({T * B, P, S, h});
+    const Tensor hidden = saved.select(2, S - 2) * at::tanh(saved.select(2, S - 1));
+    grads[kOf_weight_hr] = empty({P, R, h});
+    for (int64_t p = 0; p < P; ++p)
+      kernels.product(grads[kOf_weight_hr].select(0, p), of_group(found.projected, p).flatten(0, 1).t(),
+                      hidden.select(1, p), false, T);
+  }
+  return grads;
+}
+
+LayerGradients backward_by_kernel(const LayerCall& call, const LayerGiven& given, const Needed& needed) {
+  PreparedBackward run = prepare_layer_backward(call, given, needed);
+  if (run.params.batch > 0) {
+    cpu::layer_backward(run.params, run.layer, threads());
+  } else {
+    for (const Tensor& x : {run.grad_weight_ih, run.grad_weight_hh, run.grad_bias_ih, run.grad_bias_hh}) x.zero_();
+  }
+  if (needed[kOf_input]) run.grad_input = call.groups() == 1 ? run.grad_input[0] : run.grad_input.sum(0);
+  const RecurrentGradients found = run.results();
+  LayerGradients grads;
+  grads[kOf_input] = run.grad_input;
+  grads[kOf_weight_ih] = run.grad_weight_ih;
+  grads[kOf_weight_hh] = run.grad_weight_hh;
+  grads[kOf_bias_ih] = run.grad_bias_ih;
+  grads[kOf_bias_hh] = run.grad_bias_hh;
+  grads[kOf_h_0] = found.h_0;
+  grads[kOf_c_0] = found.c_0;
+  grads[kOf_reset_h] = found.reset_h;
+  grads[kOf_reset_c] = found.reset_c;
+  return grads;
+}
+
+}  // namespace
+
+const RecurrentKernels* recurrent_kernels(c10::DeviceType device) {
+  return kernels_by_device[static_cast<size_t>(device)];
+}
+
+void set_recurrent_kernels(c10::DeviceType device, const RecurrentKernels& kernels) {
+  kernels_by_device[static_cast<size_t>(device)] = &kernels;
+}
+
+LayerResults layer_forward(const LayerCall& call, bool save, bool all_states) {
+  check_grad_clip("layer_forward", call.grad_clip);
+  RNN_CHECK(!all_states || kCells[known_cell(call.cell)].states > 1,
+            "layer_forward: all_states: expected False for cell '", call.cell, "', got True");
+  const bool keep = save || all_states;
+  LayerResults out;
+  if (is_one_kernel(call, call.input, false)) {
+    PreparedForward run = prepare_layer(call, keep);
+    if (run.params.batch > 0) cpu::layer_forward(run.params, run.layer, threads());
+    out = run.results();
+  } else {
+    out = forward_by_products(call, keep);
+  }
+  if (all_states) {  // the last of each group's values
+    const auto sizes = out.saved.sizes();
+    const int64_t P = call.groups(), S = kCells[known_cell(call.cell)].saved, h = sizes.back() / (P * S);
+    std::vector<int64_t> split(sizes.begin(), sizes.end() - 1), joined = split;
+    split.insert(split.end(), {P, S, h});
+    joined.push_back(P * h);
+    out.cells = out.saved.view(split).select(-2, S - 1).reshape(joined);
+    if (out.cells.is_alias_of(out.saved)) out.cells = out.cells.clone();
+  }
+  if (!save) out.saved = out.output.new_empty({0});
+  return out;
+}
+
+bool takes_grad_cells(const LayerCall& call, const Tensor& output) { return is_one_kernel(call, output, true); }
+
+LayerGradients layer_backward(const LayerCall& call, const LayerGiven& given, const Needed& needed) {
+  LayerGradients grads = is_one_kernel(call, given.output, true) ? backward_by_kernel(call, given, needed)
+                                                                 : backward_by_products(call, given, needed);
+  for (int i = 0; i < kGradients; ++i)
+    if (!needed[i]) grads[i] = Tensor();
+  return grads;
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,216 @@
+"""A layer composed of ops that have rules for everything torch does to a call: ``linear`` around ``recurrent_forward``
+and ``recurrent_backward``. What torch.func, forward-mode AD and double backward run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _C, fallback, reference
+from .autograd import Grads, pull_forward
+from .ops import CELLS, recurrent_forward
+from .packing import pack, pad, without_padding
+from .products import linear, product, transposed_product
+from .records import GRADIENTS, LayerCall, LayerResults, LayerStates, LayerWeights
+
+
+def layer(call: LayerCall, by_reference: bool = False) -> LayerResults:
+    """A layer of ordinary ops. by_reference: with the recurrence of reference.py, where no kernel is to be had."""
+    weights, input, lengths = call.weights, call.input, call.states.lengths
+    if lengths is not None:
+        input = without_padding(input, lengths)
+    if input.dim() == 2 and not CELLS[call.cell].separate_gates_hh:
+        weights = [_one_bias(w) for w in weights]
+    return recurrence(call._replace(input=input, weights=weights), project(input, weights), by_reference)
+
+
+def recurrence(call: LayerCall, gates_ih: Tensor, by_reference: bool = False) -> LayerResults:
+    """The rest of a layer's call, from W_ih x + b_ih [T, B, D*G*H]."""
+    weight_hh = _stacked([w.weight_hh for w in call.weights])
+    assert weight_hh is not None
+    states = folded(call.states, call.cell, weight_hh, gates_ih.shape[1])
+    assert states.h_0 is not None
+    bias_hh, weight_hr = (_stacked([getattr(w, name) for w in call.weights]) for name in ("bias_hh", "weight_hr"))
+    given = (weight_hh, bias_hh, weight_hr, *states)
+    if by_reference:
+        if fallback.is_traced() or fallback.is_exported_to_onnx():
+            gates_ih = fallback.of_fixed_steps(gates_ih)
+        clip = call.grad_clip
+        found = reference.forward(call.cell, gates_ih, *given, call.directions, clip)  # type: ignore[arg-type]
+    else:
+        clips = (call.grad_clip,) if call.grad_clip else ()
+        found = recurrent_forward(call.cell, gates_ih, *given, call.directions, call.all_states, *clips)
+    output, h_n, c_n, saved = found
+    D = len(call.weights)
+    cells = every_c(call.cell, saved, D) if call.all_states else output.new_empty(0)
+    return LayerResults(output, unfold(h_n, D), unfold(c_n, D) if CELLS[call.cell].states > 1 else c_n, cells, saved)
+
+
+def project(input: Tensor, weights: Sequence[LayerWeights]) -> Tensor:
+    """W_ih x + b_ih for all steps and directions at once: [T, B, D*G*H], from [T, B, I] or tokens [T, B]."""
+    if input.dim() == 2:
+        parts = [
+            _look_up(input, w.weight_ih) if w.bias_ih is None else _look_up(input, w.weight_ih) + w.bias_ih
+            for w in weights
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    # A single step may be a cell's: torch.nn's cells obey F.linear's switch for TF32, and not that of its layers.
+    of_rows = F.linear if input.is_cuda and input.shape[0] == 1 else linear
+    if len(weights) == 1:
+        return of_rows(input, weights[0].weight_ih, weights[0].bias_ih)
+    biases = [w.bias_ih for w in weights if w.bias_ih is not None]
+    return of_rows(input, torch.cat([w.weight_ih for w in weights]), torch.cat(biases) if biases else None)
+
+
+def _look_up(tokens: Tensor, weight_ih: Tensor) -> Tensor:
+    """W_ih x for the one-hot rows x that the tokens stand for: [T, B, G*H] from [T, B]."""
+    if tokens.dtype not in (torch.int64, torch.int32):
+        tokens = tokens.long()
+    if torch.compiler.is_compiling():
+        return F.embedding(tokens, weight_ih.t())
+    try:
+        return F.embedding(tokens, weight_ih.t())
+    except IndexError as error:
+        hidden = torch._C._are_functorch_transforms_active()
+        got = "others" if hidden else f"{int(tokens.min())} to {int(tokens.max())}"
+        raise IndexError(f"input: expected tokens in [0, {weight_ih.shape[1]}) (input_size), got {got}") from error
+
+
+def _one_bias(weights: LayerWeights) -> LayerWeights:
+    """The same where both biases are added to the same gates: no pass over all looked-up rows for b_ih."""
+    if weights.bias_ih is None or weights.bias_hh is None:
+        return weights
+    return weights._replace(bias_ih=None, bias_hh=weights.bias_ih + weights.bias_hh)
+
+
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Of all directions: [D, ...]."""
+    if not parts or parts[0] is None:
+        return None
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)  # type: ignore[arg-type]
+
+
+def fold(state: Tensor) -> Tensor:
+    """[D, B, n] -> [B, D*n]"""
+    D, B, n = state.shape  # reshape and not flatten, for which legacy vmap (is_grads_batched=True) has no rule
+    return state[0] if D == 1 else state.transpose(0, 1).reshape(B, D * n)
+
+
+def unfold(state: Tensor, directions: int) -> Tensor:
+    """[B, D*n] -> [D, B, n]"""
+    if directions == 1:
+        return state.unsqueeze(0)
+    return state.unflatten(1, (directions, -1)).transpose(0, 1).contiguous()
+
+
+def folded(states: LayerStates, cell: str, weight_hh: Tensor, batch: int) -> LayerStates:
+    """As the recurrence's ops take them: [B, D*n], and zeros made where there are none."""
+    D, Gh, R = weight_hh.shape
+    found: dict[str, Tensor | None] = {}
+    for name in ("h_0", "c_0", "reset_h", "reset_c"):
+        x = getattr(states, name)
+        found[name] = None if x is None else fold(x)
+    for name, width in (("h_0", R), ("c_0", Gh // CELLS[cell].gates))[: CELLS[cell].states]:
+        if found[name] is None:
+            found[name] = weight_hh.new_zeros(batch, D * width)
+    return states._replace(**found)
+
+
+def every_c(cell: str, saved: Tensor, directions: int) -> Tensor:
+    """[.., D*H] of saved [.., D*S*H]: the last of each direction's S values."""
+    S = CELLS[cell].saved
+    return torch.cat(saved.chunk(directions * S, -1)[S - 1 :: S], -1)
+
+
+def in_saved(cell: str, grad: Tensor, directions: int, others: Tensor | None) -> Tensor:
+    """The gradient of every c as one of saved, added to the others of that."""
+    S, (*steps, width) = CELLS[cell].saved, grad.shape
+    H = width // directions
+    # reshape, for legacy vmap (is_grads_batched=True) has no rule for flatten and unflatten
+    placed = F.pad(grad.reshape(*steps, directions, H), ((S - 1) * H, 0)).reshape(*steps, directions * S * H)
+    return placed if others is None else placed + others
+
+
+def layer_backward(
+    cell: str,
+    grads: Grads,
+    input: Tensor | None,
+    weights: Mapping[str, Sequence[Tensor]],
+    states: Mapping[str, Tensor | None],
+    batch_sizes: Tensor | None,
+    reverse: list[bool],
+    output: Tensor,
+    saved: Tensor,
+    needed: Sequence[bool],
+    grad_clip: float,
+) -> Grads:
+    """A layer's backward of ops that have derivatives, as ``csrc/torch/autograd.cpp`` asks for it.
+
+    grads: of output, h_n, c_n, cells and saved. weights: of each field one a direction. needed, and what is returned:
+    of GRADIENTS; those of weights are [D, ...].
+    """
+    needs = dict(zip(GRADIENTS, needed, strict=True))
+    weight_ih, weight_hh, weight_hr = (_stacked(weights[name]) for name in ("weight_ih", "weight_hh", "weight_hr"))
+    assert weight_hh is not None
+    D, steps = len(reverse), LayerStates(**states)
+    grad_output, grad_h_n, grad_c_n, grad_cells, grad_saved = grads
+    if grad_cells is not None:
+        grad_saved = in_saved(cell, grad_cells, D, grad_saved)
+    lengths: Tensor | None = steps.lengths
+    if batch_sizes is not None:
+        lengths = pad(output, batch_sizes)[1]
+        output, saved = (pad(x, batch_sizes)[0] for x in (output, saved))
+        input, grad_output, grad_saved = (
+            None if x is None else pad(x, batch_sizes)[0] for x in (input, grad_output, grad_saved)
+        )
+        steps = steps._replace(lengths=lengths)
+    elif lengths is not None and input is not None:
+        input = without_padding(input, lengths)
+    flat = folded(steps, cell, weight_hh, output.shape[1])
+    given = dict(
+        cell=cell, weight_hh=weight_hh, weight_hr=weight_hr, **flat._asdict(), reverse=reverse, grad_clip=grad_clip
+    )
+    of_gates = needs["input"] or needs["weight_ih"] or needs["bias_ih"]
+    wanted = {name for name in ("weight_hh", "bias_hh", "weight_hr") if needs[name]}
+    wanted |= {"gates_ih"} if of_gates else set()
+    wanted |= {"h_0", "c_0"} if needs["h_0"] or needs["c_0"] else set()
+    wanted |= {name for name in ("reset_h", "reset_c") if states[name] is not None}
+    of_results = (grad_output, *(None if g is None else fold(g) for g in (grad_h_n, grad_c_n)), grad_saved)
+    pulled = pull_forward(given, (output, saved), wanted, of_results)
+    found: dict[str, Tensor | None] = {name: pulled.get(name) for name in GRADIENTS if name in wanted}
+    for name in ("h_0", "c_0", "reset_h", "reset_c"):
+        x = found.get(name)
+        if x is not None and x.dim() > 1:
+            found[name] = x.reshape(x.shape[0], D, x.shape[1] // D).transpose(0, 1)
+    grad_gates = pulled.get("gates_ih")
+    if grad_gates is not None:
+        T, B, Gh = grad_gates.shape
+        rows = grad_gates.reshape(T * B, Gh)
+        if needs["input"]:
+            assert weight_ih is not None
+            grad_input = product(rows, weight_ih.flatten(0, 1)).view(T, B, weight_ih.shape[2])
+            found["input"] = grad_input if batch_sizes is None else pack(grad_input, lengths)  # type: ignore[arg-type]
+        if needs["weight_ih"]:
+            assert input is not None
+            if input.dim() == 2:
+                assert weight_ih is not None
+                I = weight_ih.shape[2]  # noqa: E741
+                of_tokens = torch.ops.aten.embedding_dense_backward(grad_gates, input.long(), I, -1, False)
+                found["weight_ih"] = of_tokens.reshape(I, D, Gh // D).permute(1, 2, 0)
+            else:
+                I = input.shape[2]  # noqa: E741
+                found["weight_ih"] = transposed_product(rows, input.reshape(T * B, I)).view(D, Gh // D, I)
+        if needs["bias_ih"]:
+            of_bias_hh = found.get("bias_hh")
+            if of_bias_hh is None or CELLS[cell].separate_gates_hh:
+                found["bias_ih"] = rows.sum(0).view(D, Gh // D)
+            else:
+                found["bias_ih"] = of_bias_hh.clone()  # equal; a copy, for both become somebody's .grad
+    return tuple(found.get(name) for name in GRADIENTS)
+
+
+_C.set_composed_backward(layer_backward)

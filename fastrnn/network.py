@@ -1,0 +1,119 @@
+"""A network of layers, with dropout between them, and a cell: between the checked arguments and ``layer.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _C, composed, fallback, onnx_nodes, per_sample, segments
+from .checks import are_tokens, check_steps, check_values_of
+from .layer import layer, road
+from .ops import CELLS
+from .products import linear
+from .records import LayerCall, LayerStates, LayerWeights, States, layer_states
+from .transforms import in_autocast_dtype, is_plain
+
+
+def own(x: Any) -> Any:
+    """A result as a tensor that is no view, on the same memory; None as None. A view could not be detached in place."""
+    return x if torch.compiler.is_compiling() else _C.without_view(x)
+
+
+def in_autocast_dtypes(tensors: Sequence[Tensor | None] | None) -> Any:
+    return None if tensors is None else tuple(map(in_autocast_dtype, tensors))
+
+
+def is_for_others(weight: Tensor, *others: Tensor | None) -> bool:
+    """Has a call to be made of torch's ops?"""
+    return road(fallback.has_kernels(weight, *others)) == "reference"
+
+
+def network(
+    cell: str,
+    input: Tensor,
+    weights: Sequence[Sequence[LayerWeights]],
+    states: States | None = None,
+    reset_states: States | None = None,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    dropout: float = 0.0,
+    training: bool = False,
+    all_states: bool = False,
+    grad_clip: float = 0.0,
+    recompute: int = 0,
+) -> tuple[Tensor, States, Tensor | None]:
+    """output, the final states and, for an LSTM with ``all_states``, every c of the last layer [T, B, D*H].
+
+    input [T, B, I] or tokens [T, B], or with batch_sizes packed [N, I]; states and reset_states [L*D, B, n] each.
+    recompute: train by segments of so many steps (segments.py); 0: as a whole.
+    """
+    if batch_sizes is None:
+        check_steps(input)
+    D, L = len(weights[0]), len(weights)
+    marked = per_sample.asked_for(w for of_directions in weights for w in of_directions)
+    if torch._C._is_any_autocast_enabled():
+        input, states, reset_states = in_autocast_dtype(input), *map(in_autocast_dtypes, (states, reset_states))
+        if not marked:  # marks would be lost
+            weights = [[LayerWeights(*in_autocast_dtypes(w)) for w in of_directions] for of_directions in weights]
+    all_weights = [x for of_layer in weights for w in of_layer for x in w]
+    if not marked and is_for_others(weights[0][0].weight_ih, input, *all_weights, *(states or ())):
+        tensors = cell, input, states, weights
+        if fallback.is_exported_to_onnx():
+            if resets is None and not all_states and onnx_nodes.has_nodes(weights):
+                return *onnx_nodes.network(*tensors, dropout, training, lengths), None
+        elif lengths is None and resets is None and not (all_states or grad_clip or are_tokens(input)):
+            return *fallback.network(*tensors, dropout, training), None
+    by_segments = recompute > 0 and not marked and segments.can_recompute()
+    by_segments = by_segments and road(fallback.has_kernels(weights[0][0].weight_ih, input, *all_weights)) == "fused"
+    if by_segments and lengths is not None and is_plain(lengths):
+        check_values_of(lengths, input.shape[0])  # a segment's kernel sees what lies in it alone
+
+    def of_layer(states: States | None, i: int) -> States | None:
+        return states if states is None or L == 1 else tuple(s[i * D : (i + 1) * D] for s in states)
+
+    finals: list[States] = []
+    output = input
+    for i, of_directions in enumerate(weights):
+        if i > 0 and dropout > 0 and training:
+            output = F.dropout(output, dropout, training=True)
+        given = layer_states(of_layer(states, i), lengths, resets, of_layer(reset_states, i))
+        every_c = all_states and i == L - 1
+        call = LayerCall(cell, output, of_directions, given, batch_sizes, grad_clip=grad_clip, all_states=every_c)
+        output, *after, cells, _ = segments.layer(call, recompute) if by_segments and not every_c else layer(call)
+        finals.append(tuple(after[: CELLS[cell].states]))
+    joined = finals[0] if L == 1 else tuple(torch.cat(each) for each in zip(*finals, strict=True))
+    return output, joined, cells if all_states else None
+
+
+def step(cell: str, input: Tensor, states: States, weights: LayerWeights) -> States:
+    """A cell's one step: input [B, I], states [B, H] -> the states after the step."""
+    call = LayerCall(cell, input[None], [weights], layer_states(tuple(x[None] for x in states)))
+    if not per_sample.asked_for([weights]):
+        if is_for_others(*weights[:2], *weights[2:], input, *states):
+            return fallback.step(cell, input, states, weights)
+        if torch._C._is_any_autocast_enabled():
+            return _step_under_autocast(call, states)
+    _, *after, _, _ = layer(call)
+    return tuple(own(x[0]) for x in after[: len(states)])
+
+
+def _step_under_autocast(call: LayerCall, states: States) -> States:
+    """torch.nn's LSTM and GRU cells on a CPU add the state to what autocast's products give, and so keep a wider one's
+    dtype."""
+    (w,), input = call.weights, call.input[0]
+    gates_ih = (F.linear if input.is_cuda else linear)(input, w.weight_ih, w.bias_ih)[None]
+    if call.cell in ("lstm", "gru") and torch.is_autocast_enabled("cpu") and input.is_cpu:
+        dtype = torch.promote_types(gates_ih.dtype, states[-1].dtype)
+        with torch.autocast("cpu", enabled=False):
+            cast = LayerWeights(*(None if x is None else x.to(dtype) for x in w))  # type: ignore[arg-type]
+            started = LayerStates(*(None if x is None else x.to(dtype) for x in call.states))
+            found = composed.recurrence(call._replace(weights=[cast], states=started), gates_ih.to(dtype))
+    else:
+        found = composed.recurrence(call, gates_ih)
+    return tuple(own(x[0]) for x in (found.h_n, found.c_n)[: len(states)])

@@ -1,0 +1,85 @@
+"""One layer's call as records with named fields. ``csrc/torch/arguments.h`` has the same fields in the same order, and
+the ops' schemas their names.
+
+Letters: T steps, B batch, I input features, H hidden units, R output width of a direction (H, or the projected size),
+D directions, G gates, S saved values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LayerWeights(NamedTuple):
+    """The parameters of one layer in one direction, with torch.nn's names, shapes and gate order."""
+
+    weight_ih: Tensor  # [G*H, I]
+    weight_hh: Tensor  # [G*H, R]
+    bias_ih: Tensor | None = None  # [G*H]
+    bias_hh: Tensor | None = None  # [G*H]
+    weight_hr: Tensor | None = None  # [R, H], LSTM only
+
+
+States = tuple[Tensor, ...]  # (h,) or (h, c)
+
+
+class LayerStates(NamedTuple):
+    """What a layer starts from, how long its rows are, and where it starts anew."""
+
+    h_0: Tensor | None = None  # [D, B, R]; None for zeros
+    c_0: Tensor | None = None  # [D, B, H], LSTM only; None for zeros
+    lengths: Tensor | None = None  # integer [B]
+    resets: Tensor | None = None  # bool [T, B]
+    reset_h: Tensor | None = None  # [D, B, R]; None for zeros
+    reset_c: Tensor | None = None  # [D, B, H]
+
+
+def layer_states(
+    states: States | None, lengths: Tensor | None = None, resets: Tensor | None = None, fresh: States | None = None
+) -> LayerStates:
+    """Of states and reset states as tuples."""
+    h, c = (*(states or ()), None, None)[:2]
+    reset_h, reset_c = (*(fresh or ()), None, None)[:2]
+    return LayerStates(h, c, lengths, resets, reset_h, reset_c)
+
+
+class LayerCall(NamedTuple):
+    """One call of a layer."""
+
+    cell: str
+    input: Tensor  # [T, B, I], or integer tokens [T, B] for its one-hot rows
+    weights: Sequence[LayerWeights]  # one a direction
+    states: LayerStates = LayerStates()
+    batch_sizes: Tensor | None = None  # int64 [T], CPU: of a packed sequence, whose tensors are [N, ..] for [T, B, ..]
+    reverse: tuple[bool, ...] = (False, True)  # of each direction, as far as there are
+    grad_clip: float = 0.0
+    all_states: bool = False
+
+    @property
+    def directions(self) -> list[bool]:
+        return list(self.reverse[: len(self.weights)])
+
+    @property
+    def batch(self) -> int:
+        return self.input.shape[1] if self.batch_sizes is None else int(self.batch_sizes[0])
+
+    def by_field(self) -> list[list[Tensor]]:
+        """Of each of the weights' fields what there is, as the ops take it."""
+        return [[x for x in of_directions if x is not None] for of_directions in zip(*self.weights, strict=True)]
+
+
+class LayerResults(NamedTuple):
+    """What a layer's call gives. What does not apply has size 0."""
+
+    output: Tensor  # [T, B, D*R]
+    h_n: Tensor  # [D, B, R]
+    c_n: Tensor  # [D, B, H], LSTM only
+    cells: Tensor  # [T, B, D*H]: c after every step, where all_states
+    saved: Tensor  # [T, B, D*S*H]: where backward may follow
+
+
+# What a layer's gradients are of, in the order of layer_backward's results.
+GRADIENTS = ("input", *LayerWeights._fields, "h_0", "c_0", "reset_h", "reset_c")
