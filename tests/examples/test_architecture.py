@@ -4,7 +4,6 @@ import re
 import subprocess
 from pathlib import Path
 
-import pytest
 import torch
 
 from fastrnn import reference
@@ -29,7 +28,6 @@ def test_the_cell_of_the_page_is_right(tmp_path):
     assert re.search(r"^leaky .* ok$", done.stdout, re.M)
 
 
-@pytest.mark.skipif("params" not in reference.Cell._fields, reason="the reference's cells have no parameters yet")
 def test_the_equation_of_the_page_is_right():
     """Its backward is what torch makes of its forward, the gradient of the saved value included."""
     (text,) = blocks("python")
