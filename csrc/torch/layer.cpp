@@ -226,6 +226,17 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
     const int64_t n = x.size(2) / P;
     return P == 1 ? x : x.narrow(2, p * n, n);
   };
+  if (needed[kOf_weight_hr]) {  // first, for it makes the largest tensors of its own
+    const int64_t R = given.output.size(2) / P, h = Gh / kCells[known_cell(call.cell)].gates;
+    // o tanh(c): the cell's own values end with o, and c stands last.
+    const int64_t S = kCells[known_cell(call.cell)].saved;
+    const Tensor saved = given.saved.view({T * B, P, S, h});
+    const Tensor hidden = at::tanh(saved.select(2, S - 1)).mul_(saved.select(2, S - 2));
+    grads[kOf_weight_hr] = empty({P, R, h});
+    for (int64_t p = 0; p < P; ++p)
+      kernels.product(grads[kOf_weight_hr].select(0, p), of_group(found.projected, p).flatten(0, 1).t(),
+                      hidden.select(1, p), false, T);
+  }
   if (needed[kOf_input]) {
     const Tensor weight = one_matrix(call.weights.weight_ih), out = empty({T * B, weight.size(1)});
     kernels.product(out, rows, weight, false, T);
@@ -261,17 +272,6 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
     const bool ih = needed[kOf_bias_ih];
     grads[ih ? kOf_bias_ih : kOf_bias_hh] =
         (ih ? found.gates_ih : gates_hh).sum(at::IntArrayRef{0, 1}).view({P, Gh});
-  }
-  if (needed[kOf_weight_hr]) {
-    const int64_t R = given.output.size(2) / P, h = Gh / kCells[known_cell(call.cell)].gates;
-    // o tanh(c): the cell's own values end with o, and c stands last.
-    const int64_t S = kCells[known_cell(call.cell)].saved;
-    const Tensor saved = given.saved.view({T * B, P, S, h});
-    const Tensor hidden = saved.select(2, S - 2) * at::tanh(saved.select(2, S - 1));
-    grads[kOf_weight_hr] = empty({P, R, h});
-    for (int64_t p = 0; p < P; ++p)
-      kernels.product(grads[kOf_weight_hr].select(0, p), of_group(found.projected, p).flatten(0, 1).t(),
-                      hidden.select(1, p), false, T);
   }
   return grads;
 }
