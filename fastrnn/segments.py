@@ -214,9 +214,10 @@ def _by_segments(call: LayerCall, every: int, entries: Sequence[Tensor], needs: 
         own = entries[direction * count_entries : (direction + 1) * count_entries]
         for s in reversed(list(walk)):
             back(s._replace(entry=tuple(x[s.begin // every, : s.batch] for x in own)))
-        of_weights.extend(None if x is None else x[0] for x in totals.values())
-        absent = [None] * (2 - count)
-        of_states.append((*later, *absent, *fresh, *absent))  # type: ignore[arg-type]
+        dtype, absent = walk.states[0].dtype, [None] * (2 - count)
+        of_weights.extend(None if x is None else x[0].to(dtype) for x in totals.values())
+        restarts = [None if x is None else x.to(dtype) for x in fresh]
+        of_states.append((*later, *absent, *restarts, *absent))  # type: ignore[arg-type]
 
     for direction in range(D):
         through(Walk(call, direction, every))
@@ -228,7 +229,10 @@ def _by_segments(call: LayerCall, every: int, entries: Sequence[Tensor], needs: 
 
 
 def _sum(total: Tensor | None, x: Tensor) -> Tensor:
-    return x if total is None else total.add_(x)
+    """Of half types in float32: with many segments their own sum would stop growing."""
+    if total is not None:
+        return total.add_(x)
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _differentiable(options: LayerCall, arguments: Sequence[Any], needs: Sequence[bool], grads: Grads) -> Grads:

@@ -1,5 +1,6 @@
 """Every test starts from the same seed, with one thread (a test about threads asks for more), and exact float32."""
 
+import gc
 import sys
 
 import pytest
@@ -13,6 +14,10 @@ def _same_start():
     torch.manual_seed(20260101)
     torch.set_num_threads(1)
     allow_cudnn_tf32(False)
+    # Garbage is collected between tests alone: a collection in the instant in which torch.compile(fullgraph=True) waits
+    # for a function's frame may close somebody's forgotten generator, whose frame it then refuses.
+    gc.disable()
     yield
+    gc.enable()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

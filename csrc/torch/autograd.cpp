@@ -180,7 +180,10 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     size_t at = 3;  // behind call, all_states and plain, which have no gradient
     variable_list result(at + all);
     bool any = false;
-    for (const Tensor& grad : grads) any |= grad.defined();
+    for (Tensor& grad : grads) {
+      if (grad.defined() && grad.dim() == 1) grad = Tensor();  // of a result that does not apply, which has size 0
+      any |= grad.defined();
+    }
     if (!any) return result;
 
     Needed needed{};

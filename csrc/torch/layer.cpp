@@ -54,8 +54,10 @@ struct Padded {
   LayerCall call;
   Tensor lengths;  // on the CPU, falling
 
-  explicit Padded(const LayerCall& packed) : call(packed), batch_sizes_(*packed.batch_sizes) {
-    RNN_CHECK(batch_sizes_.is_cpu(), "layer: batch_sizes: expected a CPU tensor, got one on ", batch_sizes_.device());
+  // like: of whose rows there are as many as the sequences have together
+  Padded(const char* op, const LayerCall& packed, const Tensor& like) : call(packed), batch_sizes_(*packed.batch_sizes) {
+    RNN_CHECK(like.dim() > 0, op, ": input: expected rows of a packed sequence, got ", like.sizes());
+    check_packed(op, packed, like.size(0));
     call.batch_sizes = std::nullopt;
   }
   // [N, n] -> [T, B, n], zeros behind each row's end
@@ -111,8 +113,9 @@ Tensor look_up(const Tensor& tokens, const Tensor& weight) {
 }
 
 LayerResults forward_by_products(const LayerCall& call, bool save) {
+  check_storage("layer_forward", "input", call.input);
   if (call.batch_sizes) {
-    Padded padded(call);
+    Padded padded("layer_forward", call, call.input);
     padded.call.input = padded.pad(call.input);
     LayerResults out = forward_by_products(padded.call, save);
     out.output = padded.pack(out.output);
@@ -195,9 +198,10 @@ void weight_hh_gradient(const LayerCall& call, const Tensor& gates, const Tensor
 }
 
 LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& given, const Needed& needed) {
+  check_storage("layer_backward", "input", call.input);
   const RecurrentKernels& kernels = kernels_of(given.output);
   if (call.batch_sizes) {
-    Padded padded(call);
+    Padded padded("layer_backward", call, given.output);
     if (call.input.defined()) padded.call.input = padded.pad(call.input);
     LayerGiven all = given;
     all.output = padded.pad(given.output);

@@ -293,6 +293,19 @@ std::array<Tensor, 3> run_differentiable(const ModuleCall& found, PyObject* tens
     if (!x.defined()) return std::nullopt;
     return found.step ? x.unsqueeze(0) : L == 1 ? x : x.narrow(0, i, 1);
   };
+  // All layers' weights, before the first of them runs: another thread may have the lock then, and take some away.
+  std::vector<Weights> weights(L);
+  for (int64_t i = 0; i < L; ++i) {
+    PyObject* keys = PyList_GET_ITEM(names, i);
+    const Py_ssize_t count = PyList_GET_SIZE(keys);
+    const auto weight = [&](Py_ssize_t k) {
+      return Group{THPVariable_Unpack(PyDict_GetItem(tensors, PyList_GET_ITEM(keys, k)))};
+    };
+    weights[i].weight_ih = weight(0);
+    weights[i].weight_hh = weight(1);
+    if (count >= 4) weights[i].bias_ih = weight(2), weights[i].bias_hh = weight(3);
+    if (count % 2) weights[i].weight_hr = weight(count - 1);
+  }
   LayerCall call;
   call.cell = kCells[found.cell].name;
   call.reverse = {false};
@@ -303,14 +316,7 @@ std::array<Tensor, 3> run_differentiable(const ModuleCall& found, PyObject* tens
   if (resets != Py_None) call.states.resets = batch_first ? given(resets).transpose(0, 1) : given(resets);
   std::vector<Tensor> h_n, c_n;
   for (int64_t i = 0; i < L; ++i) {
-    PyObject* of_this = PyList_GET_ITEM(names, i);
-    const Py_ssize_t count = PyList_GET_SIZE(of_this);
-    const auto weight = [&](Py_ssize_t k) { return Group{THPVariable_Unpack(PyDict_GetItem(tensors, PyList_GET_ITEM(of_this, k)))}; };
-    call.weights = {};
-    call.weights.weight_ih = weight(0);
-    call.weights.weight_hh = weight(1);
-    if (count >= 4) call.weights.bias_ih = weight(2), call.weights.bias_hh = weight(3);
-    if (count % 2) call.weights.weight_hr = weight(count - 1);
+    call.weights = std::move(weights[i]);
     call.states.h_0 = of_layer(h_0, i);
     call.states.c_0 = of_layer(c_0, i);
     const LayerResults out = differentiable_layer(call);

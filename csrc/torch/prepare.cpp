@@ -37,6 +37,25 @@ const int64_t* checked_batch_sizes(const char* op, const Tensor& x, int64_t rows
   return sizes;
 }
 
+}  // namespace
+
+void check_storage(const char* op, const char* name, const Tensor& x) {
+  if (!x.defined() || !x.numel() || !x.has_storage()) return;
+  RNN_CHECK(at::detail::computeStorageNbytes(x.sizes(), x.strides(), x.itemsize(), x.storage_offset()) <=
+                x.storage().nbytes(),
+            op, ": ", name, ": ", x.sizes(), " is out of bounds for storage of size ",
+            static_cast<int64_t>(x.storage().nbytes()));
+}
+
+void check_packed(const char* op, const LayerCall& call, int64_t rows) {
+  checked_batch_sizes(op, *call.batch_sizes, rows);
+  const States& s = call.states;
+  RNN_CHECK(!s.lengths && !s.resets, op, ": ", s.lengths ? "lengths" : "resets",
+            ": expected none with batch_sizes, got a tensor");
+}
+
+namespace {
+
 // Checks an op's tensors one by one against the sizes, dtype and device of the first of them, `reference`.
 class Checker {
  public:
@@ -198,12 +217,7 @@ class Checker {
 
  private:
   void device(const char* name, const Tensor& x) const {
-    // Somebody may have resized the storage under its tensor.
-    if (x.numel() && x.has_storage())
-      RNN_CHECK(at::detail::computeStorageNbytes(x.sizes(), x.strides(), x.itemsize(), x.storage_offset()) <=
-                    x.storage().nbytes(),
-                op_, ": ", name, ": ", x.sizes(), " is out of bounds for storage of size ",
-                static_cast<int64_t>(x.storage().nbytes()));
+    check_storage(op_, name, x);
     RNN_CHECK(x.device() == reference_.device(), op_, ": ", name, ": expected device ", reference_.device(),
               " (that of ", reference_name_, "), got ", x.device());
   }
@@ -306,6 +320,7 @@ Recurrence recurrence_of(const LayerCall& call) {
     const int64_t count = group.size();
     RNN_CHECK(count == P || (count == 0 && !wanted), "layer_forward: ", name, ": expected ", P, " tensors (groups), got ",
               count);
+    for (const Tensor& x : group) check_storage("layer_forward", name, x);  // before they are put together
   };
 #define FASTRNN_CHECK(name) check(#name, w.name, &w.name == &w.weight_hh);
   FASTRNN_FOR_EACH_WEIGHT(FASTRNN_CHECK)

@@ -19,6 +19,12 @@ struct Recurrence : Run {
 };
 Recurrence recurrence_of(const LayerCall& call);
 
+// Has the tensor the memory that its sizes claim? Somebody may have resized the storage under it.
+void check_storage(const char* op, const char* name, const Tensor& x);
+
+// Are batch_sizes those of a packed sequence of so many rows, without lengths and resets beside them?
+void check_packed(const char* op, const LayerCall& call, int64_t rows);
+
 // A field of all groups: [P, ...], or of one group the tensor itself. None where there is none.
 OptionalTensor stacked(const Group& group);
 

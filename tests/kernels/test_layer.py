@@ -400,6 +400,20 @@ def test_few_calls_around_a_recurrence(kind, given):
     assert counts["fastrnn::layer_forward"] == counts["fastrnn::layer_backward"] == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_gradients_of_results_that_do_not_apply(cell, dtype):
+    """Of size 0, as whoever fills in zeros for all results gives them: none."""
+    given = arguments_of(Case(cell, 4, 3, 1, 5, dtype=dtype), 6, 0)
+    call = call_of(given)
+    call = call._replace(input=call.input.requires_grad_())
+    output, h_n, c_n, cells, _ = layer.fused(call)
+    absent = [x for x in (c_n, cells) if not x.numel()]
+    (want,) = torch.autograd.grad(output.sum() + h_n.sum(), call.input, retain_graph=True)
+    (got,) = torch.autograd.grad(output.sum() + h_n.sum() + sum(x.sum() for x in absent), call.input)
+    assert absent and torch.equal(got, want)
+
+
 def test_no_result_without_a_history():
     """The ops without a derivative refuse a call that would need one."""
     given = arguments_of(Case("lstm", 4, 3, 1, 5), 6, 0)
@@ -466,8 +480,9 @@ def test_gradgradcheck_of_a_packed_sequence(kind):
         ([], "expected a contiguous vector of int64"),
     ],
 )
-def test_refuses_batch_sizes(sizes, message):
-    given = arguments_of(Case("gru", 5, 1, 1, 3), 2, 0)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_refuses_batch_sizes(sizes, message, dtype):
+    given = arguments_of(Case("gru", 5, 1, 1, 3, dtype=dtype), 2, 0)
     given["input"] = given["input"][:, 0]
     with pytest.raises((RuntimeError, ValueError)) as caught:
         layer_forward(*arguments_of_op(given, False, torch.tensor(sizes, dtype=torch.int64)))

@@ -394,6 +394,31 @@ def test_many_calls_from_several_threads():
     assert not wrong
 
 
+def test_weights_may_go_meanwhile():
+    """A weight of a later layer is taken away while the one below runs: the call goes on with what it began with."""
+    module, x = build(fastrnn, "LSTM", 3, 5, num_layers=2), normal(4, 2, 3)
+    expected = module(x)[0].detach()
+
+    def pack(saved):
+        module._parameters.pop("weight_ih_l1", None)
+        return saved.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        output = module(x)[0]
+    assert "weight_ih_l1" not in module._parameters and torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0_reverse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_directions_without_memory(dtype, name, grad):
+    """The weights of both directions are put together, which must not read what is not there."""
+    module = build(fastrnn, "LSTM", 3, 4, bidirectional=True).to(dtype)
+    getattr(module, name).untyped_storage().resize_(0)
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="out of bounds for storage"):
+        module(normal(4, 2, 3).to(dtype))
+
+
 def test_weights_may_be_exchanged_meanwhile():
     """Another thread gives the parameters other memory, of the same values, while the kernel runs without the lock."""
     torch.set_num_threads(1)
