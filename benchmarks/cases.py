@@ -33,6 +33,7 @@ class Case:
     dtype: str = "float32"
     tokens: bool = False  # the input is integers [T, B] in [0, I), stored by token where a layer knows how
     recompute: int = 0  # > 0: training keeps the states of every such step and makes the rest again
+    peephole: bool = False
     frozen: bool = False  # training asks for no gradient of the input
 
     @property
@@ -40,6 +41,7 @@ class Case:
         """What torch.nn's layers have not got."""
         options = {
             "resets": self.resets, "lengths=": self.padded, "tokens": self.tokens, "recompute": self.recompute,
+            "peephole": self.peephole,
         }  # fmt: skip
         return [name for name, there in options.items() if there]
 
@@ -63,6 +65,7 @@ class Case:
             DTYPE_SUFFIX[self.dtype],
             "tokens" if self.tokens else "",
             f"recompute{self.recompute}" if self.recompute else "",
+            "peephole" if self.peephole else "",
             "frozen" if self.frozen else "",
         ]
         return "-".join([self.cell.lower(), f"{self.T}x{self.B}x{self.I}x{self.H}", *filter(None, options)])

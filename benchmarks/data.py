@@ -67,6 +67,8 @@ def make_data(case: Case, seed: int = 0) -> Data:
         module = getattr(torch.nn, case.cell)(**module_arguments(case) | {"dtype": wide})
     weights = {name: weight.detach() for name, weight in module.state_dict().items()}
 
+    if case.peephole:
+        weights["weight_ch_l0"] = (2 * torch.rand(3, case.H, generator=generator, dtype=wide) - 1) * case.H**-0.5
     directions = 2 if case.bidirectional else 1
     leading = (case.B,) if case.is_cell else (case.T, case.B)
     lengths = valid = None

@@ -190,6 +190,10 @@ RECOMPUTE = [
     for entry in entries("recompute", "LSTM", (4096, 16, 128, 128), modes=TRAIN, recompute=64, frozen=frozen)
 ]
 
+CELLS = [  # cells that torch.nn has not got, at three sizes
+    *entries("peephole", "LSTM", (100, 16, 64, 64), (128, 32, 256, 256), (512, 16, 128, 128), peephole=True),
+]
+
 MEMORY = [
     *entries("memory", "LSTM", (512, 16, 512, 512), (128, 32, 256, 256), modes=TRAIN),
     *entries("memory", "GRU", (512, 16, 512, 512), modes=TRAIN),
@@ -268,6 +272,9 @@ SUITES: dict[str, Suite] = {
     "tokensmemory": Suite("peak memory of the same", tuple(TOKENS), kind="memory", peers=("embedding", "columns")),
     "recompute": Suite("training with recompute against without", tuple(RECOMPUTE), peers=("everykept",)),
     "recomputememory": Suite("peak memory of the same", tuple(RECOMPUTE), kind="memory", peers=("everykept",)),
+    "cells": Suite(
+        "cells that torch.nn lacks, against our plain one and a loop", tuple(CELLS), peers=("plaincell", "loop")
+    ),
     "memory": Suite("peak memory of a step, each side in processes of its own", tuple(MEMORY), kind="memory"),
     "persample": Suite(
         "per-sample gradients by vmap, against loops and Opacus", tuple(PER_SAMPLE_LAYERS), peers=PER_SAMPLE_PEERS,

@@ -23,9 +23,8 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
 from . import reference
-from .ops import CELLS, clamp_gradient, library, named, names_of, recurrent_backward, recurrent_forward
+from .ops import CELLS, clamp_gradient, library, named, names_of, recurrent_backward, recurrent_forward, results_of
 from .products import grouped_linear, grouped_outer, linear_by_aten, outer_by_aten, outer_products, transposed_product
-from .records import LayerStates
 from .transforms import is_vmapped_call
 
 Grads = tuple[Tensor | None, ...]
@@ -54,37 +53,24 @@ def pull_forward(args: Mapping[str, Any], results: Sequence[Tensor], needed: Col
     weight_hh, reverse = args["weight_hh"], args["reverse"]
     output, saved = results
     grad_output, grad_h_n, grad_c_n, grad_saved = grads
-    states = {name: args[name] for name in LayerStates._fields}
-    given = dict(
-        cell=args["cell"],
-        grad_output=grad_output,
-        grad_h_n=grad_h_n,
-        grad_c_n=grad_c_n if states["c_0"] is not None else None,
-        weight_hh=weight_hh,
-        weight_hr=args["weight_hr"],
-        **states,
-        reverse=reverse,
-        output=output,
-        saved=saved,
-        initial="h_0" in needed or "c_0" in needed,
-        grad_clip=args.get("grad_clip", 0.0),
-    )
+    given = {name: args[name] for name in names_of(recurrent_backward) if name in args}
+    given |= dict(grad_output=grad_output, grad_h_n=grad_h_n, output=output, saved=saved)
+    given["grad_c_n"] = grad_c_n if args["c_0"] is not None else None
+    given["initial"] = "h_0" in needed or "c_0" in needed
     by_kernel = grad_saved is None
     pulled = recurrent_backward(**given) if by_kernel else reference.backward(**given, grad_saved=grad_saved)
-    grad_gates_ih, grad_gates_hh, grad_projected, *of_states = pulled
-    if not CELLS[args["cell"]].separate_gates_hh:
-        grad_gates_hh = grad_gates_ih
+    found = dict(zip((name.removeprefix("grad_") for name in results_of(recurrent_backward)), pulled, strict=True))
+    grad_gates_hh = found["gates_hh" if CELLS[args["cell"]].separate_gates_hh else "gates_ih"]
     P = weight_hh.shape[0]
-    found: dict[str, Tensor | None] = dict(zip(("h_0", "c_0", "reset_h", "reset_c"), of_states, strict=True))
-    if "gates_ih" in needed:
-        found["gates_ih"] = grad_gates_ih
     if "weight_hh" in needed:
-        h_0, _, lengths, resets, reset_h, _ = states.values()
+        h_0, lengths, resets, reset_h = (args[name] for name in ("h_0", "lengths", "resets", "reset_h"))
         found["weight_hh"] = _grad_weight_hh(grad_gates_hh, output, h_0, lengths, resets, reset_h, reverse)
     if "bias_hh" in needed:
         found["bias_hh"] = grad_gates_hh.sum((0, 1)).reshape(P, -1)
     if "weight_hr" in needed:
-        found["weight_hr"] = _grad_weight(grad_projected, reference.lstm_hidden(saved, P))
+        found["weight_hr"] = _grad_weight(found["projected"], reference.lstm_hidden(saved, P))
+    if "params" in needed:
+        found["params"] = found["params"].sum(0).reshape(args["params"].shape).to(output.dtype)
     return {name: x for name, x in found.items() if name in needed}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import CELLS
+from .ops import CELLS, weight_sizes
 from .records import LayerWeights, States
 from .transforms import is_overloaded
 
@@ -144,6 +144,8 @@ def check_weights(
             raise RuntimeError(f"{name_of(0, 0, field)}: expected a tensor of 2 dimensions, got {got}")
     if first.weight_hr is not None and info.states == 1:
         raise RuntimeError(f"{name_of(0, 0, 'weight_hr')}: expected None, for only an LSTM has it, got a tensor")
+    if first.params is not None and not info.params:
+        raise RuntimeError(f"{name_of(0, 0, 'params')}: expected None, for only an LSTM has peepholes, got a tensor")
     R = first.weight_hh.shape[1]
     H = R if first.weight_hr is None else first.weight_hr.shape[1]
     if R == 0 or H == 0:
@@ -151,7 +153,7 @@ def check_weights(
     width = first.weight_ih.shape[1] if tokens else input.shape[-1]
     other, whose = (first.weight_ih, name_of(0, 0, "weight_ih")) if tokens else (input, "input")
     for i, layer in enumerate(weights):
-        shapes = ((info.gates * H, width), (info.gates * H, R), (info.gates * H,), (info.gates * H,), (R, H))
+        shapes = weight_sizes(cell, H, R, width).values()
         for d, w in enumerate(layer):
             for field, x, shape, as_first in zip(LayerWeights._fields, w, shapes, first, strict=True):
                 name = name_of(i, d, field)

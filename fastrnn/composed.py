@@ -5,6 +5,7 @@ and ``recurrent_backward``. What torch.func, forward-mode AD and double backward
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from . import _C, fallback, reference
 from .autograd import Grads, pull_forward
-from .ops import CELLS, recurrent_forward
+from .ops import BACKWARD_WEIGHTS, CELLS, FORWARD_WEIGHTS, recurrent_forward
 from .packing import pack, pad, without_padding
 from .products import linear, product, transposed_product
 from .records import GRADIENTS, LayerCall, LayerResults, LayerStates, LayerWeights
@@ -34,13 +35,13 @@ def recurrence(call: LayerCall, gates_ih: Tensor, by_reference: bool = False) ->
     assert weight_hh is not None
     states = folded(call.states, call.cell, weight_hh, gates_ih.shape[1])
     assert states.h_0 is not None
-    bias_hh, weight_hr = (_stacked([getattr(w, name) for w in call.weights]) for name in ("bias_hh", "weight_hr"))
-    given = (weight_hh, bias_hh, weight_hr, *states)
+    of_weights = [_stacked([getattr(w, name) for w in call.weights]) for name in FORWARD_WEIGHTS]
+    given: list[Any] = [*of_weights, *states]
     if by_reference:
         if fallback.is_traced() or fallback.is_exported_to_onnx():
             gates_ih = fallback.of_fixed_steps(gates_ih)
         clip = call.grad_clip
-        found = reference.forward(call.cell, gates_ih, *given, call.directions, clip)  # type: ignore[arg-type]
+        found = reference.forward(call.cell, gates_ih, *given, call.directions, clip)  # type: ignore[call-arg]
     else:
         clips = (call.grad_clip,) if call.grad_clip else ()
         found = recurrent_forward(call.cell, gates_ih, *given, call.directions, call.all_states, *clips)
@@ -154,7 +155,8 @@ def layer_backward(
     of GRADIENTS; those of weights are [D, ...].
     """
     needs = dict(zip(GRADIENTS, needed, strict=True))
-    weight_ih, weight_hh, weight_hr = (_stacked(weights[name]) for name in ("weight_ih", "weight_hh", "weight_hr"))
+    of_weights = {name: _stacked(weights[name]) for name in BACKWARD_WEIGHTS}
+    weight_ih, weight_hh = _stacked(weights["weight_ih"]), of_weights["weight_hh"]
     assert weight_hh is not None
     D, steps = len(reverse), LayerStates(**states)
     grad_output, grad_h_n, grad_c_n, grad_cells, grad_saved = grads
@@ -171,11 +173,9 @@ def layer_backward(
     elif lengths is not None and input is not None:
         input = without_padding(input, lengths)
     flat = folded(steps, cell, weight_hh, output.shape[1])
-    given = dict(
-        cell=cell, weight_hh=weight_hh, weight_hr=weight_hr, **flat._asdict(), reverse=reverse, grad_clip=grad_clip
-    )
+    given = dict(cell=cell, **of_weights, **flat._asdict(), reverse=reverse, grad_clip=grad_clip)
     of_gates = needs["input"] or needs["weight_ih"] or needs["bias_ih"]
-    wanted = {name for name in ("weight_hh", "bias_hh", "weight_hr") if needs[name]}
+    wanted = {name for name in FORWARD_WEIGHTS if needs[name]}
     wanted |= {"gates_ih"} if of_gates else set()
     wanted |= {"h_0", "c_0"} if needs["h_0"] or needs["c_0"] else set()
     wanted |= {name for name in ("reset_h", "reset_c") if states[name] is not None}

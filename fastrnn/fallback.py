@@ -64,11 +64,16 @@ def is_exported_to_onnx() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
+def has_op(cell: str, input: Tensor, all_states: bool, grad_clip: float) -> bool:
+    """Does one of torch's ops compute such a network?"""
+    return hasattr(torch._VF, cell) and input.dim() == 3 and not (all_states or grad_clip)
+
+
 def of_fixed_steps(x: Tensor) -> Tensor:
     """x [T, ..], for a loop over time in what is recorded: a warning says so, and a trace refuses another T."""
     warnings.warn(
-        "torch's own ops and ONNX' have no resets, return_all_states or grad_clip, and some no lengths, tokens or "
-        "proj_size: a loop over a fixed number of steps is recorded, which fails for another",
+        "torch's own ops and ONNX' have no resets, return_all_states or grad_clip, and some no lengths, tokens, "
+        "proj_size or peephole: a loop over a fixed number of steps is recorded, which fails for another",
         stacklevel=2,
     )
     return torch.stack(x.unbind()) if is_traced() else x

@@ -47,7 +47,8 @@ def lstm(
         input: [T, B, I], float32, float64, bfloat16 or float16.
         state: ``(h_0, c_0)``, [L*D, B, R] and [L*D, B, H]; ``None`` for zeros.
         weights: ``weights[layer][direction]``; one direction, or two of which the second runs in reverse. Each is a
-            LayerWeights, or a plain tuple or list of its tensors in that order.
+            LayerWeights, or a plain tuple or list of its tensors in that order. Their ``params`` [3, H], where given,
+            are peepholes of i, f and o (Gers & Schmidhuber 2000), as of ``fastrnn.LSTM(.., peephole=True)``.
         dropout: probability that an output of any layer but the last is zeroed, when ``training``.
         lengths: integer [B]: row b has the steps 0 .. lengths[b] - 1. The output is 0 behind them, and the final state
             is the one after the last of them (the initial one where there are none).
@@ -149,6 +150,7 @@ def _checked(
         raise ValueError(f"dropout: expected a number in [0, 1], got {dropout!r}")
     T, B = input.shape[:2]
     tokens, weights = input.dim() == 2, given_weights(weights)
+    cell = _with_params(cell, weights[0][0])
     check_weights(cell, input, weights, tokens)
     check_resets(resets, reset_state, (T, B), input.device)
     w = weights[0][0]
@@ -177,6 +179,7 @@ def _checked(
 def _checked_cell(cell: str, input: Tensor, state: Any, weights: Any) -> States:
     check_features(input, 2, "(B, I)", False)
     w = given_layer_weights("weights", weights)
+    cell = _with_params(cell, w)
     check_weights(cell, input, [[w]], False, lambda layer, direction, field: f"weights.{field}")
     states = given_states(cell, "state", state)
     sizes = (w.weight_hh.shape[1], w.weight_hh.shape[0] // CELLS[cell].gates)
@@ -185,6 +188,11 @@ def _checked_cell(cell: str, input: Tensor, state: Any, weights: Any) -> States:
             raise RuntimeError(f"{part}: expected {[input.shape[0], size]} (batch, width), got {list(x.shape)}")
         check_fits(part, x, input, "input")
     return step(cell, input, states, w)
+
+
+def _with_params(cell: str, weights: LayerWeights) -> str:
+    """An LSTM's gates see c where it has peepholes."""
+    return "lstm_peephole" if cell == "lstm" and weights.params is not None else cell
 
 
 def _elman(nonlinearity: str) -> str:

@@ -10,141 +10,47 @@ which ``options.py`` composes. ``forward`` takes three keyword arguments more th
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.nn import RNNBase
 from torch.nn.modules import rnn
-from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
 from . import _C, checks, fallback, per_sample
+from .cells import GRUCell, LSTMCell, RNNCell
+from .flat_weights import HasFlatWeights
 from .layer import road
-from .network import network, own, step
+from .module_base import QCONFIG, is_for_torch, leaf, typed_as
+from .network import network, own
 from .ops import CELLS
 from .options import SWITCHES, VALUES, checked, documented, without_lstm_only
-from .packing import on_device, pack, pad
-from .records import LayerWeights, States
-from .transforms import in_autocast_dtype, is_overloaded, is_plain_call
+from .packing import check_batch_sizes, check_indices, on_device, pack, packed_layout, pad, permute
+from .records import LayerWeights, States, name_of
+from .transforms import in_autocast_dtype, is_plain_call
 
-F = TypeVar("F")
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]  # cells, too: where older pickles look for them
+
 # What _C.module_forward knows nothing of.
-_UNKNOWN_TO_C = ("learn_initial_state", "state_batch_first", "return_all_states", "_opacus")
+_UNKNOWN_TO_C = ("learn_initial_state", "state_batch_first", "return_all_states", "peephole", "_opacus")
+_FIELDS = {name_of(field): field for field in LayerWeights._fields}
 
 
-def _typed_as(function: F) -> Callable[[Any], F]:
-    """For type checkers: a module is called as its ``forward`` is. torch.nn.Module's ``__call__`` takes anything."""
-    return lambda _: function
-
-
-def _permute(x: Tensor, permutation: Tensor | None, dim: int = 1) -> Tensor:
-    return x if permutation is None else x.index_select(dim, permutation)
-
-
-def _check_batch_sizes(batch_sizes: Any, rows: int) -> None:
-    """Torch's packing routines trust these, down to writes past the end of their memory."""
-    if torch.compiler.is_compiling():
-        return
-    if not isinstance(batch_sizes, Tensor):
-        raise TypeError(f"batch_sizes: expected a tensor, got {type(batch_sizes).__name__}")
-    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or not batch_sizes.is_cpu:
-        raise RuntimeError(
-            "batch_sizes: expected a 1-D tensor of int64 on the CPU, "
-            f"got {list(batch_sizes.shape)} of {batch_sizes.dtype} on {batch_sizes.device}"
-        )
-    falling = len(batch_sizes) > 0 and not (batch_sizes[1:] > batch_sizes[:-1]).any() and batch_sizes[-1] >= 0
-    if not falling or batch_sizes.sum() != rows:
-        raise RuntimeError(
-            f"batch_sizes: expected sizes that do not grow and sum to {rows} (rows of data), got {batch_sizes}"
-        )
-
-
-def _check_indices(name: str, indices: Any, batch: int, device: torch.device) -> None:
-    if torch.compiler.is_compiling():
-        return
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"{name}: expected a tensor or None, got {type(indices).__name__}")
-    if indices.dtype not in (torch.int64, torch.int32) or tuple(indices.shape) != (batch,) or indices.device != device:
-        raise RuntimeError(
-            f"{name}: expected [{batch}] (batch) of int64 on {device}, "
-            f"got {list(indices.shape)} of {indices.dtype} on {indices.device}"
-        )
-
-
-def _packed_layout(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """lengths [B], and where each row of packed data stands among the T * B rows of padded data."""
-    rows = torch.arange(int(batch_sizes[0]))
-    valid = rows < batch_sizes[:, None]  # [T, B]
-    return valid.sum(0), valid.flatten().nonzero().squeeze(1)
-
-
-class _FlatWeights(list[Any]):
-    """What a module's ``_flat_weights`` gives: a write into it is one to the module, as it is with torch.nn's."""
-
-    def __init__(self, weights: Iterable[Tensor | None] = (), module: _Recurrent | None = None) -> None:
-        super().__init__(weights)
-        self._module = module  # none: a list that somebody has made of one, as handlers of __torch_function__ do
-
-
-def _writing(name: str) -> Any:
-    method = getattr(list, name)
-
-    def write(self: _FlatWeights, *args: Any) -> Any:
-        if self._module is not None:  # a list that was taken before others were written to has their values, too
-            list.__setitem__(self, slice(None), self._module._flat_weights)
-        result = method(self, *args)
-        if self._module is not None:
-            self._module._flat_weights = list(self)
-        return result
-
-    return functools.wraps(method)(write)
-
-
-for _name in ("__setitem__", "__delitem__", "__iadd__", "append", "extend", "insert", "pop", "clear"):
-    setattr(_FlatWeights, _name, _writing(_name))
-
-
-def _given_qconfig(self: nn.Module) -> Any:
-    if "qconfig" not in self.__dict__:
-        raise AttributeError("qconfig")
-    return self.__dict__["qconfig"]
-
-
-def _give_qconfig(self: nn.Module, value: Any) -> None:
-    self.__dict__["qconfig"] = value
-    warnings.warn(
-        f"torch.ao.quantization knows torch.nn's classes alone and leaves this fastrnn.{type(self).__name__} as it is. "
-        "Before it, call fastrnn.quantize(model) for int8 weights of layers, or fastrnn.to_torch(model)",
-        stacklevel=2,
-    )
-
-
-# torch's eager quantization gives every module of a model its ``qconfig`` and then swaps modules by their exact type.
-_QCONFIG = property(_given_qconfig, _give_qconfig, lambda self: self.__dict__.pop("qconfig"))
-
-
-class _Recurrent(per_sample.Hooked, RNNBase):
+class _Recurrent(per_sample.Hooked, HasFlatWeights):
     """What LSTM, GRU and RNN share. States are tuples here: (h,) or (h, c)."""
-
-    # What was written into _flat_weights, and the attributes of that time: as long as those are in their places, it is
-    # what the module computes with, as in torch.nn.
-    _written: tuple[list[Any], list[Any]] | None = None
 
     # Options of the constructors. An instance has only those that are on, so a plain one holds what torch's holds.
     learn_initial_state: bool = False
     state_batch_first: bool = False
     return_all_states: bool = False
     token_input: bool = False
+    peephole: bool = False
     grad_clip: float | None = None
     recompute: int = 0
 
-    qconfig = _QCONFIG
+    qconfig = QCONFIG
     __prepare_scriptable__ = fallback.refuse_script
 
     def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
@@ -153,11 +59,29 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         for name, value in options.items():
             if value:
                 setattr(self, name, value)
+        weight = getattr(self, self._all_weights[0][0])
+        if self.peephole:
+            for names in self._all_weights:
+                name = names[0].replace("weight_ih", "weight_ch")
+                self.register_parameter(name, nn.Parameter(weight.new_empty(3, self.hidden_size)))
+                nn.init.uniform_(getattr(self, name), *self._initial_range())
+                names.append(name)
+            self._flat_weights_names = [name for names in self._all_weights for name in names]
+            self._init_flat_weights()
         if self.learn_initial_state:
-            weight = getattr(self, self._all_weights[0][0])
             for names, width in zip(self._initial_names(), self._state_widths(), strict=True):
                 for name in names:
                     self.register_parameter(name, nn.Parameter(weight.new_zeros(width)))
+
+    def _initial_range(self) -> tuple[float, float]:
+        bound = self.hidden_size**-0.5 if self.hidden_size else 0.0  # as torch.nn has it
+        return -bound, bound
+
+    @property
+    def _cell(self) -> str:
+        """The name of its cell, as the ops know it."""
+        cell = self.mode.lower()
+        return f"{cell}_peephole" if self.peephole else cell
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -172,7 +96,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
 
     def _state_widths(self) -> tuple[int, ...]:
         """Of h and, for an LSTM, c."""
-        return (self.proj_size or self.hidden_size, self.hidden_size)[: CELLS[self.mode.lower()].states]
+        return (self.proj_size or self.hidden_size, self.hidden_size)[: CELLS[self._cell].states]
 
     def _initial_names(self) -> list[list[str]]:
         """Parameters of the initial state: of every layer and direction for h, then for c."""
@@ -254,7 +178,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         for name, given in (("state", state), ("reset_state", reset_state)):
             if given is None:
                 continue
-            states = checks.given_states(self.mode.lower(), name, given)
+            states = checks.given_states(self._cell, name, given)
             count = self.num_layers * (2 if self.bidirectional else 1)
             batch = [] if dims == 1 else [x.shape[0]]
             leading = [*batch, count] if self.state_batch_first else [count, *batch]
@@ -268,56 +192,6 @@ class _Recurrent(per_sample.Hooked, RNNBase):
 
     def flatten_parameters(self) -> None:
         """Does nothing: there is no flat weight buffer; parameters are read by name at each forward."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super(RNNBase, self).__setattr__(name, value)  # not RNNBase's, which writes into _flat_weights, too
-
-    def _own_weights(self) -> list[Any]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]
-
-    @property
-    def _flat_weights(self) -> list[Any]:  # type: ignore[override]
-        self._update_flat_weights()
-        return _FlatWeights(self._own_weights() if self._written is None else self._written[0], self)
-
-    @_flat_weights.setter
-    def _flat_weights(self, weights: list[Any]) -> None:
-        own = self._own_weights()
-        if [*map(id, weights)] == [*map(id, own)]:
-            self.__dict__.pop("_written", None)
-        else:
-            self.__dict__["_written"] = weights, own
-
-    def _weights_have_changed(self) -> bool:
-        """Since ``_flat_weights`` was written to."""
-        if self._written is None or torch.compiler.is_compiling():  # which sees other objects
-            return False
-        pairs = zip(self._own_weights(), self._written[1], strict=True)
-        return any(x is not None and x is not before for x, before in pairs)
-
-    def _init_flat_weights(self) -> None:
-        self.__dict__.pop("_written", None)
-        # No references as torch.nn's layers keep: ``torch.utils.swap_tensors`` refuses any.
-        self._flat_weight_refs = [None] * len(self._flat_weights_names)
-
-    def _named_weights(self) -> dict[str, Any] | None:
-        """The weights by name where ``_flat_weights`` was written to; None where they are the attributes."""
-        if self._written is not None:
-            self._update_flat_weights()
-        if self._written is None:
-            return None
-        names, weights = self._flat_weights_names, self._written[0]
-        if len(weights) != len(names):
-            raise RuntimeError(f"_flat_weights: expected {len(names)} tensors ({', '.join(names)}), got {len(weights)}")
-        for i, (name, weight) in enumerate(zip(names, weights, strict=True)):
-            if not isinstance(weight, Tensor):
-                raise TypeError(f"_flat_weights[{i}] ({name}): expected a tensor, got {type(weight).__name__}")
-        return dict(zip(names, weights, strict=True))
-
-    def __setstate__(self, d: dict[str, Any]) -> None:
-        d = {name: value for name, value in d.items() if name != "_flat_weights"}  # of older pickles: a list
-        super().__setstate__(d)
-        self._flat_weight_refs = [None] * len(self._flat_weights_names)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         weight = self._first_weight()
@@ -360,9 +234,11 @@ class _Recurrent(per_sample.Hooked, RNNBase):
             found = getattr(self, name) if written is None else written[name]
             return found if self._opacus is None else self._marked(found)
 
-        one_direction = [
-            LayerWeights(**{name.rsplit("_l", 1)[0]: weight(name) for name in names}) for names in self._all_weights
-        ]
+        def by_field(names: list[str]) -> LayerWeights:
+            stems = [name.rsplit("_l", 1)[0] for name in names]
+            return LayerWeights(**{_FIELDS[s]: weight(name) for s, name in zip(stems, names, strict=True)})
+
+        one_direction = list(map(by_field, self._all_weights))
         directions = 2 if self.bidirectional else 1
         return [one_direction[i : i + directions] for i in range(0, len(one_direction), directions)]
 
@@ -401,7 +277,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
 
     def _network(self, input: Tensor, states: States | None, **sequence: Any) -> tuple[Tensor, States, Tensor | None]:
         """input [T, B, I] or [T, B] -> output [T, B, D*R], final states [L*D, B, n], every c [T, B, D*H] or None."""
-        cell, weights = self.mode.lower(), self._weights()
+        cell, weights = self._cell, self._weights()
         options: dict[str, Any] = dict(
             dropout=self.dropout,
             training=self.training,
@@ -418,7 +294,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
             raise
 
     def _name_of(self, layer: int, direction: int, field: str) -> str:
-        return f"{field}_l{layer}{'_reverse' if direction else ''}"
+        return f"{name_of(field)}_l{layer}{'_reverse' if direction else ''}"
 
     def _takes_packed(self, data: Tensor) -> bool:
         """Do the kernels read a packed sequence as it is? Elsewhere it is padded once for all layers."""
@@ -475,7 +351,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
             return False
         written = self._named_weights()
         weights = (self._parameters if written is None else written).values()
-        return _is_for_torch(self._first_weight(), weights, input, hx)
+        return is_for_torch(self._first_weight(), weights, input, hx)
 
     def _run(
         self,
@@ -489,7 +365,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
             output, after = getattr(rnn, self._kind()).forward(self, input, hx)
             return output, after if isinstance(after, tuple) else (after,), None
         states, reset_states = (
-            None if state is None else checks.given_states(self.mode.lower(), name, state)
+            None if state is None else checks.given_states(self._cell, name, state)
             for name, state in (("hx", hx), ("reset_state", reset_state))
         )
         if isinstance(input, PackedSequence):
@@ -545,13 +421,13 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         if not checks.is_tensor_like(data):
             raise TypeError(f"data: expected a tensor, got {type(data).__name__}")
         self.check_input(data, batch_sizes)
-        _check_batch_sizes(batch_sizes, data.shape[0])
+        check_batch_sizes(batch_sizes, data.shape[0])
         for name, indices in (("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)):
             if indices is not None:
-                _check_indices(name, indices, int(batch_sizes[0]), data.device)
+                check_indices(name, indices, int(batch_sizes[0]), data.device)
         if states is not None:
             self._check_states("hx", data, states, batch_sizes)
-            states = tuple(_permute(x, sorted_indices, state_dim) for x in states)
+            states = tuple(permute(x, sorted_indices, state_dim) for x in states)
         if fallback.is_traced() or fallback.is_exported_to_onnx():
             raise RuntimeError(
                 "input: expected a padded tensor and lengths where the call is traced or exported to ONNX, "
@@ -563,19 +439,19 @@ class _Recurrent(per_sample.Hooked, RNNBase):
             # A sample's gradient is expected where the caller has the sample.
             padded, lengths = pad(data, batch_sizes)
             output, finals, cells = self._layers(
-                _permute(padded, unsorted_indices),
-                None if states is None else tuple(_permute(x, unsorted_indices, state_dim) for x in states),
-                _permute(lengths, unsorted_indices, 0),
+                permute(padded, unsorted_indices),
+                None if states is None else tuple(permute(x, unsorted_indices, state_dim) for x in states),
+                permute(lengths, unsorted_indices, 0),
             )
-            finals = tuple(_permute(x, sorted_indices, state_dim) for x in finals)
-            output = pack(_permute(output, sorted_indices), lengths)
-            cells = None if cells is None else pack(_permute(cells, sorted_indices), lengths)
+            finals = tuple(permute(x, sorted_indices, state_dim) for x in finals)
+            output = pack(permute(output, sorted_indices), lengths)
+            cells = None if cells is None else pack(permute(cells, sorted_indices), lengths)
         elif is_plain_call():
             padded, lengths = pad(data, batch_sizes)
             output, finals, cells = self._layers(padded, states, on_device(lengths, data.device))
             output, cells = pack(output, lengths), None if cells is None else pack(cells, lengths)
         else:  # torch's routines have neither a forward derivative nor a rule for vmap
-            lengths, places = (x.to(data.device, non_blocking=True) for x in _packed_layout(batch_sizes))
+            lengths, places = (x.to(data.device, non_blocking=True) for x in packed_layout(batch_sizes))
             T, B = len(batch_sizes), len(lengths)
             padded = data.new_zeros(T * B, *data.shape[1:]).index_copy(0, places, data)
             output, finals, cells = self._layers(padded.reshape(T, B, *data.shape[1:]), states, lengths)
@@ -585,7 +461,7 @@ class _Recurrent(per_sample.Hooked, RNNBase):
         def packed(x: Tensor) -> PackedSequence:
             return PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices)
 
-        finals = tuple(own(_permute(x, unsorted_indices, state_dim)) for x in finals)
+        finals = tuple(own(permute(x, unsorted_indices, state_dim)) for x in finals)
         return packed(output), finals, None if cells is None else packed(cells)
 
     def _kind(self) -> str:
@@ -635,13 +511,13 @@ class _SingleState(_Recurrent):
             if plain is not None:
                 return plain[0], plain[1]
         if isinstance(input, torch.fx.Proxy):
-            return _leaf(self, input, hx, lengths=lengths, resets=resets, reset_state=reset_state)
+            return leaf(self, input, hx, lengths=lengths, resets=resets, reset_state=reset_state)
         output, finals, _ = self._run(input, hx, lengths, resets, reset_state)
         return output, finals[0]
 
     if TYPE_CHECKING:
 
-        @_typed_as(forward)
+        @typed_as(forward)
         def __call__(self, *args: Any) -> Any: ...
 
 
@@ -666,6 +542,7 @@ class LSTM(_Recurrent):
         state_batch_first: bool = False,
         return_all_states: bool = False,
         token_input: bool = False,
+        peephole: bool = False,
         grad_clip: float | None = None,
         recompute: int = 0,
     ) -> None:
@@ -685,6 +562,7 @@ class LSTM(_Recurrent):
             state_batch_first=state_batch_first,
             return_all_states=return_all_states,
             token_input=token_input,
+            peephole=peephole,
             grad_clip=grad_clip,
             recompute=recompute,
         )
@@ -707,7 +585,7 @@ class LSTM(_Recurrent):
     def permute_hidden(  # type: ignore[override]
         self, hx: tuple[Tensor, Tensor], permutation: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return _permute(hx[0], permutation), _permute(hx[1], permutation)
+        return permute(hx[0], permutation), permute(hx[1], permutation)
 
     def _user_state(self, states: States) -> Any:
         return states
@@ -748,14 +626,14 @@ class LSTM(_Recurrent):
             if plain is not None:
                 return plain[0], (plain[1], plain[2])
         if isinstance(input, torch.fx.Proxy):
-            return _leaf(self, input, hx, lengths=lengths, resets=resets, reset_state=reset_state)
+            return leaf(self, input, hx, lengths=lengths, resets=resets, reset_state=reset_state)
         output, finals, cells = self._run(input, hx, lengths, resets, reset_state)
         state = (finals[0], finals[1])
         return (output, state) if cells is None else (output, state, cells)
 
     if TYPE_CHECKING:
 
-        @_typed_as(forward)
+        @typed_as(forward)
         def __call__(self, *args: Any) -> Any: ...
 
 
@@ -845,167 +723,3 @@ class RNN(_SingleState):
             recompute=recompute,
         )
         self.nonlinearity = nonlinearity  # not before: a module that is made in a compiled function must exist first
-
-
-_CELL_NAMES = ([["weight_ih", "weight_hh"]], [["weight_ih", "weight_hh", "bias_ih", "bias_hh"]])  # without, with bias
-
-
-def _leaf(module: nn.Module, input: Any, *args: Any, **options: Any) -> Any:
-    """A call of the module in the graph that ``torch.fx`` traces: it takes torch.nn's own modules so."""
-    given = {name: value for name, value in options.items() if value is not None}
-    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input, *args), given)
-
-
-def _is_for_torch(weight: Tensor, weights: Iterable[Tensor | None], input: Any, hx: Any) -> bool:
-    """Is a call that asks for nothing of ours one that torch.nn's own forward, run on the module, has to compute?"""
-    if is_overloaded(input, hx) or fallback.is_traced():
-        return True
-    weights = list(weights)
-    if per_sample.asked_for([weights]):  # marked weights bear no look at them
-        return False
-    x = input.data if isinstance(input, PackedSequence) else input
-    states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
-    kinds_fit = all(isinstance(y, Tensor) and not isinstance(y, PackedSequence) for y in (x, *states))
-    if not kinds_fit or x.dtype != weight.dtype:  # an error, which ours tells in the caller's names
-        return False
-    return not fallback.has_kernels(weight, *weights, *states, x)
-
-
-class _Cell(per_sample.Hooked, RNNCellBase):
-    _torchs: type[RNNCellBase]  # whose forward takes what no kernel of ours does: tensor-likes, no units, other devices
-    qconfig = _QCONFIG
-    __prepare_scriptable__ = fallback.refuse_script
-
-    def _weights(self) -> LayerWeights:
-        return LayerWeights(*map(self._marked, (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)))
-
-    def _step(self, cell: str, input: Tensor, hx: Any) -> States:
-        if not torch.compiler.is_compiling() and self._opacus is None:
-            names = _CELL_NAMES[bool(self.bias)]
-            plain = _C.module_forward(self._parameters, names, cell, None, input, hx, None, None, 0)
-            if plain is not None:
-                return plain[1:]
-        kind = type(self).__name__
-        if self.hidden_size == 0 or _is_for_torch(self.weight_ih, self._parameters.values(), input, hx):
-            after = self._torchs.forward(self, input, hx)
-            return after if isinstance(after, tuple) else (after,)
-        if not checks.is_tensor_like(input):
-            raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
-        states = None if hx is None else checks.given_states(cell, "hx", hx)
-        if input.dim() not in (1, 2):
-            raise ValueError(f"{kind}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        for i, state in enumerate(states or ()):
-            if state.dim() not in (1, 2):
-                name = f"hx[{i}]" if cell == "lstm" else "hidden"
-                raise ValueError(f"{kind}: Expected {name} to be 1D or 2D, got {state.dim()}D instead")
-        batched = input.dim() == 2
-        if not batched:
-            input = input.unsqueeze(0)
-            states = None if states is None else tuple(x.unsqueeze(0) for x in states)
-        if input.size(1) != self.input_size:
-            raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}")
-        if states is None:
-            zeros = input.new_zeros(input.size(0), self.hidden_size)
-            states = (zeros, zeros) if cell == "lstm" else (zeros,)
-        for i, state in enumerate(states):
-            if state.dim() != 2:
-                raise RuntimeError(f"Expected 2D hidden{i} (batch x hidden_size), but got {state.dim()}D tensor")
-            if state.size(0) != input.size(0):
-                raise RuntimeError(
-                    f"Input batch size {input.size(0)} doesn't match hidden{i} batch size {state.size(0)}"
-                )
-            if state.size(1) != self.hidden_size:
-                raise RuntimeError(
-                    f"hidden{i} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
-                )
-        weights = self._weights()
-        checks.check_fits("input", input, weights.weight_ih, "weight_ih")
-        if hx is not None:
-            for name, state in checks.parts_of("hx", states):
-                checks.check_fits(name, state, input, "input")
-        after = self._after(cell, input, states, weights)
-        return after if batched else tuple(own(x if x.dim() < 2 else x.squeeze(0)) for x in after)
-
-    def _after(self, cell: str, input: Tensor, states: States, weights: LayerWeights) -> States:
-        if torch.compiler.is_compiling():
-            return step(cell, input, states, weights)
-        try:
-            return step(cell, input, states, weights)
-        except Exception:
-            checks.explain(cell, input, [[weights]], lambda layer, direction, field: field)
-            raise
-
-
-class LSTMCell(_Cell):
-    """``torch.nn.LSTMCell``: same arguments, parameters and results."""
-
-    _torchs = rnn.LSTMCell
-
-    def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
-
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """input [B, I] or [I]; hx ``(h, c)``, each [B, H] or [H], or None. Returns ``(h', c')``."""
-        if isinstance(input, torch.fx.Proxy):
-            return _leaf(self, input, hx)
-        h, c = self._step("lstm", input, hx)
-        return h, c
-
-    if TYPE_CHECKING:
-
-        @_typed_as(forward)
-        def __call__(self, *args: Any) -> Any: ...
-
-
-class GRUCell(_Cell):
-    """``torch.nn.GRUCell``: same arguments, parameters and results."""
-
-    _torchs = rnn.GRUCell
-
-    def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """input [B, I] or [I]; hx [B, H] or [H], or None. Returns h'."""
-        return _leaf(self, input, hx) if isinstance(input, torch.fx.Proxy) else self._step("gru", input, hx)[0]
-
-    if TYPE_CHECKING:
-
-        @_typed_as(forward)
-        def __call__(self, *args: Any) -> Any: ...
-
-
-class RNNCell(_Cell):
-    """``torch.nn.RNNCell``: same arguments, parameters and results."""
-
-    _torchs = rnn.RNNCell
-    nonlinearity: str
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        nonlinearity: str = "tanh",
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
-        self.nonlinearity = nonlinearity
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """input [B, I] or [I]; hx [B, H] or [H], or None. Returns h'."""
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        if isinstance(input, torch.fx.Proxy):
-            return _leaf(self, input, hx)
-        return self._step(f"rnn_{self.nonlinearity}", input, hx)[0]
-
-    if TYPE_CHECKING:
-
-        @_typed_as(forward)
-        def __call__(self, *args: Any) -> Any: ...

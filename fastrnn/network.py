@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _C, composed, fallback, onnx_nodes, per_sample, segments
-from .checks import are_tokens, check_steps, check_values_of
+from .checks import check_steps, check_values_of
 from .layer import layer, road
 from .ops import CELLS
 from .products import linear
@@ -67,7 +67,7 @@ def network(
         if fallback.is_exported_to_onnx():
             if resets is None and not all_states and onnx_nodes.has_nodes(weights):
                 return *onnx_nodes.network(*tensors, dropout, training, lengths), None
-        elif lengths is None and resets is None and not (all_states or grad_clip or are_tokens(input)):
+        elif lengths is None and resets is None and fallback.has_op(cell, input, all_states, grad_clip):
             return *fallback.network(*tensors, dropout, training), None
     by_segments = recompute > 0 and not marked and segments.can_recompute()
     by_segments = by_segments and road(fallback.has_kernels(weights[0][0].weight_ih, input, *all_weights)) == "fused"
@@ -95,7 +95,7 @@ def step(cell: str, input: Tensor, states: States, weights: LayerWeights) -> Sta
     """A cell's one step: input [B, I], states [B, H] -> the states after the step."""
     call = LayerCall(cell, input[None], [weights], layer_states(tuple(x[None] for x in states)))
     if not per_sample.asked_for([weights]):
-        if is_for_others(*weights[:2], *weights[2:], input, *states):
+        if is_for_others(*weights[:2], *weights[2:], input, *states) and not CELLS[cell].params:
             return fallback.step(cell, input, states, weights)
         if torch._C._is_any_autocast_enabled():
             return _step_under_autocast(call, states)

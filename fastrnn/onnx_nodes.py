@@ -65,7 +65,7 @@ def layer(
 
     Returns output [T, B, D*H] and the final states [D, B, H].
     """
-    from .weights.onnx import ORDERS
+    from .weights.onnx import ORDERS, peepholes_of_onnx
     from .weights.parameters import reordered
 
     kind = cell.partition("_")[0].upper()
@@ -85,12 +85,15 @@ def layer(
         attributes["linear_before_reset"] = 1
     if cell == "rnn_relu":
         attributes["activations"] = ["Relu"] * D
+    peepholes = []
+    if weights[0].params is not None:
+        peepholes = [torch.stack([peepholes_of_onnx(w.params) for w in weights if w.params is not None])]
     matrices = [stacked([w.weight_ih for w in weights]), stacked([w.weight_hh for w in weights])]
     steps = None if lengths is None else lengths.to(torch.int32)
     start: Sequence[Tensor | None] = states or [None] * count
     results = torch.onnx.ops.symbolic_multi_out(
         kind,
-        [input, *matrices, bias, steps, *start],
+        [input, *matrices, bias, steps, *start, *peepholes],
         attributes,
         dtypes=[input.dtype] * (1 + count),
         shapes=[(T, D, B, H), *([(D, B, H)] * count)],

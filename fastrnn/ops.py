@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import _C  # noqa: F401  (registers the ops)
 from .imports import when_imported
+from .records import LayerWeights
 
 library = torch.library.Library("fastrnn", "FRAGMENT")
 recurrent_forward = torch.ops.fastrnn.recurrent_forward.default
@@ -31,10 +32,22 @@ def names_of(op: Any) -> tuple[str, ...]:
     return tuple(argument.name for argument in op._schema.arguments)
 
 
+# Which of a layer's weights, by the names of LayerWeights, each op of the recurrence takes, in order.
+FORWARD_WEIGHTS, BACKWARD_WEIGHTS = (
+    tuple(name for name in names_of(op) if name in LayerWeights._fields)
+    for op in (recurrent_forward, recurrent_backward)
+)
+
+
 def named(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """All arguments of a call by name, in the schema's order; torch leaves out those that have their default value."""
     given = dict(zip(names_of(op), args, strict=False)) | dict(kwargs or {})
     return {a.name: given.get(a.name, a.default_value) for a in op._schema.arguments}
+
+
+def results_of(op: Any) -> tuple[str, ...]:
+    """An op's results by name, in order."""
+    return tuple(result.name for result in op._schema.returns)
 
 
 class CellInfo(NamedTuple):
@@ -50,6 +63,15 @@ class CellInfo(NamedTuple):
 CELLS: dict[str, CellInfo] = {
     name: CellInfo(*torch.ops.fastrnn.cell_info(name)) for name in torch.ops.fastrnn.cell_names()
 }
+
+
+def weight_sizes(cell: str, h: Any, R: Any, I: Any = 0) -> dict[str, tuple[Any, ...]]:  # noqa: E741
+    """Of a group's weights: h units, R the width of state 0, I input features."""
+    Gh = CELLS[cell].gates * h
+    return {
+        "weight_ih": (Gh, I), "weight_hh": (Gh, R), "bias_ih": (Gh,), "bias_hh": (Gh,), "weight_hr": (R, h),
+        "params": (CELLS[cell].params, h),
+    }  # fmt: skip
 
 
 # ---- calls without data: the checks of csrc/torch/prepare.cpp again, for graphs never reach those, and the shapes ----
@@ -80,9 +102,11 @@ class _Checker:
         given = {k for k, x in args.items() if x is not None}
         for unwanted in {"weight_hr", "c_0", "reset_c", "grad_c_n"} & given if not second else ():
             raise RuntimeError(f"{op}: {unwanted}: expected none for cell '{cell}', got a tensor")
+        for unwanted in {"params"} & given if not self.info.params else ():
+            raise RuntimeError(f"{op}: {unwanted}: expected none for cell '{cell}', got a tensor")
         for unwanted in {"reset_h", "reset_c"} & given if "resets" not in given else ():
             raise RuntimeError(f"{op}: {unwanted}: expected none without resets, got a tensor")
-        for name in ("h_0", "c_0")[: self.info.states]:
+        for name in (*("h_0", "c_0")[: self.info.states], *(["params"] if self.info.params else [])):
             if name not in given:
                 raise RuntimeError(f"{op}: {name}: expected a tensor for cell '{cell}', got none")
         if len(args["reverse"]) != self.P:
@@ -91,7 +115,7 @@ class _Checker:
             self.sized("weight_hh", weight_hh, self.h == self.R, f"[{self.P}, {self.Gh}, {self.h}] without weight_hr")
         self.masks(args["lengths"], args["resets"])
         B, P, Gh, h, R = self.B, self.P, self.Gh, self.h, self.R
-        sizes = {"weight_hh": (P, Gh, R), "bias_hh": (P, Gh), "weight_hr": (P, R, h)}
+        sizes = {name: (P, *size) for name, size in weight_sizes(cell, h, R).items()}
         sizes |= dict.fromkeys(("h_0", "reset_h", "grad_h_n"), (B, P * R))
         sizes |= dict.fromkeys(("c_0", "reset_c", "grad_c_n"), (B, P * h))
         sizes |= dict.fromkeys(("output", "grad_output"), (self.T, B, P * R))
@@ -154,6 +178,7 @@ def _(*args, **kwargs):
     given = named(recurrent_backward, args, kwargs)
     c = _Checker("recurrent_backward", "output", given)
     empty, initial = given["output"].new_empty, given["initial"]
+    wide = torch.promote_types(given["output"].dtype, torch.float32)
     return (
         empty(c.T, c.B, c.P * c.Gh),
         empty(c.T, c.B, c.P * c.Gh) if c.info.separate_gates_hh else empty(0),
@@ -162,6 +187,7 @@ def _(*args, **kwargs):
         empty(c.B, c.P * c.h) if initial and c.info.states > 1 else empty(0),
         empty(c.B, c.P * c.R) if given["reset_h"] is not None else empty(0),
         empty(c.B, c.P * c.h) if given["reset_c"] is not None else empty(0),
+        empty(c.B, c.P * c.info.params * c.h, dtype=wide) if given["params"] is not None else empty(0),
     )
 
 
@@ -169,23 +195,21 @@ layer_forward = torch.ops.fastrnn.layer_forward.default
 layer_backward = torch.ops.fastrnn.layer_backward.default
 
 
-def _layer_sizes(given: dict[str, Any]) -> tuple[int, int, int, int]:
-    """P, R, h, and the rows of a weight."""
+def _layer_sizes(given: dict[str, Any]) -> tuple[int, int, int]:
+    """P, R, h"""
     Gh, R = given["weight_hh"][0].shape
-    return len(given["reverse"]), R, Gh // CELLS[given["cell"]].gates, Gh
+    return len(given["reverse"]), R, Gh // CELLS[given["cell"]].gates
 
 
 def _check_layer(given: dict[str, Any], B: int) -> None:
     """That tensors of a call of layer_forward fit each other: one without data brings all of them here."""
-    P, R, h, Gh = _layer_sizes(given)
+    P, R, h = _layer_sizes(given)
     input = given["input"]
     dense = input.is_floating_point()
     first, whose = (input, "input") if dense else (given["weight_ih"][0], "weight_ih")
     I = input.shape[-1] if dense else first.shape[1]  # noqa: E741
-    sizes: dict[str, tuple[int, ...]] = {
-        "weight_ih": (Gh, I), "weight_hh": (Gh, R), "bias_ih": (Gh,), "bias_hh": (Gh,), "weight_hr": (R, h),
-        **dict.fromkeys(("h_0", "reset_h"), (P, B, R)), **dict.fromkeys(("c_0", "reset_c"), (P, B, h)),
-    }  # fmt: skip
+    sizes = weight_sizes(given["cell"], h, R, I)
+    sizes |= dict.fromkeys(("h_0", "reset_h"), (P, B, R)) | dict.fromkeys(("c_0", "reset_c"), (P, B, h))
 
     def check(name: str, x: Tensor, size: tuple[int, ...]) -> None:
         def message() -> str:
@@ -208,7 +232,7 @@ def _check_layer(given: dict[str, Any], B: int) -> None:
 @torch.library.register_fake("fastrnn::layer_forward", lib=library)
 def _(*args, **kwargs):
     given = named(layer_forward, args, kwargs)
-    P, R, h, _ = _layer_sizes(given)
+    P, R, h = _layer_sizes(given)
     input, h_0, info = given["input"], given["h_0"], CELLS[given["cell"]]
     tokens = not input.is_floating_point()
     steps = input.shape if tokens else input.shape[:-1]  # T, B or N
@@ -230,21 +254,21 @@ def _(*args, **kwargs):
 @torch.library.register_fake("fastrnn::layer_backward", lib=library)
 def _(*args, **kwargs):
     given = named(layer_backward, args, kwargs)
-    P, R, h, Gh = _layer_sizes(given)
+    P, R, h = _layer_sizes(given)
     input, weight_ih, output = given["input"], given["weight_ih"], given["output"]
     dense = input is not None and input.is_floating_point()
     I = input.shape[-1] if dense else weight_ih[0].shape[1] if weight_ih else 0  # noqa: E741
     B = output.shape[1] if given["batch_sizes"] is None else int(given["batch_sizes"][0])
-    two_states = CELLS[given["cell"]].states > 1
+    info = CELLS[given["cell"]]
     sizes = {
-        "input": (*output.shape[:-1], I), "weight_ih": (P, Gh, I), "weight_hh": (P, Gh, R), "bias_ih": (P, Gh),
-        "bias_hh": (P, Gh), "weight_hr": (P, R, h), "h_0": (P, B, R), "c_0": (P, B, h) if two_states else 0,
-        "reset_h": (P, B, R), "reset_c": (P, B, h),
+        "input": (*output.shape[:-1], I),
+        **{name: (P, *size) for name, size in weight_sizes(given["cell"], h, R, I).items()},
+        "h_0": (P, B, R), "c_0": (P, B, h) if info.states > 1 else 0, "reset_h": (P, B, R), "reset_c": (P, B, h),
     }  # fmt: skip
     found = []
     for (name, size), needed in zip(sizes.items(), given["needed"], strict=True):
         if needed and name == "weight_ih" and not dense:  # as a look-up's gradient lies in memory
-            found.append(output.new_empty(I, P, Gh).permute(1, 2, 0))
+            found.append(output.new_empty(I, P, info.gates * h).permute(1, 2, 0))
         else:
             found.append(output.new_empty(size if needed else 0))
     return tuple(found)
@@ -262,7 +286,8 @@ def _(x, limit):
 _KINDS = {
     **dict.fromkeys(("gates_ih", "gates_hh", "projected", "output", "saved"), "sequence"),
     **dict.fromkeys(("h_0", "c_0", "reset_h", "reset_c", "h_n", "c_n"), "state"),
-    **dict.fromkeys(("weight_hh", "bias_hh", "weight_hr"), "weight"),
+    **dict.fromkeys(("weight_hh", "bias_hh", "weight_hr", "params"), "weight"),
+    "grad_params": "state",  # of each row its own
     "lengths": "lengths",
     "resets": "resets",
 }
@@ -272,7 +297,7 @@ _INTO_GROUPS = {"sequence": 2, "state": 1, "weight": 0, "lengths": 1, "resets": 
 
 
 def _kind(name: str) -> str | None:
-    return _KINDS.get(name.removeprefix("grad_"))
+    return _KINDS.get(name) or _KINDS.get(name.removeprefix("grad_"))
 
 
 def _fold(x: Tensor, dim: int | None, n: int, at: int) -> Tensor:
@@ -294,7 +319,7 @@ def _mask_into_groups(x: Tensor, dim: int | None, n: int, kind: str, groups: int
 
 
 def _vmap_rule(op: Any) -> Callable[..., Any]:
-    results = [_kind(result.name) for result in op._schema.returns]
+    results = [_kind(name) for name in results_of(op)]
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         n = info.batch_size

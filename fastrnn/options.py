@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-SWITCHES = ("learn_initial_state", "state_batch_first", "return_all_states", "token_input")
+SWITCHES = ("learn_initial_state", "state_batch_first", "return_all_states", "token_input", "peephole")
 VALUES = ("grad_clip", "recompute")  # options that are no switches
 
 _ARGUMENTS = """\
@@ -40,6 +40,9 @@ token_input: integer input is tokens in [0, input_size): [T, B] ([B, T] with ``b
   packed) stands for the one-hot input, which is never made; dense input is taken as ever. Without it integer input
   raises as in torch.nn. Where the vocabulary is large, see :meth:`store_by_token`. May be set at any time, as an
   attribute.
+peephole: parameters ``weight_ch_l0`` [3, H] for every layer and direction, named as the weights are, let the gates see
+  c: ``i = sigmoid(.. + p_i c)`` and ``f = sigmoid(.. + p_f c)`` of the c before the step, ``o = sigmoid(.. + p_o c')``
+  of the one after (Gers and Schmidhuber 2000). The rows are p_i, p_f, p_o.
 grad_clip: a number above 0: in backward, the gradient of h and of c is clamped to [-grad_clip, grad_clip] wherever a
   step hands it to the step before, or to the state that it started from; what the output's own gradient brings is
   added after. NaN stays NaN. Forward-mode AD has nothing to clamp. Double backward differentiates the clamps, and
@@ -86,7 +89,7 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_lstm_only(init: F) -> F:
-    """For ``__init__`` of GRU and RNN: says in words that proj_size and return_all_states are an LSTM's.
+    """For ``__init__`` of GRU and RNN: says in words that proj_size, return_all_states and peephole are an LSTM's.
 
     torch.nn's take proj_size behind bidirectional where all is given by position, before device: so it is taken, as 0.
     """
@@ -96,6 +99,8 @@ def without_lstm_only(init: F) -> F:
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs or (len(args) > place and args[place] != 0):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if kwargs.pop("peephole", False):
+            raise ValueError("peephole argument is only supported for LSTM: RNN and GRU have no c that gates could see")
         if kwargs.pop("return_all_states", False):
             raise ValueError(
                 "return_all_states argument is only supported for LSTM: the output of RNN or GRU holds every state"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,3 +43,44 @@ def on_device(lengths: Tensor, device: torch.device) -> Tensor:
     found = torch.zeros_like(lengths, device=device)
     torch._foreach_add_(found.split(counts.tolist()), values.tolist())
     return found
+
+
+def permute(x: Tensor, permutation: Tensor | None, dim: int = 1) -> Tensor:
+    return x if permutation is None else x.index_select(dim, permutation)
+
+
+def check_batch_sizes(batch_sizes: Any, rows: int) -> None:
+    """Torch's packing routines trust these, down to writes past the end of their memory."""
+    if torch.compiler.is_compiling():
+        return
+    if not isinstance(batch_sizes, Tensor):
+        raise TypeError(f"batch_sizes: expected a tensor, got {type(batch_sizes).__name__}")
+    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or not batch_sizes.is_cpu:
+        raise RuntimeError(
+            "batch_sizes: expected a 1-D tensor of int64 on the CPU, "
+            f"got {list(batch_sizes.shape)} of {batch_sizes.dtype} on {batch_sizes.device}"
+        )
+    falling = len(batch_sizes) > 0 and not (batch_sizes[1:] > batch_sizes[:-1]).any() and batch_sizes[-1] >= 0
+    if not falling or batch_sizes.sum() != rows:
+        raise RuntimeError(
+            f"batch_sizes: expected sizes that do not grow and sum to {rows} (rows of data), got {batch_sizes}"
+        )
+
+
+def check_indices(name: str, indices: Any, batch: int, device: torch.device) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {type(indices).__name__}")
+    if indices.dtype not in (torch.int64, torch.int32) or tuple(indices.shape) != (batch,) or indices.device != device:
+        raise RuntimeError(
+            f"{name}: expected [{batch}] (batch) of int64 on {device}, "
+            f"got {list(indices.shape)} of {indices.dtype} on {indices.device}"
+        )
+
+
+def packed_layout(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """lengths [B], and where each row of packed data stands among the T * B rows of padded data."""
+    rows = torch.arange(int(batch_sizes[0]))
+    valid = rows < batch_sizes[:, None]  # [T, B]
+    return valid.sum(0), valid.flatten().nonzero().squeeze(1)

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from . import composed, reference
 from .autograd import Grads, keep, kept
 from .imports import when_imported
-from .ops import CELLS, recurrent_backward, recurrent_forward
+from .ops import BACKWARD_WEIGHTS, CELLS, FORWARD_WEIGHTS, recurrent_backward, recurrent_forward
 from .packing import without_padding
 from .products import grouped_outer, outer_by_aten
 from .records import LayerCall, LayerResults, LayerStates, LayerWeights
@@ -115,7 +115,12 @@ class _SampledLayer(torch.autograd.Function):
         states, w = LayerStates(*rest[:_STATES]), _stacked(rest[_STATES:])
         D = len(w.weight_hh)
         output, h_n, c_n, saved = recurrent_forward(
-            call.cell, gates_ih, w.weight_hh, w.bias_hh, w.weight_hr, *states, list(call.reverse[:D]), True
+            call.cell,
+            gates_ih,
+            *(getattr(w, name) for name in FORWARD_WEIGHTS),
+            *states,
+            list(call.reverse[:D]),
+            True,
         )
         ctx.set_materialize_grads(False)
         keep(ctx, [input, *rest, output, saved])
@@ -159,8 +164,8 @@ def _gradients(
     """Of the weights' fields by sample [B, P, ..], and by name of input, h_0, c_0, reset_h, reset_c."""
     cell, dtype = call.cell, output.dtype  # under autocast not the arguments'
     states = LayerStates(*(x.to(dtype) if x is not None and x.is_floating_point() else x for x in states))
-    weight_ih, weight_hh, _, _, weight_hr = (None if x is None else x.to(dtype) for x in _stacked(flat))
-    assert weight_ih is not None and weight_hh is not None
+    w = LayerWeights(*(None if x is None else x.to(dtype) for x in _stacked(flat)))  # type: ignore[arg-type]
+    weight_ih, weight_hh = w.weight_ih, w.weight_hh
     (T, B, _), P = output.shape, len(weight_hh)
     reverse = list(call.reverse[:P])
     given: dict[str, Any] = dict(
@@ -168,8 +173,7 @@ def _gradients(
         grad_output=grads[0],
         grad_h_n=grads[1],
         grad_c_n=grads[2] if states.c_0 is not None else None,
-        weight_hh=weight_hh,
-        weight_hr=weight_hr,
+        **{name: getattr(w, name) for name in BACKWARD_WEIGHTS},
         **states._asdict(),
         reverse=reverse,
         output=output,
@@ -180,7 +184,7 @@ def _gradients(
         pulled = recurrent_backward(**given)
     else:
         pulled = reference.backward(**given, grad_saved=composed.in_saved(cell, grads[3], P, None))
-    gates_ih, gates_hh, projected, *of_states = pulled
+    gates_ih, gates_hh, projected, *of_states, of_params = pulled
     if not CELLS[cell].separate_gates_hh:
         gates_hh = gates_ih
 
@@ -208,6 +212,7 @@ def _gradients(
         lambda: gates_ih.sum(0).unflatten(1, (P, gates_ih.shape[2] // P)),
         lambda: gates_hh.sum(0).unflatten(1, (P, gates_hh.shape[2] // P)),
         lambda: of_groups(projected, reference.lstm_hidden(saved, P)),
+        lambda: of_params.reshape(B, *w.params.shape),  # type: ignore[union-attr]
     ]
     found = [form() if any(needs[1 + _STATES + i :: _FIELDS]) else None for i, form in enumerate(forms)]
     grad_input = gates_ih @ weight_ih.flatten(0, 1) if needs[0] else None

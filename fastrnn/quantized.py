@@ -21,14 +21,14 @@ from . import fallback
 from .composed import fold, unfold
 from .modules import GRU, LSTM, RNN, _Recurrent
 from .ops import CELLS
-from .records import LayerWeights, States
+from .records import LayerWeights, States, name_of
 from .swap import check_module
 
 _quantized_forward = torch.ops.fastrnn.quantized_forward.default
 _UNITS, _DEPTH = 16, 4  # of a block; see LayerParams in csrc/params.h
 DTYPES = (torch.int8, torch.bfloat16)
 _FIELDS = (  # of a layer's weights, by name and suffix, in the order of csrc/torch/module_call.cpp
-    *((field, "") for field in LayerWeights._fields),
+    *((field, "") for field in LayerWeights._fields if field != "params"),  # which that knows nothing of
     *((field, suffix) for field in ("weight_ih", "weight_hh") for suffix in ("_scale", "_sum")),
 )
 
@@ -40,7 +40,7 @@ def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
         module: one of them, or a module that holds some anywhere; float32 on the CPU. Left as it is. Cells and other
             modules are copied unchanged.
         dtype: ``torch.int8`` or ``torch.bfloat16``, of the weight matrices. An LSTM's ``weight_hr`` stays float32
-            beside int8.
+            beside int8, and so do ``weight_ch`` and biases beside both.
 
     Returns:
         The copy. Its recurrent modules take the same arguments (PackedSequence, ``lengths``, ``resets`` and states
@@ -82,7 +82,7 @@ def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
 def _name(module: nn.Module) -> str:
     """As users import it: torch.nn's and ours by their public names."""
     cls = type(module)
-    public = {"torch.nn.modules": "torch.nn", "fastrnn.modules": "fastrnn", "fastrnn.quantized": "fastrnn"}
+    public = {"torch.nn.modules": "torch.nn"} | {f"fastrnn.{x}": "fastrnn" for x in ("cells", "modules", "quantized")}
     package = next((short for long, short in public.items() if cls.__module__.startswith(long)), cls.__module__)
     return f"{package}.{cls.__qualname__}"
 
@@ -106,8 +106,8 @@ def _converted(module: _Recurrent, dtype: torch.dtype) -> _Quantized:
             parts = [getattr(weights, field).detach() for weights in directions if getattr(weights, field) is not None]
             if not parts:
                 continue
-            name, weight = f"{field}_l{layer}", torch.stack(parts)  # [D, ...]: a call need not stack
-            if field.startswith("bias") or (field == "weight_hr" and dtype == torch.int8):
+            name, weight = f"{name_of(field)}_l{layer}", torch.stack(parts)  # [D, ...]: a call need not stack
+            if field.startswith("bias") or field == "params" or (field == "weight_hr" and dtype == torch.int8):
                 out.register_buffer(name, weight)
             elif dtype == torch.bfloat16:
                 out.register_buffer(name, weight.to(dtype))
@@ -132,7 +132,7 @@ def _converted(module: _Recurrent, dtype: torch.dtype) -> _Quantized:
 
 
 def _gates(module: _Recurrent) -> int:
-    return CELLS[module.mode.lower()].gates
+    return CELLS[module._cell].gates
 
 
 def int8_blocks(weight: Tensor, gates: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,10 +238,11 @@ class _Quantized(_Recurrent):
             h, *c = (fold(x[at]) for x in states)
             h_reset, *c_reset = (fold(x[at]) for x in fresh) if fresh else (None,)
             output, h_n, c_n = _quantized_forward(
-                self.mode.lower(), output, *self._matrix(f"weight_ih_l{layer}"), self._buffers.get(f"bias_ih_l{layer}"),
+                self._cell, output, *self._matrix(f"weight_ih_l{layer}"), self._buffers.get(f"bias_ih_l{layer}"),
                 *self._matrix(f"weight_hh_l{layer}"), self._buffers.get(f"bias_hh_l{layer}"),
-                self._buffers.get(f"weight_hr_l{layer}"), h, c[0] if c else None, sequence.get("lengths"),
-                sequence.get("resets"), h_reset, c_reset[0] if c_reset else None, [False, True][:directions],
+                self._buffers.get(f"weight_hr_l{layer}"), self._buffers.get(f"weight_ch_l{layer}"), h,
+                c[0] if c else None, sequence.get("lengths"), sequence.get("resets"), h_reset,
+                c_reset[0] if c_reset else None, [False, True][:directions],
             )  # fmt: skip
             finals.append([unfold(x, directions) for x in (h_n, c_n)[: len(widths)]])
         return output, tuple(torch.cat(each) if len(each) > 1 else each[0] for each in zip(*finals, strict=True)), None
@@ -274,8 +275,8 @@ _KINDS: dict[type[_Recurrent], type[_Quantized]] = {LSTM: QuantizedLSTM, GRU: Qu
 
 @torch.library.register_fake("fastrnn::quantized_forward")
 def _(
-    cell, input, weight_ih, scale_ih, sum_ih, bias_ih, weight_hh, scale_hh, sum_hh, bias_hh, weight_hr, h_0, c_0,
-    lengths, resets, reset_h, reset_c, reverse,
+    cell, input, weight_ih, scale_ih, sum_ih, bias_ih, weight_hh, scale_hh, sum_hh, bias_hh, weight_hr, params,
+    h_0, c_0, lengths, resets, reset_h, reset_c, reverse,
 ):  # fmt: skip
     T, B, _ = input.shape
     return (

@@ -2,7 +2,7 @@
 the ops' schemas their names.
 
 Letters: T steps, B batch, I input features, H hidden units, R output width of a direction (H, or the projected size),
-D directions, G gates, S saved values.
+D directions, G gates, S saved values, K parameters of a unit.
 """
 
 from __future__ import annotations
@@ -21,6 +21,12 @@ class LayerWeights(NamedTuple):
     bias_ih: Tensor | None = None  # [G*H]
     bias_hh: Tensor | None = None  # [G*H]
     weight_hr: Tensor | None = None  # [R, H], LSTM only
+    params: Tensor | None = None  # [K, H]: numbers of a unit that its cell reads beside the gates
+
+
+def name_of(field: str) -> str:
+    """Of LayerWeights: what the parameters of a module that it holds are called, without their layer."""
+    return "weight_ch" if field == "params" else field
 
 
 States = tuple[Tensor, ...]  # (h,) or (h, c)

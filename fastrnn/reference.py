@@ -62,6 +62,29 @@ def _lstm_backward(
     return gates, gates, (torch.zeros_like(grads[0]), grad_c * f), ()
 
 
+def _lstm_peephole_forward(gates_ih: States, gates_hh: States, states: States, params: States) -> tuple[States, States]:
+    i, f, g, o = (a + b for a, b in zip(gates_ih, gates_hh, strict=True))
+    i, f, g = (i + params[0] * states[1]).sigmoid(), (f + params[1] * states[1]).sigmoid(), g.tanh()
+    c = f * states[1] + i * g
+    o = (o + params[2] * c).sigmoid()
+    return (o * c.tanh(), c), (i, f, g, o)
+
+
+def _lstm_peephole_backward(
+    saved: States, states_prev: States, states: States, grads: States, grad_saved: States | None, params: States
+) -> tuple[States, States, States, States]:
+    i, f, g, o = saved
+    extra = grad_saved if grad_saved is not None else (0, 0, 0, 0)
+    tanh_c = states[1].tanh()
+    grad_o = (grads[0] * tanh_c + extra[3]) * o * (1 - o)
+    grad_c = grads[1] + grads[0] * o * (1 - tanh_c * tanh_c) + grad_o * params[2]
+    grad_i = (grad_c * g + extra[0]) * i * (1 - i)
+    grad_f = (grad_c * states_prev[1] + extra[1]) * f * (1 - f)
+    gates = grad_i, grad_f, (grad_c * i + extra[2]) * (1 - g * g), grad_o
+    before = torch.zeros_like(grads[0]), grad_c * f + grad_i * params[0] + grad_f * params[1]
+    return gates, gates, before, (grad_i * states_prev[1], grad_f * states_prev[1], grad_o * states[1])
+
+
 def _gru_forward(gates_ih: States, gates_hh: States, states: States, params: States) -> tuple[States, States]:
     r = (gates_ih[0] + gates_hh[0]).sigmoid()
     z = (gates_ih[1] + gates_hh[1]).sigmoid()
@@ -98,6 +121,7 @@ CELLS = {
     "gru": Cell(3, 4, 1, _gru_forward, _gru_backward, separate_gates_hh=True),
     "rnn_tanh": _elman(torch.tanh, lambda y: 1 - y * y),
     "rnn_relu": _elman(torch.relu, lambda y: (~(y <= 0)).to(y.dtype)),
+    "lstm_peephole": Cell(4, 4, 2, _lstm_peephole_forward, _lstm_peephole_backward, params=3),
 }
 
 
@@ -202,6 +226,7 @@ def forward(
     weight_hh: Tensor,
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
+    params: Tensor | None,
     h_0: Tensor,
     c_0: Tensor | None,
     lengths: Tensor | None,
@@ -210,13 +235,12 @@ def forward(
     reset_c: Tensor | None,
     reverse: Sequence[bool],
     grad_clip: float = 0.0,
-    params: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``recurrent_forward`` without its ``save``.
 
-    gates_ih [T, B, P*G*h]; weight_hh [P, G*h, R]; bias_hh [P, G*h]; weight_hr [P, R, h]; h_0 and reset_h [B, P*R];
-    c_0 and reset_c [B, P*h]; lengths [B] or [B, P]; resets [T, B] or [T, B, P]; reverse: P flags; params [P, K, h],
-    where the cell has K vectors of parameters.
+    gates_ih [T, B, P*G*h]; weight_hh [P, G*h, R]; bias_hh [P, G*h]; weight_hr [P, R, h]; params [P, K, h], of a cell
+    with parameters; h_0 and reset_h [B, P*R]; c_0 and reset_c [B, P*h]; lengths [B] or [B, P]; resets [T, B] or
+    [T, B, P]; reverse: P flags.
     Returns output [T, B, P*R], h_n [B, P*R], c_n [B, P*h], saved [T, B, P*S*h].
     """
     dtype, wide = gates_ih.dtype, torch.promote_types(gates_ih.dtype, torch.float32)
@@ -268,6 +292,7 @@ def backward(
     grad_c_n: Tensor | None,
     weight_hh: Tensor,
     weight_hr: Tensor | None,
+    params: Tensor | None,
     h_0: Tensor,
     c_0: Tensor | None,
     lengths: Tensor | None,
@@ -280,14 +305,13 @@ def backward(
     initial: bool = True,
     grad_clip: float = 0.0,
     grad_saved: Tensor | None = None,
-    params: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """``recurrent_backward``, from forward's output and saved, and differentiable in its turn.
 
     ``grad_saved`` [T, B, P*S*h] is the gradient of ``saved``, which only arises when a backward pass is differentiated.
     Returns the gradients of gates_ih [T, B, P*G*h], gates_hh (same shape; absent where equal), of the projection's
-    result [T, B, P*R] (absent without weight_hr), h_0, c_0 (absent unless ``initial``), reset_h, reset_c and, where
-    ``params`` are given, of those: [B, P*K*h], a part for every row, in float32 where the dtype is a half type.
+    result [T, B, P*R] (absent without weight_hr), h_0, c_0 (absent unless ``initial``), reset_h, reset_c and params:
+    [B, P*K*h], a part for every row, in float32 where the dtype is a half type.
     """
     dtype, wide = output.dtype, torch.promote_types(output.dtype, torch.float32)
     T, B, _ = output.shape
@@ -381,7 +405,7 @@ def backward(
         state(grads, 1, initial),
         state(grad_fresh, 0, reset_h is not None),
         state(grad_fresh, 1, reset_c is not None),
-        *([torch.stack(grad_units, 2).reshape(B, P * len(units) * h)] if units else []),
+        torch.stack(grad_units, 2).reshape(B, P * len(units) * h) if units else _absent(output),
     )
 
 

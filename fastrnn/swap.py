@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -161,15 +161,15 @@ def _why_not(module: nn.Module) -> str:
     return ""
 
 
-def _no_twin(module: nn.Module) -> str:
-    """Why a recurrent module of ours has no twin in torch.nn; "" for others."""
+def _no_twin(module: nn.Module, may_have: Sequence[str] = ()) -> str:
+    """Why a recurrent module of ours has no twin in torch.nn; "" for others. may_have: options that are no reason."""
     cls = _plain_type(module)
     if cls not in _TORCHS:
         return f"is a {_full_name(cls)}" if isinstance(module, tuple(_TORCHS)) else ""
     if "forward" in vars(module):
         return "has a forward of its own, set on the instance"
-    options = (*SWITCHES, "grad_clip")  # recompute changes no result
-    on = [name for name in options if getattr(module, name, None) != getattr(cls, name, None)]
+    options = {*SWITCHES, "grad_clip"}.difference(may_have)  # recompute changes no result
+    on = [name for name in sorted(options) if getattr(module, name, None) != getattr(cls, name, None)]
     return f"has {', '.join(f'{name}={getattr(module, name)!r}' for name in on)}" if on else ""
 
 

@@ -1,42 +1,8 @@
-// Two cells that no module has: the tests compile kernels with them (FASTRNN_MORE_CELLS, registry.h) to see that a cell
-// needs nothing but its formulas and a line.
+// A cell that no module has: the tests compile kernels with it (FASTRNN_MORE_CELLS, registry.h) to see that a cell needs
+// nothing but its formulas and a line.
 #pragma once
 
 namespace fastrnn {
-
-// LSTM with peepholes (Gers & Schmidhuber 2000): the gates look at c through one weight a unit.
-//   i, f = sigmoid(.. + w c')   g = tanh(..)   c = f c' + i g   o = sigmoid(.. + w c)   h = o tanh(c)
-struct PeepholeCell {
-  static constexpr int kGates = 4;   // i, f, g, o
-  static constexpr int kStates = 2;  // h, c
-  static constexpr int kSaved = 4;   // i, f, g, o
-  static constexpr int kParams = 3;  // w of i, f, o
-
-  template <class V>
-  static FASTRNN_HD void forward(const ForwardIn<PeepholeCell, V>& in, ForwardOut<PeepholeCell, V>& out) {
-    const V i = sigmoid(in.gates_ih[0] + in.gates_hh[0] + in.params[0] * in.state[1]);
-    const V f = sigmoid(in.gates_ih[1] + in.gates_hh[1] + in.params[1] * in.state[1]);
-    const V g = tanh(in.gates_ih[2] + in.gates_hh[2]);
-    const V c = f * in.state[1] + i * g;
-    const V o = sigmoid(in.gates_ih[3] + in.gates_hh[3] + in.params[2] * c);
-    out.state = {{o * tanh(c), c}};
-    out.saved = {{i, f, g, o}};
-  }
-
-  template <class V>
-  static FASTRNN_HD void backward(const BackwardIn<PeepholeCell, V>& in, BackwardOut<PeepholeCell, V>& out) {
-    const V i = in.saved[0], f = in.saved[1], g = in.saved[2], o = in.saved[3];
-    const V tanh_c = tanh(in.state[1]);
-    const V grad_o = in.grad_state[0] * tanh_c * sigmoid_grad(o);
-    const V grad_c = in.grad_state[1] + in.grad_state[0] * o * tanh_grad(tanh_c) + grad_o * in.params[2];
-    const V grad_i = grad_c * g * sigmoid_grad(i);
-    const V grad_f = grad_c * in.state_prev[1] * sigmoid_grad(f);
-    out.grad_gates_ih = {{grad_i, grad_f, grad_c * i * tanh_grad(g), grad_o}};
-    out.grad_gates_hh = out.grad_gates_ih;
-    out.grad_state_prev = {{V(0), grad_c * f + grad_i * in.params[0] + grad_f * in.params[1]}};
-    out.grad_params = {{grad_i * in.state_prev[1], grad_f * in.state_prev[1], grad_o * in.state[1]}};
-  }
-};
 
 // Elman's network with a normalised recurrent product (after Ba 2016), over the units of a row:
 //   n = (a - mean) / sqrt(variance + 1e-2), a = W h' + b   h = tanh(x + gain n)
@@ -93,6 +59,4 @@ struct NormCell {
 
 }  // namespace fastrnn
 
-#define FASTRNN_FOR_EACH_MORE_CELL(X)          \
-  X("peephole", ::fastrnn::PeepholeCell, false) \
-  X("norm", ::fastrnn::NormCell, true)
+#define FASTRNN_FOR_EACH_MORE_CELL(X) X("norm", ::fastrnn::NormCell, true)

@@ -1,6 +1,6 @@
-"""The equations of the cells in more_cells.h, as reference.py has those of the package's cells.
+"""The equations of the cell in more_cells.h, as reference.py has those of the package's cells.
 
-The kernels of every device are compiled with these two cells and compared with these equations: what a new cell needs
+The kernels of every device are compiled with it and compared with these equations: what a new cell needs
 is its header, its line in the registry and its entry in ``reference.CELLS``, and nothing else.
 """
 
@@ -12,29 +12,6 @@ from fastrnn.reference import Cell, States
 
 HEADER = Path(__file__).parent / "more_cells.h"
 EPSILON = 1e-2
-
-
-def _peephole_forward(gates_ih: States, gates_hh: States, states: States, params: States) -> tuple[States, States]:
-    i, f, g, o = (a + b for a, b in zip(gates_ih, gates_hh, strict=True))
-    i, f, g = (i + params[0] * states[1]).sigmoid(), (f + params[1] * states[1]).sigmoid(), g.tanh()
-    c = f * states[1] + i * g
-    o = (o + params[2] * c).sigmoid()
-    return (o * c.tanh(), c), (i, f, g, o)
-
-
-def _peephole_backward(
-    saved: States, states_prev: States, states: States, grads: States, grad_saved: States | None, params: States
-) -> tuple[States, States, States, States]:
-    i, f, g, o = saved
-    extra = grad_saved if grad_saved is not None else (0, 0, 0, 0)
-    tanh_c = states[1].tanh()
-    grad_o = (grads[0] * tanh_c + extra[3]) * o * (1 - o)
-    grad_c = grads[1] + grads[0] * o * (1 - tanh_c * tanh_c) + grad_o * params[2]
-    grad_i = (grad_c * g + extra[0]) * i * (1 - i)
-    grad_f = (grad_c * states_prev[1] + extra[1]) * f * (1 - f)
-    gates = grad_i, grad_f, (grad_c * i + extra[2]) * (1 - g * g), grad_o
-    before = torch.zeros_like(grads[0]), grad_c * f + grad_i * params[0] + grad_f * params[1]
-    return gates, gates, before, (grad_i * states_prev[1], grad_f * states_prev[1], grad_o * states[1])
 
 
 def _norm_forward(gates_ih: States, gates_hh: States, states: States, params: States) -> tuple[States, States]:
@@ -59,6 +36,5 @@ def _norm_backward(
 
 
 MORE_CELLS = {
-    "peephole": Cell(4, 4, 2, _peephole_forward, _peephole_backward, params=3),
     "norm": Cell(1, 2, 1, _norm_forward, _norm_backward, params=1, separate_gates_hh=True),
 }

@@ -32,7 +32,9 @@ CELL_NAMES = tuple(CELLS)
 
 # ---- calls of the op ----
 
-_ARGUMENTS = ["gates_ih", "weight_hh", "bias_hh", "weight_hr", "h_0", "c_0", "lengths", "resets", "reset_h", "reset_c"]
+_ARGUMENTS = [
+    "gates_ih", "weight_hh", "bias_hh", "weight_hr", "params", "h_0", "c_0", "lengths", "resets", "reset_h", "reset_c",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def make_case(
         tensors["bias_hh"] = normal(P, G * h, scale=scale)
     if projection:
         tensors["weight_hr"] = normal(P, R, h)
+    if CELLS[cell].params:
+        tensors["params"] = normal(P, CELLS[cell].params, h)
     widths = {"h": R, "c": h}
     states = ("h", "c")[: CELLS[cell].states]
     for name in states:

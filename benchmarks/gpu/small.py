@@ -32,13 +32,14 @@ def run(device: torch.device, cell: str, dtype: torch.dtype, size: tuple[int, in
     resets = (torch.rand(T, B) < 0.3).to(device)
     h_0, c_0 = normal(B, P * h), normal(B, P * h) if states > 1 else None
     weight_hh = normal(P, gates * h, h)
-    shared = (h_0, c_0, lengths, resets, None, None, [p % 2 == 1 for p in range(P)])
+    params = normal(P, ops.CELLS[cell].params, h) if ops.CELLS[cell].params else None
+    shared = (None, params, h_0, c_0, lengths, resets, None, None, [p % 2 == 1 for p in range(P)])
     output, h_n, c_n, saved = ops.recurrent_forward(
-        cell, normal(T, B, P * gates * h), weight_hh, normal(P, gates * h), None, *shared, True
+        cell, normal(T, B, P * gates * h), weight_hh, normal(P, gates * h), *shared, True
     )
     grad_c_n = torch.ones_like(c_n) if states > 1 else None
     grads = ops.recurrent_backward(
-        cell, torch.ones_like(output), torch.ones_like(h_n), grad_c_n, weight_hh, None, *shared, output, saved
+        cell, torch.ones_like(output), torch.ones_like(h_n), grad_c_n, weight_hh, *shared, output, saved
     )
     assert all(x.isfinite().all() for x in (output, h_n, c_n, *grads))
 

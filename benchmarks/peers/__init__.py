@@ -19,6 +19,7 @@ from benchmarks.peers.per_sample import OpacusPeer, SampleLoop
 from benchmarks.peers.sequences import (
     EmbeddingPeer,
     EverythingKeptPeer,
+    PlainCellPeer,
     TokenColumnsPeer,
     TorchRLPeer,
     UnmaskedPeer,
@@ -43,6 +44,7 @@ CONTESTANTS: tuple[Peer, ...] = (
     OpacusPeer(),
     UnmaskedPeer("unmasked", "fastrnn without lengths and resets", "fastrnn", kernel=fastrnn_kernel, options=True),
     EverythingKeptPeer("everykept", "fastrnn without recompute", "fastrnn", kernel=fastrnn_kernel, options=True),
+    PlainCellPeer("plaincell", "fastrnn's plain cell", "fastrnn", kernel=fastrnn_kernel, options=True),
     TokenColumnsPeer("columns", "fastrnn, tokens as columns", "fastrnn", kernel=fastrnn_kernel, options=True),
     EmbeddingPeer(),
     TorchRLPeer("pad"),

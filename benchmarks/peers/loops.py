@@ -21,11 +21,20 @@ from benchmarks.peers.modules import prepare_module
 
 
 def next_states(
-    cell: str, gates_ih: Tensor, gates_hh: Tensor, states: tuple[Tensor, ...], relu: bool
+    cell: str,
+    gates_ih: Tensor,
+    gates_hh: Tensor,
+    states: tuple[Tensor, ...],
+    relu: bool,
+    peepholes: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """One step: both gates [B, G*H], states [B, H] each."""
+    """One step: both gates [B, G*H], states [B, H] each, peepholes [3, H] of i, f and o."""
     if cell == "LSTM":
         i, f, g, o = (gates_ih + gates_hh).chunk(4, 1)
+        if peepholes is not None:
+            i, f = i + peepholes[0] * states[1], f + peepholes[1] * states[1]
+            c = torch.sigmoid(f) * states[1] + torch.sigmoid(i) * torch.tanh(g)
+            return torch.sigmoid(o + peepholes[2] * c) * torch.tanh(c), c
         c = torch.sigmoid(f) * states[1] + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * torch.tanh(c), c
     if cell == "GRU":
@@ -49,6 +58,8 @@ class HandLoop(torch.nn.Module):
         self.case = case
         for name, weight in getattr(torch.nn, case.cell)(**module_arguments(case)).named_parameters():
             self.register_parameter(name, torch.nn.Parameter(weight.detach()))
+        if case.peephole:
+            self.weight_ch_l0 = torch.nn.Parameter(self.weight_hh_l0.new_empty(3, case.H))
 
     def start(self, input: Tensor, state: Any) -> tuple[Tensor, ...]:
         if state is None:
@@ -65,12 +76,12 @@ class HandLoop(torch.nn.Module):
         relu = self.case.nonlinearity == "relu"
         gates_ih = linear(input, self.weight_ih_l0, self.bias_ih_l0)  # [T, B, G*H]
         keep = None if resets is None else (~resets).to(input.dtype).unsqueeze(2)  # [T, B, 1]
+        peepholes = self.weight_ch_l0 if self.case.peephole else None
         for t, gates in enumerate(gates_ih.unbind(0)):
             if keep is not None:
                 states = tuple(s * keep[t] for s in states)
-            states = next_states(
-                self.case.cell, gates, linear(states[0], self.weight_hh_l0, self.bias_hh_l0), states, relu
-            )
+            gates_hh = linear(states[0], self.weight_hh_l0, self.bias_hh_l0)
+            states = next_states(self.case.cell, gates, gates_hh, states, relu, peepholes)
             outputs.append(states[0])
         return self.finish(outputs, states)
 
@@ -147,6 +158,7 @@ class LoopPeer:
             "cells": case.is_cell, "PackedSequence": case.shortest, "proj_size": case.proj, "layers": case.layers > 1,
             "directions": case.bidirectional, "bias=False": not case.bias, "batch_first": case.batch_first,
             "tokens": case.tokens, "recompute": case.recompute,
+            "peephole": case.peephole and self._module is not HandLoop,
         }  # fmt: skip
         refused = [name for name, there in options.items() if there]
         return f"the loop is written without {', '.join(refused)}" if refused else None

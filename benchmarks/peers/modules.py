@@ -63,6 +63,8 @@ class ModulePeer:
         options: dict[str, Any] = {"recompute": case.recompute} if case.recompute else {}
         if case.tokens:
             options["token_input"] = True
+        if case.peephole:
+            options["peephole"] = True
         module = getattr(self.namespace, case.cell)(**module_arguments(case), **options)
         module.load_state_dict(data.weights)
         if case.tokens and self.by_token:

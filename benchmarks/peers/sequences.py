@@ -46,6 +46,18 @@ class EverythingKeptPeer(ModulePeer):
         return super().prepare(replace(case, recompute=0), mode, data)
 
 
+class PlainCellPeer(ModulePeer):
+    """fastrnn's layer without the option that makes it another cell."""
+
+    def supports(self, case: Case, mode: str) -> str | None:
+        return super().supports(case, mode) if case.peephole else "it leaves peepholes away, here are none"
+
+    def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
+        weights = {name: x for name, x in data.weights.items() if not name.startswith("weight_ch")}
+        prepared = super().prepare(replace(case, peephole=False), mode, replace(data, weights=weights))
+        return replace(prepared, tolerance=ANYTHING)
+
+
 class TokenColumnsPeer(ModulePeer):
     """fastrnn with weight_ih_l0 as torch.nn lays it out, where a token is a column."""
 
@@ -85,8 +97,10 @@ class EmbeddingPeer:
         def forward() -> tuple[Tensor, ...]:
             gates = embedding(data.input, table.weight) + weights["bias_ih_l0"]
             hh = (weights[name].unsqueeze(0) for name in ("weight_hh_l0", "bias_hh_l0"))
-            masks = (None,) * 4
-            found: tuple[Tensor, ...] = recurrence(cell, gates, *hh, None, zeros, c_0, *masks, [False], mode == "train")
+            rest, masks = (None,) * 2, (None,) * 4  # neither weight_hr nor params
+            found: tuple[Tensor, ...] = recurrence(
+                cell, gates, *hh, *rest, zeros, c_0, *masks, [False], mode == "train"
+            )
             return found
 
         def named(found: tuple[Tensor, ...]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@
 #include "elman.h"
 #include "gru.h"
 #include "lstm.h"
+#include "peephole_lstm.h"
 
 // The tests compile kernels with cells of their own, to see that a cell needs nothing but this: a header that the macro
 // names defines FASTRNN_FOR_EACH_MORE_CELL.
@@ -18,6 +19,7 @@
   X("gru", ::fastrnn::GRUCell, true)                \
   X("rnn_tanh", ::fastrnn::ElmanCell<::fastrnn::Tanh>, false) \
   X("rnn_relu", ::fastrnn::ElmanCell<::fastrnn::Relu>, false) \
+  X("lstm_peephole", ::fastrnn::PeepholeLSTMCell, false) \
   FASTRNN_FOR_EACH_MORE_CELL(X)
 
 namespace fastrnn {

@@ -271,9 +271,9 @@ using FfmaForward = FfmaShared<G, 4, kRows, G, tiles::resident_register_chunks(G
 template <class Cell, int kRows, int G = Cell::kGates>
 using FfmaBackward = FfmaShared<4, 16, kRows, 0, tiles::resident_register_chunks(G, kRows, true)>;
 template <class Cell, class S, int kWarps, int G = Cell::kGates>
-using MmaForward = MmaShared<S, G, 1, G, kWarps, tiles::resident_register_tiles(G, kWarps, false)>;
+using MmaForward = MmaShared<S, G, 1, G, kWarps, tiles::resident_register_tiles(G, Cell::kParams, kWarps, false)>;
 template <class Cell, class S, int kWarps, int G = Cell::kGates>
-using MmaBackward = MmaShared<S, G, G, 0, kWarps, tiles::resident_register_tiles(G, kWarps, true)>;
+using MmaBackward = MmaShared<S, G, G, 0, kWarps, tiles::resident_register_tiles(G, Cell::kParams, kWarps, true)>;
 
 // Gate gradients of a row stand in segments of this many floats: whole chunks.
 __host__ __device__ constexpr int ffma_segment(int hidden) { return round_up(hidden, 4); }

@@ -52,13 +52,15 @@ constexpr int resident_register_chunks(int gates, int rows, bool backward) {
   return chunks < 8 ? chunks : 8;  // all, at h = 128 and one gate
 }
 // mma: k-tiles of 16 for each gate, 4 registers each. 8 warps may have 255 registers a thread: all of h <= 128,
-// but for LSTM's backward. 12 may have 168.
+// but for LSTM's backward. 12 may have 168. In backward a unit's parameters and the sums of their gradients take the
+// place of one.
 constexpr int resident_warps(int64_t hidden) { return hidden <= 128 ? 8 : 12; }
-constexpr int resident_register_tiles(int gates, int warps, bool backward) {
-  if (warps == 8) return backward && gates == 4 ? 5 : 8;
-  if (gates == 4) return 3;
-  if (gates == 3) return backward ? 4 : 6;
-  return 12;  // all, at h = 192
+constexpr int resident_register_tiles(int gates, int params, int warps, bool backward) {
+  const int without = backward && params > 0 ? 1 : 0;
+  if (warps == 8) return (backward && gates == 4 ? 5 : 8) - without;
+  if (gates == 4) return 3 - without;
+  if (gates == 3) return (backward ? 4 : 6) - without;
+  return 12 - without;  // all, at h = 192
 }
 
 }  // namespace fastrnn::cuda::tiles

@@ -5,7 +5,7 @@
 // here, and then whatever the kernels do with it (docs/architecture.md tells the way).
 //
 //   T steps, B batch, P groups (directions), G gates, h hidden units a group, I input features, S saved values
-//   (cell_info), R width of state 0: h, or the projected size.
+//   (cell_info), K parameters a unit (cell_info), R width of state 0: h, or the projected size.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/core/stack.h>
@@ -22,12 +22,13 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // A layer's weights: of each field one tensor for every group, or none at all.
-#define FASTRNN_FOR_EACH_WEIGHT(X)         \
-  X(weight_ih) /* [G*h, I] */              \
-  X(weight_hh) /* [G*h, R] */              \
-  X(bias_ih)   /* [G*h] */                 \
-  X(bias_hh)   /* [G*h] */                 \
-  X(weight_hr) /* [R, h]: h' = weight_hr (o tanh(c)) */
+#define FASTRNN_FOR_EACH_WEIGHT(X)                      \
+  X(weight_ih) /* [G*h, I] */                           \
+  X(weight_hh) /* [G*h, R] */                           \
+  X(bias_ih)   /* [G*h] */                              \
+  X(bias_hh)   /* [G*h] */                              \
+  X(weight_hr) /* [R, h]: h' = weight_hr (o tanh(c)) */ \
+  X(params)    /* [K, h]: numbers of a unit that its cell reads beside the gates, as peepholes are */
 
 // What a recurrence starts from, how long its rows are, and where it starts anew. h_0 and reset_h are [B, P*R], c_0 and
 // reset_c [B, P*h] for the recurrence's ops, [P, B, R] and [P, B, h] for a layer's. An absent one stands for zeros; the
@@ -42,6 +43,15 @@ using OptionalTensor = std::optional<Tensor>;
 
 // What a layer's gradients are of, in the order of layer_backward's results.
 #define FASTRNN_FOR_EACH_GRADIENT(X) X(input) FASTRNN_FOR_EACH_WEIGHT(X) X(h_0) X(c_0) X(reset_h) X(reset_c)
+
+// Of the weights, what the recurrence's ops may be given beside weight_hh, forward and backward: of all groups, [P, ...].
+#define FASTRNN_FOR_EACH_RECURRENT_WEIGHT(X) X(weight_hr) X(params)
+
+// What the recurrence's backward returns: the gradients of gates_ih [T, B, P*G*h], of gates_hh where they are others, of
+// weight_hr's product [T, B, P*R], of the states, and of params, where each row [B, P*K*h] has its own; these are float32
+// where the rest is of a half type.
+#define FASTRNN_FOR_EACH_RECURRENT_GRADIENT(X) \
+  X(gates_ih) X(gates_hh) X(projected) X(h_0) X(c_0) X(reset_h) X(reset_c) X(params)
 
 using Group = c10::SmallVector<Tensor, 2>;  // of one field, a tensor for every group; empty: there is none
 
@@ -92,6 +102,7 @@ enum Gradient {
 #undef FASTRNN_FIELD
   kGradients
 };
+inline constexpr bool is_weight(int of) { return of > kOf_input && of < kOf_h_0; }
 using Needed = std::array<bool, kGradients>;
 // Of the weights [P, ...]; those that are not needed are undefined.
 using LayerGradients = std::array<Tensor, kGradients>;
@@ -100,12 +111,14 @@ using LayerGradients = std::array<Tensor, kGradients>;
 
 #define FASTRNN_TEXT(name) "Tensor? " #name ", "
 inline constexpr char kStatesText[] = FASTRNN_FOR_EACH_STATE(FASTRNN_TEXT);
+inline constexpr char kRecurrentWeightsText[] = FASTRNN_FOR_EACH_RECURRENT_WEIGHT(FASTRNN_TEXT);
 #undef FASTRNN_TEXT
 #define FASTRNN_TEXT(name) "Tensor[] " #name ", "
 inline constexpr char kWeightsText[] = FASTRNN_FOR_EACH_WEIGHT(FASTRNN_TEXT);
 #undef FASTRNN_TEXT
 #define FASTRNN_TEXT(name) ", Tensor grad_" #name
 inline constexpr char kGradientsText[] = FASTRNN_FOR_EACH_GRADIENT(FASTRNN_TEXT);
+inline constexpr char kRecurrentGradientsText[] = FASTRNN_FOR_EACH_RECURRENT_GRADIENT(FASTRNN_TEXT);
 #undef FASTRNN_TEXT
 
 // ---- and on a stack ----

@@ -127,6 +127,7 @@ bool is_transformed(const variable_list& tensors) {
 
 // The node. Saved: batch_sizes, input, all weights but the biases, the states, output and saved.
 struct LayerFunction : torch::autograd::Function<LayerFunction> {
+  static constexpr bool is_bias(Gradient of) { return of == kOf_bias_ih || of == kOf_bias_hh; }
   static constexpr bool is_traceable = true;  // by compiled autograd: backward reads what ctx has, and calls ops
 
   // tensors: what for_each_differentiable visits.
@@ -155,9 +156,13 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     const bool tokens = call.input.scalar_type() != out.output.scalar_type();
     variable_list kept{or_undefined(call.batch_sizes), of_weight_ih ? call.input : Tensor()};
     const bool keeps_weight_ih = call.input.requires_grad() || (tokens && of_weight_ih);
-    for (const Tensor& x : call.weights.weight_ih) kept.push_back(keeps_weight_ih ? x : Tensor());
-    for (const Group* group : {&call.weights.weight_hh, &call.weights.weight_hr})
-      for (const Tensor& x : *group) kept.push_back(x);
+    const auto keep = [&](Gradient of, const Group& group) {
+      for (const Tensor& x : group)
+        if (!is_bias(of)) kept.push_back(of != kOf_weight_ih || keeps_weight_ih ? x : Tensor());
+    };
+#define FASTRNN_KEEP(name) keep(kOf_##name, call.weights.name);
+    FASTRNN_FOR_EACH_WEIGHT(FASTRNN_KEEP)
+#undef FASTRNN_KEEP
 #define FASTRNN_KEEP(name) kept.push_back(or_undefined(call.states.name));
     FASTRNN_FOR_EACH_STATE(FASTRNN_KEEP)
 #undef FASTRNN_KEEP
@@ -200,13 +205,13 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     call.grad_clip = ctx->saved_data["grad_clip"].toDouble();
     call.batch_sizes = or_none(*next++);
     call.input = *next++;
-    const auto take = [&](Group& group, Gradient of) {
-      for (int64_t i = 0; i < counts[of]; ++i, ++next)
+    const auto take = [&](Gradient of, Group& group) {
+      for (int64_t i = 0; i < counts[of] && !is_bias(of); ++i, ++next)
         if (next->defined()) group.push_back(*next);
     };
-    take(call.weights.weight_ih, kOf_weight_ih);
-    take(call.weights.weight_hh, kOf_weight_hh);
-    take(call.weights.weight_hr, kOf_weight_hr);
+#define FASTRNN_TAKE(name) take(kOf_##name, call.weights.name);
+    FASTRNN_FOR_EACH_WEIGHT(FASTRNN_TAKE)
+#undef FASTRNN_TAKE
 #define FASTRNN_TAKE(name) call.states.name = or_none(*next++);
     FASTRNN_FOR_EACH_STATE(FASTRNN_TAKE)
 #undef FASTRNN_TAKE
@@ -235,8 +240,7 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     for (int of = 0; of < kGradients; ++of)
       for (int64_t i = 0; i < counts[of]; ++i, ++at, ++edge) {
         if (!ctx->needs_input_grad(edge) || !found[of].defined()) continue;
-        const bool is_weight = of >= kOf_weight_ih && of <= kOf_weight_hr;
-        result[at] = is_weight ? found[of].select(0, i) : found[of];
+        result[at] = is_weight(of) ? found[of].select(0, i) : found[of];
       }
     return result;
   }

@@ -197,6 +197,22 @@ void weight_hh_gradient(const LayerCall& call, const Tensor& gates, const Tensor
   product(first, call.states.h_0->select(0, p), T > 1);
 }
 
+// What the recurrence's kernel has made of a layer's gradients by itself.
+LayerGradients of_recurrence(const LayerCall& call, const LayerGiven& given, const RecurrentGradients& found,
+                             const Needed& needed) {
+  LayerGradients grads;
+  grads[kOf_h_0] = found.h_0;
+  grads[kOf_c_0] = found.c_0;
+  grads[kOf_reset_h] = found.reset_h;
+  grads[kOf_reset_c] = found.reset_c;
+  if (needed[kOf_params] && !call.weights.params.empty()) {
+    const Tensor& like = call.weights.params[0];
+    const Tensor of_rows = found.params.view({found.params.size(0), call.groups(), like.size(0), like.size(1)});
+    grads[kOf_params] = of_rows.sum(0).to(given.output.scalar_type());
+  }
+  return grads;
+}
+
 LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& given, const Needed& needed) {
   check_storage("layer_backward", "input", call.input);
   const RecurrentKernels& kernels = kernels_of(given.output);
@@ -216,11 +232,7 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
   const bool initial = needed[kOf_h_0] || needed[kOf_c_0];
   const RecurrentGradients found = kernels.backward(
       args, {given.grad_output, given.grad_h_n, given.grad_c_n, given.output, given.saved}, initial, /*together=*/true);
-  LayerGradients grads;
-  grads[kOf_h_0] = found.h_0;
-  grads[kOf_c_0] = found.c_0;
-  grads[kOf_reset_h] = found.reset_h;
-  grads[kOf_reset_c] = found.reset_c;
+  LayerGradients grads = of_recurrence(call, given, found, needed);
   const int64_t T = given.output.size(0), B = given.output.size(1), P = call.groups();
   const int64_t Gh = found.gates_ih.size(2) / P;
   const Tensor gates_hh = found.gates_hh.numel() ? found.gates_hh : found.gates_ih;
@@ -230,7 +242,7 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
     const int64_t n = x.size(2) / P;
     return P == 1 ? x : x.narrow(2, p * n, n);
   };
-  if (needed[kOf_weight_hr]) {  // first, for it makes the largest tensors of its own
+  if (needed[kOf_weight_hr] && !call.weights.weight_hr.empty()) {  // first, for it makes the largest tensors of its own
     const int64_t R = given.output.size(2) / P, h = Gh / kCells[known_cell(call.cell)].gates;
     // o tanh(c): the cell's own values end with o, and c stands last.
     const int64_t S = kCells[known_cell(call.cell)].saved;
@@ -271,7 +283,7 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
     const Tensor both = found.together.size(0) == 2 ? found.together : found.together.expand({2, T, B, P * Gh});
     const Tensor sums = both.sum(at::IntArrayRef{1, 2});
     grads[kOf_bias_ih] = sums.select(0, 0).view({P, Gh});
-    grads[kOf_bias_hh] = sums.select(0, 1).view({P, Gh});
+    grads[kOf_bias_hh] = sums.select(0, 1).view({P, Gh}).clone();  // results of an op share no memory
   } else if (needed[kOf_bias_ih] || needed[kOf_bias_hh]) {
     const bool ih = needed[kOf_bias_ih];
     grads[ih ? kOf_bias_ih : kOf_bias_hh] =
@@ -288,17 +300,12 @@ LayerGradients backward_by_kernel(const LayerCall& call, const LayerGiven& given
     for (const Tensor& x : {run.grad_weight_ih, run.grad_weight_hh, run.grad_bias_ih, run.grad_bias_hh}) x.zero_();
   }
   if (needed[kOf_input]) run.grad_input = call.groups() == 1 ? run.grad_input[0] : run.grad_input.sum(0);
-  const RecurrentGradients found = run.results();
-  LayerGradients grads;
+  LayerGradients grads = of_recurrence(call, given, run.results(), needed);
   grads[kOf_input] = run.grad_input;
   grads[kOf_weight_ih] = run.grad_weight_ih;
   grads[kOf_weight_hh] = run.grad_weight_hh;
   grads[kOf_bias_ih] = run.grad_bias_ih;
   grads[kOf_bias_hh] = run.grad_bias_hh;
-  grads[kOf_h_0] = found.h_0;
-  grads[kOf_c_0] = found.c_0;
-  grads[kOf_reset_h] = found.reset_h;
-  grads[kOf_reset_c] = found.reset_c;
   return grads;
 }
 

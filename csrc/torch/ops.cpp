@@ -154,6 +154,9 @@ void give(const c10::OperatorHandle& op, Stack& stack, const Results&... results
 }
 
 void read_recurrence(Reader& from, Recurrence& args) {
+#define FASTRNN_READ(name) args.name = from.optional();
+  FASTRNN_FOR_EACH_RECURRENT_WEIGHT(FASTRNN_READ)
+#undef FASTRNN_READ
   from.read(args.states);
   args.reverse = from.flags();
 }
@@ -172,7 +175,6 @@ void recurrent_forward(const c10::OperatorHandle& op, Stack* stack) {
   const Tensor gates_ih = from.tensor();
   args.weight_hh = from.tensor();
   args.bias_hh = from.optional();
-  args.weight_hr = from.optional();
   read_recurrence(from, args);
   const bool save = from.value().toBool();
   check_grad_clip("recurrent_forward", from.value().toDouble());
@@ -189,7 +191,6 @@ void recurrent_backward(const c10::OperatorHandle& op, Stack* stack) {
   given.grad_h_n = from.optional();
   given.grad_c_n = from.optional();
   args.weight_hh = from.tensor();
-  args.weight_hr = from.optional();
   read_recurrence(from, args);
   given.output = from.tensor();
   given.saved = from.tensor();
@@ -197,7 +198,10 @@ void recurrent_backward(const c10::OperatorHandle& op, Stack* stack) {
   args.grad_clip = from.value().toDouble();
   const RecurrentGradients out =
       kernels_for(given.output, "recurrent_backward", "output").backward(args, given, initial, /*together=*/false);
-  give(op, *stack, out.gates_ih, out.gates_hh, out.projected, out.h_0, out.c_0, out.reset_h, out.reset_c);
+  torch::jit::drop(*stack, op.schema().arguments().size());
+#define FASTRNN_GIVE(name) stack->emplace_back(out.name);
+  FASTRNN_FOR_EACH_RECURRENT_GRADIENT(FASTRNN_GIVE)
+#undef FASTRNN_GIVE
 }
 
 void quantized_forward(const c10::OperatorHandle& op, Stack* stack) {
@@ -214,7 +218,6 @@ void quantized_forward(const c10::OperatorHandle& op, Stack* stack) {
   narrow.scale_hh = from.optional();
   narrow.sum_hh = from.optional();
   args.bias_hh = from.optional();
-  args.weight_hr = from.optional();
   read_recurrence(from, args);
   PreparedForward run = prepare_quantized(args, input, narrow, bias_ih);
   if (run.params.batch > 0) cpu::layer_forward(run.params, run.layer, threads());
@@ -311,14 +314,13 @@ TORCH_LIBRARY(fastrnn, m) {
     for (const char* part : parts) schema += part;
     m.def(schema.c_str(), {at::Tag::pt2_compliant_tag});
   };
-  def({"recurrent_forward(str cell, Tensor gates_ih, Tensor weight_hh, Tensor? bias_hh, Tensor? weight_hr, ", kStatesText,
-       "bool[] reverse, bool save, float grad_clip=0.0) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)"});
-  def({"recurrent_backward(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor weight_hh, "
-       "Tensor? weight_hr, ",
+  def({"recurrent_forward(str cell, Tensor gates_ih, Tensor weight_hh, Tensor? bias_hh, ", kRecurrentWeightsText,
        kStatesText,
-       "bool[] reverse, Tensor output, Tensor saved, bool initial=True, float grad_clip=0.0) -> "
-       "(Tensor grad_gates_ih, Tensor grad_gates_hh, Tensor grad_projected, Tensor grad_h_0, Tensor grad_c_0, "
-       "Tensor grad_reset_h, Tensor grad_reset_c)"});
+       "bool[] reverse, bool save, float grad_clip=0.0) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)"});
+  def({"recurrent_backward(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor weight_hh, ",
+       kRecurrentWeightsText, kStatesText,
+       "bool[] reverse, Tensor output, Tensor saved, bool initial=True, float grad_clip=0.0) -> (",
+       kRecurrentGradientsText + 2, ")"});
   // recurrent_forward of gates_ih = weight_ih input + bias_ih, which on a CPU are made a few steps at a time and never
   // stored. Its derivative is made by autograd.cpp.
   def({"layer_forward(str cell, Tensor input, ", kWeightsText, kStatesText,
@@ -333,8 +335,8 @@ TORCH_LIBRARY(fastrnn, m) {
   // layer_forward for inference on a float32 input with weights of bfloat16 (no scales, no sums) or int8 in blocks; see
   // LayerParams in params.h and fastrnn/quantized.py.
   def({"quantized_forward(str cell, Tensor input, Tensor weight_ih, Tensor? scale_ih, Tensor? sum_ih, Tensor? bias_ih, "
-       "Tensor weight_hh, Tensor? scale_hh, Tensor? sum_hh, Tensor? bias_hh, Tensor? weight_hr, ",
-       kStatesText, "bool[] reverse) -> (Tensor output, Tensor h_n, Tensor c_n)"});
+       "Tensor weight_hh, Tensor? scale_hh, Tensor? sum_hh, Tensor? bias_hh, ",
+       kRecurrentWeightsText, kStatesText, "bool[] reverse) -> (Tensor output, Tensor h_n, Tensor c_n)"});
   // op(a) op(b) + bias on matrices, op transposing or not; float32 and float64. No derivative of its own: fastrnn's
   // autograd calls it where none is asked for.
   m.def("gemm(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor",

@@ -91,8 +91,9 @@ class Checker {
     RNN_CHECK(dims_.P > 0 && dims_.h > 0 && dims_.R > 0 && weight[1] == info_.gates * dims_.h, op_,
               ": weight_hh: expected (groups, ", info_.gates, " * hidden, width) with every size above 0, got ",
               weight);
-    RNN_CHECK_NOT_IMPLEMENTED(info_.params == 0, op_, ": cell: expected one without parameters of a unit, got '",
-                              info_.name, "'");
+    RNN_CHECK(args.params.has_value() == (info_.params > 0), op_, ": params: expected ",
+              info_.params > 0 ? "a tensor" : "none", " for cell '", info_.name, "', got ",
+              args.params ? "a tensor" : "none");
     RNN_CHECK(info_.states > 1 || !args.weight_hr, op_, ": weight_hr: expected none for cell '", info_.name,
               "', got a tensor");
     RNN_CHECK(args.weight_hr || dims_.R == dims_.h, op_, ": weight_hh: expected [", dims_.P, ", ", weight[1], ", ",
@@ -176,6 +177,7 @@ class Checker {
     const auto [T, B, P, G, h, R, S, packed, rows] = dims_;
     p.weight_hh = read_weight("weight_hh", args.weight_hh, {P, G * h, R});
     p.weight_hr = read_weight("weight_hr", args.weight_hr, {P, R, h});
+    p.params = read_weight("params", args.params, {P, info_.params, h});
   }
 
   // All but the weights.
@@ -329,7 +331,9 @@ Recurrence recurrence_of(const LayerCall& call) {
   static_cast<Run&>(args) = call;
   args.weight_hh = *stacked(w.weight_hh);
   args.bias_hh = stacked(w.bias_hh);
-  args.weight_hr = stacked(w.weight_hr);
+#define FASTRNN_STACK(name) args.name = stacked(w.name);
+  FASTRNN_FOR_EACH_RECURRENT_WEIGHT(FASTRNN_STACK)
+#undef FASTRNN_STACK
   args.states = call.states;
   args.batch_sizes = call.batch_sizes;
   args.of_layer = true;
@@ -454,6 +458,7 @@ PreparedForward prepare_quantized(const Recurrence& args, const Tensor& input, c
   p.sum_ih = static_cast<const int32_t*>(of_rows("sum_ih", narrow.sum_ih, at::kInt));
   p.sum_hh = static_cast<const int32_t*>(of_rows("sum_hh", narrow.sum_hh, at::kInt));
   out.params.weight_hr = checker.read_as("weight_hr", args.weight_hr, int8 ? at::kFloat : at::kBFloat16, {P, R, h});
+  out.params.params = checker.read("params", args.params, {P, checker.info().params, h});
   prepare_results(checker, args, /*save=*/false, out);
   return out;
 }
@@ -482,10 +487,12 @@ void prepare_gradients(const char* op, Checker& checker, const Recurrence& args,
   grad.c_0 = initial && c ? checker.empty(checker.state_sizes(h)) : checker.absent();
   grad.reset_h = args.states.reset_h ? checker.accumulator(checker.state_sizes(R)) : checker.absent();
   grad.reset_c = args.states.reset_c ? checker.accumulator(checker.state_sizes(h)) : checker.absent();
+  grad.params = args.params ? checker.accumulator({B, P * checker.info().params * h}) : checker.absent();
   p.grad_h_0 = data_or_null(grad.h_0);
   p.grad_c_0 = data_or_null(grad.c_0);
   p.grad_reset_h = data_or_null(grad.reset_h);
   p.grad_reset_c = data_or_null(grad.reset_c);
+  p.grad_params = data_or_null(grad.params);
   out.dtype = given.output.scalar_type();
 }
 

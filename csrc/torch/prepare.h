@@ -11,8 +11,11 @@ namespace fastrnn {
 
 // What every call of a recurrence is given, a layer's included.
 struct Recurrence : Run {
-  Tensor weight_hh;  // [P, G*h, R]; of a layer of one group [G*h, R], and the next two likewise
-  OptionalTensor bias_hh, weight_hr;
+  Tensor weight_hh;  // [P, G*h, R]; of a layer of one group [G*h, R], and those that follow likewise
+  OptionalTensor bias_hh;
+#define FASTRNN_FIELD(name) OptionalTensor name;
+  FASTRNN_FOR_EACH_RECURRENT_WEIGHT(FASTRNN_FIELD)
+#undef FASTRNN_FIELD
   States states;
   OptionalTensor batch_sizes = std::nullopt;  // as in LayerCall
   bool of_layer = false;                      // are the states [P, B, n], and not [B, P*n]?
@@ -52,7 +55,9 @@ struct Given {
 
 struct RecurrentGradients {
   Tensor together;  // [1 or 2, T, B, P*G*h], where asked for: gates_ih, and gates_hh where it is a tensor of its own
-  Tensor gates_ih, gates_hh, projected, h_0, c_0, reset_h, reset_c;
+#define FASTRNN_FIELD(name) Tensor name;
+  FASTRNN_FOR_EACH_RECURRENT_GRADIENT(FASTRNN_FIELD)
+#undef FASTRNN_FIELD
 };
 
 struct PreparedBackward {

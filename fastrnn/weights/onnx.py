@@ -22,6 +22,12 @@ ORDERS: dict[Cell, tuple[int, ...]] = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "
 _INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
 _ACTIVATIONS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"]}
 _DIRECTIONS = ("forward", "reverse", "bidirectional")
+_PEEPHOLES = (0, 2, 1)  # ONNX' are i o f, ours i f o
+
+
+def peepholes_of_onnx(params: Tensor) -> Tensor:
+    """A direction's P [3*H] from ours [3, H]."""
+    return params[list(_PEEPHOLES)].flatten()
 
 
 class Reversed(nn.Module):
@@ -90,8 +96,8 @@ def from_onnx(node: Any, initializers: Mapping[str, Any]) -> OnnxLayer:
     Raises:
         TypeError: another operator.
         ValueError: W, R or B is not there or has another shape; what the equations of torch's modules lack: other than
-            the default activations (Relu for an RNN), a GRU without ``linear_before_reset=1``, peepholes,
-            ``input_forget``, ``clip``.
+            the default activations (Relu for an RNN), a GRU without ``linear_before_reset=1``, ``input_forget``,
+            ``clip``.
     """
     kind = getattr(node, "op_type", type(node).__name__)
     if kind not in ORDERS or node.domain not in ("", "ai.onnx"):
@@ -115,27 +121,27 @@ def from_onnx(node: Any, initializers: Mapping[str, Any]) -> OnnxLayer:
     D = 2 if direction == "bidirectional" else 1
     nonlinearity = _nonlinearity(kind, D, attributes)
     inputs = dict(zip(_INPUTS, node.input, strict=False))
-    if inputs.get("P"):
-        raise ValueError(f"P: expected no peepholes, got {inputs['P']!r}")
 
     def given(name: str) -> Tensor | None:
         x = initializers.get(inputs.get(name, ""))
         return None if x is None else tensor(_array(x))
 
-    W, R, B = (given(name) for name in "WRB")
-    for name, x in (("W", W), ("R", R), ("B", B)):
-        if x is None and (name != "B" or inputs.get("B")):
+    W, R, B, P = (given(name) for name in "WRBP")
+    for name, x in (("W", W), ("R", R), ("B", B), ("P", P)):
+        if x is None and (name in "WR" or inputs.get(name)):
             raise ValueError(f"{name}: expected {inputs.get(name, '')!r} to be among the initialisers")
     assert W is not None
     assert R is not None
     G, H = gates(kind), R.shape[-1]
     if "hidden_size" in attributes and integer("hidden_size") != H:
         raise ValueError(f"R: expected hidden_size {integer('hidden_size')} for its last dimension, got {H}")
-    shapes = {"W": (D, G * H, W.shape[-1]), "R": (D, G * H, H), "B": (D, 2 * G * H)}
-    for name, x in (("W", W), ("R", R), ("B", B)):
+    shapes = {"W": (D, G * H, W.shape[-1]), "R": (D, G * H, H), "B": (D, 2 * G * H), "P": (D, 3 * H)}
+    for name, x in (("W", W), ("R", R), ("B", B), ("P", P)):
         if x is not None and tuple(x.shape) != shapes[name]:
             raise ValueError(f"{name}: expected {list(shapes[name])}, got {list(x.shape)}")
     options: dict[str, Any] = {"nonlinearity": nonlinearity} if kind == "RNN" else {}
+    if P is not None:
+        options["peephole"] = True
     module: Any = getattr(modules, kind)(
         W.shape[-1],
         H,
@@ -148,7 +154,8 @@ def from_onnx(node: Any, initializers: Mapping[str, Any]) -> OnnxLayer:
     order, weights = ORDERS[kind], []
     for d in range(D):
         parts = [W[d], R[d]] if B is None else [W[d], R[d], *B[d].chunk(2)]
-        weights.append(LayerWeights(*(restored(x, order) for x in parts)))
+        of_direction = LayerWeights(*(restored(x, order) for x in parts))
+        weights.append(of_direction if P is None else of_direction._replace(params=P[d].view(3, H)[list(_PEEPHOLES)]))
     copy_into(module, [weights])
     names = [name for name in ("initial_h", "initial_c")[: 2 if kind == "LSTM" else 1] if inputs.get(name)]
     states = {name: x for name in names if (x := given(name)) is not None}
@@ -188,7 +195,7 @@ def to_onnx(module: Module | Reversed, *, states: bool = False, lengths: bool = 
     except ImportError as error:
         raise ImportError("to_onnx needs the package onnx (pip install onnx)") from error
     inner: Any = module.module if isinstance(module, Reversed) else module
-    kind = check_module("module", inner)
+    kind = check_module("module", inner, may_have=("peephole",))
     if not isinstance(inner, nn.RNNBase):
         raise TypeError(f"module: expected an LSTM, GRU or RNN, got {type(inner).__name__}: ONNX has no cells")
     types = {torch.float32: TensorProto.FLOAT, torch.float64: TensorProto.DOUBLE, torch.float16: TensorProto.FLOAT16}
@@ -234,6 +241,9 @@ def to_onnx(module: Module | Reversed, *, states: bool = False, lengths: bool = 
             halves = [torch.cat([reordered(x, order) for x in (w.bias_ih, w.bias_hh) if x is not None]) for w in layer]
             B = constant(f"B_l{k}", torch.stack(halves))
         inputs = [value, W, R, B, "lengths" if lengths else "", *(starts[x][k] for x in letters)]
+        if layer[0].params is not None:
+            of_directions = [peepholes_of_onnx(w.params) for w in layer if w.params is not None]
+            inputs.append(constant(f"P_l{k}", torch.stack(of_directions)))
         node(kind, inputs, [f"Y_l{k}", *(f"{x}_n_l{k}" for x in letters)], **attributes)
         value = node("Transpose", [f"Y_l{k}"], [f"Y_rows_l{k}"], perm=[0, 2, 1, 3])  # [T, B, D, H]
         value = node("Reshape", [value, merged], [f"output_l{k}"])

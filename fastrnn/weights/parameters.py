@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
 from ..ops import CELLS
-from ..records import LayerWeights
+from ..records import LayerWeights, name_of
 from ..swap import _TORCHS, _no_twin, _plain_type
 
 Module = nn.RNNBase | RNNCellBase
 Cell = str  # 'LSTM', 'GRU' or 'RNN'
 
 
-def check_module(name: str, module: Any) -> Cell:
-    """A module or cell of ours, or torch.nn's, without options that torch.nn lacks."""
+def check_module(name: str, module: Any, may_have: Sequence[str] = ()) -> Cell:
+    """A module or cell of ours, or torch.nn's, without options that torch.nn lacks, but for those that it may have."""
     if not isinstance(module, Module) or _plain_type(module) not in (*_TORCHS, *_TORCHS.values()):
         reason = _no_twin(module) if isinstance(module, nn.Module) else ""
         got = reason.removeprefix("is a ") or type(module).__name__
         raise TypeError(f"{name}: expected an LSTM, GRU or RNN or a cell of fastrnn or torch.nn, got {got}")
-    if _plain_type(module) in _TORCHS and (reason := _no_twin(module)):
+    if _plain_type(module) in _TORCHS and (reason := _no_twin(module, may_have)):
         raise ValueError(f"{name}: expected nothing that torch.nn lacks, but it {reason}")
     if getattr(module, "proj_size", 0):
         raise ValueError(f"{name}: expected proj_size=0, got {module.proj_size}: there is none elsewhere")
@@ -50,7 +50,7 @@ def names(module: Module) -> list[list[str]]:
 def directions(module: Module) -> Iterator[list[LayerWeights]]:
     """The weights of each layer, one a direction, detached."""
     for layer in names(module):
-        found = [[getattr(module, field + suffix, None) for field in LayerWeights._fields] for suffix in layer]
+        found = [[getattr(module, name_of(field) + suffix, None) for field in LayerWeights._fields] for suffix in layer]
         yield [LayerWeights(*(None if x is None else x.detach() for x in each)) for each in found]  # type: ignore[arg-type]
 
 
@@ -81,14 +81,15 @@ def copy_into(module: Module, weights: Sequence[Sequence[LayerWeights]]) -> None
             for field, x in zip(each._fields, each, strict=True):
                 if x is None:
                     continue
-                parameter = module._parameters.get(field + suffix)
+                name = name_of(field) + suffix
+                parameter = module._parameters.get(name)
                 if parameter is None:
                     raise ValueError(
-                        f"module: expected {field + suffix} to be a parameter; "
+                        f"module: expected {name} to be a parameter; "
                         "remove its parametrization, weight norm or pruning first"
                     )
                 if parameter.shape != x.shape:
-                    raise ValueError(f"{field + suffix}: expected {list(parameter.shape)}, got {list(x.shape)}")
+                    raise ValueError(f"{name}: expected {list(parameter.shape)}, got {list(x.shape)}")
                 plan.append((parameter, x))
     with torch.no_grad():
         for target, x in plan:

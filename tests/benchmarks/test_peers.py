@@ -81,7 +81,7 @@ def test_who_has_resets_and_who_trains() -> None:
         "fastrnn", "columns", "embedding",
     }  # fmt: skip
     inference_only = {key for key, peer in PEERS.items() if peer.supports(plain, "train")}
-    needs_more = {"unmasked", "everykept", "columns", "embedding", "torchrlpad", "torchrlscan"}
+    needs_more = {"unmasked", "everykept", "plaincell", "columns", "embedding", "torchrlpad", "torchrlscan"}
     for mode in MODES:
         assert all(PEERS[key].supports(plain, mode) for key in needs_more)
     inference_only -= needs_more

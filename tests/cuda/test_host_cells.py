@@ -1,5 +1,5 @@
-"""Cells that the package does not have (tests/more_cells.h) in every CUDA tier that takes them, against their equations
-in tests/more_cells.py: one with parameters beside its weights, one that looks at a whole row.
+"""What is particular about cells with parameters of a unit, and about one that looks at a whole row. That one the
+package does not have: its kernel is made of tests/more_cells.h, its equations are in tests/more_cells.py.
 """
 
 import ctypes
@@ -43,56 +43,45 @@ class CellCase(Case):
         return self.cells[self.cell]
 
 
-class Problem(host.Problem):
-    def __init__(self, case, seed=0, edit=None):
-        generator = torch.Generator().manual_seed(seed + 100)
-        params = torch.randn(case.P, case.info.params, case.h, generator=generator, dtype=torch.float64)
-        super().__init__(case, seed, edit, params.to(case.dtype))
-
-
 each_tier = pytest.mark.parametrize(("tier", "cell", "projected"), [
     pytest.param(host.TIERS[tier], cell, projected, id=f"{tier}-{cell}{projected or ''}")
     for tier, cell, projected in [
-        ("step", "peephole", 0), ("step", "peephole", 5), ("step", "norm", 0), ("resident", "peephole", 0),
-        ("grid", "peephole", 0),
+        ("step", "lstm_peephole", 0), ("step", "lstm_peephole", 5), ("step", "norm", 0),
+        ("resident", "lstm_peephole", 0), ("grid", "lstm_peephole", 0),
     ]
 ])  # fmt: skip
+STEP = host.TIERS["step"]
 
 
 @host.each_dtype
-@each_tier
-def test_odd_sizes(cuda, tier, cell, projected, dtype):
-    runs = 0
+def test_odd_sizes(cuda, dtype):
     for i, (B, h) in enumerate([*product((1, 3, 17), (1, 3, 17)), (3, 129), (129, 3)]):
         masks = host.LENGTHS[i % 3], host.RESETS[i % 4], "alternate" if i % 2 else host.REVERSE[i // 3 % 3]
         cuda.schedule(i % 8, seed=i, races=h < 100)
-        runs += Problem(CellCase(cell, 3, B, 2, h, projected, *masks, dtype), i).check(cuda, tier)
-    assert (runs > 0) == (tier is host.TIERS["step"] or dtype != torch.float64)
+        assert host.Problem(CellCase("norm", 3, B, 2, h, 0, *masks, dtype), i).check(cuda, STEP)
 
 
 @pytest.mark.parametrize("reverse", host.REVERSE)
 @pytest.mark.parametrize("resets", host.RESETS)
 @pytest.mark.parametrize("lengths", host.LENGTHS)
-@each_tier
-def test_lengths_and_resets(cuda, tier, cell, projected, lengths, resets, reverse):
+def test_lengths_and_resets(cuda, lengths, resets, reverse):
     for seed, dtype in enumerate((F32, BF16)):
         cuda.schedule(seed + 2, seed=9)
-        case = CellCase(cell, 4, 3, 2, 7, projected, lengths, resets, reverse, dtype)
-        assert Problem(case, seed).check(cuda, tier)
+        case = CellCase("norm", 4, 3, 2, 7, 0, lengths, resets, reverse, dtype)
+        assert host.Problem(case, seed).check(cuda, STEP)
 
 
-@each_tier
-def test_more_units_than_threads(cuda, tier, cell, projected):
-    """A row's sums over several warps and, in the per-step tier, over several units of a thread."""
+def test_more_units_than_threads(cuda):
+    """A row's sums over several warps, and over several units of a thread."""
     cuda.schedule(6, 1, races=False)
-    for h in (70, 300) if tier is host.TIERS["step"] else (70,):
-        assert Problem(CellCase(cell, 2, 2, 1, h, projected, dtype=F32), h).check(cuda, tier)
+    for h in (70, 300):
+        assert host.Problem(CellCase("norm", 2, 2, 1, h, dtype=F32), h).check(cuda, STEP)
 
 
 @each_tier
 def test_every_schedule_gives_the_same_bits(cuda, tier, cell, projected):
     case = CellCase(cell, 3, 3, 2, 40, projected, "groups", "groups", "alternate", F32)
-    problem = Problem(case)
+    problem = host.Problem(case)
     for backward in (False, True):
         tile, *_ = tier.tiles(case, backward)
         runs = [problem.run(cuda, tier, tile, backward) for _ in cuda.schedules(seed=1, count=8)]
@@ -108,20 +97,20 @@ def test_absent_arguments(cuda, tier, cell, projected):
     def zero(a):
         a.update({name: None if a[name] is None else torch.zeros_like(a[name]) for name in ("h_0", "c_0")})
 
-    problem = Problem(case, edit=zero)
+    problem = host.Problem(case, edit=zero)
     stateless = list(problem.back)
     for place in host.BACKWARD_STATES.values():
         stateless[place] = None
     for tile in tier.tiles(case, False):
         want = problem.run(cuda, tier, tile, False)
-        got = host.run_forward(cuda, tier, tile, problem.arguments | {"h_0": None, "c_0": None}, params=problem.params)
+        got = host.run_forward(cuda, tier, tile, problem.arguments | {"h_0": None, "c_0": None})
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     for tile in tier.tiles(case, True):
         want = problem.run(cuda, tier, tile, True)
-        got = host.run_backward(cuda, tier, tile, stateless, params=problem.params)
+        got = host.run_backward(cuda, tier, tile, stateless)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
         cuda.reset()
-        call = host.backward_call(cuda, *problem.back, params=problem.params)
+        call = host.backward_call(cuda, *problem.back)
         call.places["grad_params"], call.results["grad_params"] = None, torch.empty(0)
         call.written.remove("grad_params")
         tier.run(call, True, tile)
@@ -130,7 +119,7 @@ def test_absent_arguments(cuda, tier, cell, projected):
 
 def test_a_cell_with_a_row_has_the_per_step_tier_alone(cuda):
     """Also where another tier is asked for by name, or by its tile."""
-    alone, whole = (CellCase(cell, 2, 3, 1, 16, dtype=F32) for cell in ("peephole", "norm"))
+    alone, whole = (CellCase(cell, 2, 3, 1, 16, dtype=F32) for cell in ("lstm_peephole", "norm"))
     cuda.reset()
     calls = [host.forward_call(cuda, case.arguments()) for case in (alone, whole)]
     for backward in (False, True):

@@ -84,7 +84,7 @@ class Grid(Emulator):
         p = Params(groups=P, hidden=h, width=h, cell=list(ops.CELLS).index(arguments["cell"]), dtype=DTYPES[dtype])
         assert Gh == info.gates * h
         lengths, resets = arguments["lengths"], arguments["resets"]
-        for name in ("weight_hh", "bias_hh", "h_0", "c_0", "lengths", "resets", "reset_h", "reset_c"):
+        for name in ("weight_hh", "bias_hh", "params", "h_0", "c_0", "lengths", "resets", "reset_h", "reset_c"):
             if arguments.get(name) is not None:
                 setattr(p, name, self.upload(arguments[name].contiguous(), name))
         if lengths is not None:
@@ -137,12 +137,12 @@ class Grid(Emulator):
         return self.finish(p, False, tile, workspace, results)
 
     def backward(self, call, tile, workspace=None):
-        (cell, grad_output, grad_h_n, grad_c_n, weight_hh, weight_hr, h_0, c_0, lengths, resets, reset_h, reset_c,
-         reverse, output, saved) = call  # fmt: skip
+        (cell, grad_output, grad_h_n, grad_c_n, weight_hh, weight_hr, params, h_0, c_0, lengths, resets, reset_h,
+         reset_c, reverse, output, saved) = call  # fmt: skip
         assert weight_hr is None
         p, info = self.params(
-            {"cell": cell, "weight_hh": weight_hh, "h_0": h_0, "c_0": c_0, "lengths": lengths, "resets": resets,
-             "reset_h": reset_h, "reset_c": reset_c, "reverse": reverse}, output.dtype)  # fmt: skip
+            {"cell": cell, "weight_hh": weight_hh, "params": params, "h_0": h_0, "c_0": c_0, "lengths": lengths,
+             "resets": resets, "reset_h": reset_h, "reset_c": reset_c, "reverse": reverse}, output.dtype)  # fmt: skip
         T, B, _ = output.shape
         P, h, second = p.groups, p.hidden, info.states > 1
         p.steps, p.batch = T, B
@@ -161,6 +161,7 @@ class Grid(Emulator):
             self.result(p, "grad_c_0", (B, P * h) if second else absent, dtype),
             self.result(p, "grad_reset_h", (B, P * h) if reset_h is not None else absent, torch.float32),
             self.result(p, "grad_reset_c", (B, P * h) if reset_c is not None else absent, torch.float32),
+            self.result(p, "grad_params", (B, P * info.params * h) if params is not None else absent, torch.float32),
         ]
         for name, _, x in results:
             if not x.numel():

@@ -19,6 +19,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 2e-2, to
 FORWARD_NAMES = ("output", "h_n", "c_n", "saved")
 BACKWARD_NAMES = (
     "grad_gates_ih", "grad_gates_hh", "grad_projected", "grad_h_0", "grad_c_0", "grad_reset_h", "grad_reset_c",
+    "grad_params",
 )  # fmt: skip
 
 
@@ -61,6 +62,7 @@ class Case:
             "weight_hh": weight(P, info.gates * h, width),
             "bias_hh": random(P, info.gates * h),
             "weight_hr": weight(P, width, h) if self.projected else None,
+            "params": random(P, info.params, h) if info.params else None,
             "h_0": random(B, P * width),
             "c_0": random(B, P * h) if second else None,
             "lengths": torch.randint(0, T + 1, per_group[self.lengths], generator=generator) if self.lengths else None,
@@ -119,7 +121,7 @@ def check(case: Case, seed: int = 0) -> None:
 
 
 def cells_with_projection():
-    return [(cell, 0) for cell in ops.CELLS] + [("lstm", 1), ("lstm", 5)]
+    return [(cell, 0) for cell in ops.CELLS] + [("lstm", 1), ("lstm", 5), ("lstm_peephole", 5)]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -328,6 +330,6 @@ def test_long_sequence_offsets():
 
 def test_case_is_what_it_says():
     """The generator itself: a case with everything has every argument."""
-    case = Case("lstm", 4, 3, 2, 9, 5, "groups", "groups")
+    case = Case("lstm_peephole", 4, 3, 2, 9, 5, "groups", "groups")
     assert all(v is not None for v in case.arguments().values())
     assert replace(case, projected=0).arguments()["weight_hr"] is None

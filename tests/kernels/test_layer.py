@@ -215,9 +215,11 @@ def test_gradcheck(cell, roads):
     states = [torch.randn(1, 2, 5, dtype=torch.float64) for _ in range(info.states)]
     shapes = ((info.gates * 5, 3), (info.gates * 5, 5), (info.gates * 5,), (info.gates * 5,))
     weights = [torch.randn(*shape, dtype=torch.float64) * 0.5 for shape in shapes]
+    weights += [torch.randn(info.params, 5, dtype=torch.float64)] if info.params else []
 
     def run(x, *rest):
-        call = LayerCall(cell, x, [LayerWeights(*rest[info.states :])], layer_states(rest[: info.states]))
+        *four, params = rest[info.states :] if info.params else (*rest[info.states :], None)
+        call = LayerCall(cell, x, [LayerWeights(*four, params=params)], layer_states(rest[: info.states]))
         return layer.layer(call)[: 1 + info.states]
 
     leaves = [t.requires_grad_() for t in (x, *states, *weights)]
@@ -231,12 +233,12 @@ def check_gradients(case: Case, size: int) -> None:
     P = case.P
     given = arguments_of(case, size, seed=case.B + case.h)
     leaves = {k: x.requires_grad_() for k, x in given.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
-    lstm = case.cell == "lstm"
-    output, h_n, c_n, cells, _ = layer.layer(call_of(given, all_states=lstm))
-    got = [output, composed.fold(h_n), composed.fold(c_n) if lstm else c_n, cells]
+    second = case.info.states > 1
+    output, h_n, c_n, cells, _ = layer.layer(call_of(given, all_states=second))
+    got = [output, composed.fold(h_n), composed.fold(c_n) if second else c_n, cells]
     *want, saved = by_reference(*given.values())
-    if lstm:
-        want.append(composed.every_c("lstm", saved, P))
+    if second:
+        want.append(composed.every_c(case.cell, saved, P))
     which = [i for i, x in enumerate(want) if x.numel()]
     grads = [torch.randn_like(want[i]) for i in which]
     found, expected = (
@@ -382,7 +384,7 @@ def test_a_recorded_graph_has_derivatives(trained):
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_calls_around_a_recurrence(kind, given):
-    """What a device without a kernel of whole layers does for a training step: 6 launches beside the recurrence's two.
+    """What a device without a kernel of whole layers does for a training step: 7 launches beside the recurrence's two.
 
     bfloat16 on the CPU goes the way of CUDA (csrc/torch/layer.cpp). There a bias is one launch more, where the product
     cannot add it; and the grid tier has one before each recurrence.
@@ -395,7 +397,7 @@ def test_few_calls_around_a_recurrence(kind, given):
         torch.autograd.grad(module(x, hx)[0], weights, ones)
     counts = collections.Counter(event.name.removeprefix("aten::") for event in profile.events())
     works = {"add", "add_", "addmm", "addmm_", "bmm", "cat", "clone", "mm", "mul", "stack", "sum", "where", "zero_"}
-    made = {"addmm": 1, "mm": 3, "sum": 1} | ({"addmm_": 1} if given else {})
+    made = {"addmm": 1, "mm": 3, "sum": 1, "clone": 1} | ({"addmm_": 1} if given else {})
     assert {name: n for name, n in counts.items() if name in works} == made
     assert counts["fastrnn::layer_forward"] == counts["fastrnn::layer_backward"] == 1
 
@@ -412,6 +414,31 @@ def test_gradients_of_results_that_do_not_apply(cell, dtype):
     (want,) = torch.autograd.grad(output.sum() + h_n.sum(), call.input, retain_graph=True)
     (got,) = torch.autograd.grad(output.sum() + h_n.sum() + sum(x.sum() for x in absent), call.input)
     assert absent and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", ["plain", "projected", "bfloat16", "tokens"])
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_results_share_no_memory(cell, kind):
+    """With each other, or with an argument, as the schemas promise."""
+    if kind == "projected" and ops.CELLS[cell].states == 1:
+        return
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    given = arguments_of(Case(cell, 4, 3, 2, 5, 3 if kind == "projected" else 0, "", "state", dtype=dtype), 6, 0)
+    if kind == "tokens":
+        given["input"] = torch.randint(6, (4, 3))
+    call = call_of(given)
+    made = layer.fused(call, save=True)
+    rest = (call.input, *call.by_field(), *call.states, None, call.directions, made.output, made.saved)
+    grads = [torch.ones_like(x) if x.numel() else None for x in made[:3]]
+    needed = [name != "input" or kind != "tokens" for name in GRADIENTS]
+    found = ops.layer_backward(call.cell, *grads, None, *rest, needed)
+    for results in (made, found):
+        places = [x.untyped_storage().data_ptr() for x in (*results, *given.values()) if is_there(x)]
+        assert len(set(places)) == len(places)
+
+
+def is_there(x) -> bool:
+    return isinstance(x, torch.Tensor) and x.numel() > 0
 
 
 def test_no_result_without_a_history():

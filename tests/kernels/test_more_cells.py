@@ -1,6 +1,6 @@
-"""Cells that the package does not have (tests/more_cells.h) in the CPU's kernels, against their equations in
-tests/more_cells.py, run by reference.py in float64: one with parameters beside its weights, one that looks at whole
-rows. Every result and every gradient. And the equations themselves against autograd.
+"""A cell that the package does not have (tests/more_cells.h), for it looks at whole rows, in the CPU's kernels, against
+its equations in tests/more_cells.py, run by reference.py in float64: every result and every gradient. And the
+equations of cells with parameters against autograd.
 """
 
 import ctypes
@@ -14,17 +14,11 @@ import torch
 import fastrnn
 from fastrnn import reference
 from fastrnn.ops import CellInfo
-from tests.kernels.test_kernels import SIZES, TOLERANCE, Case, assert_near, double
+from tests.kernels.test_kernels import BACKWARD_NAMES, FORWARD_NAMES, SIZES, TOLERANCE, Case, assert_near, double
 from tests.more_cells import HEADER, MORE_CELLS
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of params.h
-FORWARD = ("output", "h_n", "c_n", "saved")
-BACKWARD = (
-    "grad_gates_ih", "grad_gates_hh", "grad_projected", "grad_h_0", "grad_c_0", "grad_reset_h", "grad_reset_c",
-    "grad_params",
-)  # fmt: skip
-CASES = [("peephole", 0), ("peephole", 5), ("norm", 0)]
 
 
 @pytest.fixture(autouse=True)
@@ -93,13 +87,11 @@ class CellCase(Case):
         cell = MORE_CELLS[self.cell]
         return CellInfo(cell.gates, cell.states, cell.saved + cell.states - 1, cell.params, cell.separate_gates_hh)
 
-    def given(self, seed: int) -> tuple[dict, torch.Tensor]:
-        """The arguments of the forward pass but the cell, and the parameters [P, K, h]."""
+    def given(self, seed: int) -> dict:
+        """The arguments of the forward pass but the cell."""
         arguments = self.arguments(seed)
         del arguments["cell"]
-        generator = torch.Generator().manual_seed(seed + 100)
-        shape = self.P, self.info.params, self.h
-        return arguments, torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype)
+        return arguments
 
 
 def random_like(seed: int, *like: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -108,30 +100,30 @@ def random_like(seed: int, *like: torch.Tensor | None) -> list[torch.Tensor | No
             for x in like]  # fmt: skip
 
 
-def forward(library: Library, case: CellCase, arguments: dict, params: torch.Tensor, threads: int):
-    T, B, P, h, R = case.T, case.B, case.P, case.h, case.projected or case.h
+def forward(library: Library, case: CellCase, arguments: dict, threads: int):
+    T, B, P, h = case.T, case.B, case.P, case.h
     reverse = torch.tensor(arguments["reverse"], dtype=torch.uint8)
     new = torch.zeros if case.lengths else torch.empty
     results = {
-        "output": new(T, B, P * R, dtype=case.dtype),
-        "h_n": torch.empty(B, P * R, dtype=case.dtype),
+        "output": new(T, B, P * h, dtype=case.dtype),
+        "h_n": torch.empty(B, P * h, dtype=case.dtype),
         "c_n": torch.empty(B, P * h, dtype=case.dtype) if case.info.states > 1 else torch.empty(0),
         "saved": new(T, B, P * case.info.saved * h, dtype=case.dtype),
     }
-    given = arguments | {"reverse": reverse, "params": params}
+    given = arguments | {"reverse": reverse}
     library.run("recurrent_forward", case, given | results, threads)
     return given, results
 
 
 def check(library: Library, case: CellCase, seed: int, threads: int) -> None:
     torch.manual_seed(seed)
-    arguments, params = case.given(seed)
-    T, B, P, h, R = case.T, case.B, case.P, case.h, case.projected or case.h
+    arguments = case.given(seed)
+    T, B, P, h = case.T, case.B, case.P, case.h
     tolerance = TOLERANCE[case.dtype]
-    given, results = forward(library, case, arguments, params, threads)
+    given, results = forward(library, case, arguments, threads)
     exact = {k: double(v) for k, v in arguments.items()}
-    want = reference.forward(case.cell, *exact.values(), params=params.double())
-    assert_near(results.values(), want, tolerance, FORWARD, case)
+    want = reference.forward(case.cell, *exact.values())
+    assert_near(results.values(), want, tolerance, FORWARD_NAMES, case)
 
     grads = dict(zip(("grad_output", "grad_h_n", "grad_c_n"),
                      random_like(seed, *[results[k] for k in ("output", "h_n", "c_n")]), strict=True))  # fmt: skip
@@ -144,43 +136,40 @@ def check(library: Library, case: CellCase, seed: int, threads: int) -> None:
     pulled = {
         "grad_gates_ih": new(T, B, gates, dtype=case.dtype),
         "grad_gates_hh": new(T, B, gates, dtype=case.dtype) if case.info.separate_gates_hh else absent,
-        "grad_projected": new(T, B, P * R, dtype=case.dtype) if case.projected else absent,
-        "grad_h_0": torch.empty(B, P * R, dtype=case.dtype),
+        "grad_projected": absent,
+        "grad_h_0": torch.empty(B, P * h, dtype=case.dtype),
         "grad_c_0": torch.empty(B, P * h, dtype=case.dtype) if second else absent,
-        "grad_reset_h": torch.zeros(B, P * R, dtype=wide) if stateful else absent,
+        "grad_reset_h": torch.zeros(B, P * h, dtype=wide) if stateful else absent,
         "grad_reset_c": torch.zeros(B, P * h, dtype=wide) if stateful and second else absent,
-        "grad_params": torch.zeros(B, P * params.shape[1] * h, dtype=wide),
+        "grad_params": torch.zeros(B, P * case.info.params * h, dtype=wide),
     }
     library.run("recurrent_backward", case, given | results | grads | pulled, threads)
     rest = [v for k, v in exact.items() if k not in ("gates_ih", "bias_hh")]
-    wanted = reference.backward(
-        case.cell, *map(double, grads.values()), *rest, want[0], want[3], params=params.double()
-    )
-    assert_near(pulled.values(), wanted, 10 * tolerance, BACKWARD, case)
+    wanted = reference.backward(case.cell, *map(double, grads.values()), *rest, want[0], want[3])
+    assert_near(pulled.values(), wanted, 10 * tolerance, BACKWARD_NAMES, case)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("cell", "projected"), CASES)
-def test_odd_sizes(library, cell, projected, dtype):
+@pytest.mark.parametrize("cell", MORE_CELLS)
+def test_odd_sizes(library, cell, dtype):
     for T, B, h in itertools.product((1, 5), SIZES, SIZES):
-        if projected < h:
-            check(library, CellCase(cell, T, B, 1 + (B + h) % 3, h, projected, dtype=dtype), T * B + h, 1 + h % 2)
+        check(library, CellCase(cell, T, B, 1 + (B + h) % 3, h, dtype=dtype), T * B + h, 1 + h % 2)
 
 
 @pytest.mark.parametrize("lengths", ["", "rows", "groups"])
 @pytest.mark.parametrize("resets", ["", "zeros", "state", "groups"])
-@pytest.mark.parametrize(("cell", "projected"), CASES)
-def test_lengths_and_resets(library, cell, projected, resets, lengths):
+@pytest.mark.parametrize("cell", MORE_CELLS)
+def test_lengths_and_resets(library, cell, resets, lengths):
     for (T, B, P, h), dtype in itertools.product([(6, 3, 2, 17), (4, 17, 3, 7)], (torch.float64, torch.float32)):
-        check(library, CellCase(cell, T, B, P, h, projected, lengths, resets, "alternate", dtype), T + B, 2)
+        check(library, CellCase(cell, T, B, P, h, 0, lengths, resets, "alternate", dtype), T + B, 2)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
-@pytest.mark.parametrize(("cell", "projected"), CASES)
-def test_threads(library, cell, projected, threads):
+@pytest.mark.parametrize("cell", MORE_CELLS)
+def test_threads(library, cell, threads):
     """Units are split, rows are, and groups."""
     for B, P, h in [(3, 1, 200), (96, 1, 48), (2, 4, 100), (40, 2, 65)]:
-        case = CellCase(cell, 30, B, P, h, projected, "rows" if B % 2 == 0 else "", "state")
+        case = CellCase(cell, 30, B, P, h, 0, "rows" if B % 2 == 0 else "", "state")
         check(library, case, B, threads)
 
 
@@ -188,8 +177,8 @@ def test_threads(library, cell, projected, threads):
 def test_sums_over_a_row_do_not_depend_on_the_run(library, cell):
     """Bitwise the same again; test_cpu.cpp compares threads side by side with one that takes the members in turn."""
     case = CellCase(cell, 9, 33, 2, 65, 0, "rows", "state", dtype=torch.float32)
-    arguments, params = case.given(3)
-    runs = [forward(library, case, arguments, params, 2)[1] for _ in range(2)]
+    arguments = case.given(3)
+    runs = [forward(library, case, arguments, 2)[1] for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(runs[0].values(), runs[1].values(), strict=True))
 
 
@@ -200,7 +189,7 @@ def test_a_layer(library, cell, dtype, threads):
     """The input's projection and all gradients in the kernels, against autograd of the equations."""
     for T, B, P, h, size in [(7, 5, 2, 17, 3), (5, 40, 1, 129, 33), (30, 3, 1, 200, 20)]:
         case = CellCase(cell, T, B, P, h, 0, "rows", "", dtype=dtype)
-        arguments, params = case.given(T + h)
+        arguments = case.given(T + h)
         info, second = case.info, case.info.states > 1
         generator = torch.Generator().manual_seed(h)
 
@@ -210,12 +199,12 @@ def test_a_layer(library, cell, dtype, threads):
         x, bias_ih = random(T, B, size), random(P, info.gates * h)
         weight_ih = random(P, info.gates * h, size) / size**0.5
         exact = {k: double(v) for k, v in arguments.items()}
-        names = ["weight_hh", "bias_hh", "h_0"] + ["c_0"] * second
-        leaves = [x.double(), weight_ih.double(), bias_ih.double(), params.double(), *[exact[k] for k in names]]
+        names = ["params", "weight_hh", "bias_hh", "h_0"] + ["c_0"] * second
+        leaves = [x.double(), weight_ih.double(), bias_ih.double(), *[exact[k] for k in names]]
         for leaf in leaves:
             leaf.requires_grad_()
         exact["gates_ih"] = torch.nn.functional.linear(leaves[0], leaves[1].flatten(0, 1), leaves[2].flatten())
-        want = reference.forward(cell, *exact.values(), params=leaves[3])[: 1 + info.states]
+        want = reference.forward(cell, *exact.values())[: 1 + info.states]
         grads = random_like(h, *[w.to(dtype) for w in want])
         wanted = torch.autograd.grad(want, leaves, [g.double() for g in grads])
 
@@ -225,16 +214,16 @@ def test_a_layer(library, cell, dtype, threads):
             "saved": torch.zeros(T, B, P * info.saved * h, dtype=dtype),
         }  # fmt: skip
         reverse = torch.tensor(arguments["reverse"], dtype=torch.uint8)
-        given = arguments | {"gates_ih": None, "reverse": reverse, "params": params}
+        given = arguments | {"gates_ih": None, "reverse": reverse}
         given |= {"input": x, "weight": weight_ih, "bias": bias_ih}
         library.run("layer_forward", case, given | results, threads, size)
-        names = FORWARD[: 1 + info.states]
+        names = FORWARD_NAMES[: 1 + info.states]
         assert_near([results[k] for k in names], want, TOLERANCE[dtype], names, case)
 
         pulled = {
             "grad_input": torch.zeros(P, T, B, size, dtype=dtype), "grad_weight_ih": torch.empty_like(weight_ih),
             "grad_bias_ih": torch.empty_like(bias_ih),
-            "grad_params": torch.zeros(B, P, params.shape[1], h, dtype=dtype),
+            "grad_params": torch.zeros(B, P, info.params, h, dtype=dtype),
             "grad_weight_hh": torch.empty_like(arguments["weight_hh"]),
             "grad_bias_hh": torch.empty_like(arguments["bias_hh"]),
             "grad_h_0": torch.empty(B, P * h, dtype=dtype),
@@ -247,29 +236,29 @@ def test_a_layer(library, cell, dtype, threads):
         assert_near(got, wanted, 100 * TOLERANCE[dtype], list(pulled)[: len(wanted)], case)
 
 
-@pytest.mark.parametrize(("cell", "projected"), CASES)
+@pytest.mark.parametrize(("cell", "projected"), [("norm", 0), ("lstm_peephole", 0), ("lstm_peephole", 2)])
 def test_equations_against_autograd(cell, projected):
     """reference.backward, whose derivatives are written out, against autograd of reference.forward; and that against
     finite differences."""
-    case = CellCase(cell, 3, 2, 2, 3, min(projected, 2), "groups", "state")
-    arguments, params = case.given(1)
+    case = (CellCase if cell in MORE_CELLS else Case)(cell, 3, 2, 2, 3, projected, "groups", "state")
+    arguments = case.arguments(1)
     names = [k for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
-    leaves = [arguments[k].requires_grad_() for k in names] + [params.requires_grad_()]
+    leaves = [arguments[k].requires_grad_() for k in names]
 
     def run(*values):
-        given = arguments | dict(zip(names, values, strict=False))
-        return reference.forward(cell, *given.values(), params=values[-1])
+        given = arguments | dict(zip(names, values, strict=True))
+        return reference.forward(*given.values())
 
     assert torch.autograd.gradcheck(lambda *x: [y for y in run(*x) if y.numel()], leaves)
     output, h_n, c_n, saved = run(*leaves)
     second = case.info.states > 1
     grads = random_like(5, output, h_n, c_n if second else None, saved)
     results = [x for x, g in zip((output, h_n, c_n, saved), grads, strict=True) if g is not None]
-    asked = ["gates_ih", "h_0", *["c_0"] * second, "reset_h", *["reset_c"] * second]
-    want = torch.autograd.grad(results, [arguments[k] for k in asked] + [params], [g for g in grads if g is not None])
-    rest = [v for k, v in arguments.items() if k not in ("gates_ih", "bias_hh")]
-    got = dict(zip(BACKWARD, reference.backward(cell, *grads[:3], *rest, output, saved, grad_saved=grads[3],
-                                                params=params), strict=True))  # fmt: skip
-    got["grad_params"] = got["grad_params"].view(case.B, *params.shape).sum(0)
-    for name, w in zip([*asked, "params"], want, strict=True):
+    asked = ["gates_ih", "h_0", *["c_0"] * second, "reset_h", *["reset_c"] * second, "params"]
+    want = torch.autograd.grad(results, [arguments[k] for k in asked], [g for g in grads if g is not None])
+    rest = [v for k, v in arguments.items() if k not in ("cell", "gates_ih", "bias_hh")]
+    pulled = reference.backward(cell, *grads[:3], *rest, output, saved, grad_saved=grads[3])
+    got = dict(zip(BACKWARD_NAMES, pulled, strict=True))
+    got["grad_params"] = got["grad_params"].view(case.B, *arguments["params"].shape).sum(0)
+    for name, w in zip(asked, want, strict=True):
         torch.testing.assert_close(got[f"grad_{name}"], w, msg=name)

@@ -104,7 +104,7 @@ def test_models(name: str) -> None:
     expected, parameters, state = results(model), dict(model.named_parameters()), model.state_dict()
     assert fastrnn.unconverted(model) == {}
     assert fastrnn.convert(model, strict=True) is model
-    assert {type(m).__module__ for m in recurrent(model)} == {"fastrnn.modules"}
+    assert {type(m).__module__.partition(".")[0] for m in recurrent(model)} == {"fastrnn"}
     assert_equal(results(model), expected)
     assert all(p is parameters[n] for n, p in model.named_parameters())
     assert list(model.state_dict()) == list(state)
@@ -418,7 +418,7 @@ def test_patch_as_a_decorator() -> None:
         return Seq2Seq()
 
     for _ in range(2):
-        assert {type(m).__module__ for m in recurrent(make())} == {"fastrnn.modules"}
+        assert {type(m).__module__.partition(".")[0] for m in recurrent(make())} == {"fastrnn"}
         assert not ours_everywhere()
 
 

@@ -553,7 +553,9 @@ def test_functional_weights(kind: str, name: str, change: str, which: str) -> No
 # ---- the ops themselves ----
 
 T, B, P = 3, 2, 2
-OP_CELLS = {"lstm": (4, 5), "projected lstm": (4, 3), "gru": (3, 5), "rnn_tanh": (1, 5)}  # gates, width; 5 hidden
+OP_CELLS = {  # gates, width; 5 hidden
+    "lstm": (4, 5), "projected lstm": (4, 3), "lstm_peephole": (4, 5), "gru": (3, 5), "rnn_tanh": (1, 5),
+}  # fmt: skip
 DEVICE = pytest.mark.parametrize("device", ["cpu", "meta"])
 OP_CELL = pytest.mark.parametrize("cell", OP_CELLS)
 REFERENCE = {"forward": "gates_ih", "backward": "output"}
@@ -566,13 +568,14 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def forward_arguments(cell: str) -> dict[str, Any]:
     """Everything given that the cell can take."""
     gates, width = OP_CELLS[cell]
-    name, lstm = cell.split()[-1], cell.endswith("lstm")
+    name, lstm = cell.split()[-1], "lstm" in cell
     return {
         "cell": name,
         "gates_ih": random(T, B, P * gates * 5),
         "weight_hh": random(P, gates * 5, width),
         "bias_hh": random(P, gates * 5),
         "weight_hr": random(P, width, 5) if width != 5 else None,
+        "params": random(P, 3, 5) if name == "lstm_peephole" else None,
         "h_0": random(B, P * width),
         "c_0": random(B, P * 5) if lstm else None,
         "lengths": torch.tensor([3, 1]),
@@ -588,7 +591,7 @@ def backward_arguments(cell: str) -> dict[str, Any]:
     given = forward_arguments(cell)
     _, width = OP_CELLS[cell]
     output, h_n, c_n, saved = torch.ops.fastrnn.recurrent_forward(**given)
-    lstm = cell.endswith("lstm")
+    lstm = "lstm" in cell
     shared = {k: v for k, v in given.items() if k not in ("cell", "gates_ih", "bias_hh", "save")}
     return {
         "cell": given["cell"],
@@ -716,6 +719,8 @@ OP_ERRORS: dict[str, tuple[str, Change, type[Exception], str]] = {
     "weight_hr of gru": ("gru", {"weight_hr": torch.zeros(P, 3, 5)}, RuntimeError, wants("weight_hr", "none", "gru")),
     "weight_hr of rnn": ("rnn_tanh", {"weight_hr": torch.zeros(P, 5, 5)}, RuntimeError, wants("weight_hr", "none")),
     "missing weight_hr": ("projected lstm", {"weight_hr": None}, RuntimeError, wants("weight_hh", "[2, 20, 5]")),
+    "missing params": ("lstm_peephole", {"params": None}, RuntimeError, wants("params", "a tensor", "lstm_peephole")),
+    "params of lstm": ("lstm", {"params": torch.zeros(P, 3, 5)}, RuntimeError, wants("params", "none", "lstm")),
     "reset_h without resets": ("gru", {"resets": None}, RuntimeError, wants("reset_h", "none", "a tensor")),
     "reset_c without resets": (
         "lstm",
@@ -835,7 +840,7 @@ def op_calls(draw: Any) -> tuple[str, dict[str, Any]]:
     """A well-formed call in which up to two arguments are replaced by something else."""
     cell = draw(st.sampled_from(sorted(CELLS)))
     info = CELLS[cell]
-    lstm = cell == "lstm"
+    lstm = info.states > 1
     steps, batch, groups, hidden = (draw(st.integers(low, 3)) for low in (0, 0, 1, 1))
     width = draw(st.integers(1, 3)) if lstm and draw(st.booleans()) else None
     dtype = draw(st.sampled_from([torch.float64] * 4 + FLOATS))
@@ -852,6 +857,7 @@ def op_calls(draw: Any) -> tuple[str, dict[str, Any]]:
     has_resets = draw(st.booleans())
     shared: dict[str, Any] = {
         "weight_hr": numbers(groups, width, hidden) if width else None,
+        "params": numbers(groups, info.params, hidden) if info.params else None,
         "h_0": numbers(batch, groups * R),
         "c_0": numbers(batch, states) if lstm else None,
         "lengths": maybe(

@@ -445,7 +445,7 @@ def test_convert_leaves_alone_what_has_no_kernels(kind: str) -> None:
 def test_convert_takes_modules_on_meta(kind: str) -> None:
     """They get their memory later."""
     module = fastrnn.convert(build(nn, kind, I, H, device="meta"), strict=True)
-    assert type(module).__module__ == "fastrnn.modules"
+    assert type(module).__module__.startswith("fastrnn.")
     assert copy.deepcopy(module).to_empty(device="cpu").weight_hh_l0.is_cpu if "Cell" not in kind else True
 
 

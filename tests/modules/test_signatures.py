@@ -29,7 +29,7 @@ def parameters(function: Any) -> dict[str, inspect.Parameter]:
 def test_options(name: str) -> None:
     """Each is a keyword, and an instance without it reads the default from its class."""
     options = {k: p.default for k, p in parameters(getattr(fastrnn, name)).items() if p.kind is p.KEYWORD_ONLY}
-    lacking = set() if name == "LSTM" else {"return_all_states"}
+    lacking = set() if name == "LSTM" else {"return_all_states", "peephole"}
     assert set(options) == {*SWITCHES, *VALUES} - lacking
     for option, default in options.items():
         assert default == getattr(getattr(fastrnn, name), option)
@@ -47,7 +47,7 @@ def test_help_tells_every_argument(name: str) -> None:
         assert len(re.findall(rf"(?m)^ \|\s+{re.escape(argument + default)}: \S+", head)) == 1, argument
     for argument in parameters(cls.forward):
         assert re.search(rf"(?m)^ \|\s+{argument}: \S+", head), argument
-    assert ("return_all_states (default" in head) == (name == "LSTM")
+    assert ("return_all_states (default" in head) == ("peephole (default" in head) == (name == "LSTM")
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])

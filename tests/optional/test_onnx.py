@@ -36,7 +36,9 @@ def assert_near(actual: Any, expected: Any) -> None:
         torch.testing.assert_close(a.detach(), b, rtol=0, atol=2e-6)
 
 
-def node_model(kind: str, direction: str, *, lengths: bool) -> tuple[Any, dict[str, torch.Tensor]]:
+def node_model(
+    kind: str, direction: str, *, lengths: bool, peepholes: bool = False
+) -> tuple[Any, dict[str, torch.Tensor]]:
     """A model of one node with everything given, and what it is fed."""
     G, D = {"LSTM": 4, "GRU": 3}.get(kind, 1), 2 if direction == "bidirectional" else 1
     rng = np.random.default_rng(3)
@@ -44,6 +46,8 @@ def node_model(kind: str, direction: str, *, lengths: bool) -> tuple[Any, dict[s
     if kind == "LSTM":
         shapes["initial_c"] = (D, B, H)
     arrays: dict[str, Any] = {k: rng.normal(size=s).astype("float32") * 0.6 for k, s in shapes.items()}
+    if peepholes:
+        arrays["P"] = rng.normal(size=(D, 3 * H)).astype("float32")
     if lengths:
         arrays["sequence_lens"] = np.array([6, 2, 4], "int32")
     attributes: dict[str, Any] = {"hidden_size": H, "direction": direction}
@@ -51,9 +55,9 @@ def node_model(kind: str, direction: str, *, lengths: bool) -> tuple[Any, dict[s
         attributes["linear_before_reset"] = 1
     if kind == "RNN_RELU":
         attributes["activations"] = ["Relu"] * D
-    names = ["X", *(k if k in arrays else "" for k in ("W", "R", "B", "sequence_lens", "initial_h", "initial_c"))]
+    names = ["X", *(k if k in arrays else "" for k in ("W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P"))]
     outputs = ["Y", "Y_h", "Y_c"][: 3 if kind == "LSTM" else 2]
-    op = onnx.helper.make_node(kind.partition("_")[0], [*names][: 7 if kind == "LSTM" else 6], outputs, **attributes)
+    op = onnx.helper.make_node(kind.partition("_")[0], [*names][: 8 if kind == "LSTM" else 6], outputs, **attributes)
     info = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
         [op], "one", [info("X", 1, [T, B, I])], [info(name, 1, None) for name in outputs],
@@ -66,8 +70,11 @@ def node_model(kind: str, direction: str, *, lengths: bool) -> tuple[Any, dict[s
 @KIND
 @pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
 @pytest.mark.parametrize("lengths", [True, False])
-def test_from_onnx(kind: str, direction: str, lengths: bool) -> None:
-    model, feeds = node_model(kind, direction, lengths=lengths)
+@pytest.mark.parametrize("peepholes", [True, False])
+def test_from_onnx(kind: str, direction: str, lengths: bool, peepholes: bool) -> None:
+    if peepholes and kind != "LSTM":
+        pytest.skip("peepholes are an LSTM's")
+    model, feeds = node_model(kind, direction, lengths=lengths, peepholes=peepholes)
     Y, *states = run(model, feeds)
     initializers = {x.name: x for x in model.graph.initializer}
     module, hx, steps = fastrnn.from_onnx(model.graph.node[0], initializers)
@@ -83,6 +90,17 @@ def test_to_onnx(kind: str, batch_first: bool, options: dict[str, Any], given: s
     module = build(fastrnn, kind, I, H, batch_first=batch_first, **options)
     check_model(module, kind, given in ("states", "both"), given in ("lengths", "both"))
     check_model(fastrnn.to_torch(module), kind, given in ("states", "both"), False)
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}])
+@pytest.mark.parametrize("given", ["", "both"])
+def test_to_onnx_with_peepholes(options: dict[str, Any], given: str) -> None:
+    module = fastrnn.LSTM(I, H, peephole=True, **options)
+    check_model(module, "LSTM", given == "both", given == "both")
+    model = fastrnn.to_onnx(module)
+    initializers = {x.name: x for x in model.graph.initializer}
+    back = [fastrnn.from_onnx(n, initializers).module for n in model.graph.node if n.op_type == "LSTM"]
+    assert all(torch.equal(m.weight_ch_l0, getattr(module, f"weight_ch_l{k}")) for k, m in enumerate(back))
 
 
 def check_model(module: nn.Module, kind: str, states: bool, lengths: bool) -> None:

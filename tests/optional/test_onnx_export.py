@@ -102,14 +102,18 @@ def test_layers(kind: str, options: dict[str, Any]) -> None:
     check(static, model, inputs, [(T, B)])
 
 
-@pytest.mark.parametrize("given", ["states", "lengths", "tokens", "learned"])
+@pytest.mark.parametrize("given", ["states", "lengths", "tokens", "learned", "peephole"])
 @KIND
 def test_what_onnx_has(kind: str, given: str) -> None:
     """States, lengths, tokens and options that change no product."""
+    if given == "peephole" and kind != "LSTM":
+        pytest.skip("peepholes are an LSTM's")
     learned = given == "learned"
     options = {"learn_initial_state": True, "state_batch_first": True, "grad_clip": 0.5} if learned else {}
     if given == "tokens":
         options = {"token_input": True}
+    if given == "peephole":
+        options = {"peephole": True}
     model = Model(build(fastrnn, kind, I, H, 2, bidirectional=True, **options)).eval()
     if learned:
         with torch.no_grad():

@@ -27,7 +27,7 @@ def lstm_by_hand(module: nn.Module, x: Tensor, h: Tensor, c: Tensor, lengths: li
     """h and c of every step of one layer, [T, B, D*n] each, by a loop over rows and steps; 0 in the padding."""
     every_h, every_c = [], []
     for d, weights in enumerate(module._weights()[0]):
-        w_ih, w_hh, b_ih, b_hh, w_hr = weights
+        w_ih, w_hh, b_ih, b_hh, w_hr, _ = weights
         rows_h, rows_c = [], []
         for b, length in enumerate(lengths):
             hs, cs = [torch.zeros_like(h[d, b])] * len(x), [torch.zeros_like(c[d, b])] * len(x)

@@ -229,7 +229,7 @@ def test_what_a_node_keeps(cell: str):
     """gates_ih, bias_hh, h_n and c_n are not kept for backward; double backward does without them too."""
     case = make_case(cell, T=5, B=3, h=2, reverse=(False,))
     results = {"output": (5, 3, 2), "saved": (5, 3, CELLS[cell].saved * 2)}
-    arguments = [tuple(x.shape) for name, x in case.tensors.items() if name in ("weight_hh", "h_0", "c_0")]
+    arguments = [tuple(x.shape) for name, x in case.tensors.items() if name in ("weight_hh", "params", "h_0", "c_0")]
     assert sorted(tuple(x.shape) for x in _kept(case)) == sorted([*arguments, *results.values()])
 
 

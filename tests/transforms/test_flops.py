@@ -144,7 +144,7 @@ def test_as_of_a_loop_of_steps(kind: str) -> None:
         states = [s[0] for s in tensors(hx)] + [None]
         gates = torch.nn.functional.linear(x, weights.weight_ih, weights.bias_ih)
         return reference.forward(
-            kind.lower(), gates, weights.weight_hh[None], weights.bias_hh[None], None, *states[:2],
+            kind.lower(), gates, weights.weight_hh[None], weights.bias_hh[None], None, None, *states[:2],
             None, resets, None, None, [False],
         )[0]  # fmt: skip
 

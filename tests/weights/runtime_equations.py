@@ -54,15 +54,16 @@ def keras_simple_rnn(
 # ---- ONNX: W [G*H, I], R [G*H, H], B [2*G*H] ----
 
 
-def onnx_lstm(x: Array, states: list[Array], W: Array, R: Array, B: Array) -> list[Array]:
+def onnx_lstm(x: Array, states: list[Array], W: Array, R: Array, B: Array, P: Array | None = None) -> list[Array]:
     h, c = states
+    Pi, Po, Pf = np.split(np.zeros(3 * c.shape[1]) if P is None else P, 3)
     Wi, Wo, Wf, Wc = np.split(W, 4)
     Ri, Ro, Rf, Rc = np.split(R, 4)
     Wbi, Wbo, Wbf, Wbc, Rbi, Rbo, Rbf, Rbc = np.split(B, 8)
-    i = sigmoid(x @ Wi.T + h @ Ri.T + Wbi + Rbi)
-    f = sigmoid(x @ Wf.T + h @ Rf.T + Wbf + Rbf)
-    o = sigmoid(x @ Wo.T + h @ Ro.T + Wbo + Rbo)
+    i = sigmoid(x @ Wi.T + h @ Ri.T + Pi * c + Wbi + Rbi)
+    f = sigmoid(x @ Wf.T + h @ Rf.T + Pf * c + Wbf + Rbf)
     c = f * c + i * np.tanh(x @ Wc.T + h @ Rc.T + Wbc + Rbc)
+    o = sigmoid(x @ Wo.T + h @ Ro.T + Po * c + Wbo + Rbo)
     return [o * np.tanh(c), c]
 
 

@@ -268,7 +268,7 @@ def node(kind: str, inputs: list[str], domain: str = "", **attributes: Any) -> A
 
 
 def onnx_case(kind: str, direction: str = "forward", *, layout: int = 0, given: str = "BLS", **more: Any) -> Any:
-    """A node and its initialisers. `given`: B biases, L lengths, S states."""
+    """A node and its initialisers. `given`: B biases, L lengths, S states, P peepholes."""
     G, D = GATES[kind], 2 if direction == "bidirectional" else 1
     arrays: dict[str, Any] = {"W": random(D, G * H, I, seed=1), "R": random(D, G * H, H, seed=2)}
     if "B" in given:
@@ -279,12 +279,14 @@ def onnx_case(kind: str, direction: str = "forward", *, layout: int = 0, given: 
         for k, name in enumerate(("initial_h", "initial_c")[: 2 if kind == "LSTM" else 1]):
             state = random(D, B, H, seed=4 + k)
             arrays[name] = state if layout == 0 else np.ascontiguousarray(state.transpose(1, 0, 2))
+    if "P" in given:
+        arrays["P"] = random(D, 3 * H, seed=6)
     attributes: dict[str, Any] = {"hidden_size": H, "direction": direction, "layout": layout, **more}
     if kind == "GRU":
         attributes.setdefault("linear_before_reset", 1)
     if kind == "RNN_RELU":
         attributes["activations"] = ["Relu"] * D
-    inputs = ["X", *(f"name of {x}" if x in arrays else "" for x in ONNX_INPUTS[1:-1])]
+    inputs = ["X", *(f"name of {x}" if x in arrays else "" for x in ONNX_INPUTS[1:])]
     return node(kind, inputs, **attributes), {f"name of {k}": v for k, v in arrays.items()}
 
 
@@ -299,15 +301,17 @@ def onnx_run(kind: str, direction: str, arrays: dict[str, Any], x: equations.Arr
         states = [get.get(name, np.zeros((2, B, H)))[d] for name in ("initial_h", "initial_c")]
         states = states[: 2 if kind == "LSTM" else 1]
         lengths = LENGTHS if "sequence_lens" in get else None
-        weights = [get["W"][d], get["R"][d], bias]
+        weights = [get["W"][d], get["R"][d], bias, *([get["P"][d]] if "P" in get else [])]
         runs.append(equations.run(ONNX_STEPS[kind], x, states, weights, lengths=lengths, reverse=reverse))
     return np.concatenate([y for y, _ in runs], axis=2), [np.stack(s) for s in zip(*(f for _, f in runs), strict=True)]
 
 
-@pytest.mark.parametrize("given", ["BLS", "", "B", "S", "L"])
+@pytest.mark.parametrize("given", ["BLS", "", "B", "S", "L", "P", "BLSP"])
 @pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
 @pytest.mark.parametrize("kind", ONNX_STEPS)
 def test_from_onnx(kind: str, direction: str, given: str) -> None:
+    if "P" in given and kind != "LSTM":
+        pytest.skip("peepholes are an LSTM's")
     layer, arrays = onnx_case(kind, direction, given=given)
     module, hx, lengths = fastrnn.from_onnx(layer, arrays)
     assert isinstance(module, Reversed) == (direction == "reverse")
@@ -399,9 +403,13 @@ def test_onnx_inputs_that_do_not_fit() -> None:
     for initializers, message in bad:
         with pytest.raises(ValueError, match=f"^{message}"):
             fastrnn.from_onnx(layer, initializers)
-    layer.input = [*layer.input, "P"]
-    with pytest.raises(ValueError, match=r"^P: expected no peepholes, got 'P'"):
-        fastrnn.from_onnx(layer, arrays)
+    layer, arrays = onnx_case("LSTM", given="P")
+    for initializers, message in [
+        (without("P"), "P: expected 'name of P' to be among the initialisers"),
+        (instead("P", 1, 2 * H), r"P: expected \[1, 18\], got \[1, 12\]"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            fastrnn.from_onnx(layer, initializers)
     with pytest.raises(TypeError, match=r"^node: expected an LSTM, GRU or RNN of domain ai.onnx, got dict"):
         fastrnn.from_onnx({}, arrays)
 
