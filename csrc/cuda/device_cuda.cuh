@@ -106,6 +106,11 @@ FASTRNN_DEV uint64_t load_relaxed(const uint64_t* p) {
   asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
   return v;
 }
+// Two neighbouring words by one load, aligned to 16 bytes. It is two operations of 64 bits in an unspecified order, not
+// one of 128: each word must say for itself how old it is (PTX ISA, Memory Operations on Vector Data Types).
+FASTRNN_DEV void load_relaxed(const uint64_t* p, uint64_t (&v)[2]) {
+  asm volatile("ld.relaxed.gpu.global.v2.b64 {%0,%1}, [%2];" : "=l"(v[0]), "=l"(v[1]) : "l"(p) : "memory");
+}
 FASTRNN_DEV uint32_t load_relaxed(const uint32_t* p) {
   uint32_t v;
   asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");

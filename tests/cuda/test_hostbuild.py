@@ -95,6 +95,8 @@ FAULTY = [
     ("words", "OneExchangeBuffer", {}, 6, 6, "deadlock"),
     ("words", "NoFlagWait", {}, 0, 12, None),
     ("words", "TwoWords", {}, 0, 6, None),
+    ("words", "OneTagForPair", {}, 0, 6, None),
+    ("words", "MisalignedPair", {}, 16, 0, "misaligned load of two words"),
     ("words", "WritePastEnd", {}, 16, 0, "out of bounds: write"),
     ("words", "NoTailGuard", {}, 16, 0, "out of bounds: read"),
     ("words", "DivergentShuffle", TINY, 16, 12, "deadlock.*warp_sum"),

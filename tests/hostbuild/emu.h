@@ -204,6 +204,7 @@ template <int N> inline void warp_sum(float (&z)[N]) { emu::warp_sum(z, N); }
 
 uint64_t load_relaxed(const uint64_t* p);
 uint32_t load_relaxed(const uint32_t* p);
+void load_relaxed(const uint64_t* p, uint64_t (&v)[2]);
 uint64_t load_acquire(const uint64_t* p);
 uint32_t load_acquire(const uint32_t* p);
 void store_relaxed(uint64_t* p, uint64_t v);

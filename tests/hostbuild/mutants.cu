@@ -28,7 +28,8 @@ struct WordsShared {
   }
 };
 
-// words [2, B, H]: step in the high half, bits of h in the low one; kTwoWords uses [4, B, H]
+// words [2, B, H]: step in the high half, bits of h in the low one. kTwoWords has the steps in words of their own, [4,
+// B, H]; kOneTagForPair beside the values, [2, B, H, 2], and reads both by one load, which is not one operation.
 __global__ void __launch_bounds__(kThreads) words_kernel(Args a) {
   const int tid = int(threadIdx.x), lane = tid % 32, warp = tid / 32;
   const int H = a.H, BH = a.B * H, u0 = int(blockIdx.x) * a.U, fault = a.fault;
@@ -55,6 +56,14 @@ __global__ void __launch_bounds__(kThreads) words_kernel(Args a) {
       } else if (fault == kTwoWords) {
         while (load_relaxed(word + 2 * BH) != step) spin_pause();
         v = load_relaxed(word);
+      } else if (fault == kOneTagForPair) {
+        uint64_t pair[2];
+        while (load_relaxed(a.words + 2 * (size_t(parity) * BH + i), pair), pair[1] != step) spin_pause();
+        v = pair[0];
+      } else if (fault == kMisalignedPair) {
+        uint64_t pair[2];
+        while (load_relaxed(word, pair), pair[0] >> 32 != step) spin_pause();
+        v = pair[0];
       } else {
         while ((v = load_relaxed(word)) >> 32 != step) spin_pause();
       }
@@ -74,8 +83,9 @@ __global__ void __launch_bounds__(kThreads) words_kernel(Args a) {
         a.y[size_t(t) * BH + at] = h_new;
         if (t + 1 == a.T) continue;
         const int parity = fault == kOneExchangeBuffer ? 0 : fault == kWrongParity ? t % 2 : (t + 1) % 2;
-        uint64_t* word = a.words + size_t(parity) * BH + at;
+        uint64_t* word = a.words + (size_t(parity) * BH + at) * (fault == kOneTagForPair ? 2 : 1);
         store_relaxed(word, uint64_t(step + 1) << 32 | float_to_bits(h_new));
+        if (fault == kOneTagForPair) store_relaxed(word + 1, step + 1);
         if (fault == kTwoWords) store_relaxed(word + 2 * BH, step + 1);
       }
     }

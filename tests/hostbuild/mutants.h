@@ -33,6 +33,8 @@ enum Fault {
   kOneExchangeBuffer,
   kNoFlagWait,
   kTwoWords,
+  kOneTagForPair,
+  kMisalignedPair,
   kWritePastEnd,
   kNoTailGuard,
   kDivergentShuffle,

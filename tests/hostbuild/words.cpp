@@ -95,8 +95,8 @@ size_t oldest_visible(Word& w, Thread& t) {
 
 void watch(Thread& t, Word& w, size_t seen) {
   for (Watch& known : t.watches)
-    if (known.word == &w) {
-      known.seen = seen;
+    if (known.word == &w) {  // looked at before: what was older then is what it may have gone by
+      known.seen = std::min(known.seen, seen);
       return;
     }
   if (t.watches.size() == kWatches) {
@@ -192,6 +192,14 @@ using emu::store_word;
 
 uint64_t load_relaxed(const uint64_t* p) { return load_word(p, 8, false, FASTRNN_PC); }
 uint32_t load_relaxed(const uint32_t* p) { return uint32_t(load_word(p, 4, false, FASTRNN_PC)); }
+// Two loads in any order, others between them, of one aligned access.
+void load_relaxed(const uint64_t* p, uint64_t (&v)[2]) {
+  const emu::Pc pc = FASTRNN_PC;
+  if (emu::offset_of(p) % 16) emu::report_at(pc, "align", "misaligned load of two words");
+  const int first = int(emu::draw(2));
+  v[first] = load_word(p + first, 8, false, pc);
+  v[1 - first] = load_word(p + 1 - first, 8, false, pc);
+}
 uint64_t load_acquire(const uint64_t* p) { return load_word(p, 8, true, FASTRNN_PC); }
 uint32_t load_acquire(const uint32_t* p) { return uint32_t(load_word(p, 4, true, FASTRNN_PC)); }
 void store_relaxed(uint64_t* p, uint64_t v) { store_word(p, v, 8, false, FASTRNN_PC); }
