@@ -6,8 +6,10 @@
 
 Per kernel and architecture: registers against csrc/cuda/registers.json (within its register_slack); no spill, no stack
 frame, no local memory but where the table's "allowed" says so and why; the matrix instructions that the kernel's name
-promises; no duplicated divergent path (WARPSYNC.COLLECTIVE). Reports seconds and object size per file. Needs nvcc; the
-disassembly needs cuobjdump and nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm, or Triton's wheel).
+promises; no duplicated divergent path (WARPSYNC.COLLECTIVE); where a kernel waits for other blocks, the instructions of
+a turn of that loop and of the loop over steps, which may not grow. Reports seconds and object size per file. Needs
+nvcc; the disassembly needs cuobjdump and nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm, or Triton's
+wheel).
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from cuda_toolkit import DEFAULT_ARCHS, ToolkitError, find_tool, find_toolkit, p
 
 TABLE = CSRC / "cuda" / "registers.json"
 REGISTER_SLACK = 8  # what another point release of ptxas may well change; one allocation unit
+# Two more numbers of a kernel that waits for other blocks, whose time is mostly these instructions (docs/gpu.md).
+WAITS = ("in a turn of the loop that waits", "in the loop over steps")
 # A shuffle in a loop that ptxas cannot prove convergent is emitted twice, the second time lane by lane.
 MOST_COLLECTIVES = 8
 
@@ -99,6 +103,10 @@ def compare(objects: Sequence[Object], table: dict[str, Any], version: str) -> l
                 problems.append(f"{where}: {kernel.registers} registers, table {row[0]} (slack {slack})")
             elif kernel.shared != row[1]:
                 problems.append(f"{where}: {kernel.shared} bytes of static shared memory, table {row[1]}")
+            elif version == table.get("nvcc") and kernel.opcodes:
+                for what, now, most in zip(WAITS, (kernel.turn, kernel.step), row[2:] or (0, 0), strict=True):
+                    if now > most:
+                        problems.append(f"{where}: {now} instructions {what}, table {most}; it may not grow")
         built = {kernel.name for kernel in obj.kernels}
         for gone in sorted(name for name, rows in known.items() if obj.arch in rows and name not in built):
             problems.append(f"{obj.source} {obj.arch} {gone}: in the table, not in the build (--update)")
@@ -114,10 +122,11 @@ def updated(objects: Sequence[Object], table: dict[str, Any], version: str) -> d
         for name in list(rows):
             rows[name] = {arch: row for arch, row in rows[name].items() if arch != obj.arch}
         for kernel in obj.kernels:
-            rows.setdefault(kernel.name, {})[obj.arch] = [kernel.registers, kernel.shared]
+            waits = [kernel.turn, kernel.step] if kernel.turn else []
+            rows.setdefault(kernel.name, {})[obj.arch] = [kernel.registers, kernel.shared, *waits]
     return {
         "nvcc": version,
-        "columns": ["registers", "static shared memory in bytes"],
+        "columns": ["registers", "static shared memory in bytes", *(f"instructions {what}" for what in WAITS)],
         "register_slack": table.get("register_slack", REGISTER_SLACK),
         "allowed": table.get("allowed", {}),
         "kernels": {

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from cuda_toolkit import Arch, Toolkit, ToolkitError, find_tool
 
@@ -34,6 +35,8 @@ class Kernel:
     spill_stores: int = 0
     spill_loads: int = 0
     opcodes: Counter[str] = field(default_factory=Counter)  # empty without a disassembler
+    turn: int = 0  # instructions of the longest loop that does nothing but wait for other blocks; 0: none does
+    step: int = 0  # instructions of the loop around all of those, as they stand in memory
 
     def count(self, pattern: str) -> int:
         return sum(n for opcode, n in self.opcodes.items() if re.match(pattern, opcode))
@@ -90,20 +93,46 @@ def parse_ptxas(log: str) -> dict[str, Kernel]:
     return kernels
 
 
-def parse_sass(lines: Iterable[str]) -> dict[str, Counter[str]]:
-    """Opcodes by mangled name, from the output of cuobjdump -sass."""
-    functions: dict[str, Counter[str]] = {}
-    current: Counter[str] = Counter()
-    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+class Instruction(NamedTuple):
+    address: int
+    opcode: str
+    target: int | None  # where it goes, if it is a branch
+
+
+def parse_sass(lines: Iterable[str]) -> dict[str, list[Instruction]]:
+    """By mangled name, from the output of cuobjdump -sass."""
+    functions: dict[str, list[Instruction]] = {}
+    current: list[Instruction] = []
+    instruction = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*)")
     for line in lines:
         if "Function :" in line:
-            current = functions.setdefault(line.split()[-1], Counter())
+            current = functions.setdefault(line.split()[-1], [])
         elif match := instruction.match(line):
-            current[match[1]] += 1
+            branch = re.search(r"\b0x([0-9a-f]+)\s*$", match[3]) if match[2].startswith("BRA") else None
+            current.append(Instruction(int(match[1], 16), match[2], int(branch[1], 16) if branch else None))
     return functions
 
 
-def disassemble(path: Path, cuobjdump: str, nvdisasm: str) -> dict[str, Counter[str]]:
+def waiting_loops(code: Sequence[Instruction]) -> tuple[int, int]:
+    """Instructions of the longest innermost and of the longest loop with a load that other blocks are waited for by.
+
+    A loop reaches from where a branch goes back to, to the last branch that does; what stands between counts, also
+    where a branch leads past it. What stands behind the last EXIT are detours (lanes that a barrier of the warp has to
+    bring together), whose way back is no loop.
+    """
+    loops: dict[int, int] = {}
+    end = max((at for at, opcode, _ in code if opcode == "EXIT"), default=0)
+    for at, _, target in code:
+        if target is not None and target <= at < end:
+            loops[target] = max(at, loops.get(target, 0))
+    looks = [at for at, opcode, _ in code if re.match(r"LD.*\.STRONG\.", opcode)]
+    waits = [(first, last) for first, last in loops.items() if any(first <= at <= last for at in looks)]
+    lengths = {loop: sum(loop[0] <= at <= loop[1] for at, _, _ in code) for loop in waits}
+    inner = [a for a in waits if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in waits)]
+    return max((lengths[loop] for loop in inner), default=0), max(lengths.values(), default=0)
+
+
+def disassemble(path: Path, cuobjdump: str, nvdisasm: str) -> dict[str, list[Instruction]]:
     search = os.pathsep.join([str(Path(nvdisasm).parent), os.environ.get("PATH", "")])
     command = [cuobjdump, "-sass", str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PATH": search}) as run:
@@ -144,14 +173,17 @@ def compile_object(source: Path, arch: Arch, toolkit: Toolkit, headers: str) -> 
         record.write_text(json.dumps({"seconds": seconds, "log": done.stdout + done.stderr, "opcodes": {}}))
     made = json.loads(record.read_text())
     cuobjdump, nvdisasm = find_tool("cuobjdump", toolkit), find_tool("nvdisasm", toolkit)
-    if not made["opcodes"] and cuobjdump and nvdisasm:
-        made["opcodes"] = disassemble(target, cuobjdump, nvdisasm)
+    if "waits" not in made and cuobjdump and nvdisasm:
+        code = disassemble(target, cuobjdump, nvdisasm)
+        made["opcodes"] = {name: Counter(i.opcode for i in instructions) for name, instructions in code.items()}
+        made["waits"] = {name: waiting_loops(instructions) for name, instructions in code.items()}
         record.write_text(json.dumps(made))
     kernels = parse_ptxas(made["log"])
     names = demangle(list(kernels), toolkit)
     for mangled, kernel in kernels.items():
         kernel.name = names[mangled]
         kernel.opcodes = Counter(made["opcodes"].get(mangled, {}))
+        kernel.turn, kernel.step = made.get("waits", {}).get(mangled, (0, 0))
     return Object(source.name, arch.name, made["seconds"], target.stat().st_size, made["log"], list(kernels.values()))
 
 

@@ -14,9 +14,10 @@
 //  4. Collectives as one wrapper: warp_sum(z), not 20 shuffles. Whole warps, full masks, uniform trip counts.
 //  5. No early return before the last barrier. Every block and warp of a flag or mbarrier protocol produces
 //     something or meets a block barrier in each step; a block that would own nothing is not launched.
-//  6. A payload beside a flag needs release/acquire with block barriers on both sides. Relaxed suffices only
-//     where value and flag share one word. Shuffles and mma order no memory: sync_warp does, and one belongs
-//     before a push that lets peers overwrite what other lanes read.
+//  6. A payload beside a flag needs release/acquire, with a barrier on both sides of those threads (of a block or of
+//     a warp) that share them. Relaxed suffices only where value and flag share one word; a load of two words is two
+//     operations. Shuffles and mma order no memory: sync_warp does, and one belongs before a push that lets peers
+//     overwrite what other lanes read.
 //  7. Step flags count up over launches (an epoch) or the workspace is cleared before each.
 //  8. Launchers return Error; a shape that does not fit gives kInvalidValue, never a silent fall-through.
 #pragma once

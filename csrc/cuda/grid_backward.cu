@@ -1,6 +1,6 @@
 // Grid tier, backward: see grid.cuh. A block owns columns of weight_hh, its units' gradient of state 0, and
-// multiplies the gate gradients of all units by them. The gate gradients of step k travel with tag k + 1 in buffer
-// k & 1.
+// multiplies the gate gradients of all units by them. The gate gradients of step k travel with tag `steps` - k, which
+// counts up, in buffer k & 1.
 #include "grid_product.cuh"
 #include "unit_backward.cuh"
 
@@ -9,7 +9,7 @@ namespace {
 
 template <class Cell, class S, class Product>
 __global__ void __launch_bounds__(tiles::kGridThreads, 1)
-    grid_backward_kernel(LaunchParams<BackwardParams> p, GridShape s, uint64_t* workspace) {
+    grid_backward_kernel(LaunchParams<BackwardParams> p, GridShape s, void* workspace) {
   constexpr int G = Cell::kGates, N = Product::kValues;
   const int group = p.first_group + int(blockIdx.z), first_unit = int(blockIdx.x) * s.units;
   const GridShared shared(dev::dynamic_shared(), s);
@@ -27,6 +27,8 @@ __global__ void __launch_bounds__(tiles::kGridThreads, 1)
     if (n < o.units) clear_sums<Cell, S>(p, o.row, o.unit + n);
   }
 
+  const Exchange<typename Product::Way> exchange(workspace, s, s.word_of(o.position, 0, o.unit));
+
   // Step -1 finishes: its product, over the gate gradients of step 0, goes to grad_h_0.
   const int steps = shared.length[0], end = finish_wanted(p) ? -1 : 0;
   int running = 0;  // rows with a step k + 1, then with a step k
@@ -40,13 +42,13 @@ __global__ void __launch_bounds__(tiles::kGridThreads, 1)
       load_backward<Cell, S>(p, o.row, k, n < o.units ? o.unit + n : s.hidden, reset, loads[n]);
     float* sums = k & 1 ? shared.sums_odd : shared.sums_even;
     const uint8_t reset_ahead = reset_before(p, o.row, k - 1);
-    if (before > 0) product.multiply(grid_words(workspace, s, k + 1), uint32_t(k) + 2, before, sums);
+    if (before > 0) product.multiply(exchange, k + 1, uint32_t(steps - k) - 1, before, sums);
     dev::sync_block();
     if (o.units && (k < 0 || o.row.running(k))) {
       float recurrent[1][N], grad_gates[G][N];
 #pragma unroll
       for (int n = 0; n < N; ++n) recurrent[0][n] = 0.f;
-      if (o.position < before) grid_sums(sums, s, o.position, o.unit - first_unit, recurrent);
+      if (o.position < before) grid_sums<Product::kStride>(sums, s, o.position, o.unit - first_unit, 0, recurrent);
 #pragma unroll
       for (int n = 0; n < N; ++n) {
 #pragma unroll
@@ -61,15 +63,13 @@ __global__ void __launch_bounds__(tiles::kGridThreads, 1)
 #pragma unroll
         for (int g = 0; g < G; ++g) grad_gates[g][n] = grad[g];
       }
-      uint64_t* words = grid_words(workspace, s, k);
       if (k >= 0) {
 #pragma unroll
         for (int g = 0; g < G; ++g)
-          dev::store_relaxed(words + Product::word_of(s, o.position, g, o.unit),
-                             tagged(uint32_t(k) + 1, Product::encode(grad_gates[g])));
+          exchange.store(k, uint32_t(steps - k), g * Product::kTileWords, Product::encode(grad_gates[g]));
       }
     }
-    dev::sync_warp();  // no lane waits for a word before its own warp's are out
+    exchange.publish(uint32_t(steps - k));
     crossed = reset;
     reset = reset_ahead;
   }
@@ -85,17 +85,22 @@ int grid_backward(const BackwardParams& params, const Choice& choice, void* work
   const GridShape s = grid_shape(params, choice, true);
   if (!grid_takes(params, s)) return int(dev::kInvalidValue);
   return for_each_launch(params, [&](const LaunchParams<BackwardParams>& call) {
-    return with_pointwise_cell(call.cell, [&](auto cell) {
+    return with_exchange_and_cell(s, call.cell, [&](auto way, auto cell) {
+      using Way = typename decltype(way)::type;
       using Cell = typename decltype(cell)::type;
       constexpr int G = Cell::kGates;
       if (s.half)
         return with_half(call.dtype, [&](auto type) {
           using S = typename decltype(type)::type;
-          return launch_grid(grid_backward_kernel<Cell, S, MmaProduct<S, 1, G>>, call, s, workspace, stream);
+          using Product = MmaProduct<S, 1, G, Way>;
+          return launch_grid(grid_backward_kernel<Cell, S, Product>, call, s, workspace, stream);
         });
-      if (s.mma)
-        return launch_grid(grid_backward_kernel<Cell, float, MmaProduct<float, 1, G>>, call, s, workspace, stream);
-      return launch_grid(grid_backward_kernel<Cell, float, FfmaProduct<8, G>>, call, s, workspace, stream);
+      if (s.mma) {
+        using Product = MmaProduct<float, 1, G, Way>;
+        return launch_grid(grid_backward_kernel<Cell, float, Product>, call, s, workspace, stream);
+      }
+      using Product = FfmaProduct<8, G, Way>;
+      return launch_grid(grid_backward_kernel<Cell, float, Product>, call, s, workspace, stream);
     });
   });
 }

@@ -8,7 +8,7 @@ namespace {
 
 template <class Cell, class S, class Product>
 __global__ void __launch_bounds__(tiles::kGridThreads, 1)
-    grid_forward_kernel(LaunchParams<ForwardParams> p, GridShape s, uint64_t* workspace) {
+    grid_forward_kernel(LaunchParams<ForwardParams> p, GridShape s, void* workspace) {
   constexpr int G = Cell::kGates, N = Product::kValues;
   const int group = p.first_group + int(blockIdx.z), first_unit = int(blockIdx.x) * s.units;
   const GridShared shared(dev::dynamic_shared(), s);
@@ -19,25 +19,30 @@ __global__ void __launch_bounds__(tiles::kGridThreads, 1)
   dev::sync_block();
 
   const GridOwner o = grid_owner(p, s, shared);
-  const auto publish = [&](int k, const float(&h)[N]) {
-    dev::store_relaxed(grid_words(workspace, s, k) + Product::word_of(s, o.position, 0, o.unit),
-                       tagged(uint32_t(k) + 1, Product::encode(h)));
-  };
-  float carried[N], h[N];
+  const Exchange<typename Product::Way> exchange(workspace, s, s.word_of(o.position, 0, o.unit));
+  float carried[N], start[N];
   Pack<S, G> gates[N];
-  Pack<float, G> bias[N];
+  Pack<float, G> of_unit[N];
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    carried[n] = h[n] = 0.f;
-    load_bias<Cell, S>(p, group, n < o.units ? o.unit + n : s.hidden, bias[n]);
+    carried[n] = start[n] = 0.f;
+    load_bias<Cell, S>(p, group, n < o.units ? o.unit + n : s.hidden, of_unit[n]);
     load_gates<Cell, S>(p, o.row, 0, n < o.units ? o.unit + n : s.hidden, gates[n]);
     if (n >= o.units) continue;
     const bool reset = reset_before(p, o.row, 0);
-    h[n] = start_h<S>(p, o.row, o.unit + n, reset);
-    carried[n] = start_carried<Cell, S>(p, o.row, o.unit + n, reset, h[n]);
+    start[n] = start_h<S>(p, o.row, o.unit + n, reset);
+    carried[n] = start_carried<Cell, S>(p, o.row, o.unit + n, reset, start[n]);
   }
-  if (o.units && o.row.running(0)) publish(0, h);
-  dev::sync_warp();
+  uint32_t bias[G];
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+    float of_gate[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) of_gate[n] = of_unit[n][g];
+    bias[g] = hold<S>(of_gate);
+  }
+  if (o.units && o.row.running(0)) exchange.store(0, 1, 0, Product::encode(start));
+  exchange.publish(1);
 
   const int steps = shared.length[0];
   int running = s.rows;
@@ -45,26 +50,27 @@ __global__ void __launch_bounds__(tiles::kGridThreads, 1)
     while (shared.length[running - 1] <= k) --running;
     const uint8_t reset_next = reset_before(p, o.row, k + 1);
     float* sums = k & 1 ? shared.sums_odd : shared.sums_even;
-    product.multiply(grid_words(workspace, s, k), uint32_t(k) + 1, running, sums);
+    product.multiply(exchange, k, uint32_t(k) + 1, running, sums);
     Pack<S, G> gates_next[N];
 #pragma unroll
     for (int n = 0; n < N; ++n)
       load_gates<Cell, S>(p, o.row, k + 1, n < o.units ? o.unit + n : s.hidden, gates_next[n]);
     dev::sync_block();
     if (o.units && o.row.running(k)) {
-      float z[G][N];
-      grid_sums(sums, s, o.position, o.unit - first_unit, z);
+      float z[G][N], h[N];
+      grid_sums<Product::kStride>(sums, s, o.position, o.unit - first_unit, Product::gate_columns(s), z);
 #pragma unroll
       for (int n = 0; n < N; ++n) {
+        h[n] = 0.f;
         if (n >= o.units) continue;
         Pack<float, G> gates_hh;
 #pragma unroll
-        for (int g = 0; g < G; ++g) gates_hh[g] = z[g][n] + bias[n][g];
+        for (int g = 0; g < G; ++g) gates_hh[g] = z[g][n] + held<S, N>(bias[g], n);
         h[n] = forward_step<Cell, S>(p, o.row, k, o.unit + n, gates[n], gates_hh, reset_next, carried[n]);
       }
-      if (o.row.running(k + 1)) publish(k + 1, h);
+      if (o.row.running(k + 1)) exchange.store(k + 1, uint32_t(k) + 2, 0, Product::encode(h));
     }
-    dev::sync_warp();  // no lane waits for a word before its own warp's are out
+    exchange.publish(uint32_t(k) + 2);
 #pragma unroll
     for (int n = 0; n < N; ++n) gates[n] = gates_next[n];
   }
@@ -80,17 +86,22 @@ int grid_forward(const ForwardParams& params, const Choice& choice, void* worksp
   const GridShape s = grid_shape(params, choice, false);
   if (!grid_takes(params, s)) return int(dev::kInvalidValue);
   return for_each_launch(params, [&](const LaunchParams<ForwardParams>& call) {
-    return with_pointwise_cell(call.cell, [&](auto cell) {
+    return with_exchange_and_cell(s, call.cell, [&](auto way, auto cell) {
+      using Way = typename decltype(way)::type;
       using Cell = typename decltype(cell)::type;
       constexpr int G = Cell::kGates;
       if (s.half)
         return with_half(call.dtype, [&](auto type) {
           using S = typename decltype(type)::type;
-          return launch_grid(grid_forward_kernel<Cell, S, MmaProduct<S, G, 1>>, call, s, workspace, stream);
+          using Product = MmaProduct<S, G, 1, Way>;
+          return launch_grid(grid_forward_kernel<Cell, S, Product>, call, s, workspace, stream);
         });
-      if (s.mma)
-        return launch_grid(grid_forward_kernel<Cell, float, MmaProduct<float, G, 1>>, call, s, workspace, stream);
-      return launch_grid(grid_forward_kernel<Cell, float, FfmaProduct<32, 1>>, call, s, workspace, stream);
+      if (s.mma) {
+        using Product = MmaProduct<float, G, 1, Way>;
+        return launch_grid(grid_forward_kernel<Cell, float, Product>, call, s, workspace, stream);
+      }
+      using Product = FfmaProduct<32, 1, Way>;
+      return launch_grid(grid_forward_kernel<Cell, float, Product>, call, s, workspace, stream);
     });
   });
 }

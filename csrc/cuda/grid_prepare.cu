@@ -35,11 +35,18 @@ FASTRNN_INLINE Element element(const GridShape& s, int index, int e) {
 
 template <class S>
 __global__ void __launch_bounds__(kThreads)
-    prepare_grid_kernel(const S* weight_hh, GridShape s, int groups, uint64_t* workspace) {
+    prepare_grid_kernel(const S* weight_hh, GridShape s, int groups, void* workspace) {
   const int64_t step = int64_t(gridDim.x) * blockDim.x, first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t words = s.all_words(groups), quads = s.packed_quads();
-  for (int64_t i = first; i < words; i += step) workspace[i] = 0;
-  uint4* packed = reinterpret_cast<uint4*>(workspace + words);
+  uint32_t* results = static_cast<uint32_t*>(workspace);
+  uint64_t* tagged_words = static_cast<uint64_t*>(workspace);
+  if (s.flags) {
+    for (int64_t i = first; i < words + s.all_flags(groups); i += step) results[i] = 0;
+  } else {
+    for (int64_t i = first; i < words; i += step)
+      tagged_words[i] = s.unit_of_word(int(i % s.words())) < s.hidden ? 0 : kNoUnit;
+  }
+  uint4* packed = reinterpret_cast<uint4*>(static_cast<char*>(workspace) + s.exchange_bytes(groups));
   for (int64_t i = first; i < quads * s.unit_blocks() * groups; i += step) {
     const int index = int(i % quads), block = int(i / quads % s.unit_blocks());
     const S* weight = weight_hh + i / quads / s.unit_blocks() * s.gates * s.hidden * s.hidden;
@@ -68,15 +75,26 @@ __global__ void __launch_bounds__(kThreads)
 
 int prepare_grid(const ForwardParams& p, int first_group, int groups, const GridShape& s, void* workspace,
                  dev::Stream stream) {
-  const int64_t most = s.all_words(groups) + s.packed_quads() * s.unit_blocks() * groups;
+  const int64_t most = s.all_words(groups) + s.all_flags(groups) + s.packed_quads() * s.unit_blocks() * groups;
   const int64_t blocks = ceil_div(most, kThreads);
   dev::Launch launch{dim3(unsigned(blocks < kMostBlocks ? blocks : kMostBlocks)), kThreads, 0, 1, false, stream};
   const auto run = [&](auto type) {
     using S = typename decltype(type)::type;
     const S* weight = static_cast<const S*>(p.weight_hh) + first_group * (int64_t(s.gates) * s.hidden * s.hidden);
-    return int(dev::launch(prepare_grid_kernel<S>, launch, weight, s, groups, static_cast<uint64_t*>(workspace)));
+    return int(dev::launch(prepare_grid_kernel<S>, launch, weight, s, groups, workspace));
   };
   return s.half ? with_half(p.dtype, run) : run(Type<float>{});
+}
+
+static const char* description(const GridShape& s) {
+  if (s.half)
+    return s.flags ? "grid, mma, weights spread over multiprocessors, results beside flags"
+                   : "grid, mma, weights spread over multiprocessors, {value, step} words";
+  if (s.mma)
+    return s.flags ? "grid, TF32 mma, weights spread over multiprocessors, results beside flags"
+                   : "grid, TF32 mma, weights spread over multiprocessors, {value, step} words";
+  return s.flags ? "grid, FFMA, weights spread over multiprocessors, results beside flags"
+                 : "grid, FFMA, weights spread over multiprocessors, {value, step} words";
 }
 
 bool grid_choice(const ForwardParams& p, bool backward, const Device& device, bool allow_tf32, bool forced,
@@ -84,28 +102,26 @@ bool grid_choice(const ForwardParams& p, bool backward, const Device& device, bo
   if (!check_sizes(p) || p.dtype == DType::kFloat64 || p.weight_hr || !is_pointwise(p.cell)) return false;
   if (p.groups > kGroupsPerLaunch || p.batch > tiles::kGridBatch || device.compute_capability < 80) return false;
   const bool half = tiles::is_half(p.dtype), tf32 = allow_tf32 && p.dtype == DType::kFloat32;
-  GridShape s{kCells[p.cell].gates, int32_t(p.hidden), int32_t(p.batch), 0, 0, 0, backward, half || tf32, half};
+  GridShape s{kCells[p.cell].gates, int32_t(p.hidden), int32_t(p.batch), 0, 0, 0, backward, half || tf32, half, false};
   if (!tiles::grid_fit(s, p.groups, device.multiprocessors, device.shared_per_block)) return false;
   // One step has nothing to exchange, and a product of cuBLAS is spread as well.
   if (!forced && (p.steps < 2 || s.exchanged_bytes() > tiles::kGridExchangeBytes)) return false;
   *choice = Choice{Tier::kGrid,
                    s.rows,
                    s.units,
-                   s.mma ? 1 : 0,
+                   s.flags ? kGridFlags : kGridWords,
                    tf32,
                    int64_t(s.unit_blocks()) * s.row_tiles() * p.groups,
                    s.threads,
                    s.shared_bytes(),
-                   half   ? "grid, mma, weights spread over multiprocessors, {value, step} words"
-                   : tf32 ? "grid, TF32 mma, weights spread over multiprocessors, {value, step} words"
-                          : "grid, FFMA, weights spread over multiprocessors, {value, step} words"};
+                   description(s)};
   return true;
 }
 
 int64_t grid_workspace_bytes(const ForwardParams& params, const Choice& choice, bool backward) {
   const int64_t groups = params.groups < kGroupsPerLaunch ? params.groups : kGroupsPerLaunch;
   const GridShape s = grid_shape(params, choice, backward);
-  return 8 * s.all_words(groups) + 16 * s.packed_quads() * s.unit_blocks() * groups;
+  return s.exchange_bytes(groups) + 16 * s.packed_quads() * s.unit_blocks() * groups;
 }
 
 }  // namespace fastrnn::cuda

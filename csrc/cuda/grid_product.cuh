@@ -4,40 +4,55 @@
 // Both take K in tiles of kTile: tile number (unit / kTile) * kGates + gate, so that a unit's neighbours and gates
 // stay together. Only units below h exist; the last tile of each gate is padded with zeros.
 //   load(packed)   once: the block's weights as grid_prepare.cu laid them out; the caller meets a barrier after
-//   multiply(words, tag, rows, sums)   waits for the words of rows 0 .. rows - 1 and writes this warp's parts of
-//                  sums [parts, padded rows, stride]; those of other rows may hold anything. Every warp calls it.
-//                  No block barrier inside.
-//   word_of(shape, row, gate, unit), encode(values)   where and what the owner of a word publishes
+//   multiply(exchange, k, tag, rows, sums)   waits for the results of step k, of rows 0 .. rows - 1, and writes this
+//                  warp's parts of sums [parts, padded rows, stride]; those of other rows may hold anything. Every warp
+//                  calls it. No block barrier inside.
+//   encode(values)   what the owner of a word publishes
+//
+// A row that is not running is looked at as the last one that is: no load, branch or mask for it alone, and what comes
+// out as its sums is not used.
 #pragma once
 #include "grid.cuh"
 
 namespace fastrnn::cuda {
 
-struct KRange {  // of a warp, in tiles
+struct Range {
   int begin, end;
 };
-FASTRNN_INLINE KRange k_range(const GridShape& s) {
-  const int warp = int(threadIdx.x) / 32, warps = s.warps(), n = s.k_tiles();
+// Through a shuffle, by which the compiler sees that it is the same in all lanes.
+FASTRNN_INLINE int warp_of_block() { return dev::shuffle(int(threadIdx.x) / 32, 0); }
+// Of this warp, in tiles of K.
+FASTRNN_INLINE Range k_range(const GridShape& s) {
+  const int warp = warp_of_block(), warps = s.warps(), n = s.k_tiles();
   return {n * warp / warps, n * (warp + 1) / warps};
+}
+
+// The flags of the blocks that own the units of these tiles.
+FASTRNN_INLINE Range flag_range(const GridShape& s, const Range& tiles, int tile, int gates) {
+  if (tiles.begin == tiles.end) return {0, 0};
+  const int first = tiles.begin / gates * tile, end = ((tiles.end - 1) / gates + 1) * tile;
+  const int last = (end < s.hidden ? end : s.hidden) - 1;
+  return {first / s.units * s.owner_warps(), (last / s.units + 1) * s.owner_warps()};
 }
 
 // kColumns lanes side by side hold the columns of M; the 32 / kColumns sets of lanes split K by fours. Weights, as
 // [k / 4, column, 4], and a stage of 8 rows' words are in shared memory: 4 R multiply-adds for R + 1 loads of 16
-// bytes, R of which are the same for all lanes of a set. Words: [8 rows, tile, row, 32].
-template <int kColumns, int kGates>
+// bytes, R of which are the same for all lanes of a set.
+template <int kColumns, int kGates, class W>
 class FfmaProduct {
+  using Word = typename W::Word;
   static constexpr int kSplits = 32 / kColumns, kStage = tiles::kGridStage;
 
  public:
-  static constexpr int kTile = 32, kValues = 1;
+  using Way = W;
+  static constexpr int kTile = 32, kTileWords = 8 * kTile, kValues = 1, kStride = kColumns + 4;
+  static FASTRNN_INLINE int gate_columns(const GridShape& s) { return s.units; }
 
-  FASTRNN_INLINE FfmaProduct(const GridShape& shape, const GridShared& shared)
-      : s(shape), lane(int(threadIdx.x) % 32), warp(int(threadIdx.x) / 32), range(k_range(shape)),
-        weights(shared.weights), staged(shared.staged + warp * 8 * kStage) {}
+  FASTRNN_INLINE FfmaProduct(const GridShape& s, const GridShared& shared)
+      : lane(int(threadIdx.x) % 32), warp(warp_of_block()), range(k_range(s)),
+        flags(flag_range(s, range, kTile, kGates)), group_words(ceil_div(s.hidden, kTile) * kGates * kTileWords),
+        padded_rows(s.padded_rows()), weights(shared.weights), staged(shared.staged + warp * 8 * kStage) {}
 
-  static FASTRNN_INLINE int word_of(const GridShape& s, int row, int gate, int unit) {
-    return ((row / 8 * s.k_tiles() + unit / kTile * kGates + gate) * 8 + row % 8) * 32 + unit % kTile;
-  }
   static FASTRNN_INLINE uint32_t encode(const float (&value)[1]) { return dev::float_to_bits(value[0]); }
 
   FASTRNN_INLINE void load(const uint4* packed) {
@@ -46,8 +61,10 @@ class FfmaProduct {
     for (int i = range.begin * 8 * kColumns + lane; i < end; i += 32) weights[i] = packed[i];
   }
 
-  FASTRNN_INLINE void multiply(const uint64_t* words, uint32_t tag, int rows, float* sums) {
-    for (int row = 0; row < rows; row += 8) {  // rows is the same in all threads
+  FASTRNN_INLINE void multiply(const Exchange<Way>& exchange, int k, uint32_t tag, int rows, float* sums) {
+    exchange.await(flags.begin, flags.end - flags.begin, tag);
+    const Word* words = exchange.words(k) + range.begin * kTileWords;
+    for (int row = 0; row < rows; row += 8, words += group_words) {  // rows is the same in all threads
       const int left = rows - row;
       if (left > 4) multiply_rows<8>(words, tag, row, left, sums);
       else if (left > 1) multiply_rows<4>(words, tag, row, left, sums);
@@ -57,30 +74,35 @@ class FfmaProduct {
 
  private:
   template <int R>
-  FASTRNN_INLINE void multiply_rows(const uint64_t* words, uint32_t tag, int row, int left, float* sums) {
-    constexpr int kAhead = R == 8 ? 2 : 4;  // tiles whose words are in flight at once
+  FASTRNN_INLINE void multiply_rows(const Word* words, uint32_t tag, int row, int left, float* sums) {
+    constexpr int kAhead = R == 8 ? 2 : 4;     // tiles whose words are in flight at once
+    constexpr int kPairs = R > 1 ? R / 2 : 1;  // of a lane in a tile: half a warp takes a row
     constexpr int kStageTiles = kStage / kTile;
-    const int c = lane % kColumns, split = lane / kColumns;
+    const int c = lane % kColumns, split = lane / kColumns, pair = lane % 16 * 2, half = lane / 16;
+    const Word* from[kPairs];
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i)
+      from[i] = words + (2 * i + half < left ? 2 * i + half : left - 1) * kTile + pair;
     float acc[R];
 #pragma unroll
     for (int r = 0; r < R; ++r) acc[r] = 0.f;
+    bool early = row == 0;
     for (int stage = range.begin; stage < range.end; stage += kStageTiles) {
       const int count = range.end - stage < kStageTiles ? range.end - stage : kStageTiles;
       for (int first = 0; first < count; first += kAhead) {
-        uint32_t value[kAhead * R], wanted = 0;
+        Word word[kAhead * kPairs][2];
+        take(
+            [&](int n) { return from[n % kPairs] + n / kPairs * kTileWords; }, (count - first) * kPairs, tag, early,
+            word);
+        early = false;
 #pragma unroll
-        for (int n = 0; n < kAhead * R; ++n) {
-          const int tile = first + n / R;
-          const bool there = tile < count && (stage + tile) / kGates * kTile + lane < s.hidden;
-          wanted |= uint32_t(there && n % R < left) << n;
-        }
-        const uint64_t* from = words + (row / 8 * s.k_tiles() + stage + first) * 256 + lane;
-        const bool early = row == 0 && stage == range.begin && first == 0;
-        await(from, [](int n) { return n / R * 256 + n % R * 32; }, wanted, tag, early, value);
+        for (int i = 0; i < kPairs; ++i) from[i] += kAhead * kTileWords;
 #pragma unroll
-        for (int n = 0; n < kAhead * R; ++n) {
-          const int tile = first + n / R;
-          if (tile < count) staged[n % R * kStage + tile * kTile + lane] = dev::bits_to_float(value[n]);
+        for (int n = 0; n < kAhead * kPairs; ++n) {
+          const int tile = first + n / kPairs;
+          if (tile < count)
+            *reinterpret_cast<float2*>(staged + (n % kPairs * 2 + half) * kStage + tile * kTile + pair) =
+                make_float2(dev::bits_to_float(uint32_t(word[n][0])), dev::bits_to_float(uint32_t(word[n][1])));
         }
       }
       dev::sync_warp();
@@ -100,46 +122,45 @@ class FfmaProduct {
       }
       dev::sync_warp();  // before the stage is written again
     }
-    float* to = sums + ((warp * kSplits + split) * s.padded_rows() + row) * s.sums_stride() + c;
+    float* to = sums + ((warp * kSplits + split) * padded_rows + row) * kStride + c;
 #pragma unroll
-    for (int r = 0; r < R; ++r) to[r * s.sums_stride()] = acc[r];
+    for (int r = 0; r < R; ++r) to[r * kStride] = acc[r];
   }
 
-  const GridShape& s;
   const int lane, warp;
-  const KRange range;
+  const Range range, flags;
+  const int group_words, padded_rows;
   uint4* weights;   // of the block
   float* staged;    // [8, kStage] of the warp
 };
 
 // kM tiles of 16 columns of M (one for each gate, of 16 units) are the rows of mma's a; 8 rows of the batch are
-// its columns. Words: [8 rows, tile, register of b, lane]; they never touch shared memory.
-template <class S, int kM, int kGates>
+// its columns. A pair of words is b of one tile in one lane; words never touch shared memory.
+template <class S, int kM, int kGates, class W>
 class MmaProduct {
+  using Word = typename W::Word;
   static constexpr bool kHalf = sizeof(S) == 2;
   static constexpr int kHeld = tiles::kGridFragments / kM;  // k tiles of a warp in registers
-  static constexpr int kAhead = kM == 3 ? 9 : 7;            // k tiles whose words are in flight at once
+  // k tiles whose words are in flight at once: as many as there are registers for, of which tags take half
+  static constexpr int kAhead = kM == 3 ? 9 : kM == 1 && std::is_same<W, ByFlags>::value ? 14 : 7;
   static constexpr int kAheadSpilled = 4;
-  static_assert(kHeld % kAhead == 0 && kHeld <= 32, "whole batches; a bit for each tile");
+  static_assert(kHeld % kAhead == 0, "whole batches");
 
  public:
-  static constexpr int kValues = kHalf ? 2 : 1, kTile = 8 * kValues;
+  using Way = W;
+  static constexpr int kValues = kHalf ? 2 : 1, kTile = 8 * kValues, kTileWords = 64, kStride = 16 * kM + 4;
+  static FASTRNN_INLINE int gate_columns(const GridShape&) { return 16; }
 
-  FASTRNN_INLINE MmaProduct(const GridShape& shape, const GridShared& shared)
-      : s(shape), lane(int(threadIdx.x) % 32), warp(int(threadIdx.x) / 32), range(k_range(shape)), there{0, 0} {
+  FASTRNN_INLINE MmaProduct(const GridShape& s, const GridShared& shared)
+      : lane(int(threadIdx.x) % 32), warp(warp_of_block()), range(k_range(s)),
+        flags(flag_range(s, range, kTile, kGates)), tiles(range.end - range.begin),
+        group_words(ceil_div(s.hidden, kTile) * kGates * kTileWords), padded_rows(s.padded_rows()) {
     const int more = s.k_tiles_of_warp() - kHeld;
     spilled = shared.weights + (more > 0 ? more : 0) * warp * kM * 32 + lane;
-    for (int t = 0; t < kHeld; ++t)
-      for (int i = 0; i < 2; ++i)
-        there[i] |= uint32_t(range.begin + t < range.end && unit_of(range.begin + t, i) < s.hidden) << t;
   }
 
-  static FASTRNN_INLINE int word_of(const GridShape& s, int row, int gate, int unit) {
-    const int tile = unit / kTile * kGates + gate, k = unit % kTile, i = k / (4 * kValues), q = k / kValues % 4;
-    return ((row / 8 * s.k_tiles() + tile) * 2 + i) * 32 + row % 8 * 4 + q;
-  }
   static FASTRNN_INLINE uint32_t encode(const float (&value)[kValues]) {
-    if constexpr (kHalf) return dev::pack2(dev::from_float<S>(value[0]), dev::from_float<S>(value[1]));
+    if constexpr (kHalf) return hold<S>(value);
     else return dev::to_tf32(value[0]);
   }
 
@@ -149,18 +170,19 @@ class MmaProduct {
     for (int t = 0; t < kHeld; ++t)
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        const uint4 w = range.begin + t < range.end ? from[(t * kM + m) * 32] : make_uint4(0, 0, 0, 0);
+        const uint4 w = t < tiles ? from[(t * kM + m) * 32] : make_uint4(0, 0, 0, 0);
         held[t][m][0] = w.x, held[t][m][1] = w.y, held[t][m][2] = w.z, held[t][m][3] = w.w;
       }
-    const int more = (range.end - range.begin - kHeld) * kM;
+    const int more = (tiles - kHeld) * kM;
 #pragma unroll 4
     for (int i = 0; i < more; ++i) spilled[i * 32] = from[(kHeld * kM + i) * 32];
   }
 
-  FASTRNN_INLINE void multiply(const uint64_t* words, uint32_t tag, int rows, float* sums) {
-    for (int row = 0; row < rows; row += 8) {
-      const bool running = row + lane / 4 < rows;
-      const uint64_t* from = words + (row / 8 * s.k_tiles() + range.begin) * 64 + lane;
+  FASTRNN_INLINE void multiply(const Exchange<Way>& exchange, int k, uint32_t tag, int rows, float* sums) const {
+    exchange.await(flags.begin, flags.end - flags.begin, tag);
+    const Word* words = exchange.words(k) + range.begin * kTileWords + lane % 4 * 2;
+    for (int row = 0; row < rows; row += 8, words += group_words) {
+      const Word* from = words + (row + lane / 4 < rows ? lane / 4 : rows - 1 - row) * 8;
       float d[kM][4];
 #pragma unroll
       for (int m = 0; m < kM; ++m)
@@ -168,76 +190,62 @@ class MmaProduct {
         for (int i = 0; i < 4; ++i) d[m][i] = 0.f;
 #pragma unroll
       for (int t = 0; t < kHeld; t += kAhead)
-        if (range.begin + t < range.end) {
-          uint32_t b[2][kAhead];
-          take<kAhead>(from + t * 64, running ? there[0] >> t : 0u, running ? there[1] >> t : 0u, tag,
-                       row == 0 && t == 0, b);
+        if (t < tiles) {
+          Word b[kAhead][2];
+          take_tiles(from + t * kTileWords, tiles - t, tag, row == 0 && t == 0, b);
 #pragma unroll
           for (int n = 0; n < kAhead; ++n)
+            if (t + n < tiles) {
 #pragma unroll
-            for (int m = 0; m < kM; ++m) mma(d[m], held[t + n][m], b[0][n], b[1][n]);
+              for (int m = 0; m < kM; ++m) mma(d[m], held[t + n][m], b[n]);
+            }
         }
-      multiply_spilled(from + kHeld * 64, running, tag, d);
-      float* to = sums + (warp * s.padded_rows() + row + lane % 4 * 2) * s.sums_stride() + lane / 4;
+      multiply_spilled(from + kHeld * kTileWords, tag, d);
+      float* to = sums + (warp * padded_rows + row + lane % 4 * 2) * kStride + lane / 4;
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) to[i % 2 * s.sums_stride() + m * 16 + i / 2 * 8] = d[m][i];
+        for (int i = 0; i < 4; ++i) to[i % 2 * kStride + m * 16 + i / 2 * 8] = d[m][i];
     }
   }
 
  private:
-  // The first unit that b's register i holds of a k tile, in this lane.
-  FASTRNN_INLINE int unit_of(int tile, int i) const {
-    return tile / kGates * kTile + (i * 4 + lane % 4) * kValues;
+  // b of the first `count` of N tiles.
+  template <int N>
+  static FASTRNN_INLINE void take_tiles(const Word* from, int count, uint32_t tag, bool early, Word (&b)[N][2]) {
+    take([&](int n) { return from + n * kTileWords; }, count, tag, early, b);
+    if constexpr (sizeof(Word) == 8) dev::sync_warp();  // lanes come back from spinning one by one
   }
 
-  // b's registers of kN tiles, those that bit n of there_0 and there_1 is set for; zeros in the others.
-  template <int kN>
-  static FASTRNN_INLINE void take(const uint64_t* from, uint32_t there_0, uint32_t there_1, uint32_t tag,
-                                  bool early, uint32_t (&b)[2][kN]) {
-    constexpr uint32_t kMask = (1u << kN) - 1;
-    uint32_t value[2 * kN];
-    await(from, [](int n) { return n % kN * 64 + n / kN * 32; }, (there_0 & kMask) | (there_1 & kMask) << kN, tag,
-          early, value);
-#pragma unroll
-    for (int n = 0; n < 2 * kN; ++n) b[n / kN][n % kN] = value[n];
-    dev::sync_warp();  // lanes come back from spinning one by one
-  }
-
-  FASTRNN_INLINE void multiply_spilled(const uint64_t* from, bool running, uint32_t tag, float (&d)[kM][4]) const {
-    for (int t = range.begin + kHeld, at = 0; t < range.end; t += kAheadSpilled, at += kAheadSpilled) {
-      uint32_t here[2] = {0, 0}, b[2][kAheadSpilled];
+  FASTRNN_INLINE void multiply_spilled(const Word* from, uint32_t tag, float (&d)[kM][4]) const {
+    const uint4* weight = spilled;
+    for (int t = kHeld; t < tiles; t += kAheadSpilled, from += kAheadSpilled * kTileWords) {
+      Word b[kAheadSpilled][2];
+      take_tiles(from, tiles - t, tag, false, b);
 #pragma unroll
       for (int n = 0; n < kAheadSpilled; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          here[i] |= uint32_t(running && t + n < range.end && unit_of(t + n, i) < s.hidden) << n;
-      take<kAheadSpilled>(from + at * 64, here[0], here[1], tag, false, b);
-#pragma unroll
-      for (int n = 0; n < kAheadSpilled; ++n)
-        if (t + n < range.end) {
+        if (t + n < tiles) {
 #pragma unroll
           for (int m = 0; m < kM; ++m) {
-            const uint4 w = spilled[((at + n) * kM + m) * 32];
+            const uint4 w = weight[(n * kM + m) * 32];
             const uint32_t a[4] = {w.x, w.y, w.z, w.w};
-            mma(d[m], a, b[0][n], b[1][n]);
+            mma(d[m], a, b[n]);
           }
         }
+      weight += kAheadSpilled * kM * 32;
     }
   }
 
-  static FASTRNN_INLINE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b_0, uint32_t b_1) {
-    const uint32_t b[2] = {b_0, b_1};
+  static FASTRNN_INLINE void mma(float (&d)[4], const uint32_t (&a)[4], const Word (&words)[2]) {
+    const uint32_t b[2] = {uint32_t(words[0]), uint32_t(words[1])};
     if constexpr (kHalf) dev::mma_16816<S>(d, a, b);
     else dev::mma_1688_tf32(d, a, b);
   }
 
-  const GridShape& s;
   const int lane, warp;
-  const KRange range;
-  uint32_t there[2];  // bit t: this lane's register i of k tile t in registers is of units that there are
-  uint4* spilled;     // [k tiles beyond kHeld, kM, 32] of the warp
+  const Range range, flags;
+  const int tiles, group_words, padded_rows;  // k tiles of the warp; words of 8 rows
+  uint4* spilled;  // [k tiles beyond kHeld, kM, 32] of the warp
   uint32_t held[kHeld][kM][4];
 };
 

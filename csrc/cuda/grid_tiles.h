@@ -5,13 +5,13 @@
 // memory less what sums and stages need and, for mma, 112 KB of registers. Blocks, ceil(h / units) * row tiles *
 // groups, must find a multiprocessor each. Largest h with 132 of them and one group, forward / backward:
 //                          units       B = 1        B = 16       B = 32       B = 64
-//   half, mma    LSTM      16          2112 / 2112  2048 / 1056  1536 / 1024  1056 / 672
-//                GRU       16          2112 / 2112  2112 / 1344  2048 / 1056  1056 / 704
-//                RNN       16          2112 / 2112  2112 / 2112  2048 / 2048  1056 / 1056
-//   TF32, mma    LSTM      16          1216 / 1312  1056 / 1024  1024 / 512    512 / 512
-//   float32,     LSTM      8           1056 / 1056  1056 / 512    960 / 512    512 / 320
-//   FFMA         GRU       10 / 8      1320 / 1056  1248 / 672    640 / 512    416 / 352
-//                RNN       32 / 8      1408 / 1056  1408 / 1056  1056 / 1024   512 / 512
+//   half, mma    LSTM      16          2112 / 2112  2048 / 2048  1536 / 1056  1056 / 1024
+//                GRU       16          2112 / 2112  2112 / 2112  2112 / 1360  1056 / 1056
+//                RNN       16          2112 / 2112  2112 / 2112  2112 / 2112  1056 / 1056
+//   TF32, mma    LSTM      16          1216 / 1312  1056 / 1056  1024 / 1024   528 / 528
+//   float32,     LSTM      8           1056 / 1056  1056 / 1024   960 / 528    528 / 512
+//   FFMA         GRU       10 / 8      1320 / 1056  1248 / 1056   660 / 672    440 / 528
+//                RNN       32 / 8      1408 / 1056  1408 / 1056  1056 / 1056   512 / 528
 // At small B the bound is blocks (half) or shared memory (float32, TF32), then kGridExchangeBytes, then row tiles.
 #pragma once
 #include <cstdint>
@@ -34,7 +34,12 @@ constexpr int kGridStage = 128;
 constexpr int kGridBatch = 1024;
 // Offsets into a group's weights fit 31 bits; no device has the multiprocessors for that many units.
 constexpr int kGridHidden = 16384;
-// Above this many bytes from the exchange a step and block (6 us at 42 bytes/ns) a GEMM per step is as good.
+// The bytes of a step's results up to which blocks exchange words with tags, and above which results beside flags. On
+// an H200 blocks have seen 8 KB of results in words, which are twice as many bytes, after 1.1 us and 16 KB after 1.8 to
+// 1.9; with a flag it is 1.3 to 1.4 us for 8 KB, 1.3 for 16, 1.8 for 32 and 3 for 128 (docs/gpu.md).
+constexpr int64_t kGridWordBytes = 8 << 10;
+// Above this many bytes from the exchange a step and block (4 to 5 us, going by those numbers) a GEMM per step is as
+// good.
 constexpr int64_t kGridExchangeBytes = 256 << 10;
 
 constexpr FASTRNN_HD int grid_max(int a, int b) { return a > b ? a : b; }
@@ -43,6 +48,7 @@ constexpr FASTRNN_HD int grid_max(int a, int b) { return a > b ? a : b; }
 struct GridShape {
   int32_t gates, hidden, batch, units, rows, threads;
   bool backward, mma, half;
+  bool flags;  // blocks exchange results beside flags, not in words that carry tags; exchange.cuh
 
   // K: what the product sums over. Forward the units of state 0, backward the gate gradients of all units.
   // M: what a block computes of it. Forward all gates of its units, backward its units' gradient of state 0.
@@ -68,14 +74,36 @@ struct GridShape {
   constexpr FASTRNN_HD int held_tiles() const { return kGridFragments / gates_in_m(); }
   constexpr FASTRNN_HD int padded_rows() const { return round_up(rows, 8); }
 
-  // One parity buffer of one (group, row tile), in 64-bit words.
-  constexpr FASTRNN_HD int64_t words() const {
-    return int64_t(k_tiles()) * (k_tile() / values()) * padded_rows();
+  // One of the two buffers of one (group, row tile), in words: 64 bits with their tags, 32 beside flags.
+  constexpr FASTRNN_HD int tile_words() const { return 8 * k_tile() / values(); }  // of 8 rows
+  constexpr FASTRNN_HD int64_t words() const { return int64_t(k_tiles()) * tile_words() * (padded_rows() / 8); }
+  constexpr FASTRNN_HD int word_bytes() const { return flags ? 4 : 8; }
+  // Where in it the word of a row's gate and unit of K stands: [8 rows, tile, ...] and there in the order in which
+  // lanes load them, two neighbours at a time. mma: [row, q, register of b]; FFMA: [row, unit].
+  constexpr FASTRNN_HD int word_of(int row, int gate, int unit) const {
+    const int tile = row / 8 * k_tiles() + unit / k_tile() * gates_in_k() + gate, k = unit % k_tile() / values();
+    return tile * tile_words() + (mma ? (row % 8 * 4 + k % 4) * 2 + k / 4 : row % 8 * 32 + k);
+  }
+  // The first unit of K in a word: of all that word_of gives this one for.
+  constexpr FASTRNN_HD int unit_of_word(int word) const {
+    const int tile = word / tile_words() % k_tiles(), k = mma ? word % 2 * 4 + word / 2 % 4 : word % 32;
+    return tile / gates_in_k() * k_tile() + k * values();
   }
   constexpr FASTRNN_HD int64_t all_words(int64_t groups) const { return groups * row_tiles() * 2 * words(); }
-  constexpr FASTRNN_HD int64_t exchanged_bytes() const {  // read by a block in a step whose rows are all running
-    return int64_t(k_tiles()) * (k_tile() / values()) * (rows < batch ? rows : batch) * 8;
+  // A flag for each warp of a block that owns results.
+  constexpr FASTRNN_HD int owner_warps() const { return ceil_div(rows * words_per_row(), 32); }
+  constexpr FASTRNN_HD int flags_of_tile() const { return unit_blocks() * owner_warps(); }
+  constexpr FASTRNN_HD int64_t all_flags(int64_t groups) const {
+    return flags ? groups * row_tiles() * flags_of_tile() : 0;
   }
+  constexpr FASTRNN_HD int64_t exchange_bytes(int64_t groups) const {
+    return round_up(all_words(groups) * word_bytes() + all_flags(groups) * 4, int64_t(16));
+  }
+  // Read by a block in a step whose rows are all running: results, and what they take.
+  constexpr FASTRNN_HD int64_t result_bytes() const {
+    return int64_t(k_tiles()) * (k_tile() / values()) * (rows < batch ? rows : batch) * 4;
+  }
+  constexpr FASTRNN_HD int64_t exchanged_bytes() const { return result_bytes() / 4 * word_bytes(); }
 
   // A block's weights in quads of 16 bytes: all of them, as they are packed, and those in shared memory.
   constexpr FASTRNN_HD int64_t packed_quads() const {
@@ -100,8 +128,8 @@ struct GridShape {
   }
 };
 
-// Fills in units and rows: as many tiles of rows as find multiprocessors, since every block reads all of its rows'
-// states from the exchange each step. False where the tier cannot run the call there.
+// Fills in units, rows and the kind of exchange: as many tiles of rows as find multiprocessors, since every block reads
+// all of its rows' states from the exchange each step. False where the tier cannot run the call there.
 constexpr bool grid_fit(GridShape& s, int64_t groups, int multiprocessors, int64_t shared_per_block) {
   s.threads = kGridThreads;
   s.units = s.most_units();
@@ -111,6 +139,7 @@ constexpr bool grid_fit(GridShape& s, int64_t groups, int multiprocessors, int64
   const int step = s.mma ? 8 : 4;  // what rows cost is counted in these
   const int tiles = free_tiles < s.batch ? int(free_tiles) : s.batch;
   s.rows = round_up(ceil_div(s.batch, tiles), step);
+  s.flags = s.result_bytes() > kGridWordBytes;
   return s.rows <= kGridRows && s.valid() && s.shared_bytes() <= shared_per_block;
 }
 

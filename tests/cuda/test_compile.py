@@ -19,7 +19,7 @@ import cuda_object  # noqa: E402
 import cuda_toolkit  # noqa: E402
 from build_copy import mirror  # noqa: E402
 from check_cuda import compare, problems_of, promised, updated  # noqa: E402
-from cuda_object import Kernel, Object, parse_ptxas, parse_sass, shorten  # noqa: E402
+from cuda_object import Kernel, Object, parse_ptxas, parse_sass, shorten, waiting_loops  # noqa: E402
 from cuda_toolkit import Arch, ToolkitError, find_tool, find_toolkit, parse_archs  # noqa: E402
 
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -74,10 +74,42 @@ def test_ptxas_output_is_read():
     assert (b.registers, b.shared, b.stack, b.spill_stores, b.spill_loads) == (255, 0, 32, 4, 8)
 
 
+# A kernel that waits: in each step for one pair of words, then for two at once, with a branch back before the last.
+WAITS = """\
+		Function : _Z1cPf
+        /*0000*/                   LDG.E.64.STRONG.GPU R2, desc[UR4][R2.64] ;  /* 0x0 */
+        /*0010*/                   LDG.E R2, desc[UR4][R2.64] ;        /* 0x0 */
+        /*0020*/                   FADD R2, R2, R2 ;                   /* 0x0 */
+        /*0030*/              @!P0 BRA 0x10 ;                          /* 0x0 */
+        /*0040*/                   MOV R9, RZ ;                        /* 0x0 */
+        /*0050*/                   LDG.E.128.STRONG.GPU R4, desc[UR4][R2.64] ;  /* 0x0 */
+        /*0060*/               @P5 BRA 0x50 ;                          /* 0x0 */
+        /*0070*/                   LDG.E.128.STRONG.GPU R4, desc[UR4][R2.64] ;  /* 0x0 */
+        /*0080*/               @P6 LDG.E.128.STRONG.GPU R8, desc[UR4][R2.64+0x200] ;  /* 0x0 */
+        /*0090*/              @!P5 BRA 0x70 ;                          /* 0x0 */
+        /*00a0*/                   YIELD ;                             /* 0x0 */
+        /*00b0*/               @P5 BRA 0x70 ;                          /* 0x0 */
+        /*00c0*/               @P4 BRA 0xe0 ;                          /* 0x0 */
+        /*00d0*/                   STG.E.64.STRONG.GPU desc[UR4][R2.64], R8 ;  /* 0x0 */
+        /*00e0*/               @P3 BRA 0x40 ;                          /* 0x0 */
+        /*00f0*/                   EXIT ;                              /* 0x0 */
+        /*0100*/                   WARPSYNC.COLLECTIVE R7, 0x110 ;     /* 0x0 */
+        /*0110*/                   BRA 0x40 ;                          /* 0x0 */
+"""
+
+
 def test_disassembly_is_read():
-    functions = parse_sass(SASS.splitlines())
+    functions = {name: Counter(i.opcode for i in code) for name, code in parse_sass(SASS.splitlines()).items()}
     assert functions["_Z1aPf"] == {"LDC": 1, "EXIT": 1, "HMMA.16816.F32.BF16": 2, "STL": 1, "UMOV": 1}
     assert functions["_Z1bPf"] == {"WARPSYNC.COLLECTIVE": 1}
+
+
+def test_loops_that_wait_are_read():
+    (code,) = parse_sass(WAITS.splitlines()).values()
+    assert [i.target for i in code if i.opcode == "BRA"] == [0x10, 0x50, 0x70, 0x70, 0xE0, 0x40, 0x40]
+    assert waiting_loops(code) == (5, 11)
+    assert waiting_loops(code[:5]) == (0, 0), "a loop without a look at another block's word"
+    assert all(waiting_loops(code) == (0, 0) for code in parse_sass(SASS.splitlines()).values())
 
 
 def test_names_are_short():
@@ -127,6 +159,20 @@ def test_table():
     assert "not in the table" in renamed[0] and "not in the build" in renamed[1]
     warned = [Object("a.cu", "sm_90a", 1.0, 100, 'a.cu(3): warning #177-D: variable "x"', [])]
     assert "warning" in compare(warned, {}, "13.0")[0]
+
+
+def test_loops_that_wait_may_not_grow():
+    def built(turn, step):
+        kernel = Kernel("k<float>", 40, opcodes=Counter({"FADD": 1}), turn=turn, step=step)
+        return [Object("a.cu", "sm_90a", 1.0, 100, "", [kernel])]
+
+    table = updated(built(20, 900), {}, "13.0")
+    assert table["kernels"]["a.cu"]["k<float>"]["sm_90a"] == [40, 0, 20, 900]
+    assert not compare(built(20, 900), table, "13.0") and not compare(built(19, 800), table, "13.0")
+    assert "21 instructions in a turn" in compare(built(21, 900), table, "13.0")[0]
+    assert "901 instructions in the loop over steps" in compare(built(20, 901), table, "13.0")[0]
+    assert not compare(built(21, 900), table, "13.1"), "another compiler's instructions are not compared"
+    assert "table 0" in compare(built(20, 900), updated(built(0, 0), {}, "13.0"), "13.0")[0], "waits where it did not"
 
 
 def test_table_file_has_one_line_a_kernel(tmp_path):
@@ -244,9 +290,9 @@ def test_bounded_spins_compile(tmp_path):
     source.write_text(
         "#define FASTRNN_BOUNDED_SPINS 16777216\n"
         '#include "cuda/grid.cuh"\n'
-        "__global__ void waits_kernel(const uint64_t* words, uint32_t* out) {\n"
-        "  fastrnn::cuda::await(words, [](int n) { return n * 32; }, 15u, 1u, false,\n"
-        "                       *reinterpret_cast<uint32_t(*)[4]>(out));\n"
+        "__global__ void waits_kernel(const uint64_t* words, uint64_t* out) {\n"
+        "  fastrnn::cuda::take([&](int n) { return words + n * 64; }, 4, 1u, true,\n"
+        "                      *reinterpret_cast<uint64_t(*)[4][2]>(out));\n"
         "}\n"
     )
     (kernel,) = cuda_object.compile_object(source, ARCH, TOOLKIT, cuda_object.headers_digest()).kernels

@@ -29,10 +29,15 @@ class Fault(NamedTuple):
     instead: str
     says: str | None  # what a finding says; "": nothing is wrong; None: only numbers tell
     launches: int = 1  # over one workspace, zeroed before the first
+    flags: bool = False  # grid: results beside flags, or words with tags
 
 
-def grid(*rest):
-    return Fault("grid", *rest)
+def grid(*rest, launches=1):
+    return Fault("grid", *rest, launches)
+
+
+def flags(*rest, launches=1):
+    return Fault("grid", *rest, launches, True)
 
 
 def resident(*rest):
@@ -44,12 +49,16 @@ def step(which, product, text, instead, says=None):
 
 
 GRID_BARRIER = "dev::sync_block();\n    if (o.units && o.row.running(k))"
+CLEARED = "tagged_words[i] = s.unit_of_word(int(i % s.words())) < s.hidden ? 0 : kNoUnit;"
+AWAIT = "exchange.await(flags.begin, flags.end - flags.begin, tag);"
+OF_LANE = " + range.begin * kTileWords + lane"
+BUFFER = "return base + (k & 1 ? even + odd : even);"
 BACKWARD_BARRIER = "before, sums);\n    dev::sync_block();"
 FAULTS = {
     "grid_ffma": grid("forward", "ffma", "", "", ""),
     "grid_half": grid("forward", "half", "", "", ""),
     "grid_backward": grid("backward", "ffma", "", "", ""),
-    "grid_two_launches": Fault("grid", "forward", "half", "", "", "", 2),
+    "grid_two_launches": grid("forward", "half", "", "", "", launches=2),
     "no_barrier": grid(
         "forward", "ffma", GRID_BARRIER, GRID_BARRIER.replace("dev::sync_block();", ""), "race|uninitialised"),
     "no_barrier_backward": grid("backward", "ffma", BACKWARD_BARRIER, "before, sums);", "race|uninitialised"),
@@ -57,26 +66,76 @@ FAULTS = {
         "forward", "half", "= length_of(p, group, b);\n  dev::sync_block();", "= length_of(p, group, b);",
         "race|uninitialised"),
     "one_sums_buffer": grid("forward", "half", "k & 1 ? shared.sums_odd :", "", "race"),
-    "one_word_buffer": grid("forward", "half", "(place * 2 + (n & 1))", "(place * 2)", "deadlock"),
-    "tag_ignored": grid("forward", "half", "uint32_t(word[n] >> 32) == tag", "(look >> n & 1u) == 1u", None),
-    "words_not_cleared": grid("forward", "ffma", "workspace[i] = 0;", ";", "uninitialised"),
-    "words_of_last_launch": Fault("grid", "forward", "half", "workspace[i] = 0;", ";", None, 2),
     "no_warp_barrier_after_stage": grid(
         "forward", "ffma", "dev::sync_warp();\n      const float4* w", "const float4* w", "race|uninitialised"),
     "no_warp_barrier_before_stage": grid(
         "forward", "ffma", "dev::sync_warp();  // before the stage", "// before", "race"),
-    "published_to_wrong_buffer": grid("forward", "half", "publish(k + 1, h);", "publish(k, h);", "deadlock"),
-    "published_before_its_value": grid(
-        "forward", "half", "const auto publish = [&](int k, const float(&h)[N]) {",
-        "const auto publish = [&](int k, const float(&h)[N]) {\n    dev::store_relaxed(grid_words(workspace, s, k) + "
-        "Product::word_of(s, o.position, 0, o.unit), tagged(uint32_t(k) + 1, 0));", None),
-    "row_not_published": grid(
-        "forward", "half", "if (o.row.running(k + 1)) publish", "if (o.position) publish", "deadlock"),
     "rows_not_sorted": grid("forward", "half", "if (p.lengths) {", "if (false) {", None),
+    "tiles_that_are_not_awaited": grid(
+        "forward", "half", "from + t * kTileWords, tiles - t,", "from + t * kTileWords, kAhead,",
+        "deadlock|out of bounds"),
+    # words
+    "one_word_buffer": grid("forward", "half", BUFFER, "return base + even;", None),
+    "one_word_buffer_backward": grid("backward", "ffma", BUFFER, "return base + even;", None),
+    "tag_ignored": grid("forward", "half", "if (seen == tag) break;", "break;", None),
+    "tag_of_one_word_for_two": grid(
+        "forward", "half", "for (int i = 0; i < 2; ++i) tag =", "for (int i = 0; i < 1; ++i) tag =", None),
+    "words_not_cleared": grid("forward", "ffma", CLEARED, ";", "uninitialised"),
+    "words_of_last_launch": grid("forward", "half", CLEARED, ";", None, launches=2),
+    "units_that_are_not_awaited": grid("forward", "half", "? 0 : kNoUnit;", "? 0 : 0;", "deadlock"),
+    "units_that_are_not_awaited_ffma": grid("backward", "ffma", "? 0 : kNoUnit;", "? 0 : 0;", "deadlock"),
+    "published_to_wrong_buffer": grid(
+        "forward", "half", "store(k + 1, uint32_t(k) + 2", "store(k, uint32_t(k) + 2", "deadlock"),
+    "published_before_its_value": grid(
+        "forward", "half", "else dev::store_relaxed(words(k) + own + offset, tagged(tag, value));",
+        "else dev::store_relaxed(words(k) + own + offset, tagged(tag, 0)), "
+        "dev::store_relaxed(words(k) + own + offset, tagged(tag, value));", None),
+    "row_not_published": grid(
+        "forward", "half", "if (o.row.running(k + 1)) exchange", "if (o.position) exchange", "deadlock"),
     "new_rows_awaited": grid(
-        "backward", "ffma", "uint32_t(k) + 2, before, sums", "uint32_t(k) + 2, running, sums", "deadlock"),
-    "padding_awaited": grid("forward", "half", "unit_of(range.begin + t, i) < s.hidden", "true", "deadlock"),
-    "tag_of_last_step": grid("backward", "ffma", "uint32_t(k) + 2, before", "uint32_t(k) + 1, before", "deadlock"),
+        "backward", "ffma", "uint32_t(steps - k) - 1, before", "uint32_t(steps - k) - 1, running", "deadlock"),
+    "rows_that_do_not_run_awaited": grid(
+        "forward", "half", "(row + lane / 4 < rows ? lane / 4 : rows - 1 - row)", "(lane / 4)", "deadlock"),
+    "rows_that_do_not_run_awaited_ffma": grid(
+        "forward", "ffma", "(2 * i + half < left ? 2 * i + half : left - 1)", "(2 * i + half)", "deadlock"),
+    "tag_of_next_step": grid(
+        "backward", "ffma", "uint32_t(steps - k) - 1, before", "uint32_t(steps - k), before", "deadlock"),
+    "tag_of_last_step": grid(
+        "backward", "ffma", "uint32_t(steps - k) - 1, before", "uint32_t(steps - k) - 2, before", None),
+    "words_of_wrong_buffer": grid(
+        "forward", "half", f"exchange.words(k){OF_LANE}", f"exchange.words(k + 1){OF_LANE}", "deadlock"),
+    # flags
+    "flags_half": flags("forward", "half", "", "", ""),
+    "flags_ffma": flags("forward", "ffma", "", "", ""),
+    "flags_backward": flags("backward", "ffma", "", "", ""),
+    "flags_two_launches": flags("forward", "half", "", "", "", launches=2),
+    "flag_relaxed_load": flags("forward", "half", "dev::load_acquire(", "dev::load_relaxed(", "race"),
+    "flag_relaxed_store": flags("forward", "half", "dev::store_release(", "dev::store_relaxed(", "race"),
+    "flag_before_other_lanes": flags(
+        "backward", "ffma", "dev::sync_warp();\n    if constexpr (kFlags) {", "if constexpr (kFlags) {", "race"),
+    "flag_seen_by_one_lane": flags(
+        "forward", "half", "tag) pause(turn);\n      dev::sync_warp();", "tag) pause(turn);", "race"),
+    "flag_not_awaited": flags(
+        "forward", "half", f"{AWAIT}\n    const Word* words = exchange.words(k){OF_LANE}",
+        f"const Word* words = exchange.words(k){OF_LANE}", "race"),
+    "flag_of_last_block_not_awaited": flags(
+        "forward", "ffma", "(last / s.units + 1) * s.owner_warps()", "(last / s.units) * s.owner_warps()", "race"),
+    "flag_of_last_warp_not_awaited": flags(
+        "backward", "ffma", "(last / s.units + 1) * s.owner_warps()", "(last / s.units + 1) * s.owner_warps() - 1",
+        "race"),
+    "flag_of_last_warp_not_set": flags(
+        "forward", "ffma", "warp < s.owner_warps()", "warp < s.owner_warps() - 1", "deadlock"),
+    "flag_of_last_step": flags(
+        "backward", "ffma", "uint32_t(steps - k) - 1, before", "uint32_t(steps - k) - 2, before", "race"),
+    "flag_set_too_early": flags(
+        "forward", "half", "exchange.publish(uint32_t(k) + 2)", "exchange.publish(uint32_t(k) + 3)", "race"),
+    "flags_of_last_launch": flags("forward", "half", "results[i] = 0;", ";", "race", launches=2),
+    "flags_not_cleared": flags("backward", "ffma", "results[i] = 0;", ";", "uninitialised"),
+    "one_buffer_of_results": flags("forward", "half", BUFFER, "return base + even;", "race"),
+    "results_in_wrong_buffer": flags(
+        "forward", "half", "store(k + 1, uint32_t(k) + 2", "store(k, uint32_t(k) + 2", "race"),
+    "no_barrier_with_flags": flags(
+        "forward", "half", GRID_BARRIER, GRID_BARRIER.replace("dev::sync_block();", ""), "race|uninitialised"),
     # debug builds: a wait that ends does so unharmed, one that does not ends the launch
     "bounded_spins": grid("forward", "half", "kMostTurns = 0;", "kMostTurns = 1 << 24;", ""),
     "bounded_spins_that_run_out": grid("forward", "half", "kMostTurns = 0;", "kMostTurns = 1;", ": trap"),
@@ -186,7 +245,15 @@ FAULTS = {
 }  # fmt: skip
 
 FILES = {
-    "grid": ("common.cuh", "grid.cuh", "grid_product.cuh", "grid_prepare.cu", "unit_{}.cuh", "grid_{}.cu"),
+    "grid": (
+        "common.cuh",
+        "exchange.cuh",
+        "grid.cuh",
+        "grid_product.cuh",
+        "grid_prepare.cu",
+        "unit_{}.cuh",
+        "grid_{}.cu",
+    ),
     "resident": ("common.cuh", "unit_forward.cuh", "unit_backward.cuh", "resident.cuh", "resident_{}.cu"),
     "step": ("common.cuh", "step.cuh", "unit_{}.cuh", "step_{}.cu"),
 }
@@ -237,12 +304,15 @@ def faulty_source(name):
     invalid = "return int(dev::kInvalidValue);"
     if fault.tier == "grid":
         half = text.index("      if (s.half)\n        return with_half(call.dtype")
-        mma = text.index("      if (s.mma)\n", half)
-        ffma = text.index("\n      return launch_grid(", mma) + 1
+        mma = text.index("      if (s.mma) {\n", half)
+        ffma = text.index("      using Product = FfmaProduct<", mma)
+        end = text.index(";\n", text.index("return launch_grid(", ffma)) + 2
         if fault.product == "ffma":
             text = text[:half] + text[ffma:]
         else:
-            text = text[:half] + text[half:mma].replace("if (s.half)", "") + text[text.index(";\n", ffma) + 2 :]
+            text = text[:half] + text[half:mma].replace("if (s.half)", "") + text[end:]
+        both = "s.flags ? f(Type<ByFlags>{}, type) : f(Type<ByWords>{}, type)"
+        text = once(text, both, "f(Type<ByFlags>{}, type)" if fault.flags else "f(Type<ByWords>{}, type)")
     elif fault.tier == "resident":
         cut = r"(int with_{}_tile\(const ForwardParams&) p, int rows, F f\) {{\n.*?\n}}\n"
         other = "mma" if fault.product == "ffma" else "ffma"
@@ -304,8 +374,8 @@ def test_fault_is_noticed(faulty, name, monkeypatch):
     fault = FAULTS[name]
     dtype = torch.float32 if fault.product == "ffma" else torch.bfloat16
     case = Case("lstm", 4, 10, 1, 9, 0, "rows", "state", "all", dtype)
-    tile = {"grid": (2, 10, 4, 0, 0, 0, 64, 0), "resident": (1, 4 if fault.product == "ffma" else 8, *[0] * 6),
-            "step": None}[fault.tier]  # fmt: skip
+    tile = {"grid": (2, 10, 4, int(fault.flags), 0, 0, 64, 0), "step": None,
+            "resident": (1, 4 if fault.product == "ffma" else 8, *[0] * 6)}[fault.tier]  # fmt: skip
     entry = {"step": "cuda_step"}.get(fault.tier, f"cuda_{fault.which}")
     monkeypatch.setattr(faulty.library, entry, getattr(faulty.library, f"run_{symbol(name)}"))
     problems = [Problem(case, seed) for seed in range(2)]

@@ -53,16 +53,16 @@ class Params(ctypes.Structure):
 
 
 class Tile:
-    """units of a block, rows of a tile, threads of a block; TF32 or not."""
+    """units of a block, rows of a tile, threads of a block; TF32 or not; results beside flags or words with tags."""
 
-    def __init__(self, units, rows, threads=64, tf32=False):
-        self.units, self.rows, self.threads, self.tf32 = units, rows, threads, tf32
+    def __init__(self, units, rows, threads=64, tf32=False, flags=False):
+        self.units, self.rows, self.threads, self.tf32, self.flags = units, rows, threads, tf32, flags
 
     def __repr__(self):
-        return f"units {self.units} rows {self.rows} threads {self.threads} tf32 {self.tf32}"
+        return f"units {self.units} rows {self.rows} threads {self.threads} tf32 {self.tf32} flags {self.flags}"
 
     def __iter__(self):
-        return iter((self.units, self.rows, self.threads, self.tf32))
+        return iter((self.units, self.rows, self.threads, self.tf32, self.flags))
 
 
 class Grid(Emulator):
@@ -70,7 +70,7 @@ class Grid(Emulator):
 
     def __init__(self, path):
         super().__init__(path)
-        tile = [ctypes.c_bool, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_bool]
+        tile = [ctypes.c_bool, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_bool, ctypes.c_bool]
         self.library.grid_test_workspace.restype = I64
         self.library.grid_test_workspace.argtypes = [POINTER, *tile]
         self.library.grid_test_run.argtypes = [POINTER, *tile, POINTER]
@@ -205,7 +205,7 @@ def grid():
     return Grid(build(SOURCES, OUT / "libgrid.so"))
 
 
-def tile_for(case, kind, blocks=3, tiles=2, threads=64):
+def tile_for(case, kind, blocks=3, tiles=2, threads=64, flags=False):
     """Units and rows that give about so many blocks and tiles of rows."""
     dtype, tf32 = KINDS[kind]
     gates, even = ops.CELLS[case.cell].gates, 2 if dtype.itemsize == 2 else 1
@@ -214,15 +214,19 @@ def tile_for(case, kind, blocks=3, tiles=2, threads=64):
     rows = -(-case.B // tiles)
     while rows * -(-units // even) > threads:
         rows, threads = (rows, threads * 2) if threads < 256 else (rows - 1, threads)
-    return Tile(units, rows, threads, tf32)
+    return Tile(units, rows, threads, tf32, flags)
 
 
+by_words_and_by_flags = pytest.mark.parametrize("flags", [False, True], ids=["words", "flags"])
+
+
+@by_words_and_by_flags
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cell", ops.CELLS)
-def test_every_schedule(grid, cell, kind):
+def test_every_schedule(grid, cell, kind, flags):
     """Three blocks of two warps: whoever starves, the numbers stay, and they stay the same."""
     case = Case(cell, 4, 3, 1, 5, 0, "rows", "state", dtype=KINDS[kind][0])
-    tile = tile_for(case, kind, tiles=1)
+    tile = tile_for(case, kind, tiles=1, flags=flags)
     results = []
 
     def run(schedule):
@@ -243,9 +247,10 @@ def test_every_schedule(grid, cell, kind):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@by_words_and_by_flags
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cell", ["lstm", "rnn_relu"])
-def test_many_k_tiles(grid, cell, kind):
+def test_many_k_tiles(grid, cell, kind, flags):
     """One warp a block: weights beyond those in registers, more than one stage, tiles of the full width."""
     h = {"float32": 161, "tf32": 70 if cell == "lstm" else 240, "bfloat16": 129 if cell == "lstm" else 465,
          "float16": 120 if cell == "lstm" else 450}[kind]  # fmt: skip
@@ -253,12 +258,13 @@ def test_many_k_tiles(grid, cell, kind):
     units = 8 if kind == "float32" else 16
     grid.schedule(5, seed=1, races=False)
     grid.reset()
-    grid.check(case, Tile(units, 2 if kind == "tf32" else 3, 32, KINDS[kind][1]))
+    grid.check(case, Tile(units, 2 if kind == "tf32" else 3, 32, KINDS[kind][1], flags))
     assert grid.findings() == []
 
 
+@by_words_and_by_flags
 @pytest.mark.parametrize("kind", KINDS)
-def test_full_tile(grid, kind):
+def test_full_tile(grid, kind, flags):
     """256 threads that each own a word."""
     dtype, tf32 = KINDS[kind]
     for cell, B, h in [("lstm", 32, 33), ("gru", 24, 20)]:
@@ -268,15 +274,16 @@ def test_full_tile(grid, kind):
         case = Case(cell, 2, B, 1, h, 0, "rows", "zeros", dtype=dtype)
         grid.schedule(2, seed=1, races=False)
         grid.reset()
-        grid.check(case, Tile(units, B, 256, tf32))
+        grid.check(case, Tile(units, B, 256, tf32, flags))
         assert grid.findings() == []
 
 
+@by_words_and_by_flags
 @pytest.mark.parametrize("kind", KINDS)
-def test_uncleared_workspace(grid, kind):
+def test_uncleared_workspace(grid, kind, flags):
     """Call after call over one workspace, with other inputs, other T and either pass: no old word is taken."""
     base = Case("gru", 3, 3, 2, 5, dtype=KINDS[kind][0])
-    tile = tile_for(base, kind, tiles=1)
+    tile = tile_for(base, kind, tiles=1, flags=flags)
     for schedule in (2, 3, 7):
         grid.schedule(schedule, seed=schedule)
         grid.reset()
@@ -325,21 +332,24 @@ def test_refused_tiles(grid, change):
     grid.reset()
 
 
-# (cell, kind, B, h, P, multiprocessors) -> units, rows, blocks forward and backward; None: not for this tier
+# (cell, kind, B, h, P, multiprocessors) -> units, rows, blocks, by flags; forward and backward; None: not for this tier
 CHOICES = [
-    (("lstm", "bfloat16", 1, 256, 1, 132), (16, 8, 16), (16, 8, 16)),
-    (("lstm", "bfloat16", 64, 512, 1, 132), (16, 16, 128), (16, 16, 128)),
-    (("lstm", "bfloat16", 16, 1024, 1, 132), (16, 8, 128), (16, 8, 128)),
-    (("lstm", "bfloat16", 16, 2048, 1, 132), (16, 16, 128), None),
-    (("lstm", "bfloat16", 8, 2048, 1, 132), (16, 8, 128), (16, 8, 128)),
+    (("lstm", "bfloat16", 1, 256, 1, 132), (16, 8, 16, 0), (16, 8, 16, 0)),
+    (("lstm", "bfloat16", 16, 512, 1, 132), (16, 8, 64, 0), (16, 8, 64, 1)),
+    (("lstm", "bfloat16", 64, 512, 1, 132), (16, 16, 128, 1), (16, 16, 128, 1)),
+    (("lstm", "bfloat16", 16, 1024, 1, 132), (16, 8, 128, 1), (16, 8, 128, 1)),
+    (("lstm", "bfloat16", 16, 2048, 1, 132), (16, 16, 128, 1), (16, 16, 128, 1)),
+    (("lstm", "bfloat16", 32, 1536, 1, 132), (16, 32, 96, 1), None),
+    (("lstm", "bfloat16", 2, 2048, 1, 132), (16, 8, 128, 0), (16, 8, 128, 1)),
     (("lstm", "bfloat16", 8, 2176, 1, 132), None, None),
-    (("gru", "float16", 32, 768, 2, 132), (16, 32, 96), None),
-    (("lstm", "float32", 16, 1024, 1, 132), (8, 16, 128), None),
-    (("lstm", "float32", 4, 1056, 1, 132), (8, 4, 132), (8, 4, 132)),
+    (("gru", "float16", 32, 768, 2, 132), (16, 32, 96, 1), (16, 32, 96, 1)),
+    (("lstm", "float32", 16, 1024, 1, 132), (8, 16, 128, 1), (8, 16, 128, 1)),
+    (("lstm", "float32", 4, 1056, 1, 132), (8, 4, 132, 1), (8, 4, 132, 1)),
+    (("lstm", "float32", 1, 1056, 1, 132), (8, 4, 132, 0), (8, 4, 132, 1)),
     (("lstm", "float32", 4, 1057, 1, 132), None, None),
-    (("gru", "float32", 4, 1320, 1, 132), (10, 4, 132), None),
-    (("rnn_tanh", "float32", 16, 1024, 1, 132), (32, 4, 128), (8, 16, 128)),
-    (("lstm", "tf32", 16, 1024, 1, 132), (16, 8, 128), (16, 8, 128)),
+    (("gru", "float32", 4, 1320, 1, 132), (10, 4, 132, 1), None),
+    (("rnn_tanh", "float32", 16, 1024, 1, 132), (32, 4, 128, 1), (8, 16, 128, 1)),
+    (("lstm", "tf32", 16, 1024, 1, 132), (16, 8, 128, 1), (16, 8, 128, 1)),
     (("lstm", "bfloat16", 16, 1024, 1, 16), None, None),
 ]
 
@@ -351,8 +361,8 @@ def test_choice(grid, call, forward, backward):
     index = list(ops.CELLS).index(cell)
     p = Params(steps=8, batch=B, groups=P, hidden=h, width=h, cell=index, dtype=DTYPES[dtype])
     for backward_pass, want in ((False, forward), (True, backward)):
-        numbers = (ctypes.c_int64 * 5)()
+        numbers = (ctypes.c_int64 * 6)()
         taken = grid.library.grid_test_choice(ctypes.byref(p), backward_pass, multiprocessors, tf32, numbers)
-        units, rows, threads, blocks, shared = numbers
-        assert (taken and (units, rows, blocks)) == (want or 0), (backward_pass, list(numbers))
+        units, rows, threads, blocks, shared, flags = numbers
+        assert (taken and (units, rows, blocks, flags)) == (want or 0), (backward_pass, list(numbers))
         assert shared <= 232448 and (not taken or threads == 256)
