@@ -56,21 +56,34 @@ __global__ void __launch_bounds__(tiles::kGridThreads, 1)
     for (int n = 0; n < N; ++n)
       load_gates<Cell, S>(p, o.row, k + 1, n < o.units ? o.unit + n : s.hidden, gates_next[n]);
     dev::sync_block();
-    if (o.units && o.row.running(k)) {
-      float z[G][N], h[N];
+    const bool own = o.units && o.row.running(k);
+    ForwardOut<Cell, float> out[N];
+    if (own) {
+      float z[G][N], next[N];
       grid_sums<Product::kStride>(sums, s, o.position, o.unit - first_unit, Product::gate_columns(s), z);
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        h[n] = 0.f;
+        next[n] = 0.f;
         if (n >= o.units) continue;
         Pack<float, G> gates_hh;
 #pragma unroll
         for (int g = 0; g < G; ++g) gates_hh[g] = z[g][n] + held<S, N>(bias[g], n);
-        h[n] = forward_step<Cell, S>(p, o.row, k, o.unit + n, gates[n], gates_hh, reset_next, carried[n]);
+        run_cell<Cell, S>(p, o.row, o.unit + n, gates[n], gates_hh, carried[n], {}, out[n]);
+        next[n] = next_h<S>(p, o.row, o.unit + n, out[n].state[0], reset_next);
+        if constexpr (Cell::kStates == 1) carried[n] = next[n];
       }
-      if (o.row.running(k + 1)) exchange.store(k + 1, uint32_t(k) + 2, 0, Product::encode(h));
+      if (o.row.running(k + 1)) exchange.store(k + 1, uint32_t(k) + 2, 0, Product::encode(next));
     }
+    // The others wait for this, and for nothing else that follows.
     exchange.publish(uint32_t(k) + 2);
+    if (own) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        if (n >= o.units) continue;
+        store_cell<Cell, S>(p, o.row, k, o.unit + n, out[n], reset_next, carried[n]);
+        store_h<S>(p, o.row, k, o.unit + n, out[n].state[0], reset_next);
+      }
+    }
 #pragma unroll
     for (int n = 0; n < N; ++n) gates[n] = gates_next[n];
   }

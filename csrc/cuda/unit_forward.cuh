@@ -44,26 +44,28 @@ FASTRNN_INLINE Wide<S> start_carried(const ForwardParams& p, const RowWalk& r, i
   return reset ? load_or_zero<S>(p.reset_c, at) : c;
 }
 
-// One step of unit j < h of a running row: stores saved and c_n, returns state 0 (o tanh(c) where it will be
-// projected). gates_hh: product and bias. reset_next: reset_before(k + 1). carried: before the step, then after
-// it; the caller sets it to store_h's result where h is the only state. row: what Row::combine made of them.
+// The cell of unit j < h: its values after a step, none of them stored. gates_hh: product and bias. row: what
+// Row::combine made of them.
 template <class Cell, class S>
-FASTRNN_INLINE Wide<S> forward_cell(const ForwardParams& p, const RowWalk& r, int k, int j,
-                                    const Pack<S, Cell::kGates>& gates_ih,
-                                    const Pack<Wide<S>, Cell::kGates>& gates_hh, bool reset_next,
-                                    Wide<S>& carried, const RowSums<Cell, S>& row = {}) {
-  using V = Wide<S>;
-  ForwardIn<Cell, V> in;
-  ForwardOut<Cell, V> out;
+FASTRNN_INLINE void run_cell(const ForwardParams& p, const RowWalk& r, int j, const Pack<S, Cell::kGates>& gates_ih,
+                             const Pack<Wide<S>, Cell::kGates>& gates_hh, Wide<S> carried,
+                             const RowSums<Cell, S>& row, ForwardOut<Cell, Wide<S>>& out) {
+  ForwardIn<Cell, Wide<S>> in;
 #pragma unroll
   for (int g = 0; g < Cell::kGates; ++g) in.gates_ih[g] = widen(gates_ih[g]);
   in.gates_hh = gates_hh;
-  in.state[0] = V(0);
+  in.state[0] = Wide<S>(0);
   in.state[carried_state<Cell>] = carried;
   load_params<Cell, S>(p, r.group, j, in.params);
   in.row = row;
   Cell::forward(in, out);
+}
 
+// Stores what step k of a running row gave unit j < h besides state 0: saved and c_n. carried: before the step, then
+// after it; the caller sets it to store_h's result where h is the only state. reset_next: reset_before(k + 1).
+template <class Cell, class S>
+FASTRNN_INLINE void store_cell(const ForwardParams& p, const RowWalk& r, int k, int j,
+                               const ForwardOut<Cell, Wide<S>>& out, bool reset_next, Wide<S>& carried) {
   if (p.saved) {
     const int64_t at = r.place(p, k) * kSavedAll<Cell> * p.hidden + j;
     if constexpr (Cell::kSaved > 0) {
@@ -77,17 +79,32 @@ FASTRNN_INLINE Wide<S> forward_cell(const ForwardParams& p, const RowWalk& r, in
     if (r.last(k)) store<S>(p.c_n, at, out.state[1]);
     carried = reset_next ? load_or_zero<S>(p.reset_c, at) : out.state[1];
   }
+}
+
+// Both: returns state 0 (o tanh(c) where it will be projected).
+template <class Cell, class S>
+FASTRNN_INLINE Wide<S> forward_cell(const ForwardParams& p, const RowWalk& r, int k, int j,
+                                    const Pack<S, Cell::kGates>& gates_ih,
+                                    const Pack<Wide<S>, Cell::kGates>& gates_hh, bool reset_next,
+                                    Wide<S>& carried, const RowSums<Cell, S>& row = {}) {
+  ForwardOut<Cell, Wide<S>> out;
+  run_cell<Cell, S>(p, r, j, gates_ih, gates_hh, carried, row, out);
+  store_cell<Cell, S>(p, r, k, j, out, reset_next, carried);
   return out.state[0];
 }
 
+// What the next step multiplies of state 0, column j < R.
+template <class S>
+FASTRNN_INLINE Wide<S> next_h(const ForwardParams& p, const RowWalk& r, int j, Wide<S> h, bool reset_next) {
+  return reset_next ? load_or_zero<S>(p.reset_h, r.place(p) * p.width + j) : h;
+}
 // State 0 after step k of a running row, column j < R: stores output and h_n, returns what the next step
 // multiplies.
 template <class S>
 FASTRNN_INLINE Wide<S> store_h(const ForwardParams& p, const RowWalk& r, int k, int j, Wide<S> h, bool reset_next) {
-  const int64_t at = r.place(p) * p.width + j;
   store<S>(p.output, r.place(p, k) * p.width + j, h);
-  if (r.last(k)) store<S>(p.h_n, at, h);
-  return reset_next ? load_or_zero<S>(p.reset_h, at) : h;
+  if (r.last(k)) store<S>(p.h_n, r.place(p) * p.width + j, h);
+  return next_h<S>(p, r, j, h, reset_next);
 }
 
 // Both, where nothing is projected: returns what the next step multiplies.

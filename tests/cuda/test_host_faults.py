@@ -48,7 +48,7 @@ def step(which, product, text, instead, says=None):
     return Fault("step", which, product, text, instead, says)
 
 
-GRID_BARRIER = "dev::sync_block();\n    if (o.units && o.row.running(k))"
+GRID_BARRIER = "dev::sync_block();\n    const bool own ="
 CLEARED = "tagged_words[i] = s.unit_of_word(int(i % s.words())) < s.hidden ? 0 : kNoUnit;"
 AWAIT = "exchange.await(flags.begin, flags.end - flags.begin, tag);"
 OF_LANE = " + range.begin * kTileWords + lane"
@@ -132,6 +132,8 @@ FAULTS = {
     "flags_of_last_launch": flags("forward", "half", "results[i] = 0;", ";", "race", launches=2),
     "flags_not_cleared": flags("backward", "ffma", "results[i] = 0;", ";", "uninitialised"),
     "one_buffer_of_results": flags("forward", "half", BUFFER, "return base + even;", "race"),
+    "flag_before_results": flags(
+        "forward", "half", "const bool own =", "exchange.publish(uint32_t(k) + 2);\n    const bool own =", "race"),
     "results_in_wrong_buffer": flags(
         "forward", "half", "store(k + 1, uint32_t(k) + 2", "store(k, uint32_t(k) + 2", "race"),
     "no_barrier_with_flags": flags(
