@@ -12,9 +12,9 @@ import torch
 
 from fastrnn import reference
 from tests.cuda import test_host as host
-from tests.hostbuild.build import HERE, OUT, ROOT, build
+from tests.hostbuild.build import HERE, ROOT
 from tests.kernels.test_kernels import Case
-from tests.more_cells import HEADER, MORE_CELLS
+from tests.more_cells import MORE_CELLS
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
@@ -27,12 +27,12 @@ def more_equations(monkeypatch):
         monkeypatch.setitem(reference.CELLS, name, cell)
 
 
-@pytest.fixture(scope="module")
-def cuda():
-    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HERE / "launchers.cpp"]
-    library = host.Cuda(build(sources, OUT / "libcuda_more_cells.so", [f'FASTRNN_MORE_CELLS="{HEADER}"']))
-    CellCase.cells = library.cells
-    return library
+cuda = host.cuda
+
+
+@pytest.fixture(autouse=True)
+def cells_of_the_library(cuda):
+    CellCase.cells = cuda.cells
 
 
 class CellCase(Case):

@@ -35,6 +35,8 @@ EMULATOR = [
 ]
 
 COMMON = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
+# The cell that the tests add, in every library: kernels compile for minutes, and so they do it once.
+COMMON += [f'-DFASTRNN_MORE_CELLS="{ROOT / "tests" / "more_cells.h"}"']
 HOST = [*COMMON, "-O2", "-ftree-vectorize"]
 KERNEL = [
     *COMMON,
