@@ -61,10 +61,11 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
                 setattr(self, name, value)
         weight = getattr(self, self._all_weights[0][0])
         if self.peephole:
+            bound = self.hidden_size**-0.5 if self.hidden_size else 0.0  # as torch.nn has it
             for names in self._all_weights:
                 name = names[0].replace("weight_ih", "weight_ch")
                 self.register_parameter(name, nn.Parameter(weight.new_empty(3, self.hidden_size)))
-                nn.init.uniform_(getattr(self, name), *self._initial_range())
+                nn.init.uniform_(getattr(self, name), -bound, bound)
                 names.append(name)
             self._flat_weights_names = [name for names in self._all_weights for name in names]
             self._init_flat_weights()
@@ -72,10 +73,6 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
             for names, width in zip(self._initial_names(), self._state_widths(), strict=True):
                 for name in names:
                     self.register_parameter(name, nn.Parameter(weight.new_zeros(width)))
-
-    def _initial_range(self) -> tuple[float, float]:
-        bound = self.hidden_size**-0.5 if self.hidden_size else 0.0  # as torch.nn has it
-        return -bound, bound
 
     @property
     def _cell(self) -> str:

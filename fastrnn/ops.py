@@ -100,13 +100,13 @@ class _Checker:
         whole = self.P > 0 and self.h > 0 and self.R > 0 and self.Gh == gates * self.h
         self.sized("weight_hh", weight_hh, whole, f"(groups, {gates} * hidden, width) with every size above 0")
         given = {k for k, x in args.items() if x is not None}
-        for unwanted in {"weight_hr", "c_0", "reset_c", "grad_c_n"} & given if not second else ():
-            raise RuntimeError(f"{op}: {unwanted}: expected none for cell '{cell}', got a tensor")
-        for unwanted in {"params"} & given if not self.info.params else ():
+        second_states = set() if second else {"weight_hr", "c_0", "reset_c", "grad_c_n"}
+        params = {"params"} if self.info.params else set()
+        for unwanted in (second_states | ({"params"} - params)) & given:
             raise RuntimeError(f"{op}: {unwanted}: expected none for cell '{cell}', got a tensor")
         for unwanted in {"reset_h", "reset_c"} & given if "resets" not in given else ():
             raise RuntimeError(f"{op}: {unwanted}: expected none without resets, got a tensor")
-        for name in (*("h_0", "c_0")[: self.info.states], *(["params"] if self.info.params else [])):
+        for name in (*("h_0", "c_0")[: self.info.states], *params):
             if name not in given:
                 raise RuntimeError(f"{op}: {name}: expected a tensor for cell '{cell}', got none")
         if len(args["reverse"]) != self.P:

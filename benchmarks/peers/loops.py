@@ -33,9 +33,9 @@ def next_states(
         i, f, g, o = (gates_ih + gates_hh).chunk(4, 1)
         if peepholes is not None:
             i, f = i + peepholes[0] * states[1], f + peepholes[1] * states[1]
-            c = torch.sigmoid(f) * states[1] + torch.sigmoid(i) * torch.tanh(g)
-            return torch.sigmoid(o + peepholes[2] * c) * torch.tanh(c), c
         c = torch.sigmoid(f) * states[1] + torch.sigmoid(i) * torch.tanh(g)
+        if peepholes is not None:
+            o = o + peepholes[2] * c
         return torch.sigmoid(o) * torch.tanh(c), c
     if cell == "GRU":
         (r_ih, z_ih, n_ih), (r_hh, z_hh, n_hh) = gates_ih.chunk(3, 1), gates_hh.chunk(3, 1)
