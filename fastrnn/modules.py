@@ -26,15 +26,17 @@ from .layer import road
 from .module_base import QCONFIG, is_for_torch, leaf, typed_as
 from .network import network, own
 from .ops import CELLS
-from .options import SWITCHES, VALUES, checked, documented, without_lstm_only
+from .options import CHANGE_RESULTS, SWITCHES, VALUES, checked, documented, without_lstm_only
 from .packing import check_batch_sizes, check_indices, on_device, pack, packed_layout, pad, permute
 from .records import LayerWeights, States, name_of
+from .regularizers import with_weight_dropout
 from .transforms import in_autocast_dtype, is_plain_call
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]  # cells, too: where older pickles look for them
 
-# What _C.module_forward knows nothing of.
-_UNKNOWN_TO_C = ("learn_initial_state", "state_batch_first", "return_all_states", "peephole", "_opacus")
+# What _C.module_forward knows nothing of, in eval mode and in training.
+_UNKNOWN_TO_C = frozenset(("learn_initial_state", "state_batch_first", "return_all_states", "peephole", "_opacus"))
+_UNKNOWN_IN_TRAINING = _UNKNOWN_TO_C | {"weight_dropout"}
 _FIELDS = {name_of(field): field for field in LayerWeights._fields}
 
 
@@ -49,6 +51,7 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
     peephole: bool = False
     grad_clip: float | None = None
     recompute: int = 0
+    weight_dropout: float = 0.0
 
     qconfig = QCONFIG
     __prepare_scriptable__ = fallback.refuse_script
@@ -57,7 +60,7 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
         options = checked({name: kwargs.pop(name) for name in (*SWITCHES, *VALUES) if name in kwargs})
         super().__init__(mode, *args, **kwargs)
         for name, value in options.items():
-            if value:
+            if value != getattr(type(self), name):
                 setattr(self, name, value)
         weight = getattr(self, self._all_weights[0][0])
         if self.peephole:
@@ -89,7 +92,8 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
 
     def extra_repr(self) -> str:
         options = ((name, getattr(self, name)) for name in (*SWITCHES, *VALUES))
-        return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in options if value)])
+        told = (f"{name}={value!r}" for name, value in options if value != getattr(type(self), name))
+        return ", ".join([super().extra_repr(), *told])
 
     def _state_widths(self) -> tuple[int, ...]:
         """Of h and, for an LSTM, c."""
@@ -275,6 +279,8 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
     def _network(self, input: Tensor, states: States | None, **sequence: Any) -> tuple[Tensor, States, Tensor | None]:
         """input [T, B, I] or [T, B] -> output [T, B, D*R], final states [L*D, B, n], every c [T, B, D*H] or None."""
         cell, weights = self._cell, self._weights()
+        if self.weight_dropout and self.training:
+            weights = [[with_weight_dropout(w, self.weight_dropout) for w in layer] for layer in weights]
         options: dict[str, Any] = dict(
             dropout=self.dropout,
             training=self.training,
@@ -330,7 +336,7 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
         """(output, h_n[, c_n]) of a call that asks for nothing special, by C++ alone; None where it does."""
         if self.bidirectional or (self.dropout and self.training) or torch.compiler.is_compiling():
             return None
-        if not self.__dict__.keys().isdisjoint(_UNKNOWN_TO_C):
+        if not self.__dict__.keys().isdisjoint(_UNKNOWN_IN_TRAINING if self.training else _UNKNOWN_TO_C):
             return None
         tensors, names = self._weights_by_name()
         return _C.module_forward(
@@ -344,7 +350,7 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
 
     def _is_for_torch(self, input: Any, hx: Any) -> bool:
         """Of a call without masks: see the function of this name."""
-        if any(option in self.__dict__ for option in (*SWITCHES, "grad_clip")):
+        if any(option in self.__dict__ for option in CHANGE_RESULTS):
             return False
         written = self._named_weights()
         weights = (self._parameters if written is None else written).values()
@@ -542,6 +548,7 @@ class LSTM(_Recurrent):
         peephole: bool = False,
         grad_clip: float | None = None,
         recompute: int = 0,
+        weight_dropout: float = 0.0,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -562,6 +569,7 @@ class LSTM(_Recurrent):
             peephole=peephole,
             grad_clip=grad_clip,
             recompute=recompute,
+            weight_dropout=weight_dropout,
         )
 
     def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
@@ -656,6 +664,7 @@ class GRU(_SingleState):
         token_input: bool = False,
         grad_clip: float | None = None,
         recompute: int = 0,
+        weight_dropout: float = 0.0,
     ) -> None:
         super().__init__(
             "GRU",
@@ -673,6 +682,7 @@ class GRU(_SingleState):
             token_input=token_input,
             grad_clip=grad_clip,
             recompute=recompute,
+            weight_dropout=weight_dropout,
         )
 
 
@@ -699,6 +709,7 @@ class RNN(_SingleState):
         token_input: bool = False,
         grad_clip: float | None = None,
         recompute: int = 0,
+        weight_dropout: float = 0.0,
     ) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
@@ -718,5 +729,6 @@ class RNN(_SingleState):
             token_input=token_input,
             grad_clip=grad_clip,
             recompute=recompute,
+            weight_dropout=weight_dropout,
         )
         self.nonlinearity = nonlinearity  # not before: a module that is made in a compiled function must exist first

@@ -14,7 +14,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 SWITCHES = ("learn_initial_state", "state_batch_first", "return_all_states", "token_input", "peephole")
-VALUES = ("grad_clip", "recompute")  # options that are no switches
+VALUES = ("grad_clip", "recompute", "weight_dropout")  # options that are no switches
+# With these a call gives what torch.nn's module gives without them.
+SAME_RESULTS = ("recompute",)
+CHANGE_RESULTS = tuple(name for name in (*SWITCHES, *VALUES) if name not in SAME_RESULTS)
 
 _ARGUMENTS = """\
 input_size: features I of each step's input; with ``token_input`` the size of the vocabulary.
@@ -52,6 +55,11 @@ recompute: a number of steps (0: off): training keeps the states at every ``reco
   are equal up to rounding, and in every bit from run to run. Double backward needs the memory of the default, and so
   does a last layer with ``return_all_states``. Nothing is recomputed under torch.compile, torch.func and forward-mode
   AD, where the gradient of every sample is asked for (Opacus), and on devices without kernels of ours.
+weight_dropout: probability that an element of ``weight_hh``, of each layer and direction, is zeroed in training; what
+  is left is scaled by 1 / (1 - weight_dropout). One mask a call, for all steps and rows, from torch's generator:
+  W = mask * weight_hh / (1 - weight_dropout) stands in the cell's equations (DropConnect on the recurrent weights of the
+  AWD-LSTM, Merity et al. 2017). A :meth:`step` is a call, and so is each chunk of a stream: in training they have a
+  mask of their own. The parameters stay what they are, parametrized ones included.
 """
 
 _CALLS = """\
@@ -85,7 +93,18 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
         raise TypeError(f"recompute should be of type int, got: {type(steps).__name__}")
     if steps < 0:
         raise ValueError(f"recompute should be 0 (off) or a number of steps, got {steps}")
+    if "weight_dropout" in options:
+        _check_probability("weight_dropout", options["weight_dropout"])
     return options
+
+
+def _check_probability(name: str, value: Any) -> None:
+    """As torch.nn checks ``dropout``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(
+            f"{name} should be a number in range [0, 1] representing the probability of an element being zeroed, "
+            f"got {value!r}"
+        )
 
 
 def without_lstm_only(init: F) -> F:

@@ -57,6 +57,33 @@ def _unmarked(x: Any, batch: int) -> tuple[Any, Sampler | None]:
     return _KINDS[type(x)](x, batch) if type(x) in _KINDS else (x, None)
 
 
+class _Masked(NamedTuple):
+    """A marked weight times a mask."""
+
+    weight: Any
+    mask: Tensor
+
+
+def masked(weight: Any, mask: Tensor) -> Any:
+    """A weight times a mask that all samples share; a marked one stays marked."""
+    return _Masked(weight, mask) if type(weight) in _KINDS else weight * mask
+
+
+def _of_masked(x: _Masked, batch: int) -> tuple[Tensor, Sampler]:
+    weight, sampler = _unmarked(x.weight, batch)
+    assert sampler is not None
+
+    def take(of_samples: Tensor) -> Tensor | None:
+        # The tool gets the samples' gradients of the weight; autograd, where the tool leaves it something, that of
+        # the product.
+        return None if sampler(of_samples * x.mask) is None else of_samples.sum(0)
+
+    return weight * x.mask, take
+
+
+_KINDS[_Masked] = _of_masked
+
+
 def layer(call: LayerCall) -> LayerResults:
     """A layer of marked weights."""
     pairs = [_unmarked(x, call.batch) for w in call.weights for x in w]

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from . import modules
 from .fallback import lacking
-from .options import SWITCHES
+from .options import CHANGE_RESULTS
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -168,7 +168,7 @@ def _no_twin(module: nn.Module, may_have: Sequence[str] = ()) -> str:
         return f"is a {_full_name(cls)}" if isinstance(module, tuple(_TORCHS)) else ""
     if "forward" in vars(module):
         return "has a forward of its own, set on the instance"
-    options = {*SWITCHES, "grad_clip"}.difference(may_have)  # recompute changes no result
+    options = set(CHANGE_RESULTS).difference(may_have)
     on = [name for name in sorted(options) if getattr(module, name, None) != getattr(cls, name, None)]
     return f"has {', '.join(f'{name}={getattr(module, name)!r}' for name in on)}" if on else ""
 
