@@ -115,6 +115,12 @@ def network(
     return output, tuple(finals)
 
 
+def layer(cell: str, input: Tensor, weights: Sequence[LayerWeights], states: States | None) -> tuple[Tensor, ...]:
+    """One layer: input [T, B, I], states [D, B, n] -> output [T, B, D*R] and the final states."""
+    output, finals = network(cell, input, states, [weights], 0.0, False)
+    return output, *finals
+
+
 def step(cell: str, input: Tensor, states: States, weights: LayerWeights) -> States:
     """A cell by torch's op: input [B, I], states [B, H] -> the states after the step."""
     op = getattr(torch._VF, f"{cell}_cell")

@@ -10,6 +10,7 @@ which ``options.py`` composes. ``forward`` takes three keyword arguments more th
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
@@ -36,7 +37,7 @@ __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]  # cells, too
 
 # What _C.module_forward knows nothing of, in eval mode and in training.
 _UNKNOWN_TO_C = frozenset(("learn_initial_state", "state_batch_first", "return_all_states", "peephole", "_opacus"))
-_UNKNOWN_IN_TRAINING = _UNKNOWN_TO_C | {"weight_dropout"}
+_UNKNOWN_IN_TRAINING = _UNKNOWN_TO_C | {"weight_dropout", "locked_dropout"}
 _FIELDS = {name_of(field): field for field in LayerWeights._fields}
 
 
@@ -52,6 +53,7 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
     grad_clip: float | None = None
     recompute: int = 0
     weight_dropout: float = 0.0
+    locked_dropout: float = 0.0
 
     qconfig = QCONFIG
     __prepare_scriptable__ = fallback.refuse_script
@@ -62,6 +64,12 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
         for name, value in options.items():
             if value != getattr(type(self), name):
                 setattr(self, name, value)
+        if self.locked_dropout and self.num_layers == 1:
+            warnings.warn(
+                "locked_dropout option adds dropout after all but last recurrent layer, so non-zero locked_dropout "
+                f"expects num_layers greater than 1, but got locked_dropout={self.locked_dropout} and num_layers=1",
+                stacklevel=3,
+            )
         weight = getattr(self, self._all_weights[0][0])
         if self.peephole:
             bound = self.hidden_size**-0.5 if self.hidden_size else 0.0  # as torch.nn has it
@@ -283,6 +291,7 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
             weights = [[with_weight_dropout(w, self.weight_dropout) for w in layer] for layer in weights]
         options: dict[str, Any] = dict(
             dropout=self.dropout,
+            locked_dropout=self.locked_dropout,
             training=self.training,
             all_states=self.return_all_states,
             grad_clip=self.grad_clip or 0.0,
@@ -549,6 +558,7 @@ class LSTM(_Recurrent):
         grad_clip: float | None = None,
         recompute: int = 0,
         weight_dropout: float = 0.0,
+        locked_dropout: float = 0.0,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -570,6 +580,7 @@ class LSTM(_Recurrent):
             grad_clip=grad_clip,
             recompute=recompute,
             weight_dropout=weight_dropout,
+            locked_dropout=locked_dropout,
         )
 
     def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
@@ -665,6 +676,7 @@ class GRU(_SingleState):
         grad_clip: float | None = None,
         recompute: int = 0,
         weight_dropout: float = 0.0,
+        locked_dropout: float = 0.0,
     ) -> None:
         super().__init__(
             "GRU",
@@ -683,6 +695,7 @@ class GRU(_SingleState):
             grad_clip=grad_clip,
             recompute=recompute,
             weight_dropout=weight_dropout,
+            locked_dropout=locked_dropout,
         )
 
 
@@ -710,6 +723,7 @@ class RNN(_SingleState):
         grad_clip: float | None = None,
         recompute: int = 0,
         weight_dropout: float = 0.0,
+        locked_dropout: float = 0.0,
     ) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
@@ -730,5 +744,6 @@ class RNN(_SingleState):
             grad_clip=grad_clip,
             recompute=recompute,
             weight_dropout=weight_dropout,
+            locked_dropout=locked_dropout,
         )
         self.nonlinearity = nonlinearity  # not before: a module that is made in a compiled function must exist first

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _C, composed, fallback, onnx_nodes, per_sample, segments
+from . import _C, composed, fallback, onnx_nodes, per_sample, regularizers, segments
 from .checks import check_steps, check_values_of
 from .layer import layer, road
 from .ops import CELLS
@@ -43,6 +44,7 @@ def network(
     resets: Tensor | None = None,
     batch_sizes: Tensor | None = None,
     dropout: float = 0.0,
+    locked_dropout: float = 0.0,
     training: bool = False,
     all_states: bool = False,
     grad_clip: float = 0.0,
@@ -51,6 +53,7 @@ def network(
     """output, the final states and, for an LSTM with ``all_states``, every c of the last layer [T, B, D*H].
 
     input [T, B, I] or tokens [T, B], or with batch_sizes packed [N, I]; states and reset_states [L*D, B, n] each.
+    dropout, locked_dropout: between layers, in training (regularizers.py).
     recompute: train by segments of so many steps (segments.py); 0: as a whole.
     """
     if batch_sizes is None:
@@ -62,13 +65,15 @@ def network(
         if not marked:  # marks would be lost
             weights = [[LayerWeights(*in_autocast_dtypes(w)) for w in of_directions] for of_directions in weights]
     all_weights = [x for of_layer in weights for w in of_layer for x in w]
+    by_others: Callable[..., tuple[Tensor, ...]] | None = None  # runs a layer
     if not marked and is_for_others(weights[0][0].weight_ih, input, *all_weights, *(states or ())):
-        tensors = cell, input, states, weights
         if fallback.is_exported_to_onnx():
             if resets is None and not all_states and onnx_nodes.has_nodes(weights):
-                return *onnx_nodes.network(*tensors, dropout, training, lengths), None
+                by_others = functools.partial(onnx_nodes.layer, cell, lengths=lengths)
         elif lengths is None and resets is None and fallback.has_op(cell, input, all_states, grad_clip):
-            return *fallback.network(*tensors, dropout, training), None
+            if not (locked_dropout and training):
+                return *fallback.network(cell, input, states, weights, dropout, training), None
+            by_others = functools.partial(fallback.layer, cell)
     by_segments = recompute > 0 and not marked and segments.can_recompute()
     by_segments = by_segments and road(fallback.has_kernels(weights[0][0].weight_ih, input, *all_weights)) == "fused"
     if by_segments and lengths is not None and is_plain(lengths):
@@ -80,12 +85,15 @@ def network(
     finals: list[States] = []
     output = input
     for i, of_directions in enumerate(weights):
-        if i > 0 and dropout > 0 and training:
-            output = F.dropout(output, dropout, training=True)
-        given = layer_states(of_layer(states, i), lengths, resets, of_layer(reset_states, i))
-        every_c = all_states and i == L - 1
-        call = LayerCall(cell, output, of_directions, given, batch_sizes, grad_clip=grad_clip, all_states=every_c)
-        output, *after, cells, _ = segments.layer(call, recompute) if by_segments and not every_c else layer(call)
+        if i > 0 and training:
+            output = regularizers.between_layers(output, dropout, locked_dropout, batch_sizes)
+        if by_others is not None:
+            output, *after = by_others(output, of_directions, of_layer(states, i))
+        else:
+            given = layer_states(of_layer(states, i), lengths, resets, of_layer(reset_states, i))
+            every_c = all_states and i == L - 1
+            call = LayerCall(cell, output, of_directions, given, batch_sizes, grad_clip=grad_clip, all_states=every_c)
+            output, *after, cells, _ = segments.layer(call, recompute) if by_segments and not every_c else layer(call)
         finals.append(tuple(after[: CELLS[cell].states]))
     joined = finals[0] if L == 1 else tuple(torch.cat(each) for each in zip(*finals, strict=True))
     return output, joined, cells if all_states else None

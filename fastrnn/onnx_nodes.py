@@ -15,7 +15,7 @@ from torch import Tensor
 from .ops import CELLS
 
 if TYPE_CHECKING:
-    from .records import LayerWeights, States
+    from .records import LayerWeights
 
 _DTYPES = (torch.float32, torch.float64, torch.float16)
 
@@ -24,28 +24,6 @@ def has_nodes(weights: Sequence[Sequence[LayerWeights]]) -> bool:
     """Are there operators for such a network? None has a projection."""
     first = weights[0][0]
     return first.weight_hr is None and first.weight_hh.dtype in _DTYPES
-
-
-def network(
-    cell: str,
-    input: Tensor,
-    states: States | None,
-    weights: Sequence[Sequence[LayerWeights]],
-    dropout: float,
-    training: bool,
-    lengths: Tensor | None,
-) -> tuple[Tensor, States]:
-    """input [T, B, I] or tokens [T, B], states [L*D, B, H], lengths [B] -> output [T, B, D*H], final states."""
-    D, found, output = len(weights[0]), [], input
-    for i, of_layer in enumerate(weights):
-        if i > 0 and dropout > 0 and training:
-            output = F.dropout(output, dropout, training=True)
-        start = None if states is None else [x[i * D : (i + 1) * D] for x in states]
-        if output.dim() == 2:
-            output, of_layer = of_gates(F.embedding(output, torch.cat([w.weight_ih for w in of_layer]).t()), of_layer)
-        output, *finals = layer(cell, output, of_layer, start, lengths)
-        found.append(finals)
-    return output, tuple(torch.cat(each) for each in zip(*found, strict=True))
 
 
 def of_gates(gates: Tensor, weights: Sequence[LayerWeights]) -> tuple[Tensor, list[LayerWeights]]:
@@ -61,10 +39,12 @@ def layer(
     states: Sequence[Tensor] | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """input [T, B, I], one or two directions, states [D, B, H] (None: 0), lengths [B].
+    """input [T, B, I] or tokens [T, B], one or two directions, states [D, B, H] (None: 0), lengths [B].
 
     Returns output [T, B, D*H] and the final states [D, B, H].
     """
+    if input.dim() == 2:
+        input, weights = of_gates(F.embedding(input, torch.cat([w.weight_ih for w in weights]).t()), weights)
     from .weights.onnx import ORDERS, peepholes_of_onnx
     from .weights.parameters import reordered
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 SWITCHES = ("learn_initial_state", "state_batch_first", "return_all_states", "token_input", "peephole")
-VALUES = ("grad_clip", "recompute", "weight_dropout")  # options that are no switches
+VALUES = ("grad_clip", "recompute", "weight_dropout", "locked_dropout")  # options that are no switches
 # With these a call gives what torch.nn's module gives without them.
 SAME_RESULTS = ("recompute",)
 CHANGE_RESULTS = tuple(name for name in (*SWITCHES, *VALUES) if name not in SAME_RESULTS)
@@ -57,9 +57,13 @@ recompute: a number of steps (0: off): training keeps the states at every ``reco
   AD, where the gradient of every sample is asked for (Opacus), and on devices without kernels of ours.
 weight_dropout: probability that an element of ``weight_hh``, of each layer and direction, is zeroed in training; what
   is left is scaled by 1 / (1 - weight_dropout). One mask a call, for all steps and rows, from torch's generator:
-  W = mask * weight_hh / (1 - weight_dropout) stands in the cell's equations (DropConnect on the recurrent weights of the
+  W = mask * weight_hh / (1 - weight_dropout) stands in the equations (DropConnect on the recurrent weights of the
   AWD-LSTM, Merity et al. 2017). A :meth:`step` is a call, and so is each chunk of a stream: in training they have a
   mask of their own. The parameters stay what they are, parametrized ones included.
+locked_dropout: as ``dropout``, probability that an output of any layer but the last is zeroed in training, but with one
+  mask for all steps of a row: [B, D*R], drawn between each two layers by every call, in the order in which a
+  PackedSequence has sorted its rows (Gal and Ghahramani 2016; the AWD-LSTM, Merity et al. 2017). May stand beside
+  ``dropout``, which draws for every step. A :meth:`step` is a call.
 """
 
 _CALLS = """\
@@ -93,8 +97,8 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
         raise TypeError(f"recompute should be of type int, got: {type(steps).__name__}")
     if steps < 0:
         raise ValueError(f"recompute should be 0 (off) or a number of steps, got {steps}")
-    if "weight_dropout" in options:
-        _check_probability("weight_dropout", options["weight_dropout"])
+    for name in ("weight_dropout", "locked_dropout"):
+        _check_probability(name, options.get(name, 0.0))
     return options
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import per_sample
+from .packing import packed_layout
 from .records import LayerWeights
 
 
@@ -17,3 +19,20 @@ def with_weight_dropout(weights: LayerWeights, p: float) -> LayerWeights:
     w = weights.weight_hh
     mask = F.dropout(torch.ones(w.shape, dtype=w.dtype, device=w.device), p, training=True)
     return weights._replace(weight_hh=per_sample.masked(w, mask))
+
+
+def between_layers(output: Tensor, dropout: float, locked_dropout: float, batch_sizes: Tensor | None = None) -> Tensor:
+    """What the next layer is given of an output [T, B, n], or with batch_sizes packed [N, n], in training.
+
+    dropout: of every number by itself, as torch.nn has it. locked_dropout: with one mask for all steps of a row.
+    """
+    if dropout > 0:
+        output = F.dropout(output, dropout, training=True)
+    if locked_dropout > 0:
+        rows = output.shape[1] if batch_sizes is None else int(batch_sizes[0])
+        mask = F.dropout(output.new_ones(rows, output.shape[-1]), locked_dropout, training=True)
+        if batch_sizes is not None:
+            _, places = packed_layout(batch_sizes)
+            mask = mask.index_select(0, (places % rows).to(output.device))
+        output = output * mask
+    return output
