@@ -25,7 +25,7 @@ from .cells import GRUCell, LSTMCell, RNNCell
 from .flat_weights import HasFlatWeights
 from .layer import road
 from .module_base import QCONFIG, is_for_torch, leaf, typed_as
-from .network import network, own
+from .network import network, of_layers, own
 from .ops import CELLS
 from .options import CHANGE_RESULTS, SWITCHES, VALUES, checked, documented, without_lstm_only
 from .packing import check_batch_sizes, check_indices, on_device, pack, packed_layout, pad, permute
@@ -36,7 +36,17 @@ from .transforms import in_autocast_dtype, is_plain_call
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]  # cells, too: where older pickles look for them
 
 # What _C.module_forward knows nothing of, in eval mode and in training.
-_UNKNOWN_TO_C = frozenset(("learn_initial_state", "state_batch_first", "return_all_states", "peephole", "_opacus"))
+_UNKNOWN_TO_C = frozenset(
+    (
+        "learn_initial_state",
+        "state_batch_first",
+        "return_all_states",
+        "peephole",
+        "residual",
+        "return_all_layers",
+        "_opacus",
+    )
+)
 _UNKNOWN_IN_TRAINING = _UNKNOWN_TO_C | {"weight_dropout", "locked_dropout"}
 _FIELDS = {name_of(field): field for field in LayerWeights._fields}
 
@@ -50,6 +60,8 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
     return_all_states: bool = False
     token_input: bool = False
     peephole: bool = False
+    residual: bool = False
+    return_all_layers: bool = False
     grad_clip: float | None = None
     recompute: int = 0
     weight_dropout: float = 0.0
@@ -175,7 +187,7 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
             except Exception:  # it speaks of a sequence
                 self._check_step(x, dims, state, reset_state)
                 raise
-        return own(output.squeeze(time)), after
+        return of_layers(lambda x: own(x.squeeze(time)), output), after
 
     def _check_step(self, x: Tensor, dims: int, state: Any, reset_state: Any) -> None:
         """What ``forward`` checks, said of the arguments of ``step``."""
@@ -263,10 +275,10 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
         resets: Tensor | None = None,
         reset_states: States | None = None,
         batch_sizes: Tensor | None = None,
-    ) -> tuple[Tensor, States, Tensor | None]:
+    ) -> tuple[Any, States, Tensor | None]:
         """input [T, B, I] or [T, B], states as the user's -> output, final states as the user's, every c or None.
 
-        With batch_sizes: input [N, I], output [N, D*R].
+        With batch_sizes: input [N, I], output [N, D*R]. With ``return_all_layers`` output is a tuple of such.
         """
         batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
         if self.state_batch_first:
@@ -284,7 +296,7 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
             finals = tuple(x.transpose(0, 1).contiguous() for x in finals)
         return output, finals, cells
 
-    def _network(self, input: Tensor, states: States | None, **sequence: Any) -> tuple[Tensor, States, Tensor | None]:
+    def _network(self, input: Tensor, states: States | None, **sequence: Any) -> tuple[Any, States, Tensor | None]:
         """input [T, B, I] or [T, B] -> output [T, B, D*R], final states [L*D, B, n], every c [T, B, D*H] or None."""
         cell, weights = self._cell, self._weights()
         if self.weight_dropout and self.training:
@@ -293,7 +305,9 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
             dropout=self.dropout,
             locked_dropout=self.locked_dropout,
             training=self.training,
+            residual=self.residual,
             all_states=self.return_all_states,
+            all_layers=self.return_all_layers,
             grad_clip=self.grad_clip or 0.0,
             recompute=self.recompute,
         )
@@ -372,7 +386,7 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
         lengths: Tensor | None,
         resets: Tensor | None,
         reset_state: Any,
-    ) -> tuple[Tensor | PackedSequence, States, Tensor | PackedSequence | None]:
+    ) -> tuple[Any, States, Any]:
         if lengths is None and resets is None and reset_state is None and self._is_for_torch(input, hx):
             output, after = getattr(rnn, self._kind()).forward(self, input, hx)
             return output, after if isinstance(after, tuple) else (after,), None
@@ -418,15 +432,15 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
             lengths = checks.given_lengths(lengths, input)
         output, finals, cells = self._layers(input, states, lengths, resets, reset_states)
         if self.batch_first:
-            output, cells = output.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
+            output = of_layers(lambda x: x.transpose(0, 1), output)
+            cells = None if cells is None else cells.transpose(0, 1)
         if not batched:
-            output, cells = output.squeeze(batch_dim), None if cells is None else cells.squeeze(batch_dim)
+            output = of_layers(lambda x: x.squeeze(batch_dim), output)
+            cells = None if cells is None else cells.squeeze(batch_dim)
             finals = tuple(x.squeeze(state_dim) for x in finals)
-        return own(output), tuple(map(own, finals)), own(cells)
+        return of_layers(own, output), tuple(map(own, finals)), own(cells)
 
-    def _run_packed(
-        self, input: PackedSequence, states: States | None
-    ) -> tuple[PackedSequence, States, PackedSequence | None]:
+    def _run_packed(self, input: PackedSequence, states: States | None) -> tuple[Any, States, PackedSequence | None]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         data = in_autocast_dtype(data)
         state_dim = 0 if self.state_batch_first else 1
@@ -456,25 +470,26 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
                 permute(lengths, unsorted_indices, 0),
             )
             finals = tuple(permute(x, sorted_indices, state_dim) for x in finals)
-            output = pack(permute(output, sorted_indices), lengths)
+            output = of_layers(lambda x: pack(permute(x, sorted_indices), lengths), output)
             cells = None if cells is None else pack(permute(cells, sorted_indices), lengths)
         elif is_plain_call():
             padded, lengths = pad(data, batch_sizes)
             output, finals, cells = self._layers(padded, states, on_device(lengths, data.device))
-            output, cells = pack(output, lengths), None if cells is None else pack(cells, lengths)
+            output = of_layers(lambda x: pack(x, lengths), output)
+            cells = None if cells is None else pack(cells, lengths)
         else:  # torch's routines have neither a forward derivative nor a rule for vmap
             lengths, places = (x.to(data.device, non_blocking=True) for x in packed_layout(batch_sizes))
             T, B = len(batch_sizes), len(lengths)
             padded = data.new_zeros(T * B, *data.shape[1:]).index_copy(0, places, data)
             output, finals, cells = self._layers(padded.reshape(T, B, *data.shape[1:]), states, lengths)
-            output = output.flatten(0, 1).index_select(0, places)
+            output = of_layers(lambda x: x.flatten(0, 1).index_select(0, places), output)
             cells = None if cells is None else cells.flatten(0, 1).index_select(0, places)
 
         def packed(x: Tensor) -> PackedSequence:
             return PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices)
 
         finals = tuple(own(permute(x, unsorted_indices, state_dim)) for x in finals)
-        return packed(output), finals, None if cells is None else packed(cells)
+        return of_layers(packed, output), finals, None if cells is None else packed(cells)
 
     def _kind(self) -> str:
         return self.mode.partition("_")[0]
@@ -555,6 +570,8 @@ class LSTM(_Recurrent):
         return_all_states: bool = False,
         token_input: bool = False,
         peephole: bool = False,
+        residual: bool = False,
+        return_all_layers: bool = False,
         grad_clip: float | None = None,
         recompute: int = 0,
         weight_dropout: float = 0.0,
@@ -577,6 +594,8 @@ class LSTM(_Recurrent):
             return_all_states=return_all_states,
             token_input=token_input,
             peephole=peephole,
+            residual=residual,
+            return_all_layers=return_all_layers,
             grad_clip=grad_clip,
             recompute=recompute,
             weight_dropout=weight_dropout,
@@ -673,6 +692,8 @@ class GRU(_SingleState):
         learn_initial_state: bool = False,
         state_batch_first: bool = False,
         token_input: bool = False,
+        residual: bool = False,
+        return_all_layers: bool = False,
         grad_clip: float | None = None,
         recompute: int = 0,
         weight_dropout: float = 0.0,
@@ -692,6 +713,8 @@ class GRU(_SingleState):
             learn_initial_state=learn_initial_state,
             state_batch_first=state_batch_first,
             token_input=token_input,
+            residual=residual,
+            return_all_layers=return_all_layers,
             grad_clip=grad_clip,
             recompute=recompute,
             weight_dropout=weight_dropout,
@@ -720,6 +743,8 @@ class RNN(_SingleState):
         learn_initial_state: bool = False,
         state_batch_first: bool = False,
         token_input: bool = False,
+        residual: bool = False,
+        return_all_layers: bool = False,
         grad_clip: float | None = None,
         recompute: int = 0,
         weight_dropout: float = 0.0,
@@ -741,6 +766,8 @@ class RNN(_SingleState):
             learn_initial_state=learn_initial_state,
             state_batch_first=state_batch_first,
             token_input=token_input,
+            residual=residual,
+            return_all_layers=return_all_layers,
             grad_clip=grad_clip,
             recompute=recompute,
             weight_dropout=weight_dropout,

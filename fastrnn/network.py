@@ -24,6 +24,11 @@ def own(x: Any) -> Any:
     return x if torch.compiler.is_compiling() else _C.without_view(x)
 
 
+def of_layers(function: Callable[[Tensor], Any], output: Tensor | tuple[Tensor, ...]) -> Any:
+    """Of an output, or of all layers' outputs one by one."""
+    return tuple(map(function, output)) if isinstance(output, tuple) else function(output)
+
+
 def in_autocast_dtypes(tensors: Sequence[Tensor | None] | None) -> Any:
     return None if tensors is None else tuple(map(in_autocast_dtype, tensors))
 
@@ -46,14 +51,18 @@ def network(
     dropout: float = 0.0,
     locked_dropout: float = 0.0,
     training: bool = False,
+    residual: bool = False,
     all_states: bool = False,
+    all_layers: bool = False,
     grad_clip: float = 0.0,
     recompute: int = 0,
-) -> tuple[Tensor, States, Tensor | None]:
+) -> tuple[Any, States, Tensor | None]:
     """output, the final states and, for an LSTM with ``all_states``, every c of the last layer [T, B, D*H].
 
     input [T, B, I] or tokens [T, B], or with batch_sizes packed [N, I]; states and reset_states [L*D, B, n] each.
     dropout, locked_dropout: between layers, in training (regularizers.py).
+    residual: from the second layer on, the output of the layer below is added to a layer's own.
+    all_layers: output is a tuple of every layer's.
     recompute: train by segments of so many steps (segments.py); 0: as a whole.
     """
     if batch_sizes is None:
@@ -71,7 +80,7 @@ def network(
             if resets is None and not all_states and onnx_nodes.has_nodes(weights):
                 by_others = functools.partial(onnx_nodes.layer, cell, lengths=lengths)
         elif lengths is None and resets is None and fallback.has_op(cell, input, all_states, grad_clip):
-            if not (locked_dropout and training):
+            if not (residual or all_layers or (locked_dropout and training)):
                 return *fallback.network(cell, input, states, weights, dropout, training), None
             by_others = functools.partial(fallback.layer, cell)
     by_segments = recompute > 0 and not marked and segments.can_recompute()
@@ -83,8 +92,10 @@ def network(
         return states if states is None or L == 1 else tuple(s[i * D : (i + 1) * D] for s in states)
 
     finals: list[States] = []
+    outputs: list[Tensor] = []
     output = input
     for i, of_directions in enumerate(weights):
+        below = output
         if i > 0 and training:
             output = regularizers.between_layers(output, dropout, locked_dropout, batch_sizes)
         if by_others is not None:
@@ -95,8 +106,12 @@ def network(
             call = LayerCall(cell, output, of_directions, given, batch_sizes, grad_clip=grad_clip, all_states=every_c)
             output, *after, cells, _ = segments.layer(call, recompute) if by_segments and not every_c else layer(call)
         finals.append(tuple(after[: CELLS[cell].states]))
+        if i > 0 and residual:
+            output = output + below
+        if all_layers:
+            outputs.append(output)
     joined = finals[0] if L == 1 else tuple(torch.cat(each) for each in zip(*finals, strict=True))
-    return output, joined, cells if all_states else None
+    return tuple(outputs) if all_layers else output, joined, cells if all_states else None
 
 
 def step(cell: str, input: Tensor, states: States, weights: LayerWeights) -> States:

@@ -13,7 +13,15 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-SWITCHES = ("learn_initial_state", "state_batch_first", "return_all_states", "token_input", "peephole")
+SWITCHES = (
+    "learn_initial_state",
+    "state_batch_first",
+    "return_all_states",
+    "token_input",
+    "peephole",
+    "residual",
+    "return_all_layers",
+)
 VALUES = ("grad_clip", "recompute", "weight_dropout", "locked_dropout")  # options that are no switches
 # With these a call gives what torch.nn's module gives without them.
 SAME_RESULTS = ("recompute",)
@@ -46,6 +54,13 @@ token_input: integer input is tokens in [0, input_size): [T, B] ([B, T] with ``b
 peephole: parameters ``weight_ch_l0`` [3, H] for every layer and direction, named as the weights are, let the gates see
   c: ``i = sigmoid(.. + p_i c)`` and ``f = sigmoid(.. + p_f c)`` of the c before the step, ``o = sigmoid(.. + p_o c')``
   of the one after (Gers and Schmidhuber 2000). The rows are p_i, p_f, p_o.
+residual: from the second layer on, what a layer is put on top of is added to what it gives:
+  ``y_l = layer_l(dropped(y_(l-1))) + y_(l-1)``, both of them [T, B, D*R], where ``dropped`` is what ``dropout`` and
+  ``locked_dropout`` make of it: the sum takes it as it was before (residual connections of stacked LSTMs, Wu et al.
+  2016, section 3.1). h_n stays what recurs, without the sum; padding stays 0.
+return_all_layers: the output of a call is a tuple of every layer's output (after ``residual``'s sum, before dropout),
+  from the first to the last; of a PackedSequence a tuple of PackedSequences. Of :meth:`step`, too. Type checkers see
+  the output of the default.
 grad_clip: a number above 0: in backward, the gradient of h and of c is clamped to [-grad_clip, grad_clip] wherever a
   step hands it to the step before, or to the state that it started from; what the output's own gradient brings is
   added after. NaN stays NaN. Forward-mode AD has nothing to clamp. Double backward differentiates the clamps, and

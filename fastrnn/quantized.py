@@ -216,7 +216,7 @@ class _Quantized(_Recurrent):
     def _weights_by_name(self) -> tuple[dict[str, Any], list[Any]]:
         return self._buffers, self._names
 
-    def _network(self, input: Tensor, states: States | None, **sequence: Any) -> tuple[Tensor, States, None]:
+    def _network(self, input: Tensor, states: States | None, **sequence: Any) -> tuple[Any, States, None]:
         if fallback.is_traced() or fallback.is_exported_to_onnx():
             raise RuntimeError(
                 "quantized modules can be neither traced nor exported to ONNX: torch's ops do not compute the same. "
@@ -232,20 +232,25 @@ class _Quantized(_Recurrent):
         if states is None:
             count = self.num_layers * directions
             states = tuple(input.new_zeros(count, input.shape[1], n) for n in widths)
-        finals, output = [], input
+        finals, outputs, output = [], [], input
         for layer in range(self.num_layers):
             at = slice(layer * directions, (layer + 1) * directions)
             h, *c = (fold(x[at]) for x in states)
             h_reset, *c_reset = (fold(x[at]) for x in fresh) if fresh else (None,)
+            below = output
             output, h_n, c_n = _quantized_forward(
-                self._cell, output, *self._matrix(f"weight_ih_l{layer}"), self._buffers.get(f"bias_ih_l{layer}"),
+                self._cell, below, *self._matrix(f"weight_ih_l{layer}"), self._buffers.get(f"bias_ih_l{layer}"),
                 *self._matrix(f"weight_hh_l{layer}"), self._buffers.get(f"bias_hh_l{layer}"),
                 self._buffers.get(f"weight_hr_l{layer}"), self._buffers.get(f"weight_ch_l{layer}"), h,
                 c[0] if c else None, sequence.get("lengths"), sequence.get("resets"), h_reset,
                 c_reset[0] if c_reset else None, [False, True][:directions],
             )  # fmt: skip
             finals.append([unfold(x, directions) for x in (h_n, c_n)[: len(widths)]])
-        return output, tuple(torch.cat(each) if len(each) > 1 else each[0] for each in zip(*finals, strict=True)), None
+            if layer > 0 and self.residual:
+                output = output + below
+            outputs.append(output)
+        joined = tuple(torch.cat(each) if len(each) > 1 else each[0] for each in zip(*finals, strict=True))
+        return tuple(outputs) if self.return_all_layers else output, joined, None
 
     def _takes_packed(self, data: Tensor) -> bool:
         return False

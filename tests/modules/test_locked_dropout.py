@@ -119,7 +119,7 @@ def test_what_it_is_not(kind: str) -> None:
     plain.load_state_dict(module.state_dict())
     x = randn(T, B, I)
     torch.testing.assert_close(module.eval()(x), plain(x), rtol=0, atol=0)
-    with pytest.warns(UserWarning, match="locked_dropout=0.4 and num_layers=1") as found:
+    with pytest.warns(UserWarning, match="locked_dropout=0.4 and num_layers=1"):
         single = build(fastrnn, kind, I, H, locked_dropout=P)
     y = randn(T, B, I, dtype=torch.float32)
     assert torch.equal(single(y)[0], single(y)[0])

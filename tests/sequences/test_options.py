@@ -26,7 +26,7 @@ from tests.sequences.cases import ALL, DEEP, KIND, enlarged, random_tokens
 def test_repr() -> None:
     assert repr(fastrnn.LSTM(3, 5, batch_first=True, **ALL)) == (
         "LSTM(3, 5, batch_first=True, learn_initial_state=True, state_batch_first=True, return_all_states=True, "
-        "token_input=True, peephole=True)"
+        "token_input=True, peephole=True, residual=True, return_all_layers=True)"
     )
     assert repr(fastrnn.RNN(3, 5, state_batch_first=True)) == "RNN(3, 5, state_batch_first=True)"
     assert repr(fastrnn.GRU(3, 5, learn_initial_state=False)) == "GRU(3, 5)"
