@@ -77,6 +77,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"num_layers": 2, "bidirectional": True},
     {"batch_first": True, "bias": False},
     {"num_layers": 2, "dropout": 0.5},
+    {"num_layers": 2, "residual": True, "return_all_layers": True, "weight_dropout": 0.5, "locked_dropout": 0.5},
 ]
 
 
@@ -167,7 +168,7 @@ def test_export_alone_keeps_our_ops() -> None:
     model = Model(fastrnn.GRU(I, H))
     torch.onnx.export(model, (single(T, B, I),), dynamo=True, verbose=False)
     program = torch.export.export(model, (single(T, B, I),))
-    assert "fastrnn.recurrent_forward" in str(program.graph)
+    assert "fastrnn.layer_forward" in str(program.graph)
 
 
 def test_a_quantized_module_says_what_to_do() -> None:
