@@ -23,6 +23,7 @@ from torch.types import Device
 from . import _C, checks, fallback, per_sample
 from .cells import GRUCell, LSTMCell, RNNCell
 from .flat_weights import HasFlatWeights
+from .initial_values import Init, check_init, initialize
 from .layer import road
 from .module_base import QCONFIG, is_for_torch, leaf, typed_as
 from .network import network, of_layers, own
@@ -66,6 +67,8 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
     recompute: int = 0
     weight_dropout: float = 0.0
     locked_dropout: float = 0.0
+    init: Init = "torch"
+    forget_bias: float | None = None
 
     qconfig = QCONFIG
     __prepare_scriptable__ = fallback.refuse_script
@@ -73,6 +76,8 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
     def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
         options = checked({name: kwargs.pop(name) for name in (*SWITCHES, *VALUES) if name in kwargs})
         super().__init__(mode, *args, **kwargs)
+        if "init" in options:
+            options["init"] = check_init(mode, self.bias, options["init"], options.get("forget_bias"))
         for name, value in options.items():
             if value != getattr(type(self), name):
                 setattr(self, name, value)
@@ -96,6 +101,7 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
             for names, width in zip(self._initial_names(), self._state_widths(), strict=True):
                 for name in names:
                     self.register_parameter(name, nn.Parameter(weight.new_zeros(width)))
+        initialize(self, self.init, self.forget_bias)
 
     @property
     def _cell(self) -> str:
@@ -109,6 +115,7 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
             for names in self._initial_names():
                 for name in names:
                     nn.init.zeros_(getattr(self, name))
+        initialize(self, self.init, self.forget_bias)
 
     def extra_repr(self) -> str:
         options = ((name, getattr(self, name)) for name in (*SWITCHES, *VALUES))
@@ -576,6 +583,8 @@ class LSTM(_Recurrent):
         recompute: int = 0,
         weight_dropout: float = 0.0,
         locked_dropout: float = 0.0,
+        init: Init = "torch",
+        forget_bias: float | None = None,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -600,6 +609,8 @@ class LSTM(_Recurrent):
             recompute=recompute,
             weight_dropout=weight_dropout,
             locked_dropout=locked_dropout,
+            init=init,
+            forget_bias=forget_bias,
         )
 
     def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
@@ -698,6 +709,7 @@ class GRU(_SingleState):
         recompute: int = 0,
         weight_dropout: float = 0.0,
         locked_dropout: float = 0.0,
+        init: Init = "torch",
     ) -> None:
         super().__init__(
             "GRU",
@@ -719,6 +731,7 @@ class GRU(_SingleState):
             recompute=recompute,
             weight_dropout=weight_dropout,
             locked_dropout=locked_dropout,
+            init=init,
         )
 
 
@@ -749,6 +762,7 @@ class RNN(_SingleState):
         recompute: int = 0,
         weight_dropout: float = 0.0,
         locked_dropout: float = 0.0,
+        init: Init = "torch",
     ) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
@@ -772,5 +786,6 @@ class RNN(_SingleState):
             recompute=recompute,
             weight_dropout=weight_dropout,
             locked_dropout=locked_dropout,
+            init=init,
         )
         self.nonlinearity = nonlinearity  # not before: a module that is made in a compiled function must exist first

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 import textwrap
 from collections.abc import Callable
@@ -22,9 +23,16 @@ SWITCHES = (
     "residual",
     "return_all_layers",
 )
-VALUES = ("grad_clip", "recompute", "weight_dropout", "locked_dropout")  # options that are no switches
+VALUES = (
+    "grad_clip",
+    "recompute",
+    "weight_dropout",
+    "locked_dropout",
+    "init",
+    "forget_bias",
+)  # options that are no switches
 # With these a call gives what torch.nn's module gives without them.
-SAME_RESULTS = ("recompute",)
+SAME_RESULTS = ("recompute", "init", "forget_bias")
 CHANGE_RESULTS = tuple(name for name in (*SWITCHES, *VALUES) if name not in SAME_RESULTS)
 
 _ARGUMENTS = """\
@@ -79,6 +87,18 @@ locked_dropout: as ``dropout``, probability that an output of any layer but the 
   mask for all steps of a row: [B, D*R], drawn between each two layers by every call, in the order in which a
   PackedSequence has sorted its rows (Gal and Ghahramani 2016; the AWD-LSTM, Merity et al. 2017). May stand beside
   ``dropout``, which draws for every step. A :meth:`step` is a call.
+init: what parameters are filled with, by the constructor and by ``reset_parameters()``. 'torch': all of them uniform in
+  [-1 / sqrt(H), 1 / sqrt(H)], and what the others do not name stays so. 'orthogonal': in ``weight_hh`` the block of
+  each gate is an orthogonal matrix of its own (Saxe et al. 2014), and so is ``weight_hr``; in ``weight_ih`` each gate's
+  block [H, I] is uniform in [-a, a], a = sqrt(6 / (I + H)) (Glorot and Bengio 2010); biases are 0. As Keras' default,
+  but gate by gate. 'identity', for an RNN with relu: ``weight_hh`` is the identity, biases are 0 (IRNN, Le et al. 2015,
+  whose ``weight_ih`` is drawn from N(0, 0.001^2): here it is torch's). ``('chrono', T_max)``, for dependencies over
+  1 to T_max steps: of an LSTM ``b_f = log(u)`` and ``b_i = -b_f``, u uniform in [1, T_max - 1] for each unit (Tallec
+  and Ollivier 2018); of a GRU ``b_z = log(u)``, for there z keeps h. They are in ``bias_ih``; those gates' part of
+  ``bias_hh`` is 0. T_max is 2 or more.
+forget_bias: a number that an LSTM's forget gate has for its bias at first and after ``reset_parameters()``: it is
+  in ``bias_ih``, and that gate's part of ``bias_hh`` is 0, so that the sum of both is it (1: Gers et al. 2000,
+  Jozefowicz et al. 2015). Beside init='torch' and 'orthogonal'.
 """
 
 _CALLS = """\
@@ -114,6 +134,13 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"recompute should be 0 (off) or a number of steps, got {steps}")
     for name in ("weight_dropout", "locked_dropout"):
         _check_probability(name, options.get(name, 0.0))
+    bias = options.get("forget_bias")
+    if bias is not None:
+        if isinstance(bias, bool) or not isinstance(bias, (int, float)):
+            raise TypeError(f"forget_bias should be of type float or None, got: {type(bias).__name__}")
+        if not math.isfinite(bias):
+            raise ValueError(f"forget_bias should be a finite number, got {bias}")
+        options["forget_bias"] = float(bias)
     return options
 
 
@@ -127,7 +154,7 @@ def _check_probability(name: str, value: Any) -> None:
 
 
 def without_lstm_only(init: F) -> F:
-    """For ``__init__`` of GRU and RNN: says in words that proj_size, return_all_states and peephole are an LSTM's.
+    """For ``__init__`` of GRU and RNN: says in words which arguments are an LSTM's alone.
 
     torch.nn's take proj_size behind bidirectional where all is given by position, before device: so it is taken, as 0.
     """
@@ -139,6 +166,8 @@ def without_lstm_only(init: F) -> F:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if kwargs.pop("peephole", False):
             raise ValueError("peephole argument is only supported for LSTM: RNN and GRU have no c that gates could see")
+        if kwargs.pop("forget_bias", None) is not None:
+            raise ValueError("forget_bias argument is only supported for LSTM: RNN and GRU have no forget gate")
         if kwargs.pop("return_all_states", False):
             raise ValueError(
                 "return_all_states argument is only supported for LSTM: the output of RNN or GRU holds every state"

@@ -29,7 +29,7 @@ def parameters(function: Any) -> dict[str, inspect.Parameter]:
 def test_options(name: str) -> None:
     """Each is a keyword, and an instance without it reads the default from its class."""
     options = {k: p.default for k, p in parameters(getattr(fastrnn, name)).items() if p.kind is p.KEYWORD_ONLY}
-    lacking = set() if name == "LSTM" else {"return_all_states", "peephole"}
+    lacking = set() if name == "LSTM" else {"return_all_states", "peephole", "forget_bias"}
     assert set(options) == {*SWITCHES, *VALUES} - lacking
     for option, default in options.items():
         assert default == getattr(getattr(fastrnn, name), option)
