@@ -10,7 +10,9 @@ which ``options.py`` composes. ``forward`` takes three keyword arguments more th
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
@@ -26,6 +28,7 @@ from .flat_weights import HasFlatWeights
 from .initial_values import Init, check_init, initialize
 from .layer import road
 from .module_base import QCONFIG, is_for_torch, leaf, typed_as
+from .nested import is_jagged, jagged
 from .network import network, of_layers, own
 from .ops import CELLS
 from .options import CHANGE_RESULTS, SWITCHES, VALUES, checked, documented, without_lstm_only
@@ -50,6 +53,13 @@ _UNKNOWN_TO_C = frozenset(
 )
 _UNKNOWN_IN_TRAINING = _UNKNOWN_TO_C | {"weight_dropout", "locked_dropout"}
 _FIELDS = {name_of(field): field for field in LayerWeights._fields}
+
+
+def _check_none(beside: str, **given: Any) -> None:
+    """Input that says itself how long its rows are takes none of these."""
+    for name, x in given.items():
+        if x is not None:
+            raise ValueError(f"{name}: expected None with {beside}, got {type(x).__name__}")
 
 
 class _Recurrent(per_sample.Hooked, HasFlatWeights):
@@ -394,6 +404,9 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
         resets: Tensor | None,
         reset_state: Any,
     ) -> tuple[Any, States, Any]:
+        if is_jagged(input):
+            _check_none("a nested input", lengths=lengths, resets=resets, reset_state=reset_state)
+            return self._run_nested(input, hx)  # type: ignore[arg-type]
         if lengths is None and resets is None and reset_state is None and self._is_for_torch(input, hx):
             output, after = getattr(rnn, self._kind()).forward(self, input, hx)
             return output, after if isinstance(after, tuple) else (after,), None
@@ -402,9 +415,7 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
             for name, state in (("hx", hx), ("reset_state", reset_state))
         )
         if isinstance(input, PackedSequence):
-            for name, given in (("lengths", lengths), ("resets", resets), ("reset_state", reset_state)):
-                if given is not None:
-                    raise ValueError(f"{name}: expected None with a PackedSequence, got {type(given).__name__}")
+            _check_none("a PackedSequence", lengths=lengths, resets=resets, reset_state=reset_state)
             return self._run_packed(input, states)
         if not isinstance(input, Tensor):
             raise TypeError(f"input: expected a tensor or a PackedSequence, got {type(input).__name__}")
@@ -498,6 +509,30 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
         finals = tuple(own(permute(x, unsorted_indices, state_dim)) for x in finals)
         return of_layers(packed, output), finals, None if cells is None else packed(cells)
 
+    def _run_nested(self, input: Tensor, hx: Any) -> tuple[Any, States, Any]:
+        states = None if hx is None else checks.given_states(self._cell, "hx", hx)
+        rows = jagged(input)
+        if input.dim() != 3 - (self.token_input and not rows.values.is_floating_point()):
+            expected = f"nested input to be [B, j, {self.input_size}]"
+            raise ValueError(f"{self._kind()}: Expected {expected}, got {list(input.shape)}")
+        self.check_input(rows.values, rows.offsets)
+        self._check_ranks("hx", states, batched=True)
+        checks.check_steps(rows.values)
+        output: Any
+        cells: Any
+        back: Callable[[Any], Tensor] = rows.of_padded
+        if self._takes_packed(rows.values) and bool(rows.lengths.all()):
+            packed, places = rows.packed()
+            output, finals, cells = self._run_packed(packed, states)
+            back = functools.partial(rows.of_packed, places=places)
+        else:
+            padded = rows.padded()
+            if states is not None:
+                self._check_states("hx", padded, states, None)
+            output, finals, cells = self._layers(padded, states, rows.lengths)
+            finals = tuple(map(own, finals))
+        return of_layers(back, output), finals, None if cells is None else back(cells)
+
     def _kind(self) -> str:
         return self.mode.partition("_")[0]
 
@@ -536,7 +571,7 @@ class _SingleState(_Recurrent):
         resets: Tensor | None = None,
         reset_state: Tensor | None = None,
     ) -> tuple[Any, Tensor]:
-        """input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched, or packed), hx [L*D, B, H] or None.
+        """input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched, packed or nested), hx [L*D, B, H] or None.
 
         Returns output [T, B, D*H], laid out like the input, and h_n [L*D, B, H].
         """
@@ -661,7 +696,7 @@ class LSTM(_Recurrent):
         resets: Tensor | None = None,
         reset_state: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Any, ...]:
-        """input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched, or packed); hx ``(h_0, c_0)``,
+        """input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched, packed or nested); hx ``(h_0, c_0)``,
         [L*D, B, R] and [L*D, B, H], or None.
 
         Returns output [T, B, D*R], laid out like the input, and ``(h_n, c_n)``; with ``return_all_states`` also the

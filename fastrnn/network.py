@@ -24,9 +24,9 @@ def own(x: Any) -> Any:
     return x if torch.compiler.is_compiling() else _C.without_view(x)
 
 
-def of_layers(function: Callable[[Tensor], Any], output: Tensor | tuple[Tensor, ...]) -> Any:
-    """Of an output, or of all layers' outputs one by one."""
-    return tuple(map(function, output)) if isinstance(output, tuple) else function(output)
+def of_layers(function: Callable[[Any], Any], output: Any) -> Any:
+    """Of an output, a tensor or a PackedSequence, or of all layers' outputs one by one."""
+    return tuple(map(function, output)) if type(output) is tuple else function(output)
 
 
 def in_autocast_dtypes(tensors: Sequence[Tensor | None] | None) -> Any:

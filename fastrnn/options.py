@@ -102,7 +102,9 @@ forget_bias: a number that an LSTM's forget gate has for its bias at first and a
 """
 
 _CALLS = """\
-input: [T, B, I], or as ``batch_first`` and ``token_input`` say; [T, I] unbatched; or a PackedSequence.
+input: [T, B, I], or as ``batch_first`` and ``token_input`` say; [T, I] unbatched; a PackedSequence; or a nested tensor
+  [B, j, I] of layout torch.jagged, tokens [B, j], whatever ``batch_first`` says. What comes laid out like the input is
+  nested then, with its offsets (of an input with holes, those without); states are as of any batch.
 hx: the initial state, {state}; None for zeros.
 lengths: integer [B]: row b has the steps 0 .. lengths[b] - 1. The output is 0 behind them, and the final state is the
   one after the last of them.
