@@ -12,7 +12,7 @@ import torch
 
 from tests.support import autograd, functorch, graphs  # noqa: F401 -- their checks enter the list, in this order
 from tests.support.checks import CHECKS
-from tests.support.subjects import KINDS, LAYERS, LIBRARIES, OPTIONS, OURS_ALONE, PLAIN, Subject
+from tests.support.subjects import KINDS, LAYERS, LIBRARIES, OPTIONS, OURS_ALONE, PLAIN, RANDOM, Subject
 
 RECORD = Path(__file__).parent / "failures.json"  # {case id: the error}
 
@@ -59,7 +59,7 @@ def applies(library: str, kind: str, option: str) -> bool:
 def combined(kind: str, option: str) -> Iterator[str]:
     """The checks that an option is run with."""
     for name in COMBINED:
-        if name not in COMPILED or (kind == "LSTM" and option not in ("dropout", "PackedSequence")):
+        if name not in COMPILED or (kind == "LSTM" and option not in (*RANDOM, "PackedSequence")):
             yield name
 
 

@@ -29,6 +29,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bias=False": {"bias": False},
     "batch_first": {"batch_first": True},
     "dropout": {"num_layers": 2, "dropout": 0.5},
+    "weight_dropout": {"weight_dropout": 0.5},
+    "locked_dropout": {"num_layers": 2, "locked_dropout": 0.5},
+    "residual": {"num_layers": 3, "residual": True},
     "unbatched": {},
     "PackedSequence": {},
     "initial state": {},
@@ -39,7 +42,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": torch.bfloat16},
     "float16": {"dtype": torch.float16},
 }
-OURS_ALONE = ("lengths", "resets", "reset_state")
+OURS_ALONE = ("lengths", "resets", "reset_state", "weight_dropout", "locked_dropout", "residual")
+RANDOM = ("dropout", "weight_dropout", "locked_dropout")
 PLAIN = ""
 
 
