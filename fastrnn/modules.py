@@ -24,10 +24,10 @@ from torch.types import Device
 
 from . import _C, checks, fallback, per_sample
 from .cells import GRUCell, LSTMCell, RNNCell
-from .flat_weights import HasFlatWeights
 from .initial_values import Init, check_init, initialize
 from .layer import road
 from .module_base import QCONFIG, is_for_torch, leaf, typed_as
+from .module_checks import ChecksCalls, check_none
 from .nested import is_jagged, jagged
 from .network import network, of_layers, own
 from .ops import CELLS
@@ -55,14 +55,7 @@ _UNKNOWN_IN_TRAINING = _UNKNOWN_TO_C | {"weight_dropout", "locked_dropout"}
 _FIELDS = {name_of(field): field for field in LayerWeights._fields}
 
 
-def _check_none(beside: str, **given: Any) -> None:
-    """Input that says itself how long its rows are takes none of these."""
-    for name, x in given.items():
-        if x is not None:
-            raise ValueError(f"{name}: expected None with {beside}, got {type(x).__name__}")
-
-
-class _Recurrent(per_sample.Hooked, HasFlatWeights):
+class _Recurrent(per_sample.Hooked, ChecksCalls):
     """What LSTM, GRU and RNN share. States are tuples here: (h,) or (h, c)."""
 
     # Options of the constructors. An instance has only those that are on, so a plain one holds what torch's holds.
@@ -206,63 +199,8 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
                 raise
         return of_layers(lambda x: own(x.squeeze(time)), output), after
 
-    def _check_step(self, x: Tensor, dims: int, state: Any, reset_state: Any) -> None:
-        """What ``forward`` checks, said of the arguments of ``step``."""
-        weight, tokens = self._first_weight(), x.dim() < dims
-        if not tokens and x.shape[-1] != self.input_size:
-            raise RuntimeError(f"x: expected {self.input_size} features (input_size), got {x.shape[-1]}")
-        if not tokens and not checks.dtypes_fit(x.dtype, self._input_dtype()):
-            raise ValueError(f"x: expected {self._input_dtype()}, got {x.dtype}")
-        for name, given in (("state", state), ("reset_state", reset_state)):
-            if given is None:
-                continue
-            states = checks.given_states(self._cell, name, given)
-            count = self.num_layers * (2 if self.bidirectional else 1)
-            batch = [] if dims == 1 else [x.shape[0]]
-            leading = [*batch, count] if self.state_batch_first else [count, *batch]
-            for (part, found), width in zip(checks.parts_of(name, states), self._state_widths(), strict=True):
-                if list(found.shape) != [*leading, width]:
-                    raise RuntimeError(f"{part}: expected {[*leading, width]}, got {list(found.shape)}")
-                checks.check_fits(part, found, *((weight, "weight_ih_l0") if tokens else (x, "x")))
-
-    def _input_dtype(self) -> torch.dtype:
-        return self._first_weight().dtype
-
     def flatten_parameters(self) -> None:
         """Does nothing: there is no flat weight buffer; parameters are read by name at each forward."""
-
-    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        weight = self._first_weight()
-        if not checks.dtypes_fit(input.dtype, weight.dtype) and not self._holds_tokens(input, batch_sizes):
-            raise ValueError(
-                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
-                f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
-            )
-        if input.device != weight.device:
-            raise RuntimeError(
-                "Input and parameter tensors are not at the same device, "
-                f"found input tensor at {input.device} and parameter tensor at {weight.device}"
-            )
-        self._check_input_size(input, batch_sizes)
-
-    def _first_weight(self) -> Tensor:
-        name, written = self._all_weights[0][0], self._named_weights()
-        return getattr(self, name) if written is None else written[name]
-
-    def _holds_tokens(self, input: Tensor, batch_sizes: Tensor | None) -> bool:
-        dims = 1 if batch_sizes is not None else 2
-        return self.token_input and checks.are_tokens(input) and input.dim() == dims
-
-    def _check_input_size(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        dims = 2 if batch_sizes is not None else 3
-        if input.dim() != dims:
-            if self._holds_tokens(input, batch_sizes):
-                return
-            raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
-        if input.size(-1) != self.input_size:
-            raise RuntimeError(
-                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
-            )
 
     def _weights(self) -> list[list[LayerWeights]]:
         """``[layer][direction]``, read by name, so that parametrizations and swapped parameters are seen."""
@@ -279,10 +217,6 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
         one_direction = list(map(by_field, self._all_weights))
         directions = 2 if self.bidirectional else 1
         return [one_direction[i : i + directions] for i in range(0, len(one_direction), directions)]
-
-    def get_expected_hidden_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
-        layers, batch, width = super().get_expected_hidden_size(input, batch_sizes)
-        return (batch, layers, width) if self.state_batch_first else (layers, batch, width)
 
     def _layers(
         self,
@@ -348,30 +282,6 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
             return False
         return is_plain_call() and road(fallback.has_kernels(data, *weights)) == "fused"
 
-    def _check_states(self, name: str, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
-        """Of hx torch.nn's texts, and the same of reset_state under its name."""
-        told = "hidden" if name == "hx" else name
-        for state in states:
-            if state.device != input.device:
-                raise RuntimeError(
-                    f"Input and {told} tensors are not at the same device, "
-                    f"found input tensor at {input.device} and {told} tensor at {state.device}"
-                )
-        if name == "hx":
-            self.check_forward_args(input, self._user_state(states), batch_sizes)
-        else:
-            expected = self.get_expected_hidden_size(input, batch_sizes)
-            for (part, state), width in zip(checks.parts_of(name, states), self._state_widths(), strict=True):
-                self.check_hidden_size(state, (*expected[:2], width), f"Expected {part} size {{}}, got {{}}")
-        tokens = self._holds_tokens(input, batch_sizes)
-        other, whose = (self._first_weight(), "weight_ih_l0") if tokens else (input, "input")
-        for part, state in checks.parts_of(name, states):
-            checks.check_fits(part, state, other, whose)
-
-    def _user_state(self, states: States) -> Any:
-        """As forward takes and returns it: a tensor, or for an LSTM a pair."""
-        return states[0]
-
     def _plain(self, input: Any, hx: Any, resets: Any) -> tuple[Any, ...] | None:
         """(output, h_n[, c_n]) of a call that asks for nothing special, by C++ alone; None where it does."""
         if self.bidirectional or (self.dropout and self.training) or torch.compiler.is_compiling():
@@ -405,7 +315,7 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
         reset_state: Any,
     ) -> tuple[Any, States, Any]:
         if is_jagged(input):
-            _check_none("a nested input", lengths=lengths, resets=resets, reset_state=reset_state)
+            check_none("a nested input", lengths=lengths, resets=resets, reset_state=reset_state)
             return self._run_nested(input, hx)  # type: ignore[arg-type]
         if lengths is None and resets is None and reset_state is None and self._is_for_torch(input, hx):
             output, after = getattr(rnn, self._kind()).forward(self, input, hx)
@@ -415,7 +325,7 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
             for name, state in (("hx", hx), ("reset_state", reset_state))
         )
         if isinstance(input, PackedSequence):
-            _check_none("a PackedSequence", lengths=lengths, resets=resets, reset_state=reset_state)
+            check_none("a PackedSequence", lengths=lengths, resets=resets, reset_state=reset_state)
             return self._run_packed(input, states)
         if not isinstance(input, Tensor):
             raise TypeError(f"input: expected a tensor or a PackedSequence, got {type(input).__name__}")
@@ -532,19 +442,6 @@ class _Recurrent(per_sample.Hooked, HasFlatWeights):
             output, finals, cells = self._layers(padded, states, rows.lengths)
             finals = tuple(map(own, finals))
         return of_layers(back, output), finals, None if cells is None else back(cells)
-
-    def _kind(self) -> str:
-        return self.mode.partition("_")[0]
-
-    def _check_ranks(self, name: str, states: States | None, batched: bool) -> None:
-        dims, kind = (3, "batched") if batched else (2, "unbatched")
-        if states is None or all(x.dim() == dims for x in states):
-            return
-        got = [f"{x.dim()}-D" for x in states]
-        if len(got) == 1:
-            raise RuntimeError(f"For {kind} {dims}-D input, {name} should also be {dims}-D but got {got[0]} tensor")
-        names, found = "hx and cx" if name == "hx" else name, f"({', '.join(got)})"  # torch.nn's own text of hx
-        raise RuntimeError(f"For {kind} {dims}-D input, {names} should also be {dims}-D but got {found} tensors")
 
 
 class _SingleState(_Recurrent):
