@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import heads
 from .ops import CELLS, weight_sizes
 from .records import LayerWeights, States
 from .transforms import is_overloaded
@@ -133,27 +134,34 @@ def check_weights(
     weights: Sequence[Sequence[LayerWeights]],
     tokens: bool,
     name_of: Callable[[int, int, str], str] = lambda layer, direction, field: f"weights[{layer}][{direction}].{field}",
+    may_have_heads: bool = False,
 ) -> None:
     """Do all of them fit the input and each other? The first one says what H and R are, and with tokens I and dtype."""
     info, first = CELLS[cell], weights[0][0]
     for field, x in (*zip(LayerWeights._fields[:2], first[:2], strict=True), ("weight_hr", first.weight_hr)):
         if field == "weight_hr" and x is None:
             continue
-        if not is_tensor_like(x) or x.dim() != 2:  # type: ignore[union-attr]
+        dims = (2, 3) if field == "weight_hh" and may_have_heads else (2,)
+        if not is_tensor_like(x) or x.dim() not in dims:  # type: ignore[union-attr]
             got = list(x.shape) if is_tensor_like(x) else type(x).__name__  # type: ignore[union-attr]
-            raise RuntimeError(f"{name_of(0, 0, field)}: expected a tensor of 2 dimensions, got {got}")
+            wanted = "2 dimensions" + (", or 3 with heads" if len(dims) > 1 else "")
+            raise RuntimeError(f"{name_of(0, 0, field)}: expected a tensor of {wanted}, got {got}")
     if first.weight_hr is not None and info.states == 1:
         raise RuntimeError(f"{name_of(0, 0, 'weight_hr')}: expected None, for only an LSTM has it, got a tensor")
     if first.params is not None and not info.params:
         raise RuntimeError(f"{name_of(0, 0, 'params')}: expected None, for only an LSTM has peepholes, got a tensor")
-    R = first.weight_hh.shape[1]
-    H = R if first.weight_hr is None else first.weight_hr.shape[1]
+    N, (R, H) = heads.count(first), first.widths
+    if N and first.weight_hr is not None:
+        raise RuntimeError(f"{name_of(0, 0, 'weight_hr')}: expected None with heads, got a tensor")
     if R == 0 or H == 0:
         raise RuntimeError(f"{name_of(0, 0, 'weight_hh')}: expected sizes above 0, got {list(first.weight_hh.shape)}")
     width = first.weight_ih.shape[1] if tokens else input.shape[-1]
     other, whose = (first.weight_ih, name_of(0, 0, "weight_ih")) if tokens else (input, "input")
     for i, layer in enumerate(weights):
-        shapes = weight_sizes(cell, H, R, width).values()
+        sizes = weight_sizes(cell, H, R, width)
+        if N:
+            sizes["weight_hh"] = N, info.gates * H // N, H // N
+        shapes = sizes.values()
         for d, w in enumerate(layer):
             for field, x, shape, as_first in zip(LayerWeights._fields, w, shapes, first, strict=True):
                 name = name_of(i, d, field)
@@ -177,13 +185,14 @@ def explain(
     input: Tensor,
     weights: Sequence[Sequence[LayerWeights]],
     name_of: Callable[[int, int, str], str],
+    may_have_heads: bool = False,
 ) -> None:
     """After a call of a module has failed: raises in the caller's names if a parameter is what does not fit.
 
     A good call pays nothing for it. What has a ``__torch_function__`` of its own may know no shapes to look at.
     """
     if not is_overloaded(input, *(x for layer in weights for w in layer for x in w)):
-        check_weights(cell, input, weights, are_tokens(input), name_of)
+        check_weights(cell, input, weights, are_tokens(input), name_of, may_have_heads)
 
 
 def check_features(input: Any, dims: int, letters: str, token_input: bool) -> None:

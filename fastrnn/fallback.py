@@ -106,8 +106,7 @@ def network(
         if w.weight_hr is not None:
             flat.append(w.weight_hr)
     if states is None:
-        R = first.weight_hh.shape[1]
-        widths = (R, R if first.weight_hr is None else first.weight_hr.shape[1]) if cell == "lstm" else (R,)
+        widths = first.widths if cell == "lstm" else first.widths[:1]
         states = tuple(torch.zeros(count, input.shape[1], n, dtype=input.dtype, device=input.device) for n in widths)
     hx = states if cell == "lstm" else states[0]
     op = getattr(torch._VF, cell)

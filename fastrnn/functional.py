@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import heads
 from .checks import (
     check_features,
     check_fits,
@@ -25,7 +26,6 @@ from .checks import (
     parts_of,
 )
 from .network import network, own, step
-from .ops import CELLS
 from .records import LayerWeights, States
 
 
@@ -48,7 +48,8 @@ def lstm(
         state: ``(h_0, c_0)``, [L*D, B, R] and [L*D, B, H]; ``None`` for zeros.
         weights: ``weights[layer][direction]``; one direction, or two of which the second runs in reverse. Each is a
             LayerWeights, or a plain tuple or list of its tensors in that order. Their ``params`` [3, H], where given,
-            are peepholes of i, f and o (Gers & Schmidhuber 2000), as of ``fastrnn.LSTM(.., peephole=True)``.
+            are peepholes of i, f and o (Gers & Schmidhuber 2000), as of ``fastrnn.LSTM(.., peephole=True)``. A
+            ``weight_hh`` [N, G*H/N, H/N] is that of N heads, as of ``fastrnn.LSTM(.., num_heads=N)``.
         dropout: probability that an output of any layer but the last is zeroed, when ``training``.
         lengths: integer [B]: row b has the steps 0 .. lengths[b] - 1. The output is 0 behind them, and the final state
             is the one after the last of them (the initial one where there are none).
@@ -151,10 +152,10 @@ def _checked(
     T, B = input.shape[:2]
     tokens, weights = input.dim() == 2, given_weights(weights)
     cell = _with_params(cell, weights[0][0])
-    check_weights(cell, input, weights, tokens)
+    check_weights(cell, input, weights, tokens, may_have_heads=True)
     check_resets(resets, reset_state, (T, B), input.device)
     w = weights[0][0]
-    L, sizes = len(weights) * len(weights[0]), (w.weight_hh.shape[1], w.weight_hh.shape[0] // CELLS[cell].gates)
+    L, sizes = len(weights) * len(weights[0]), w.widths
 
     def states(name: str, state: Any) -> States | None:
         if state is None:
@@ -171,8 +172,9 @@ def _checked(
     if lengths is not None:
         lengths = given_lengths(lengths, input)
     output, finals, _ = network(
-        cell, input, weights, start, fresh, lengths=lengths, resets=resets, dropout=dropout, training=training
-    )
+        cell, input, weights, start, fresh, lengths=lengths, resets=resets, dropout=dropout, training=training,
+        num_heads=heads.count(w),
+    )  # fmt: skip
     return own(output), tuple(map(own, finals))
 
 
@@ -182,8 +184,7 @@ def _checked_cell(cell: str, input: Tensor, state: Any, weights: Any) -> States:
     cell = _with_params(cell, w)
     check_weights(cell, input, [[w]], False, lambda layer, direction, field: f"weights.{field}")
     states = given_states(cell, "state", state)
-    sizes = (w.weight_hh.shape[1], w.weight_hh.shape[0] // CELLS[cell].gates)
-    for (part, x), size in zip(parts_of("state", states), sizes, strict=False):
+    for (part, x), size in zip(parts_of("state", states), w.widths, strict=False):
         if list(x.shape) != [input.shape[0], size]:
             raise RuntimeError(f"{part}: expected {[input.shape[0], size]} (batch, width), got {list(x.shape)}")
         check_fits(part, x, input, "input")

@@ -82,7 +82,9 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _by_gate(weight: Tensor, gates: int, initializer: Callable[[Tensor], Tensor]) -> Tensor:
-    """A matrix like weight [G*H, n], of which each gate's block [H, n] is filled by itself."""
+    """A matrix like weight [G*H, n], of which each gate's block [H, n] is filled by itself; of heads too: [N, G*h, n]."""
+    if weight.dim() == 3:
+        return torch.stack([_by_gate(head, gates, initializer) for head in weight])
     rows = weight.shape[0] // gates
     blocks = (torch.empty(rows, weight.shape[1], dtype=_wide(weight), device=weight.device) for _ in range(gates))
     return torch.cat([initializer(block) for block in blocks])

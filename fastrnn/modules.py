@@ -46,6 +46,7 @@ _UNKNOWN_TO_C = frozenset(
         "state_batch_first",
         "return_all_states",
         "peephole",
+        "num_heads",
         "residual",
         "return_all_layers",
         "_opacus",
@@ -66,6 +67,7 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
     peephole: bool = False
     residual: bool = False
     return_all_layers: bool = False
+    num_heads: int = 1
     grad_clip: float | None = None
     recompute: int = 0
     weight_dropout: float = 0.0
@@ -91,8 +93,17 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
                 stacklevel=3,
             )
         weight = getattr(self, self._all_weights[0][0])
+        bound = self.hidden_size**-0.5 if self.hidden_size else 0.0  # as torch.nn has it
+        if self.num_heads > 1:
+            N, H = self.num_heads, self.hidden_size
+            if self.proj_size:
+                raise ValueError(f"num_heads should be 1 with proj_size, got {N}")
+            if H % N:
+                raise ValueError(f"num_heads should divide hidden_size, got {N} for {H}")
+            blocks = (N, CELLS[self._cell].gates * (H // N), H // N)
+            for names in self._all_weights:
+                setattr(self, names[1], nn.Parameter(weight.new_empty(blocks).uniform_(-bound, bound)))
         if self.peephole:
-            bound = self.hidden_size**-0.5 if self.hidden_size else 0.0  # as torch.nn has it
             for names in self._all_weights:
                 name = names[0].replace("weight_ih", "weight_ch")
                 self.register_parameter(name, nn.Parameter(weight.new_empty(3, self.hidden_size)))
@@ -261,13 +272,14 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
             all_layers=self.return_all_layers,
             grad_clip=self.grad_clip or 0.0,
             recompute=self.recompute,
+            num_heads=self.num_heads if self.num_heads > 1 else 0,
         )
         if torch.compiler.is_compiling():
             return network(cell, input, weights, states, **sequence, **options)
         try:
             return network(cell, input, weights, states, **sequence, **options)
         except Exception:
-            checks.explain(cell, input, weights, self._name_of)
+            checks.explain(cell, input, weights, self._name_of, self.num_heads > 1)
             raise
 
     def _name_of(self, layer: int, direction: int, field: str) -> str:
@@ -511,6 +523,7 @@ class LSTM(_Recurrent):
         peephole: bool = False,
         residual: bool = False,
         return_all_layers: bool = False,
+        num_heads: int = 1,
         grad_clip: float | None = None,
         recompute: int = 0,
         weight_dropout: float = 0.0,
@@ -537,6 +550,7 @@ class LSTM(_Recurrent):
             peephole=peephole,
             residual=residual,
             return_all_layers=return_all_layers,
+            num_heads=num_heads,
             grad_clip=grad_clip,
             recompute=recompute,
             weight_dropout=weight_dropout,
@@ -637,6 +651,7 @@ class GRU(_SingleState):
         token_input: bool = False,
         residual: bool = False,
         return_all_layers: bool = False,
+        num_heads: int = 1,
         grad_clip: float | None = None,
         recompute: int = 0,
         weight_dropout: float = 0.0,
@@ -659,6 +674,7 @@ class GRU(_SingleState):
             token_input=token_input,
             residual=residual,
             return_all_layers=return_all_layers,
+            num_heads=num_heads,
             grad_clip=grad_clip,
             recompute=recompute,
             weight_dropout=weight_dropout,
@@ -690,6 +706,7 @@ class RNN(_SingleState):
         token_input: bool = False,
         residual: bool = False,
         return_all_layers: bool = False,
+        num_heads: int = 1,
         grad_clip: float | None = None,
         recompute: int = 0,
         weight_dropout: float = 0.0,
@@ -714,6 +731,7 @@ class RNN(_SingleState):
             token_input=token_input,
             residual=residual,
             return_all_layers=return_all_layers,
+            num_heads=num_heads,
             grad_clip=grad_clip,
             recompute=recompute,
             weight_dropout=weight_dropout,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _C, composed, fallback, onnx_nodes, per_sample, regularizers, segments
+from . import _C, composed, fallback, heads, onnx_nodes, per_sample, regularizers, segments
 from .checks import check_steps, check_values_of
 from .layer import layer, road
 from .ops import CELLS
@@ -56,6 +56,7 @@ def network(
     all_layers: bool = False,
     grad_clip: float = 0.0,
     recompute: int = 0,
+    num_heads: int = 0,
 ) -> tuple[Any, States, Tensor | None]:
     """output, the final states and, for an LSTM with ``all_states``, every c of the last layer [T, B, D*H].
 
@@ -63,19 +64,26 @@ def network(
     dropout, locked_dropout: between layers, in training (regularizers.py).
     residual: from the second layer on, the output of the layer below is added to a layer's own.
     all_layers: output is a tuple of every layer's.
-    recompute: train by segments of so many steps (segments.py); 0: as a whole.
+    recompute: train by segments of so many steps (segments.py); 0: as a whole. num_heads: of weight_hh; 0: it is dense.
     """
     if batch_sizes is None:
         check_steps(input)
-    D, L = len(weights[0]), len(weights)
+    D, L, N = len(weights[0]), len(weights), num_heads
     marked = per_sample.asked_for(w for of_directions in weights for w in of_directions)
     if torch._C._is_any_autocast_enabled():
         input, states, reset_states = in_autocast_dtype(input), *map(in_autocast_dtypes, (states, reset_states))
         if not marked:  # marks would be lost
             weights = [[LayerWeights(*in_autocast_dtypes(w)) for w in of_directions] for of_directions in weights]
+    if marked and N:
+        raise RuntimeError(
+            "num_heads: expected 1 where the gradient of every sample is asked for (Opacus, ExpandedWeights), "
+            f"got {N}; torch.func.vmap of torch.func.grad gives it"
+        )
     all_weights = [x for of_layer in weights for w in of_layer for x in w]
     by_others: Callable[..., tuple[Tensor, ...]] | None = None  # runs a layer
     if not marked and is_for_others(weights[0][0].weight_ih, input, *all_weights, *(states or ())):
+        if N:  # torch's ops know none
+            weights, N = [list(map(heads.dense, of_directions)) for of_directions in weights], 0
         if fallback.is_exported_to_onnx():
             if resets is None and not all_states and onnx_nodes.has_nodes(weights):
                 by_others = functools.partial(onnx_nodes.layer, cell, lengths=lengths)
@@ -104,7 +112,10 @@ def network(
             given = layer_states(of_layer(states, i), lengths, resets, of_layer(reset_states, i))
             every_c = all_states and i == L - 1
             call = LayerCall(cell, output, of_directions, given, batch_sizes, grad_clip=grad_clip, all_states=every_c)
-            output, *after, cells, _ = segments.layer(call, recompute) if by_segments and not every_c else layer(call)
+            if N:
+                call = heads.grouped(call)
+            found = segments.layer(call, recompute) if by_segments and not every_c else layer(call)
+            output, *after, cells, _ = heads.joined(found, N) if N else found
         finals.append(tuple(after[: CELLS[cell].states]))
         if i > 0 and residual:
             output = output + below

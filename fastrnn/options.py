@@ -24,6 +24,7 @@ SWITCHES = (
     "return_all_layers",
 )
 VALUES = (
+    "num_heads",
     "grad_clip",
     "recompute",
     "weight_dropout",
@@ -69,6 +70,9 @@ residual: from the second layer on, what a layer is put on top of is added to wh
 return_all_layers: the output of a call is a tuple of every layer's output (after ``residual``'s sum, before dropout),
   from the first to the last; of a PackedSequence a tuple of PackedSequences. Of :meth:`step`, too. Type checkers see
   the output of the default.
+num_heads: N heads of H/N units whose recurrences do not see each other (block-diagonal W_hh, as in xLSTM, Beck et al.
+  2024): ``weight_hh_l0`` is [N, G*H/N, H/N], a block a head; all else has the shapes and the order of the plain layer.
+  It must divide ``hidden_size``, and does not go with ``proj_size``.
 grad_clip: a number above 0: in backward, the gradient of h and of c is clamped to [-grad_clip, grad_clip] wherever a
   step hands it to the step before, or to the state that it started from; what the output's own gradient brings is
   added after. NaN stays NaN. Forward-mode AD has nothing to clamp. Double backward differentiates the clamps, and
@@ -129,6 +133,11 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
         if not clip > 0:
             raise ValueError(f"grad_clip should be above 0, got {clip}")
         options["grad_clip"] = float(clip)
+    heads = options.get("num_heads", 1)
+    if isinstance(heads, bool) or not isinstance(heads, int):
+        raise TypeError(f"num_heads should be of type int, got: {type(heads).__name__}")
+    if heads < 1:
+        raise ValueError(f"num_heads should be at least 1, got {heads}")
     steps = options.get("recompute", 0)
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise TypeError(f"recompute should be of type int, got: {type(steps).__name__}")

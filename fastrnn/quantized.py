@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import fallback
+from . import fallback, heads
 from .composed import fold, unfold
 from .modules import GRU, LSTM, RNN, _Recurrent
 from .ops import CELLS
@@ -102,11 +102,13 @@ def _converted(module: _Recurrent, dtype: torch.dtype) -> _Quantized:
     out._flat_weights_names = []
     out._init_flat_weights()
     for layer, directions in enumerate(module._weights()):
+        if module.num_heads > 1:
+            directions = [head for weights in directions for head in heads.by_head(weights)]
         for field in LayerWeights._fields:
             parts = [getattr(weights, field).detach() for weights in directions if getattr(weights, field) is not None]
             if not parts:
                 continue
-            name, weight = f"{name_of(field)}_l{layer}", torch.stack(parts)  # [D, ...]: a call need not stack
+            name, weight = f"{name_of(field)}_l{layer}", torch.stack(parts)  # [D*N, ...]: a call need not stack
             if field.startswith("bias") or field == "params" or (field == "weight_hr" and dtype == torch.int8):
                 out.register_buffer(name, weight)
             elif dtype == torch.bfloat16:
@@ -228,7 +230,7 @@ class _Quantized(_Recurrent):
                 "quantized modules are for inference: expected an input and states without requires_grad"
             )
         directions = 2 if self.bidirectional else 1
-        widths = self._state_widths()
+        widths, reverse = self._state_widths(), [False] * self.num_heads + [True] * (self.num_heads * (directions - 1))
         if states is None:
             count = self.num_layers * directions
             states = tuple(input.new_zeros(count, input.shape[1], n) for n in widths)
@@ -243,7 +245,7 @@ class _Quantized(_Recurrent):
                 *self._matrix(f"weight_hh_l{layer}"), self._buffers.get(f"bias_hh_l{layer}"),
                 self._buffers.get(f"weight_hr_l{layer}"), self._buffers.get(f"weight_ch_l{layer}"), h,
                 c[0] if c else None, sequence.get("lengths"), sequence.get("resets"), h_reset,
-                c_reset[0] if c_reset else None, [False, True][:directions],
+                c_reset[0] if c_reset else None, reverse,
             )  # fmt: skip
             finals.append([unfold(x, directions) for x in (h_n, c_n)[: len(widths)]])
             if layer > 0 and self.residual:

@@ -17,11 +17,17 @@ class LayerWeights(NamedTuple):
     """The parameters of one layer in one direction, with torch.nn's names, shapes and gate order."""
 
     weight_ih: Tensor  # [G*H, I]
-    weight_hh: Tensor  # [G*H, R]
+    weight_hh: Tensor  # [G*H, R], or of N heads [N, G*H/N, H/N]
     bias_ih: Tensor | None = None  # [G*H]
     bias_hh: Tensor | None = None  # [G*H]
     weight_hr: Tensor | None = None  # [R, H], LSTM only
     params: Tensor | None = None  # [K, H]: numbers of a unit that its cell reads beside the gates
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """R and H."""
+        R = self.weight_hh.shape[1] if self.weight_hh.dim() == 2 else self.weight_hh.shape[0] * self.weight_hh.shape[2]
+        return R, R if self.weight_hr is None else self.weight_hr.shape[1]
 
 
 def name_of(field: str) -> str:

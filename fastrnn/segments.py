@@ -102,7 +102,7 @@ def layer(call: LayerCall, every: int) -> LayerResults:
     started = call.states
     if started.h_0 is None:
         w, D = call.weights[0], len(call.weights)
-        widths = (w.weight_hh.shape[1], w.weight_hh.shape[0] // CELLS[call.cell].gates)[: CELLS[call.cell].states]
+        widths = w.widths[: CELLS[call.cell].states]
         zeros = layer_states(tuple(w.weight_hh.new_zeros(D, call.batch, n) for n in widths))
         started = started._replace(h_0=zeros.h_0, c_0=zeros.c_0)
     options = call._replace(input=None, weights=[], states=None), every  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import modules
+from .. import heads, modules
 from ..checks import are_tokens, given_lengths
 from ..records import LayerWeights
 from .parameters import Cell, Module, check_module, copy_into, directions, gates, reordered, restored, tensor
@@ -195,11 +195,13 @@ def to_onnx(module: Module | Reversed, *, states: bool = False, lengths: bool = 
     except ImportError as error:
         raise ImportError("to_onnx needs the package onnx (pip install onnx)") from error
     inner: Any = module.module if isinstance(module, Reversed) else module
-    kind = check_module("module", inner, may_have=("peephole",))
+    kind = check_module("module", inner, may_have=("peephole", "num_heads"))
     if not isinstance(inner, nn.RNNBase):
         raise TypeError(f"module: expected an LSTM, GRU or RNN, got {type(inner).__name__}: ONNX has no cells")
     types = {torch.float32: TensorProto.FLOAT, torch.float64: TensorProto.DOUBLE, torch.float16: TensorProto.FLOAT16}
     layers = list(directions(inner))
+    if getattr(inner, "num_heads", 1) > 1:
+        layers = [list(map(heads.dense, layer)) for layer in layers]
     dtype = layers[0][0].weight_ih.dtype
     if dtype not in types:
         raise TypeError(f"module: expected float32, float64 or float16, got {dtype}")

@@ -527,7 +527,7 @@ def resized(w: LayerWeights, name: str, change: str) -> LayerWeights:
     changed = {
         "one row": x[:1],
         "one row less": x[:-1],
-        "rank": x[None],
+        "rank": x[None, None],  # with one dimension more, weight_hh would be that of one head
         "dtype": x.double(),
         "none": None,
         "meta": x.to("meta"),

@@ -103,6 +103,11 @@ def test_to_onnx_with_peepholes(options: dict[str, Any], given: str) -> None:
     assert all(torch.equal(m.weight_ch_l0, getattr(module, f"weight_ch_l{k}")) for k, m in enumerate(back))
 
 
+@KIND
+def test_to_onnx_with_heads(kind: str) -> None:
+    check_model(build(fastrnn, kind, I, H, num_layers=2, bidirectional=True, num_heads=H), kind, True, True)
+
+
 def check_model(module: nn.Module, kind: str, states: bool, lengths: bool) -> None:
     inner: Any = module.module if isinstance(module, Reversed) else module
     model = fastrnn.to_onnx(module, states=states, lengths=lengths)

@@ -103,7 +103,7 @@ def test_layers(kind: str, options: dict[str, Any]) -> None:
     check(static, model, inputs, [(T, B)])
 
 
-@pytest.mark.parametrize("given", ["states", "lengths", "tokens", "learned", "peephole"])
+@pytest.mark.parametrize("given", ["states", "lengths", "tokens", "learned", "peephole", "heads"])
 @KIND
 def test_what_onnx_has(kind: str, given: str) -> None:
     """States, lengths, tokens and options that change no product."""
@@ -115,6 +115,8 @@ def test_what_onnx_has(kind: str, given: str) -> None:
         options = {"token_input": True}
     if given == "peephole":
         options = {"peephole": True}
+    if given == "heads":
+        options = {"num_heads": H}
     model = Model(build(fastrnn, kind, I, H, 2, bidirectional=True, **options)).eval()
     if learned:
         with torch.no_grad():
