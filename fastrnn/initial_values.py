@@ -82,7 +82,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _by_gate(weight: Tensor, gates: int, initializer: Callable[[Tensor], Tensor]) -> Tensor:
-    """A matrix like weight [G*H, n], of which each gate's block [H, n] is filled by itself; of heads too: [N, G*h, n]."""
+    """A matrix like weight [G*H, n] (or of heads [N, G*h, n]) of which each gate's block [H, n] is filled by itself."""
     if weight.dim() == 3:
         return torch.stack([_by_gate(head, gates, initializer) for head in weight])
     rows = weight.shape[0] // gates
