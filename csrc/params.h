@@ -75,9 +75,14 @@ struct BackwardParams : ForwardParams {
   int64_t grad_output_stride_t, grad_output_stride_b;
   const void* grad_h_n;  // [B, P*R] or null
   const void* grad_c_n;  // [B, P*h] or null
+  const void* grad_cells;  // [T, B, P*h], last dimension contiguous: gradient of c after every step, or null
+  int64_t grad_cells_stride_t, grad_cells_stride_b;
 
-  void* grad_gates_ih;   // [T, B, P*G*h]
-  void* grad_gates_hh;   // same shape, or null where the cell's is equal to grad_gates_ih
+  // [T, B, P, ..], of one unit's group G*h, and grad_gates_stride elements from that of a group to the next: G*h, or S*h
+  // where it lies in the memory of `saved`. A step's values are read there before its gradients are written.
+  void* grad_gates_ih;
+  int64_t grad_gates_stride;
+  void* grad_gates_hh;   // [T, B, P*G*h], or null where the cell's is equal to grad_gates_ih
   void* grad_projected;  // [T, B, P*R]: the whole gradient of weight_hr's product; null without weight_hr
   void* grad_h_0;        // [B, P*R], or null: neither it nor grad_c_0 is wanted, and the last product is saved
   void* grad_c_0;        // [B, P*h] or null
@@ -102,8 +107,6 @@ struct LayerBackwardParams {
   const void* input;  // [T, B, I], last dimension contiguous; null without grad_weight_ih
   int64_t input_stride_t, input_stride_b;
   const void* weight;    // [P, G*h, I]; null without grad_input
-  const void* grad_cells;  // [T, B, P*h], last dimension contiguous: gradient of c after every step, or null
-  int64_t grad_cells_stride_t, grad_cells_stride_b;
   void* grad_input;      // [P, T, B, I], a part for every group; already zero where lengths are given
   void* grad_weight_ih;  // [P, G*h, I]
   void* grad_weight_hh;  // [P, G*h, h]

@@ -223,10 +223,10 @@ struct BackwardStep : Walk<BackwardParams> {
     if (i >= running) return;
     const int64_t here = place(i, t);
     if constexpr (kHasC)
-      if (layer && layer->grad_cells)
+      if (p.grad_cells)
         in.grad_state[1] = in.grad_state[1] +
-                           load(static_cast<const S*>(layer->grad_cells) +
-                                    offset(i, t, layer->grad_cells_stride_t, layer->grad_cells_stride_b) + group * h + j,
+                           load(static_cast<const S*>(p.grad_cells) +
+                                    offset(i, t, p.grad_cells_stride_t, p.grad_cells_stride_b) + group * h + j,
                                 n);
 
     in.saved = load_saved(here, j, n);
@@ -252,7 +252,7 @@ struct BackwardStep : Walk<BackwardParams> {
     if (to_ih)
       for (int k = 0; k < G; ++k) store(to_ih + gate(i, k, j), out.grad_gates_ih[k]);
     if (!layer) {
-      S* grad_ih = static_cast<S*>(p.grad_gates_ih) + here * G * h + j;
+      S* grad_ih = static_cast<S*>(p.grad_gates_ih) + here * p.grad_gates_stride + j;
       for (int k = 0; k < G; ++k) store(grad_ih + k * h, out.grad_gates_ih[k], n);
     }
     if constexpr (kRowSums<Cell> > 0)

@@ -94,6 +94,7 @@ struct LayerResults {
 struct LayerGiven {
   OptionalTensor grad_output, grad_h_n, grad_c_n, grad_cells;
   Tensor output, saved;
+  bool may_overwrite = false;  // is nobody going to look at saved again?
 };
 
 enum Gradient {

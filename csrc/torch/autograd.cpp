@@ -1,11 +1,13 @@
 #include "autograd.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -172,6 +174,7 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     ctx->saved_data["cell"] = call.cell;
     ctx->saved_data["reverse"] = list_of(call.reverse);
     ctx->saved_data["grad_clip"] = call.grad_clip;
+    ctx->saved_data["hooked"] = at::SavedTensorDefaultHooks::get_hooks().has_value();
     ctx->saved_data["counts"] = c10::IValue(c10::IntArrayRef(counts));
     return {out.output, out.h_n, out.c_n, out.cells, out.saved};
   }
@@ -225,10 +228,11 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
 
     LayerGradients found;
     if (at::GradMode::is_enabled() || grad_saved.defined() || is_transformed(grads) ||
-        (given.grad_cells && !takes_grad_cells(call, given.output))) {
+        (given.grad_cells && !takes_grad_cells(given.output))) {
       found = by_python(call, given, grad_saved, needed);
     } else if (is_plain_thread() && are_ordinary(kept) && are_ordinary(grads)) {
       const LayerCall own = held_call(call);
+      given.may_overwrite = !ctx->saved_data["hooked"].toBool() && is_last_look(given.saved);
       const at::AutoDispatchBelowADInplaceOrView below;
       RECORD_FUNCTION("fastrnn::layer_backward", {});
       found = layer_backward(own, given, needed);
@@ -248,8 +252,16 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
  private:
   static bool are_ordinary(const variable_list& tensors) {
     for (const Tensor& x : tensors)
-      if (x.defined() && !is_ordinary(x)) return false;
+      if (x.defined() && !(is_ordinary(x) || is_ordinary_on_cuda(x))) return false;
     return true;
+  }
+
+  // Will nobody look at a saved tensor after this backward pass? Without retain_graph the node cannot run again, and then
+  // none but itself holds the memory: what it keeps, and the variable that it has been given of it. (Where hooks have
+  // packed it, it is theirs.)
+  static bool is_last_look(const Tensor& saved) {
+    return !torch::autograd::get_current_graph_task_keep_graph() && saved.has_storage() &&
+           saved.storage().use_count() <= 2;
   }
 };
 

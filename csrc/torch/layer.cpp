@@ -98,6 +98,14 @@ Tensor without_padding(const LayerCall& call) {
   return without_padding(call.input.unsqueeze(2), *call.states.lengths).squeeze(2);
 }
 
+// Have the gates of a step room where the cell's own values of the step are saved? What a cell's Row reads of those may
+// be another unit's, and weight_hr's gradient looks at them once more.
+bool fit_in_saved(const LayerCall& call) {
+  const CellInfo& cell = kCells[known_cell(call.cell)];
+  const int own = cell.saved - (cell.states - 1);
+  return call.groups() == 1 && cell.gates <= own && cell.row_sums == 0 && call.weights.weight_hr.empty();
+}
+
 // ---- forward ----
 
 // W_ih x for the one-hot rows x that tokens stand for: rows of the transposed weight.
@@ -141,12 +149,21 @@ LayerResults forward_by_products(const LayerCall& call, bool save) {
     for (const Tensor& weight : call.weights.weight_ih) parts.push_back(look_up(indices, weight));
     Tensor gates = parts.size() == 1 ? parts[0] : at::cat(parts, -1);
     if (bias) gates += *bias;
-    return kernels_of(gates).forward(args, gates, save);
+    return kernels_of(gates).forward(args, gates, save, {});
   }
+  const RecurrentKernels& kernels = kernels_of(input);
   const Tensor weight = one_matrix(call.weights.weight_ih);
   const int64_t T = input.size(0), B = input.size(1), rows = weight.size(0);
-  const Tensor gates = kernels_of(input).linear(input.reshape({T * B, input.size(2)}), weight, bias, T);
-  return kernels_of(input).forward(args, gates.view({T, B, rows}), save);
+  const Tensor x = input.reshape({T * B, input.size(2)});
+  // A bias would be a pass of its own there. A CPU's kernel leaves alone what is behind a row's end, where saved is to be
+  // zero.
+  const bool in_place =
+      save && !bias && kernels.in_place && fit_in_saved(call) && !(call.states.lengths && input.is_cpu());
+  if (!in_place) return kernels.forward(args, kernels.linear(x, weight, bias, T).view({T, B, rows}), save, {});
+  const CellInfo& cell = kCells[known_cell(call.cell)];
+  const Tensor saved = at::empty({T, B, rows / cell.gates * cell.saved}, input.options());
+  kernels.product(saved.flatten(0, 1).narrow(1, 0, rows), x, weight.t(), false, T);
+  return kernels.forward(args, saved.narrow(2, 0, rows), save, saved);
 }
 
 // ---- backward ----
@@ -198,8 +215,8 @@ void weight_hh_gradient(const LayerCall& call, const Tensor& gates, const Tensor
 }
 
 // What the recurrence's kernel has made of a layer's gradients by itself.
-LayerGradients of_recurrence(const LayerCall& call, const LayerGiven& given, const RecurrentGradients& found,
-                             const Needed& needed) {
+LayerGradients from_recurrence(const LayerCall& call, const LayerGiven& given, const RecurrentGradients& found,
+                               const Needed& needed) {
   LayerGradients grads;
   grads[kOf_h_0] = found.h_0;
   grads[kOf_c_0] = found.c_0;
@@ -223,20 +240,25 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
     all.output = padded.pad(given.output);
     all.saved = padded.pad(given.saved);
     all.grad_output = padded.pad(given.grad_output);
+    all.grad_cells = padded.pad(given.grad_cells);
+    all.may_overwrite = true;  // the padded copy
     LayerGradients grads = backward_by_products(padded.call, all, needed);
     grads[kOf_input] = padded.pack(grads[kOf_input]);
     return grads;
   }
-  RNN_CHECK_NOT_IMPLEMENTED(!given.grad_cells, "layer_backward: grad_cells: expected none here, got a tensor");
+  RNN_CHECK_NOT_IMPLEMENTED(!given.grad_cells || kernels.grad_cells,
+                            "layer_backward: grad_cells: expected none here, got a tensor");
   const Recurrence args = recurrence_of(call);
   const bool initial = needed[kOf_h_0] || needed[kOf_c_0];
-  const RecurrentGradients found = kernels.backward(
-      args, {given.grad_output, given.grad_h_n, given.grad_c_n, given.output, given.saved}, initial, /*together=*/true);
-  LayerGradients grads = of_recurrence(call, given, found, needed);
+  Given of_kernel = of_recurrence(given);
+  of_kernel.in_place =
+      given.may_overwrite && kernels.in_place && fit_in_saved(call) && given.saved.is_contiguous();
+  const RecurrentGradients found = kernels.backward(args, of_kernel, initial, /*together=*/true);
+  LayerGradients grads = from_recurrence(call, given, found, needed);
   const int64_t T = given.output.size(0), B = given.output.size(1), P = call.groups();
   const int64_t Gh = found.gates_ih.size(2) / P;
   const Tensor gates_hh = found.gates_hh.numel() ? found.gates_hh : found.gates_ih;
-  const Tensor rows = found.gates_ih.view({T * B, P * Gh});
+  const Tensor rows = found.gates_ih.flatten(0, 1);  // a view, in place too
   const auto empty = [&](at::IntArrayRef sizes) { return at::empty(sizes, rows.options()); };
   const auto of_group = [&](const Tensor& x, int64_t p) {
     const int64_t n = x.size(2) / P;
@@ -278,16 +300,15 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
     for (int64_t p = 0; p < P; ++p)
       weight_hh_gradient(call, of_group(gates_hh, p), of_group(given.output, p), p, grads[kOf_weight_hh].select(0, p));
   }
-  if (needed[kOf_bias_ih] && needed[kOf_bias_hh]) {
-    // Both in one pass: over the two parts of one tensor, or over one part twice.
-    const Tensor both = found.together.size(0) == 2 ? found.together : found.together.expand({2, T, B, P * Gh});
-    const Tensor sums = both.sum(at::IntArrayRef{1, 2});
+  if (needed[kOf_bias_ih] && needed[kOf_bias_hh] && found.together.defined()) {  // both in one pass
+    const Tensor sums = found.together.sum(at::IntArrayRef{1, 2});
     grads[kOf_bias_ih] = sums.select(0, 0).view({P, Gh});
     grads[kOf_bias_hh] = sums.select(0, 1).view({P, Gh}).clone();  // results of an op share no memory
-  } else if (needed[kOf_bias_ih] || needed[kOf_bias_hh]) {
-    const bool ih = needed[kOf_bias_ih];
-    grads[ih ? kOf_bias_ih : kOf_bias_hh] =
-        (ih ? found.gates_ih : gates_hh).sum(at::IntArrayRef{0, 1}).view({P, Gh});
+  } else {
+    const auto sum = [&](const Tensor& gates) { return gates.sum(at::IntArrayRef{0, 1}).view({P, Gh}); };
+    const bool equal = !found.gates_hh.numel() && needed[kOf_bias_ih];
+    if (needed[kOf_bias_ih]) grads[kOf_bias_ih] = sum(found.gates_ih);
+    if (needed[kOf_bias_hh]) grads[kOf_bias_hh] = equal ? grads[kOf_bias_ih].clone() : sum(gates_hh);
   }
   return grads;
 }
@@ -300,7 +321,7 @@ LayerGradients backward_by_kernel(const LayerCall& call, const LayerGiven& given
     for (const Tensor& x : {run.grad_weight_ih, run.grad_weight_hh, run.grad_bias_ih, run.grad_bias_hh}) x.zero_();
   }
   if (needed[kOf_input]) run.grad_input = call.groups() == 1 ? run.grad_input[0] : run.grad_input.sum(0);
-  LayerGradients grads = of_recurrence(call, given, run.results(), needed);
+  LayerGradients grads = from_recurrence(call, given, run.results(), needed);
   grads[kOf_input] = run.grad_input;
   grads[kOf_weight_ih] = run.grad_weight_ih;
   grads[kOf_weight_hh] = run.grad_weight_hh;
@@ -345,7 +366,10 @@ LayerResults layer_forward(const LayerCall& call, bool save, bool all_states) {
   return out;
 }
 
-bool takes_grad_cells(const LayerCall& call, const Tensor& output) { return is_one_kernel(call, output, true); }
+bool takes_grad_cells(const Tensor& output) {
+  const RecurrentKernels* found = recurrent_kernels(output.device().type());
+  return found && found->grad_cells;
+}
 
 LayerGradients layer_backward(const LayerCall& call, const LayerGiven& given, const Needed& needed) {
   LayerGradients grads = is_one_kernel(call, given.output, true) ? backward_by_kernel(call, given, needed)

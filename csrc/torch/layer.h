@@ -8,20 +8,25 @@ namespace fastrnn {
 
 // What a device supplies. A layer is made of these where the device has no kernel of the whole.
 struct RecurrentKernels {
-  LayerResults (*forward)(const Recurrence& args, const Tensor& gates_ih, bool save);
+  // saved: where to save, if it is given.
+  LayerResults (*forward)(const Recurrence& args, const Tensor& gates_ih, bool save, const Tensor& saved);
   RecurrentGradients (*backward)(const Recurrence& args, const Given& given, bool initial, bool together);
   // out [m, n] = a [m, k] @ b [k, n], or what is there and that. Of how many steps the call is says which of torch's
   // switches for TF32 it obeys (precision.h).
   void (*product)(const Tensor& out, const Tensor& a, const Tensor& b, bool add, int64_t steps);
   // x [rows, k] @ weight [m, k]^T + bias [m], which may be absent.
   Tensor (*linear)(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t steps);
+  bool grad_cells;  // does backward take the gradient of c after every step?
+  // May gates_ih lie in the memory of saved, and later their gradients? Then the kernels read and write a unit's values of
+  // a step in one thread, which reads first.
+  bool in_place;
 };
 void set_recurrent_kernels(c10::DeviceType device, const RecurrentKernels& kernels);
 const RecurrentKernels* recurrent_kernels(c10::DeviceType device);  // null where there are none
 
 LayerResults layer_forward(const LayerCall& call, bool save, bool all_states);
 // Can layer_backward make what follows from grad_cells? Else that is for the ops that it could be composed of.
-bool takes_grad_cells(const LayerCall& call, const Tensor& output);
+bool takes_grad_cells(const Tensor& output);
 LayerGradients layer_backward(const LayerCall& call, const LayerGiven& given, const Needed& needed);
 
 }  // namespace fastrnn

@@ -26,8 +26,8 @@ namespace {
 
 int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-LayerResults forward_cpu(const Recurrence& args, const Tensor& gates_ih, bool save) {
-  PreparedForward run = prepare_forward(args, gates_ih, save);
+LayerResults forward_cpu(const Recurrence& args, const Tensor& gates_ih, bool save, const Tensor& saved) {
+  PreparedForward run = prepare_forward(args, gates_ih, save, saved);
   if (run.params.batch > 0) cpu::recurrent_forward(run.params, threads());
   return run.results();
 }
@@ -66,7 +66,8 @@ Tensor linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   return at::linear(x, weight, bias);
 }
 
-constexpr RecurrentKernels kKernels{forward_cpu, backward_cpu, product_cpu, linear_cpu};
+constexpr RecurrentKernels kKernels{forward_cpu, backward_cpu, product_cpu, linear_cpu, /*grad_cells=*/true,
+                                    /*in_place=*/true};
 [[maybe_unused]] const bool known = (set_recurrent_kernels(at::kCPU, kKernels), true);
 
 // Products of many groups, each on one thread where there are enough of them. Small ones are ATen's: preparing a call
@@ -178,7 +179,7 @@ void recurrent_forward(const c10::OperatorHandle& op, Stack* stack) {
   read_recurrence(from, args);
   const bool save = from.value().toBool();
   check_grad_clip("recurrent_forward", from.value().toDouble());
-  const LayerResults out = kernels_for(gates_ih, "recurrent_forward", "gates_ih").forward(args, gates_ih, save);
+  const LayerResults out = kernels_for(gates_ih, "recurrent_forward", "gates_ih").forward(args, gates_ih, save, {});
   give(op, *stack, out.output, out.h_n, out.c_n, out.saved);
 }
 

@@ -158,10 +158,10 @@ OptionalTensor three_dimensions(const OptionalTensor& weight) {
   return weight ? OptionalTensor(three_dimensions(*weight)) : weight;
 }
 
-LayerResults forward_cuda(const Recurrence& args, const Tensor& gates_ih, bool save) {
+LayerResults forward_cuda(const Recurrence& args, const Tensor& gates_ih, bool save, const Tensor& saved) {
   const at::AutoDispatchBelowADInplaceOrView below;  // the products' out= tensors meet no autograd
   const c10::cuda::CUDAGuard guard(gates_ih.device());
-  PreparedForward run = prepare_forward(args, gates_ih, save);
+  PreparedForward run = prepare_forward(args, gates_ih, save, saved);
   const ForwardParams& p = run.params;
   if (p.batch > 0) {
     const cuda::Choice choice = choose("recurrent_forward", p, false);
@@ -211,7 +211,8 @@ Tensor linear_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   return bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
 }
 
-constexpr RecurrentKernels kKernels{forward_cuda, backward_cuda, product_cuda, linear_cuda};
+constexpr RecurrentKernels kKernels{forward_cuda, backward_cuda, product_cuda, linear_cuda, /*grad_cells=*/false,
+                                    /*in_place=*/false};
 [[maybe_unused]] const bool known = (set_recurrent_kernels(at::kCUDA, kKernels), true);
 
 Tensor grouped_linear_cuda(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {

@@ -347,7 +347,8 @@ void check_grad_clip(const char* op, double grad_clip) {
 namespace {
 
 // What both forms of the forward call share, once the sequence has been checked.
-void prepare_results(Checker& checker, const Recurrence& args, bool save, PreparedForward& out) {
+void prepare_results(Checker& checker, const Recurrence& args, bool save, PreparedForward& out,
+                     const Tensor& saved = {}) {
   const auto [T, B, P, G, h, R, S, packed, rows] = checker.dims();
   ForwardParams& p = out.params;
   checker.fill(args, p, out.own);
@@ -355,7 +356,7 @@ void prepare_results(Checker& checker, const Recurrence& args, bool save, Prepar
   out.output = checker.result(checker.sequence(P * R), padded);
   out.h_n = checker.empty(checker.state_sizes(R));
   out.c_n = c ? checker.empty(checker.state_sizes(h)) : checker.absent();
-  out.saved = save ? checker.result(checker.sequence(P * S * h), padded) : checker.absent();
+  out.saved = saved.defined() ? saved : save ? checker.result(checker.sequence(P * S * h), padded) : checker.absent();
   p.output = data_or_null(out.output);
   p.h_n = data_or_null(out.h_n);
   p.c_n = data_or_null(out.c_n);
@@ -389,14 +390,14 @@ static std::vector<int64_t> weight_sizes(const Recurrence& args) {
   return sizes;
 }
 
-PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save) {
+PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save, const Tensor& saved) {
   Checker checker("recurrent_forward", args, gates_ih, "gates_ih", weight_sizes(args));
   const auto [T, B, P, G, h, R, S, packed, rows] = checker.dims();
   PreparedForward out;
   ForwardParams& p = out.params;
   p.gates_ih = checker.read_strided("gates_ih", gates_ih, P * G * h, p.gates_ih_stride_t, p.gates_ih_stride_b);
   checker.weights(args, out.params);
-  prepare_results(checker, args, save, out);
+  prepare_results(checker, args, save, out, saved);
   return out;
 }
 
@@ -480,6 +481,10 @@ void prepare_gradients(const char* op, Checker& checker, const Recurrence& args,
       checker.read_strided("grad_output", given.grad_output, P * R, p.grad_output_stride_t, p.grad_output_stride_b);
   p.grad_h_n = checker.read_state("grad_h_n", given.grad_h_n, R);
   p.grad_c_n = checker.read_state("grad_c_n", given.grad_c_n, h);
+  RNN_CHECK(c || !given.grad_cells, op, ": grad_cells: expected none for cell '", checker.info().name,
+            "', got a tensor");
+  p.grad_cells =
+      checker.read_strided("grad_cells", given.grad_cells, P * h, p.grad_cells_stride_t, p.grad_cells_stride_b);
   p.output = const_cast<void*>(checker.read("output", given.output, checker.sequence(P * R)));
   p.saved = const_cast<void*>(checker.read("saved", given.saved, checker.sequence(P * S * h)));
   RecurrentGradients& grad = out.gradients;
@@ -508,14 +513,18 @@ PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bo
   const bool padded = p.lengths != nullptr;
   RecurrentGradients& grad = out.gradients;
   const bool separate = checker.info().separate_gates_hh;
-  if (together) {
-    grad.together = checker.result({separate ? 2 : 1, T, B, P * G * h}, padded);
+  p.grad_gates_stride = G * h;
+  if (given.in_place) {
+    p.grad_gates_stride = S * h;
+    grad.gates_ih = given.saved.narrow(2, 0, G * h);  // P is 1
+  } else if (together && separate) {
+    grad.together = checker.result({2, T, B, P * G * h}, padded);
     grad.gates_ih = grad.together.select(0, 0);
-    if (separate) grad.gates_hh = grad.together.select(0, 1);
+    grad.gates_hh = grad.together.select(0, 1);
   } else {
     grad.gates_ih = checker.result({T, B, P * G * h}, padded);
-    if (separate) grad.gates_hh = checker.result({T, B, P * G * h}, padded);
   }
+  if (separate && !grad.gates_hh.defined()) grad.gates_hh = checker.result({T, B, P * G * h}, padded);
   if (!separate) grad.gates_hh = checker.absent();
   grad.projected = args.weight_hr ? checker.result({T, B, P * R}, padded) : checker.absent();
   p.grad_gates_ih = data_or_null(grad.gates_ih);
@@ -537,18 +546,13 @@ PreparedBackward prepare_layer_backward(const LayerCall& call, const LayerGiven&
   const auto [T, B, P, G, h, R, S, packed, rows] = checker.dims();
   PreparedBackward out;
   LayerBackwardParams& p = out.layer;
-  prepare_gradients(op, checker, args, {given.grad_output, given.grad_h_n, given.grad_c_n, given.output, given.saved},
-                    needed[kOf_h_0] || needed[kOf_c_0], out);
+  prepare_gradients(op, checker, args, of_recurrence(given), needed[kOf_h_0] || needed[kOf_c_0], out);
   const OptionalTensor input = call.input.defined() ? OptionalTensor(call.input) : std::nullopt;
   p.size = input ? input->size(-1) : w.weight_ih.empty() ? 0 : w.weight_ih[0].size(-1);
   p.rows = rows;
   p.separate_gates_hh = checker.info().separate_gates_hh;
   p.input = checker.read_strided("input", input, p.size, p.input_stride_t, p.input_stride_b);
   p.weight = checker.read_weight("weight_ih", stacked(w.weight_ih), {P, G * h, p.size});
-  RNN_CHECK(!given.grad_cells || checker.info().states > 1, op, ": grad_cells: expected none for cell '",
-            checker.info().name, "', got a tensor");
-  p.grad_cells =
-      checker.read_strided("grad_cells", given.grad_cells, P * h, p.grad_cells_stride_t, p.grad_cells_stride_b);
   auto parts = checker.sequence(p.size);
   parts.insert(parts.begin(), P);
   const bool padded = out.params.lengths && !packed;

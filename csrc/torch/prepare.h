@@ -49,12 +49,18 @@ struct PreparedForward {
 
 // What a backward call is given beside Recurrence.
 struct Given {
-  OptionalTensor grad_output, grad_h_n, grad_c_n;
+  OptionalTensor grad_output, grad_h_n, grad_c_n, grad_cells;
   Tensor output, saved;
+  bool in_place = false;  // gates_ih goes where saved is
 };
 
+inline Given of_recurrence(const LayerGiven& given) {
+  return {given.grad_output, given.grad_h_n, given.grad_c_n, given.grad_cells, given.output, given.saved};
+}
+
 struct RecurrentGradients {
-  Tensor together;  // [1 or 2, T, B, P*G*h], where asked for: gates_ih, and gates_hh where it is a tensor of its own
+  // [2, T, B, P*G*h]: gates_ih, and gates_hh where it is a tensor of its own; where asked for, and not in place
+  Tensor together;
 #define FASTRNN_FIELD(name) Tensor name;
   FASTRNN_FOR_EACH_RECURRENT_GRADIENT(FASTRNN_FIELD)
 #undef FASTRNN_FIELD
@@ -72,7 +78,8 @@ struct PreparedBackward {
   RecurrentGradients results() const;
 };
 
-PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save);
+// saved: where to save, if it is given; gates_ih may lie in it.
+PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save, const Tensor& saved = {});
 PreparedForward prepare_layer(const LayerCall& call, bool save);
 
 // Weights narrower than the input, which is float32: bfloat16 [P, G*h, n], or int8 blocks with scales and sums as at

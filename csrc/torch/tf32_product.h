@@ -39,21 +39,23 @@ struct Operand {
   }
 };
 
-// out [P, m, n], contiguous, = a [P, m, k] @ b [P, k, n], any strides, or what is there and that. False, and nothing done,
-// where that is for at::bmm: sizes beyond what cuBLAS takes, arguments that it refuses.
+// out [P, m, n], whose rows lie in one piece each, = a [P, m, k] @ b [P, k, n], any strides, or what is there and that.
+// False, and nothing done, where that is for at::bmm: sizes beyond what cuBLAS takes, arguments that it refuses.
 inline bool tf32_product(Tensor& out, const Tensor& a, const Tensor& b, bool add = false) {
   const int64_t m = out.size(1), n = out.size(2), k = a.size(2);
   const bool fits = a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat && a.device() == b.device();
   if (!fits || out.numel() == 0 || k == 0) return false;
   const Operand left(a), right(b);
-  if (std::max({out.size(0), m, n, k, left.leading, right.leading}) > INT_MAX) return false;
+  const Operand result(out);
+  if (result.operation != CUBLAS_OP_N || !result.x.is_same(out)) return false;
+  if (std::max({out.size(0), m, n, k, left.leading, right.leading, result.leading}) > INT_MAX) return false;
   const float one = 1, there = add ? 1 : 0;
   // Its matrices are ours transposed, so it makes out^T = b^T a^T.
   const cublasStatus_t status = cublasGemmStridedBatchedEx(
       at::cuda::getCurrentCUDABlasHandle(), right.operation, left.operation, n, m, k, &one, right.x.const_data_ptr(),
       CUDA_R_32F, right.leading, right.x.stride(0), left.x.const_data_ptr(), CUDA_R_32F, left.leading,
-      left.x.stride(0), &there, out.mutable_data_ptr(), CUDA_R_32F, n, m * n, out.size(0), CUBLAS_COMPUTE_32F_FAST_TF32,
-      CUBLAS_GEMM_DEFAULT);
+      left.x.stride(0), &there, out.mutable_data_ptr(), CUDA_R_32F, result.leading, out.stride(0), out.size(0),
+      CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_GEMM_DEFAULT);
   RNN_CHECK(status == CUBLAS_STATUS_SUCCESS, "a product in TF32: cuBLAS error ", static_cast<int>(status), " for [",
             m, ", ", k, "] @ [", k, ", ", n, "], ", out.size(0), " groups");
   return true;

@@ -94,6 +94,7 @@ FASTRNN_EXPORT void call_sizes(NamedCall* call, const int64_t* n) {
   call->forward.input_stride_t = call->backward.input_stride_t = p.batch * size;
   call->backward.rows = p.steps * p.batch;
   call->backward.separate_gates_hh = kCells[p.cell].separate_gates_hh;
+  p.grad_gates_stride = kCells[p.cell].gates * p.hidden;
 }
 // what: "recurrent_forward" and so on, as in launch.h
 FASTRNN_EXPORT int call_run(NamedCall* call, const char* what, int threads) {

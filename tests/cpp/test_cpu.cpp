@@ -296,9 +296,10 @@ bool check_call() {
   products.weight = weight_ih.data;
   Array grad_cells(d, N * P * h, second && coin());
   grad_cells.random();
-  products.grad_cells = grad_cells.data;
-  products.grad_cells_stride_b = P * h;
-  products.grad_cells_stride_t = B * P * h;
+  p.grad_cells = grad_cells.data;
+  p.grad_cells_stride_b = P * h;
+  p.grad_cells_stride_t = B * P * h;
+  p.grad_gates_stride = G * h;
   const LayerBackwardParams* layer_backward = whole ? &products : nullptr;
 
   const auto compute = [&](const Plan& forward_plan, const Plan& backward_plan, int byte, bool in_turn, Results& r) {

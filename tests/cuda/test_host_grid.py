@@ -45,9 +45,11 @@ class Params(ctypes.Structure):
         *[(f"resets_stride_{x}", I64) for x in "tbp"],
         *[(name, POINTER) for name in ("reset_h", "reset_c", "reverse", "step_rows", "output", "h_n", "c_n", "saved")],
         ("grad_output", POINTER), ("grad_output_stride_t", I64), ("grad_output_stride_b", I64),
+        *[(name, POINTER) for name in ("grad_h_n", "grad_c_n", "grad_cells")],
+        ("grad_cells_stride_t", I64), ("grad_cells_stride_b", I64),
+        ("grad_gates_ih", POINTER), ("grad_gates_stride", I64),
         *[(name, POINTER) for name in (
-            "grad_h_n", "grad_c_n", "grad_gates_ih", "grad_gates_hh", "grad_projected", "grad_h_0", "grad_c_0",
-            "grad_reset_h", "grad_reset_c", "grad_params")],
+            "grad_gates_hh", "grad_projected", "grad_h_0", "grad_c_0", "grad_reset_h", "grad_reset_c", "grad_params")],
         ("grad_clip", ctypes.c_double),
     ]  # fmt: skip
 

@@ -1,0 +1,135 @@
+"""Gates in the memory of `saved` (csrc/torch/layer.cpp): forward makes them there, and backward writes their gradients
+there where nobody will look again at what was saved. On a CPU that is for half types; CUDA's calls take the same road.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastrnn
+from fastrnn.layer import fused
+from fastrnn.records import LayerCall, LayerStates, LayerWeights
+from tests.helpers import build
+
+ROOT = Path(__file__).resolve().parents[2]
+T, B, I, H = 5, 3, 4, 7  # noqa: E741
+KINDS = ("LSTM", "GRU", "RNN")
+OPTIONS = {
+    "plain": {},
+    "lengths": {"lengths": torch.tensor([2, 5, 0])},
+    "resets": {"resets": torch.rand(T, B, generator=torch.Generator().manual_seed(4)) < 0.3},
+}
+
+
+def module_and_input(kind, dtype, **options):
+    torch.manual_seed(0)
+    return build(fastrnn, kind, I, H, dtype=dtype, **options), torch.randn(T, B, I).to(dtype).requires_grad_()
+
+
+def loss(results):
+    output, finals, *cells = results
+    finals = finals if isinstance(finals, tuple) else (finals,)
+    return sum((x.float().square().sum() for x in (output, *finals, *cells)), torch.zeros(()))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradients_are_those_of_a_graph_that_is_kept(kind, options, dtype, bias):
+    module, x = module_and_input(kind, dtype, bias=bias)
+    given = OPTIONS[options]
+    leaves = [x, *module.parameters()]
+    value = loss(module(x, **given))
+    kept = [torch.autograd.grad(value, leaves, retain_graph=True) for _ in range(2)]
+    last = torch.autograd.grad(value, leaves)
+    exact = build(fastrnn, kind, I, H, dtype=torch.float64, bias=bias)
+    exact.load_state_dict(module.state_dict())
+    wide = x.detach().double().requires_grad_()
+    want = torch.autograd.grad(loss(exact(wide, **given)), [wide, *exact.parameters()])
+    for first, second, third, right in zip(*kept, last, want, strict=True):
+        assert torch.equal(first, second) and torch.equal(first, third)
+        error = (third.double() - right).abs().max() / right.abs().max().clamp(min=1)
+        assert error < 0.03, float(error)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_what_somebody_else_holds_is_left_alone(kind):
+    module, x = module_and_input(kind, torch.bfloat16)
+    weights = [
+        LayerWeights(*(getattr(module, f"{name}_l0") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")))
+    ]
+    none = LayerStates(*[None] * len(LayerStates._fields))
+    found = fused(LayerCall(kind.lower(), x, weights, none))
+    held = found.saved.detach()
+    before = held.clone()
+    found.output.float().sum().backward()
+    assert before.numel() and torch.equal(held, before)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_what_hooks_have_packed_is_left_alone(kind):
+    module, x = module_and_input(kind, torch.bfloat16)
+    packed = []
+
+    def pack(tensor):
+        packed.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = loss(module(x))
+    before = [tensor.clone() for tensor in packed]
+    value.backward()
+    assert len(packed) > 3 and all(map(torch.equal, packed, before))
+
+
+PEAKS = """
+import sys
+import torch
+import fastrnn
+from benchmarks.memory import peak_of
+
+torch.set_num_threads(1)
+T, B, H = 64, 64, 256
+module = getattr(fastrnn, sys.argv[1])(H, H, bias=False, dtype=torch.bfloat16)
+x, grad = torch.randn(2, T, B, H).bfloat16().unbind()
+module(x[:2].requires_grad_())[0].backward(grad[:2])
+made = []
+peaks = [peak_of(lambda: made.append(module(x)[0]))]
+peaks += [peak_of(lambda: made[0].backward(grad, retain_graph=retain)) for retain in (True, False)]
+print(*(peak / (T * B * H * 2) for peak in peaks))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's high-water mark")
+@pytest.mark.parametrize(("kind", "saved", "gates"), [("LSTM", 5, 4), ("GRU", 4, 3)])
+def test_memory_at_most(kind, saved, gates):
+    """Of both passes, in sizes of the output: no tensor of the gates beside what is saved, none of their gradients."""
+    command = [sys.executable, "-c", PEAKS, kind]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    forward, kept, last = map(float, done.stdout.split())
+    assert forward < saved + 1 + 0.75 * gates
+    assert kept - last > 0.75 * gates
+
+
+@pytest.mark.parametrize("options", [{}, {"proj_size": 3}, {"bidirectional": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gradient_through_every_c_takes_the_kernel(dtype, options):
+    """Of half types and with proj_size, where a layer is a recurrence with products around it."""
+    module, x = module_and_input("LSTM", dtype, return_all_states=True, **options)
+    output, _, cells = module(x, lengths=OPTIONS["lengths"]["lengths"])
+    grad = torch.randn(cells.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        found = torch.autograd.grad([output, cells], [x, *module.parameters()], [torch.ones_like(output), grad])
+    assert not any("tanh_backward" in event.key for event in profile.key_averages()), "a loop of ATen's ops ran"
+    exact, wide = module_and_input("LSTM", torch.float64, return_all_states=True, **options)
+    exact.load_state_dict(module.state_dict())
+    wide = x.detach().double().requires_grad_()
+    output, _, cells = exact(wide, lengths=OPTIONS["lengths"]["lengths"])
+    want = torch.autograd.grad([output, cells], [wide, *exact.parameters()], [torch.ones_like(output), grad.double()])
+    for a, b in zip(found, want, strict=True):
+        assert (a.double() - b).abs().max() / b.abs().max().clamp(min=1) < (0.03 if dtype is torch.bfloat16 else 1e-5)
