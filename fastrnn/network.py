@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _C, composed, fallback, heads, onnx_nodes, per_sample, regularizers, segments
+from . import _C, composed, fallback, heads, onnx_nodes, per_sample, regularizers, segments, wavefront
 from .checks import check_steps, check_values_of
 from .layer import layer, road
 from .ops import CELLS
@@ -99,6 +99,17 @@ def network(
     def of_layer(states: States | None, i: int) -> States | None:
         return states if states is None or L == 1 else tuple(s[i * D : (i + 1) * D] for s in states)
 
+    count = CELLS[cell].states
+    others = marked, by_segments, batch_sizes is not None, N, residual, all_layers, locked_dropout and training
+    every = 0 if any(others) else wavefront.chunk_steps(input, L, D)
+    if every and road(fallback.has_kernels(weights[0][0].weight_ih, input, *all_weights)) == "fused":
+        given = [layer_states(of_layer(states, i), lengths, resets, of_layer(reset_states, i)) for i in range(L)]
+        calls = [LayerCall(cell, input, *of, grad_clip=grad_clip) for of in zip(weights, given, strict=True)]
+        calls[-1] = calls[-1]._replace(all_states=all_states)
+        made = wavefront.network(calls, dropout if training else 0.0, every)
+        joined = tuple(torch.cat(each) for each in zip(*(results[1 : 1 + count] for results in made), strict=True))
+        return made[-1].output, joined, made[-1].cells if all_states else None
+
     finals: list[States] = []
     outputs: list[Tensor] = []
     output = input
@@ -109,14 +120,14 @@ def network(
         if by_others is not None:
             output, *after = by_others(output, of_directions, of_layer(states, i))
         else:
-            given = layer_states(of_layer(states, i), lengths, resets, of_layer(reset_states, i))
+            starts = layer_states(of_layer(states, i), lengths, resets, of_layer(reset_states, i))
             every_c = all_states and i == L - 1
-            call = LayerCall(cell, output, of_directions, given, batch_sizes, grad_clip=grad_clip, all_states=every_c)
+            call = LayerCall(cell, output, of_directions, starts, batch_sizes, grad_clip=grad_clip, all_states=every_c)
             if N:
                 call = heads.grouped(call)
             found = segments.layer(call, recompute) if by_segments and not every_c else layer(call)
             output, *after, cells, _ = heads.joined(found, N) if N else found
-        finals.append(tuple(after[: CELLS[cell].states]))
+        finals.append(tuple(after[:count]))
         if i > 0 and residual:
             output = output + below
         if all_layers:

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from benchmarks.gpu.steps import capture
-from fastrnn import info, ops, packing, reference
+from fastrnn import info, ops, packing, reference, wavefront
 from tests.accuracy import assert_as_exact, plain_backward, plain_forward
 from tests.helpers import allow_cudnn_tf32
 from tests.kernels.test_kernels import (
@@ -557,6 +557,48 @@ def test_training_step_as_a_graph(kind, sequence):
     replay = capture(step)
     input.copy_(torch.randn_like(input))
     assert same(replay(), step())
+
+
+class OneStream(wavefront.CudaStreams):
+    def __init__(self, device, count):
+        self._streams = [torch.cuda.current_stream(device)] * count
+
+
+@needs_gpu
+@pytest.mark.parametrize("sequence", ["plain", "resets and lengths", "dropout"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_layers_side_by_side(kind, sequence, monkeypatch):
+    """Bit for bit the same chunks one after the other, again and again, and as a graph; near to layers as a whole."""
+    torch.manual_seed(0)
+    T, B = 40, 8
+    dropout = 0.3 if sequence == "dropout" else 0.0
+    module = getattr(fastrnn, kind)(64, 256, num_layers=3, dropout=dropout, device=DEVICE)
+    options = {}
+    if "resets" in sequence:
+        options["resets"] = (torch.rand(T, B) < 0.1).to(DEVICE)
+        options["lengths"] = torch.randint(1, T + 1, (B,)).to(DEVICE)
+    input, grad = torch.randn(2, T, B, 64, device=DEVICE)[0], torch.randn(T, B, 256, device=DEVICE)
+    weights = list(module.parameters())
+
+    def step():
+        torch.manual_seed(1)
+        return side_step()
+
+    def side_step():
+        output = module(input, **options)[0]
+        return (output.detach(), *torch.autograd.grad(output, weights, grad))
+
+    whole = step()
+    monkeypatch.setenv("FASTRNN_CUDA_WAVEFRONT", "7")
+    first = step()
+    for _ in range(20):
+        assert same(step(), first)
+    for a, b in zip(first, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    if not dropout:  # a graph's own random numbers go on from replay to replay
+        assert same(capture(side_step)(), first)
+    monkeypatch.setattr(wavefront, "make_streams", OneStream)
+    assert same(step(), first)
 
 
 @needs_gpu
