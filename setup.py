@@ -7,6 +7,7 @@ Environment:
   FASTRNN_CUDA_ARCHS  compute capabilities to build for, e.g. "9.0a" or "8.0;9.0a+PTX".
   CUDA_HOME           the CUDA toolkit. Default: that of the nvcc on PATH, which may be a script that calls another.
   MAX_JOBS            compiler processes at once (torch's own variable).
+  FASTRNN_OBJECTS     a folder of objects that tools/carried_objects.py has made on another machine.
   FASTRNN_DEBUG_INFO  1: keep debug information, lines of kernels included, which makes the module ten times as large.
 
 Kernels (csrc/cuda/*.cu) are compiled by a ninja file of ours and linked as objects, not by torch's CUDAExtension, which
@@ -33,6 +34,7 @@ except ModuleNotFoundError:  # packing the sources needs no torch
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))  # a build backend does not put the project on the path
 
+import carried_objects  # noqa: E402
 import cuda_toolkit  # noqa: E402
 from build_backend import TORCH, public_version  # noqa: E402
 from cuda_toolkit import ToolkitError  # noqa: E402
@@ -158,9 +160,7 @@ def check_torch() -> None:
 
 
 def extension() -> CppExtension:
-    # OpenMP is compiled in but not linked: its symbols then come from the runtime that torch has loaded, so that the
-    # process has one thread pool and not two.
-    flags = ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    flags = [*carried_objects.CXX_FLAGS]
     flags.append("-g" if switch("FASTRNN_DEBUG_INFO") == "1" else "-g0")  # Python's own flags before it may hold -g
     macros = [("FASTRNN_TORCH", f'"{torch.__version__}"')]
     files = sources("csrc/cpu/*.cpp", "csrc/torch/*.cpp")
@@ -175,9 +175,15 @@ def extension() -> CppExtension:
         runtime = cuda_toolkit.runtime_library(toolkit)
     except ToolkitError as error:
         raise SystemExit(f"fastrnn: {error} (FASTRNN_CUDA=0 builds without CUDA)") from None
+    files += sources("csrc/cuda/*.cpp")
+    carried = os.environ.get("FASTRNN_OBJECTS")
+    if carried:
+        if why := carried_objects.misfit(Path(carried), archs, toolkit.version[0]):
+            raise SystemExit(f"FASTRNN_OBJECTS: {why}: make them anew with tools/carried_objects.py")
+        files = sources("csrc/torch/*.cpp")
     built = CppExtension(
         "fastrnn._C",
-        files + sources("csrc/cuda/*.cpp"),
+        files,
         include_dirs=[str(p) for p in include_dirs],
         define_macros=[
             *macros,
@@ -188,7 +194,10 @@ def extension() -> CppExtension:
         extra_compile_args={"cxx": flags},
         extra_link_args=[str(runtime)],
     )
-    built.kernels = toolkit, parsed
+    if carried:
+        built.extra_objects = [str(path.resolve()) for path in carried_objects.objects(Path(carried))]
+    else:
+        built.kernels = toolkit, parsed
     return built
 
 

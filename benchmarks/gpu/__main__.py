@@ -1,9 +1,13 @@
 """`python -m benchmarks.gpu`: builds for this GPU, tests, sanitizes, times; JSON and a table at the end.
 
-Steps run as processes of their own with a limit each, so that none can use up the others' time: a copy of the tree is
-built under build/gpu, the device tests run, compute-sanitizer looks at small sizes, and the timings get what is left.
-Writes gpu.json, the steps' logs and the tests' XML to $OUT (or --out). Exit status 1 if anything about
-correctness failed or the tests ran out of their time; slow rows fail nothing. No network is needed.
+Steps run as processes of their own with a limit each, so that none can use up the others' time. A copy of the tree is
+built under build/gpu, of the objects in build/objects if tools/carried_objects.py has made them of the same sources.
+Then --correctness: the device tests, and compute-sanitizer on small sizes. Or --timings: what calls cost beside their
+kernels, every tier by itself, the CPU's suite `scaling`, profiles of named kernels, and with what time is left the rows
+against cuDNN. Without either both, in one run.
+
+Writes gpu.json, gpu.log, the tests' XML, tiers.json, scaling.json and profile.txt to $OUT (or --out). Exit status 1 if
+anything about correctness failed or the tests ran out of their time; slow rows fail nothing. No network is needed.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -25,11 +30,25 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu import profiled
 from benchmarks.gpu.report import document, machine, table
 from benchmarks.schema import json_text
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RESERVE_S = 15.0  # for writing, and for processes to end
+OBJECTS = ROOT / "build" / "objects"
+sys.path.insert(0, str(ROOT / "tools"))
+
+import carried_objects  # noqa: E402
+
+RESERVE_S = 10.0  # for writing, and for processes to end
+CORRECTNESS = ("tests", "sanitizer")
+TIMINGS = ("calls", "tiers", "scaling", "profile", "timing")
+# Seconds that a step may take; the rows against cuDNN take what is left.
+LIMITS = {
+    "build": 200, "tests": 110, "memcheck": 50, "racecheck": 55, "calls": 40, "tiers": 45, "scaling": 25, "profile": 40,
+}  # fmt: skip
+# Of the suite what 20 seconds suffice for: one size of each cell, and three of one, by 1 to 16 threads.
+SCALING = r"lstm-128x16x(64x64|256x256|512x512)-|gru-128x16x256x256-"
 
 
 @dataclass
@@ -51,14 +70,24 @@ class Run:
         self.steps.append({"name": name, "status": status, "seconds": round(seconds, 1), "detail": detail})
         print(f"== {name}: {status} ({seconds:.0f} s) {detail}", flush=True)
 
-    def process(self, name: str, command: Sequence[str], cwd: Path, limit_s: float, **variables: str) -> int | None:
-        """Exit status, None if it ran past its limit. Output goes to <name>.log, and its end to ours."""
-        log = self.out / f"{name}.log"
+    def limit_of(self, name: str) -> float:
+        """Seconds that a step may take; many in a rehearsal, on whatever machine and beside whatever else."""
+        return math.inf if self.rehearsal else LIMITS.get(name, math.inf)
+
+    def process(
+        self, name: str, command: Sequence[str], cwd: Path, limit_s: float = math.inf, **variables: str
+    ) -> tuple[int | None, str]:
+        """Exit status, None if it ran past its limit, and output, which gpu.log has too. A failure's end is shown."""
+        log = self.out / "gpu.log"
         if self.rehearsal:  # tiny sizes; threads would only wait for each other
             variables |= {"OMP_NUM_THREADS": "1"}
+        limit_s = min(limit_s, self.limit_of(name))
         limit_s = max(1.0, min(limit_s, self.left_s - RESERVE_S))
+        with log.open("a") as file:
+            file.write(f"== {name}\n")
+        begin = log.stat().st_size
         with (
-            log.open("w") as file,
+            log.open("a") as file,
             subprocess.Popen(
                 command, cwd=cwd, env=os.environ | variables, stdout=file, stderr=subprocess.STDOUT, process_group=0
             ) as running,
@@ -68,9 +97,10 @@ class Run:
             except subprocess.TimeoutExpired:
                 os.killpg(running.pid, signal.SIGKILL)  # its children too
                 status = None
+        said = log.read_bytes()[begin:].decode(errors="replace")
         if status != 0:
-            print("\n".join(log.read_text(errors="replace").splitlines()[-30:]), flush=True)
-        return status
+            print("\n".join(said.splitlines()[-30:]), flush=True)
+        return status, said
 
     @property
     def failed(self) -> bool:
@@ -94,11 +124,18 @@ def build(run: Run) -> Path:
     archs = architecture(run.device)
     command = [sys.executable, str(ROOT / "tools/build_copy.py"), str(tree)]
     begin = time.perf_counter()
-    cuda = {"FASTRNN_CUDA": "1", "FASTRNN_CUDA_ARCHS": archs} if run.device != "cpu" else {"FASTRNN_CUDA": "0"}
-    status = run.process("build", command, ROOT, 240, **cuda)
+    variables = {"FASTRNN_CUDA": "0"}
+    why = "no GPU"
+    if run.device != "cpu":
+        variables = {"FASTRNN_CUDA": "1", "FASTRNN_CUDA_ARCHS": archs}
+        why = carried_objects.misfit(OBJECTS, archs, int((torch.version.cuda or "0").split(".")[0]))
+        if not why:
+            variables["FASTRNN_OBJECTS"] = str(OBJECTS)
+    status, _ = run.process("build", command, ROOT, LIMITS["build"], **variables)
     seconds = time.perf_counter() - begin
     size = sum(p.stat().st_size for p in tree.glob("fastrnn/_C*.so")) >> 20
-    run.record("build", "failed" if status else "ok", seconds, f"for {archs}, {size} MiB")
+    detail = f"for {archs}, {size} MiB, " + (f"all of it ({why})" if why else "with the objects carried")
+    run.record("build", "ok" if status == 0 else "failed", seconds, detail)
     return tree
 
 
@@ -122,7 +159,7 @@ def tests(run: Run, tree: Path, select: str) -> None:
     if select:
         command += ["-k", select]
     begin = time.perf_counter()
-    status = run.process("tests", command, tree, 0.4 * run.limit_s, FASTRNN_TEST_DEVICE=run.device)
+    status, _ = run.process("tests", command, tree, FASTRNN_TEST_DEVICE=run.device)
     counts = count_tests(report)
     detail = ", ".join(f"{n} {name}" for name, n in counts.items())
     if status is None:
@@ -136,7 +173,7 @@ def sanitize(run: Run, tree: Path) -> None:
     small = [sys.executable, "-m", "benchmarks.gpu.small", "--device", run.device]
     if run.rehearsal or not tool:
         begin = time.perf_counter()
-        status = run.process("small", small, tree, 60)
+        status, _ = run.process("small", small, tree, 60)
         why = "dry run" if run.rehearsal else "compute-sanitizer was not found"
         name = "skipped" if status == 0 else "failed"
         run.record("sanitizer", name, time.perf_counter() - begin, f"{why}: small sizes ran without it")
@@ -145,8 +182,7 @@ def sanitize(run: Run, tree: Path) -> None:
         begin = time.perf_counter()
         command = [tool, f"--tool={check}", "--error-exitcode=9", *small]
         # Every tensor an allocation of its own, so that an access past its end is seen.
-        status = run.process(check, command, tree, 0.12 * run.limit_s, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        said = (run.out / f"{check}.log").read_text(errors="replace")
+        status, said = run.process(check, command, tree, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         if status is None:
             run.record(check, "skipped", time.perf_counter() - begin, "ran out of time")
         elif status and "Device not supported" in said:
@@ -156,21 +192,77 @@ def sanitize(run: Run, tree: Path) -> None:
             run.record(check, "failed" if status else "ok", time.perf_counter() - begin, summary[-1] if summary else "")
 
 
-def timings(run: Run, tree: Path, budget_s: float, only: str) -> list[dict[str, Any]]:
-    path = run.out / "timing.json"
-    path.unlink(missing_ok=True)
-    budget_s = max(1.0, min(budget_s, run.left_s - 3 * RESERVE_S))
-    command = [sys.executable, "-m", "benchmarks.gpu.timing", "--out", str(path), "--device", run.device]
-    command += ["--budget", str(budget_s), "--only", only]
-    if run.rehearsal:
-        command += ["--tiny", "--row", "0.005"]
-    begin = time.perf_counter()
-    status = run.process("timing", command, tree, budget_s + 2 * RESERVE_S)
-    rows = json.loads(path.read_text()) if path.exists() else []
-    detail = f"{sum(row['status'] == 'ok' for row in rows)} of {len(rows)} rows"
-    run.record("timing", "ok" if status == 0 else "failed", time.perf_counter() - begin, detail)
+def measured(run: Run, tree: Path, name: str, budget_s: float, *more: str) -> tuple[bool, list[dict[str, Any]]]:
+    """Runs benchmarks.gpu.<name>, which stops by itself after its budget and a call, and prints what it says."""
+    path = run.out / f"{name}.part"
+    command = [sys.executable, "-m", f"benchmarks.gpu.{name}", "--out", str(path), "--device", run.device]
+    command += ["--budget", str(budget_s), *more, *(["--tiny"] if run.rehearsal else [])]
+    status, said = run.process(name, command, tree, math.inf if run.rehearsal else budget_s + RESERVE_S)
+    print(said, flush=True)
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     path.unlink(missing_ok=True)  # gpu.json holds it
+    return status == 0, rows
+
+
+def timings(run: Run, tree: Path, budget_s: float, only: str) -> list[dict[str, Any]]:
+    begin = time.perf_counter()
+    budget_s = max(1.0, min(budget_s, run.left_s - 2 * RESERVE_S))
+    ok, rows = measured(run, tree, "timing", budget_s, "--only", only, *(["--row", "0.005"] if run.rehearsal else []))
+    detail = f"{sum(row['status'] == 'ok' for row in rows)} of {len(rows)} rows"
+    run.record("timing", "ok" if ok else "failed", time.perf_counter() - begin, detail)
     return rows
+
+
+def calls(run: Run, tree: Path) -> list[dict[str, Any]]:
+    begin = time.perf_counter()
+    ok, found = measured(run, tree, "calls", LIMITS["calls"] - RESERVE_S)
+    run.record("calls", "ok" if ok else "failed", time.perf_counter() - begin, f"{len(found)} calls")
+    return found
+
+
+def tiers(run: Run, tree: Path) -> None:
+    begin, path = time.perf_counter(), run.out / "tiers.json"
+    command = [sys.executable, "-m", "benchmarks.gpu.tiers", "--out", str(path), "--device", run.device]
+    command += ["--budget", str(LIMITS["tiers"] - RESERVE_S), *(["--tiny"] if run.rehearsal else [])]
+    status, said = run.process("tiers", command, tree)
+    run.record("tiers", "ok" if status == 0 else "failed", time.perf_counter() - begin, said.strip()[-80:])
+
+
+def scaling(run: Run, tree: Path) -> None:
+    """The CPU's suite, for machines with more processors than those that the rest is measured on."""
+    if missing := next((name for name in ("rich", "numpy") if importlib.util.find_spec(name) is None), ""):
+        run.record("scaling", "skipped", detail=f"{missing} is not installed")
+        return
+    begin, path = time.perf_counter(), run.out / "scaling.json"
+    command = [sys.executable, "-m", "benchmarks", "--suite", "scaling", "--json", str(path), "--filter"]
+    command += ["lstm-8x16x256x256-fwd-threads1-" if run.rehearsal else SCALING]
+    command += ["--rounds", "4", "--budget", "0.05", "--min-sample", "2"]
+    status, _ = run.process("scaling", command, tree)
+    why = "ran out of time" if status is None else f"{os.cpu_count()} processors"
+    run.record("scaling", "ok" if status == 0 else "failed", time.perf_counter() - begin, why)
+
+
+def profile(run: Run, tree: Path) -> None:
+    """A short one of each named kernel, as text."""
+    tool = shutil.which("ncu")
+    if run.rehearsal or not tool:
+        begin = time.perf_counter()
+        small = [sys.executable, "-m", "benchmarks.gpu.profiled", "--device", run.device, "--tiny"]
+        ran, _ = run.process("profile", [*small, *profiled.KERNELS.values()], tree)
+        why = "dry run" if run.rehearsal else "ncu was not found"
+        name = "skipped" if ran == 0 else "failed"
+        run.record("profile", name, time.perf_counter() - begin, f"{why}: the rows ran without it")
+        return
+    begin, found, texts = time.perf_counter(), 0, []
+    for kernel, row in profiled.KERNELS.items():
+        left = LIMITS["profile"] - (time.perf_counter() - begin)
+        if left < 1:
+            break
+        result, said = run.process("profile", profiled.command(tool, kernel, [sys.executable]), tree, left)
+        found += result == 0 and "Duration" in said
+        texts.append(f"==== {kernel}, {row}\n{said}")
+    (run.out / "profile.txt").write_text("\n".join(texts))
+    run.record("profile", "ok" if found else "skipped", time.perf_counter() - begin, f"{found} kernels")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,9 +270,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "out" / "gpu"))
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to try this script itself")
     parser.add_argument("--dry-run", action="store_true", help="build nothing, tiny sizes")
-    parser.add_argument("--limit", type=float, default=540, help="seconds for everything")
-    parser.add_argument("--budget", type=float, default=300, help="seconds for the timings, at most")
-    parser.add_argument("--skip", action="append", default=[], choices=["tests", "sanitizer", "timing"])
+    parser.add_argument("--correctness", action="store_true", help=f"of the steps only {', '.join(CORRECTNESS)}")
+    parser.add_argument("--timings", action="store_true", help=f"of the steps only {', '.join(TIMINGS)}")
+    parser.add_argument("--limit", type=float, help="seconds for everything; default 290, of all steps 540")
+    parser.add_argument("--budget", type=float, default=300, help="seconds for the rows against cuDNN, at most")
+    parser.add_argument("--skip", action="append", default=[], choices=[*CORRECTNESS, *TIMINGS])
     parser.add_argument("--only", default="", help="timings whose row contains this")
     parser.add_argument("--select", default="", help="pytest's -k for the device tests")
     options = parser.parse_args(argv)
@@ -189,21 +283,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             "benchmarks.gpu: torch sees no GPU (--device cpu --dry-run tries the script without one)", file=sys.stderr
         )
         return 2
+    both = options.correctness == options.timings
+    wanted = [*(CORRECTNESS if both or options.correctness else ()), *(TIMINGS if both or options.timings else ())]
     options.out.mkdir(parents=True, exist_ok=True)
-    run = Run(options.out.resolve(), options.device, options.limit, options.dry_run)
+    (options.out / "gpu.log").unlink(missing_ok=True)
+    limit_s = options.limit or (540 if both else 290)
+    run = Run(options.out.resolve(), options.device, limit_s, options.dry_run)
+    facts = machine(options.device)
     rows: list[dict[str, Any]] = []
+    costs: list[dict[str, Any]] = []
+
+    def write() -> dict[str, Any]:
+        doc = document(facts, run.steps, rows, costs)
+        (run.out / "gpu.json").write_text(json_text(doc))
+        return doc
+
     tree = build(run)
-    if not run.failed:
-        if "tests" not in options.skip:
+    for step in wanted if not run.failed else ():
+        write()  # what there is, should this run be ended from outside
+        if step in options.skip:
+            continue
+        if step == "tests":
             tests(run, tree, options.select)
-        if "sanitizer" not in options.skip:
-            sanitize(run, tree)
-        if "timing" not in options.skip:
+        elif step == "calls":
+            costs = calls(run, tree)
+        elif step == "timing":
             rows = timings(run, tree, options.budget, options.only)
-            timing_log = run.out / "timing.log"
-            print(timing_log.read_text(errors="replace"))
-    doc = document(machine(options.device), run.steps, rows)
-    (run.out / "gpu.json").write_text(json_text(doc))
+        else:
+            {"sanitizer": sanitize, "tiers": tiers, "scaling": scaling, "profile": profile}[step](run, tree)
+    doc = write()
     print("\n".join(table(doc)))
     return 1 if doc["summary"]["failed"] else 0
 

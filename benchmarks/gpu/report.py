@@ -61,9 +61,12 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def document(
-    machine: dict[str, Any], steps: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
+    machine: dict[str, Any],
+    steps: Sequence[dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
+    calls: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """steps: what ran before and around the timings, each {name, status, seconds, ...}."""
+    """steps: what ran before and around the timings, each {name, status, seconds, ...}. calls: of calls.py."""
     statuses = [row["status"] for row in rows]
     failed = [step["name"] for step in steps if step["status"] == "failed"]
     failed += sorted({status for status in statuses if status in FAILED})
@@ -73,6 +76,7 @@ def document(
         "machine": machine,
         "steps": list(steps),
         "rows": list(rows),
+        "calls": list(calls),
         "summary": {
             "statuses": {status: statuses.count(status) for status in sorted(set(statuses))},
             "means": means(rows),

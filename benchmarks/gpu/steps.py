@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ import fastrnn
 from benchmarks.cases import Case
 from benchmarks.data import module_arguments
 from benchmarks.gpu.rows import GpuRow
+from benchmarks.peers.sequences import torchrl_layer
 
 Step = Callable[[], tuple[Tensor, ...]]
 
@@ -42,6 +45,17 @@ def one_step_at_a_time(module: nn.Module, input: Tensor, keep: Tensor) -> Tensor
         y, state = module(x[None], state)
         outputs.append(y)
     return torch.cat(outputs)
+
+
+@contextlib.contextmanager
+def side_by_side(steps: int) -> Iterator[None]:
+    """Our layers' calls inside go in chunks of so many steps; 0: one after the other."""
+    if steps:
+        os.environ["FASTRNN_CUDA_WAVEFRONT"] = str(steps)
+    try:
+        yield
+    finally:
+        os.environ.pop("FASTRNN_CUDA_WAVEFRONT", None)
 
 
 def prepare(row: GpuRow, device: torch.device, seed: int = 0) -> Contest:
@@ -72,8 +86,12 @@ def prepare(row: GpuRow, device: torch.device, seed: int = 0) -> Contest:
         resets = torch.rand(case.T, case.B, generator=generator, device=device) < row.resets
         options["resets"] = resets
         keep = (~resets)[:, :, None].to(dtype)
+        if row.peer == "torchrl":
+            theirs = torchrl_layer(case, "triton", theirs.state_dict(), resets)
 
         def call(x: Any) -> Any:
+            if row.peer == "torchrl":
+                return theirs(x.transpose(0, 1))[0].transpose(0, 1), None
             return one_step_at_a_time(theirs, x, keep), None
 
     input = input.detach().requires_grad_(row.mode == "train")
@@ -83,7 +101,8 @@ def prepare(row: GpuRow, device: torch.device, seed: int = 0) -> Contest:
         leaves = [input, *module.parameters()]
 
         def output() -> Tensor:
-            result = run(sequence)[0]
+            with side_by_side(row.wavefront):
+                result = run(sequence)[0]
             return result.data if isinstance(result, PackedSequence) else result
 
         def forward() -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ row's results differ or a row fails.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -103,6 +104,13 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+def peer_of(row: GpuRow, capability: tuple[int, int], multiprocessors: int) -> str:
+    """What stands for cuDNN in the row."""
+    if row.peer != "torch":
+        return row.peer
+    return "a call per step" if row.resets else algorithms(row.case, row.mode, capability, multiprocessors)
+
+
 def run_row(row: GpuRow, device: torch.device, budget_s: float) -> dict[str, Any]:
     """Never raises for what a side does: that becomes the row's status and message."""
     capability, multiprocessors = H100
@@ -111,7 +119,7 @@ def run_row(row: GpuRow, device: torch.device, budget_s: float) -> dict[str, Any
         capability, multiprocessors = (facts.major, facts.minor), facts.multi_processor_count
     record: dict[str, Any] = {
         "id": row.id, "case": case_facts(row.case), "mode": row.mode, "tf32": row.tf32, "resets": row.resets,
-        "cudnn": "a call per step" if row.resets else algorithms(row.case, row.mode, capability, multiprocessors),
+        "cudnn": peer_of(row, capability, multiprocessors),
         "ours": None, "status": "ok", "message": "", "error": None, "variants": {},
     }  # fmt: skip
     try:
@@ -136,10 +144,10 @@ def run_row(row: GpuRow, device: torch.device, budget_s: float) -> dict[str, Any
     return record
 
 
-def not_run(row: GpuRow) -> dict[str, Any]:
+def not_run(row: GpuRow, why: str = "out of time") -> dict[str, Any]:
     return {
         "id": row.id, "case": case_facts(row.case), "mode": row.mode, "tf32": row.tf32, "resets": row.resets,
-        "cudnn": None, "ours": None, "status": "not run", "message": "out of time", "error": None, "variants": {},
+        "cudnn": None, "ours": None, "status": "not run", "message": why, "error": None, "variants": {},
     }  # fmt: skip
 
 
@@ -148,6 +156,9 @@ def run(table: Sequence[GpuRow], device: torch.device, budget_s: float, row_s: f
     for row in table:
         if time.perf_counter() - begin > budget_s:
             yield not_run(row)
+            continue
+        if row.peer != "torch" and importlib.util.find_spec(row.peer) is None:
+            yield not_run(row, f"{row.peer} is not installed")
             continue
         yield run_row(row, device, row_s)
         if device.type == "cuda":

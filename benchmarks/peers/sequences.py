@@ -136,6 +136,36 @@ class EmbeddingPeer:
         return Prepared(train, train_results, kernel=lambda: "ATen's look-up and its dense gradient")
 
 
+def torchrl_layer(case: Case, backend: str, weights: dict[str, Tensor], resets: Tensor) -> torch.nn.Module:
+    """TorchRL's module for these resets [T, B], called like torch.nn's with batch_first, where they lie."""
+    from tensordict import TensorDict
+    from torchrl.modules import GRUModule, LSTMModule, set_recurrent_mode
+
+    kind = LSTMModule if case.cell == "LSTM" else GRUModule
+    outer = kind(case.I, case.H, in_key="x", out_key="y", recurrent_backend=backend, device=resets.device)
+    inner: torch.nn.Module = outer.lstm if case.cell == "LSTM" else outer.gru
+    inner.load_state_dict(weights)
+    names = ("recurrent_state_h", "recurrent_state_c") if case.cell == "LSTM" else ("recurrent_state",)
+    begins = resets.t().unsqueeze(-1).contiguous()  # [B, T, 1]
+    zeros = next(iter(weights.values())).new_zeros(case.B, case.T, 1, case.H)
+    states = {name: zeros.clone() for name in names}
+
+    class TimeFirst(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, parameter in inner.named_parameters():
+                self.register_parameter(name, parameter)
+
+        def forward(self, input: Tensor) -> tuple[Tensor, Any]:
+            call = TensorDict({"x": input, "is_init": begins, **states}, [case.B, case.T])
+            with set_recurrent_mode(True):
+                done = outer(call)
+            finals = tuple(done["next", name][:, -1].transpose(0, 1) for name in names)
+            return done["y"], finals if len(finals) > 1 else finals[0]
+
+    return TimeFirst()
+
+
 class TorchRLPeer(PackagePeer):
     """TorchRL's LSTMModule and GRUModule in recurrent mode, episodes told by `is_init`; its own batch-first layout."""
 
@@ -149,33 +179,8 @@ class TorchRLPeer(PackagePeer):
         return reason or (None if case.resets and not case.stateful else "cases with resets and no given state only")
 
     def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
-        from tensordict import TensorDict
-        from torchrl.modules import GRUModule, LSTMModule, set_recurrent_mode
-
         assert data.resets is not None
-        kind = LSTMModule if case.cell == "LSTM" else GRUModule
-        outer = kind(case.I, case.H, in_key="x", out_key="y", recurrent_backend=self._backend)
-        inner: torch.nn.Module = outer.lstm if case.cell == "LSTM" else outer.gru
-        inner.load_state_dict(data.weights)
-        names = ("recurrent_state_h", "recurrent_state_c") if case.cell == "LSTM" else ("recurrent_state",)
-        begins = data.resets.t().unsqueeze(-1).contiguous()  # [B, T, 1]
-        states = {name: data.input.new_zeros(case.B, case.T, 1, case.H) for name in names}
-
-        class TimeFirst(torch.nn.Module):
-            """Called like torch.nn's, with batch_first."""
-
-            def __init__(self) -> None:
-                super().__init__()
-                for name, parameter in inner.named_parameters():
-                    self.register_parameter(name, parameter)
-
-            def forward(self, input: Tensor) -> tuple[Tensor, Any]:
-                call = TensorDict({"x": input, "is_init": begins, **states}, [case.B, case.T])
-                with set_recurrent_mode(True):
-                    done = outer(call)
-                finals = tuple(done["next", name][:, -1].transpose(0, 1) for name in names)
-                return done["y"], finals if len(finals) > 1 else finals[0]
-
+        layer = torchrl_layer(case, self._backend, data.weights, data.resets)
         case = replace(case, batch_first=True, resets=0)
-        prepared = prepare_module(TimeFirst(), case, mode, replace(data, resets=None))
+        prepared = prepare_module(layer, case, mode, replace(data, resets=None))
         return replace(prepared, kernel=lambda: f"TorchRL, {self._backend}")

@@ -16,6 +16,11 @@ from benchmarks.gpu.cudnn import PERSIST_STATIC, SMALL_H, STANDARD, algorithm, a
 from benchmarks.gpu.rows import TABLE, GpuRow, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tools"))
+
+from tiers import entries as table_of_tiers  # noqa: E402
+from tiers import read as read_tiers  # noqa: E402
+
 H100 = (9, 0), 132
 
 
@@ -76,25 +81,60 @@ def test_table_has_no_row_twice_and_every_kind():
     assert any(row.resets for row in TABLE) and {row.mode for row in TABLE} == {"fwd", "train"}
 
 
+REHEARSAL = ("--device", "cpu", "--dry-run", "--only", "resets", "--select", "no_rows or gradcheck")
+
+
 def test_whole_run(tmp_path, capsys):
     """The script itself, less the compiler."""
-    select = "no_rows or gradcheck"
-    options = ["--out", str(tmp_path), "--device", "cpu", "--dry-run", "--only", "resets", "--select", select]
-    assert script.main(options) == 0
+    assert script.main(["--out", str(tmp_path), *REHEARSAL]) == 0
     printed = capsys.readouterr().out
     doc = json.loads((tmp_path / "gpu.json").read_text())
     assert doc["schema"] == "fastrnn-gpu" and doc["schema_version"] == report.SCHEMA_VERSION
     assert doc["machine"]["torch"] == torch.__version__ and doc["machine"]["date"]
     steps_taken = {step["name"]: step["status"] for step in doc["steps"]}
-    assert steps_taken == {"build": "skipped", "tests": "ok", "sanitizer": "skipped", "timing": "ok"}
-    assert doc["rows"] and doc["summary"]["statuses"] == {"ok": len(doc["rows"])}
-    for row in doc["rows"]:
+    done = dict.fromkeys(("tests", "calls", "tiers", "scaling", "timing"), "ok")
+    assert steps_taken == done | dict.fromkeys(("build", "sanitizer", "profile"), "skipped")
+    timed = [row for row in doc["rows"] if row["status"] == "ok"]
+    others = [row for row in doc["rows"] if row["status"] != "ok"]
+    assert timed and {row["message"] for row in others} == {"torchrl is not installed"}
+    for row in timed:
         assert row["cudnn"] == "a call per step" and set(row["variants"]) == {"eager", "graph"}
         for variant in row["variants"].values():
             assert variant["ratio"]["low"] <= variant["ratio"]["median"] <= variant["ratio"]["high"]
     tail = printed.splitlines()
     assert tail[-1] == "passed" and any(line.startswith("mean ratio (worst)") for line in tail)
-    assert len(list(tmp_path.iterdir())) <= 8, "more files than a lent machine gives back"
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"gpu.json", "gpu.log", "tests.xml", "tiers.json", "scaling.json"}  # 8 come back, with profile.txt
+    sizes = {call["id"].split("-")[0] for call in doc["calls"]}
+    assert sizes == {"language", "lstm", "gru"} and not any(call["message"] for call in doc["calls"])
+    for call in doc["calls"]:
+        for side in ("ours", "theirs"):
+            assert 0 < call[side]["host_us"] <= call[side]["us"] * 1.01
+    assert json.loads((tmp_path / "scaling.json").read_text())["rows"]
+    run, measured = read_tiers(tmp_path / "tiers.json")
+    assert torch.__version__ in run and len(table_of_tiers(measured)) > 0
+
+
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [("--correctness", ["tests", "sanitizer"]), ("--timings", ["calls", "tiers", "scaling", "profile", "timing"])],
+)
+def test_half_of_a_run(tmp_path, monkeypatch, option, wanted):
+    for name in ("tests", "sanitizer", "calls", "tiers", "scaling", "profile", "timing"):
+        function = {"sanitizer": "sanitize", "timing": "timings"}.get(name, name)
+        monkeypatch.setattr(script, function, lambda run, *rest, name=name: run.record(name, "ok") or [])
+    assert script.main(["--out", str(tmp_path), option, *REHEARSAL]) == 0
+    doc = json.loads((tmp_path / "gpu.json").read_text())
+    assert [step["name"] for step in doc["steps"]] == ["build", *wanted]
+
+
+def test_limits_leave_room_inside_five_minutes():
+    """Whatever hangs: of 290 seconds the rows against cuDNN have 50 left, and of the tests all are ended."""
+    limit = script.LIMITS
+    build = 60  # with objects that were carried
+    before = build + limit["calls"] + limit["tiers"] + limit["scaling"] + limit["profile"]
+    assert before + 2 * script.RESERVE_S <= 290 - 50
+    assert build + limit["tests"] + limit["memcheck"] + limit["racecheck"] + script.RESERVE_S <= 290
 
 
 def test_no_gpu_is_said(tmp_path, capsys, monkeypatch):
@@ -173,8 +213,8 @@ def test_a_failed_step_fails_the_run():
 def test_a_step_that_hangs_is_ended(tmp_path):
     run = script.Run(tmp_path, "cpu", 600, True)
     command = [sys.executable, "-c", "import time; print('began', flush=True); time.sleep(60)"]
-    assert run.process("hang", command, tmp_path, 1.5) is None
-    assert (tmp_path / "hang.log").read_text() == "began\n"
+    assert run.process("hang", command, tmp_path, 1.5) == (None, "began\n")
+    assert (tmp_path / "gpu.log").read_text() == "== hang\nbegan\n"
 
 
 def test_means_and_losses():

@@ -1,0 +1,153 @@
+"""Makes the table of tiers of what a GPU has measured: tiers.json, as benchmarks/gpu_check.sh writes it, to C++.
+
+    python tools/tiers.py out/gpu/tiers.json                    # what the times say, and what they gain
+    python tools/tiers.py out/gpu/tiers.json --write tiers.inc  # lines {cell, dtype, backward, B, h, tier}
+
+An entry is for calls with at most its B and h; of those that hold for a call the first counts, which is the smallest. A
+tier is left for another one only where that is faster by more than TIE: sizes between the measured ones take the entry
+of the next larger, and a boundary that noise has drawn would be in the wrong place. Each entry says which run chose it,
+and its times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TIE = 0.05
+PASSES = ("fwd", "bwd")
+KEYS = {"cell": str, "dtype": str, "h": int, "B": int, "tier": str, "fwd": float, "bwd": float}
+DTYPES = {"float32": "kFloat32", "float64": "kFloat64", "bfloat16": "kBFloat16", "float16": "kFloat16"}
+
+
+class TiersError(Exception):
+    """The file is none that gpu_check.sh has written; the text says where."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The tier of calls of this kind with at most B rows and h units, and the microseconds a step of every tier."""
+
+    cell: str
+    dtype: str
+    backward: bool
+    B: int
+    h: int
+    tier: str
+    us: dict[str, float]
+
+    def line(self, run: str) -> str:
+        times = ", ".join(f"{tier} {us:g}" for tier, us in sorted(self.us.items(), key=lambda pair: pair[1]))
+        what = f'"{self.cell}", DType::{DTYPES[self.dtype]}, {str(self.backward).lower()}, {self.B}, {self.h}'
+        first, *_, day = run.split(", ")
+        return f"{{{what}, Tier::k{self.tier.capitalize()}}},  // {times} us a step; {first}, {day}"
+
+
+def read(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The run's machine, and its rows."""
+    try:
+        found = json.loads(path.read_text())
+        run, rows = found["machine"], found["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TiersError(f"{path}: expected JSON with machine and rows: {type(error).__name__}: {error}") from error
+    for i, row in enumerate(rows):
+        for key, kind in KEYS.items():
+            value = row.get(key)
+            fits = isinstance(value, (int, float)) and value > 0 if kind is not str else isinstance(value, str)
+            if not fits:
+                raise TiersError(f"{path}: rows[{i}]: {key}: expected {kind.__name__}, got {value!r}")
+        if row["dtype"] not in DTYPES:
+            raise TiersError(f"{path}: rows[{i}]: dtype: expected one of {', '.join(DTYPES)}, got {row['dtype']!r}")
+    return run, rows
+
+
+def choose(us: dict[str, float], before: str) -> str:
+    """The fastest, or the neighbour's where that is as fast."""
+    best = min(us, key=lambda tier: us[tier])
+    return before if us.get(before, float("inf")) <= us[best] * (1 + TIE) else best
+
+
+def entries(rows: Iterable[dict[str, Any]]) -> list[Entry]:
+    """Of every kind of call by rising B, then h. Neighbours with one tier are one entry, and batches that agree."""
+    measured: dict[tuple[str, str, bool], dict[tuple[int, int], dict[str, float]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for row in rows:
+        for name in PASSES:
+            measured[row["cell"], row["dtype"], name == "bwd"][row["B"], row["h"]][row["tier"]] = row[name]
+    found: list[Entry] = []
+    for kind, sizes in measured.items():
+        same = 0  # entries of the batch before
+        for B in sorted({B for B, _ in sizes}):
+            of_batch: list[Entry] = []
+            for h in sorted(h for b, h in sizes if b == B):
+                us = sizes[B, h]
+                tier = choose(us, of_batch[-1].tier if of_batch else "")
+                if of_batch and of_batch[-1].tier == tier:
+                    of_batch.pop()
+                of_batch.append(Entry(*kind, B, h, tier, us))
+            if same and [(e.h, e.tier) for e in found[-same:]] == [(e.h, e.tier) for e in of_batch]:
+                del found[-same:]  # the larger batch says the same
+            found += of_batch
+            same = len(of_batch)
+    return found
+
+
+def tier_of(table: Iterable[Entry], cell: str, dtype: str, backward: bool, B: int, h: int) -> str | None:
+    """What the table says of a call; None where it says nothing."""
+    for entry in table:
+        if (entry.cell, entry.dtype, entry.backward) == (cell, dtype, backward) and B <= entry.B and h <= entry.h:
+            return entry.tier
+    return None
+
+
+def gains(rows: Sequence[dict[str, Any]], table: Sequence[Entry]) -> list[str]:
+    """By how much the table's choice misses the fastest tier, where it does: ties, and nothing else."""
+    times: dict[tuple[str, str, bool, int, int], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        for name in PASSES:
+            times[row["cell"], row["dtype"], name == "bwd", row["B"], row["h"]][row["tier"]] = row[name]
+    lines = []
+    for call, us in times.items():
+        tier = tier_of(table, *call)
+        assert tier is not None
+        if us[tier] > min(us.values()):
+            cell, dtype, backward, B, h = call
+            lines.append(
+                f"{cell} {dtype} B {B} h {h} {'backward' if backward else 'forward'}: {tier} {us[tier]:g} us a step, "
+                f"fastest {min(us.values()):g}"
+            )
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Makes the table of tiers of a run's tiers.json.")
+    parser.add_argument("tiers", type=Path, help="tiers.json")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the entries")
+    options = parser.parse_args(argv)
+    try:
+        run, rows = read(options.tiers)
+    except TiersError as error:
+        print(f"tiers: {error}", file=sys.stderr)
+        return 2
+    table = entries(rows)
+    lines = [entry.line(run) for entry in table]
+    if options.write:
+        options.write.write_text("\n".join(lines) + "\n")
+    else:
+        print("\n".join(lines))
+    calls = len({(row["cell"], row["dtype"], row["B"], row["h"]) for row in rows})
+    print(f"{len(table)} entries of {calls} measured calls, {run}", file=sys.stderr)
+    for line in gains(rows, table):
+        print(f"  as good: {line}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
