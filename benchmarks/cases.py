@@ -34,6 +34,8 @@ class Case:
     tokens: bool = False  # the input is integers [T, B] in [0, I), stored by token where a layer knows how
     recompute: int = 0  # > 0: training keeps the states of every such step and makes the rest again
     peephole: bool = False
+    recurrent_dropout: float = 0.0
+    zoneout: float = 0.0  # of h and of c
     frozen: bool = False  # training asks for no gradient of the input
 
     @property
@@ -41,7 +43,7 @@ class Case:
         """What torch.nn's layers have not got."""
         options = {
             "resets": self.resets, "lengths=": self.padded, "tokens": self.tokens, "recompute": self.recompute,
-            "peephole": self.peephole,
+            "peephole": self.peephole, "recurrent_dropout": self.recurrent_dropout, "zoneout": self.zoneout,
         }  # fmt: skip
         return [name for name, there in options.items() if there]
 
@@ -66,6 +68,8 @@ class Case:
             "tokens" if self.tokens else "",
             f"recompute{self.recompute}" if self.recompute else "",
             "peephole" if self.peephole else "",
+            f"recurrentdropout{self.recurrent_dropout:.0%}".rstrip("%") if self.recurrent_dropout else "",
+            f"zoneout{self.zoneout:.0%}".rstrip("%") if self.zoneout else "",
             "frozen" if self.frozen else "",
         ]
         return "-".join([self.cell.lower(), f"{self.T}x{self.B}x{self.I}x{self.H}", *filter(None, options)])

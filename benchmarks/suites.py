@@ -192,6 +192,16 @@ RECOMPUTE = [
 
 CELLS = [  # cells that torch.nn has not got, at three sizes
     *entries("peephole", "LSTM", (100, 16, 64, 64), (128, 32, 256, 256), (512, 16, 128, 128), peephole=True),
+    *(
+        entry
+        for cell in ("LSTM", "GRU")
+        for entry in [
+            *entries("recurrent dropout", cell, (128, 32, 256, 256), modes=TRAIN, recurrent_dropout=0.25),
+            *entries("zoneout", cell, (128, 32, 256, 256), zoneout=0.1),
+        ]
+    ),
+    *entries("recurrent dropout", "LSTM", (512, 16, 128, 128), modes=TRAIN, recurrent_dropout=0.25),
+    *entries("zoneout", "LSTM", (512, 16, 128, 128), zoneout=0.1),
 ]
 
 MEMORY = [

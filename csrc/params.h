@@ -35,6 +35,15 @@ struct ForwardParams {
   const void* reset_h;  // [B, P*R] or null
   const void* reset_c;  // [B, P*h] or null
 
+  // Recurrent dropout: what h is multiplied with where it enters the recurrent product, and only there, in every step.
+  const void* mask_h;  // [B, P*R] or null for ones
+  // Zoneout: a state after a step is keep times the one before it plus (1 - keep) times the one that the cell made.
+  // Ignored at padded steps. Last dimension contiguous, or null for zeros.
+  const void* keep_h;  // [T, B, P*R]
+  int64_t keep_h_stride_t, keep_h_stride_b;
+  const void* keep_c;  // [T, B, P*h]
+  int64_t keep_c_stride_t, keep_c_stride_b;
+
   const uint8_t* reverse;  // [P]: 1 where the group runs from the last step to the first
 
   // Packed sequences: where step t's rows start in tensors [N, ..] that stand in place of [T, B, ..], here and in what
@@ -47,7 +56,7 @@ struct ForwardParams {
   void* output;  // [T, B, P*R]
   void* h_n;     // [B, P*R]
   void* c_n;     // [B, P*h] or null
-  void* saved;   // [T, B, P*S*h] or null: backward will not follow
+  void* saved;   // [T, B, P*S*h], S = saved_values (registry.h), or null: backward will not follow
 };
 
 // What a layer's call has beside ForwardParams: it makes gates_ih = weight_ih input + bias_ih itself, a few steps at a
@@ -92,6 +101,9 @@ struct BackwardParams : ForwardParams {
   void* grad_reset_c;  // [B, P*h]
   // A part for every row, which the caller adds up: nobody else then writes where a row does.
   void* grad_params;  // [B, P*kParams*h]
+  // Scratch of CUDA's kernels where keep_h is given, else null, in float32 where dtype is a half type: the part of h's gradient that
+  // goes past a step to the one before it.
+  void* kept_h;  // [B, P*R]
   // The gradient of the states, as a step hands it to the one before or to what it started from, is clamped to
   // [-grad_clip, grad_clip]; 0: it is not.
   double grad_clip;

@@ -63,12 +63,14 @@ def pull_forward(args: Mapping[str, Any], results: Sequence[Tensor], needed: Col
     grad_gates_hh = found["gates_hh" if CELLS[args["cell"]].separate_gates_hh else "gates_ih"]
     P = weight_hh.shape[0]
     if "weight_hh" in needed:
-        h_0, lengths, resets, reset_h = (args[name] for name in ("h_0", "lengths", "resets", "reset_h"))
-        found["weight_hh"] = _grad_weight_hh(grad_gates_hh, output, h_0, lengths, resets, reset_h, reverse)
+        h_0, lengths, resets, reset_h, mask_h = (args[k] for k in ("h_0", "lengths", "resets", "reset_h", "mask_h"))
+        found["weight_hh"] = _grad_weight_hh(grad_gates_hh, output, h_0, lengths, resets, reset_h, mask_h, reverse)
     if "bias_hh" in needed:
         found["bias_hh"] = grad_gates_hh.sum((0, 1)).reshape(P, -1)
     if "weight_hr" in needed:
-        found["weight_hr"] = _grad_weight(found["projected"], reference.lstm_hidden(saved, P))
+        c_0, lengths, resets, reset_c, keep_c = (args[k] for k in ("c_0", "lengths", "resets", "reset_c", "keep_c"))
+        hidden = reference.lstm_hidden(saved, c_0, lengths, resets, reset_c, keep_c, reverse)
+        found["weight_hr"] = _grad_weight(found["projected"], hidden)
     if "params" in needed:
         found["params"] = found["params"].sum(0).reshape(args["params"].shape).to(output.dtype)
     return {name: x for name, x in found.items() if name in needed}
@@ -88,15 +90,17 @@ def _grad_weight_hh(
     lengths: Tensor | None,
     resets: Tensor | None,
     reset_h: Tensor | None,
+    mask_h: Tensor | None,
     reverse: Sequence[bool],
 ) -> Tensor:
-    """[P, G*h, R]: every step's gate gradients times the state before it."""
+    """[P, G*h, R]: every step's gate gradients times the state before it, as the product reads that."""
     P, (T, B, _) = len(reverse), output.shape
     if T == 0:
         return output.new_zeros(P, grad_gates_hh.shape[2] // P, output.shape[2] // P)
     # Under vmap the rows of a sample may be few, and a sum of two products for each would be most of the work.
-    if resets is not None or P > 4 or is_vmapped_call(grad_gates_hh, output):
-        return _grad_weight(grad_gates_hh, reference.previous_h(output, h_0, lengths, resets, reset_h, reverse))
+    if resets is not None or mask_h is not None or P > 4 or is_vmapped_call(grad_gates_hh, output):
+        of_h = (output, h_0, lengths, resets, reset_h, mask_h, reverse)
+        return _grad_weight(grad_gates_hh, reference.multiplied_h(*of_h))
     # The states before are the outputs one step on, so views of both serve and nothing is copied: at padded steps both
     # are 0. What is left is each row's first step, whose state before is h_0.
     weights = []

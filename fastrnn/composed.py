@@ -112,7 +112,7 @@ def folded(states: LayerStates, cell: str, weight_hh: Tensor, batch: int) -> Lay
     """As the recurrence's ops take them: [B, D*n], and zeros made where there are none."""
     D, Gh, R = weight_hh.shape
     found: dict[str, Tensor | None] = {}
-    for name in ("h_0", "c_0", "reset_h", "reset_c"):
+    for name in ("h_0", "c_0", "reset_h", "reset_c", "mask_h"):
         x = getattr(states, name)
         found[name] = None if x is None else fold(x)
     for name, width in (("h_0", R), ("c_0", Gh // CELLS[cell].gates))[: CELLS[cell].states]:
@@ -169,7 +169,8 @@ def layer_backward(
         input, grad_output, grad_saved = (
             None if x is None else pad(x, batch_sizes)[0] for x in (input, grad_output, grad_saved)
         )
-        steps = steps._replace(lengths=lengths)
+        keeps = (None if x is None else pad(x, batch_sizes)[0] for x in (steps.keep_h, steps.keep_c))
+        steps = steps._replace(lengths=lengths, **dict(zip(("keep_h", "keep_c"), keeps, strict=True)))
     elif lengths is not None and input is not None:
         input = without_padding(input, lengths)
     flat = folded(steps, cell, weight_hh, output.shape[1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .records import LayerCall, LayerResults, LayerStates, LayerWeights
+from .records import LayerCall, LayerResults, LayerWeights
 
 
 def count(weights: LayerWeights) -> int:
@@ -53,10 +53,10 @@ def grouped(call: LayerCall) -> LayerCall:
         return state.reshape(D, B, N, H // N).transpose(1, 2).reshape(D * N, B, H // N)
 
     given = call.states
-    states = {name: split(getattr(given, name)) for name in ("h_0", "c_0", "reset_h", "reset_c")}
+    states = {name: split(getattr(given, name)) for name in ("h_0", "c_0", "reset_h", "reset_c", "mask_h")}
     return call._replace(
         weights=[head for w in call.weights for head in by_head(w)],
-        states=LayerStates(lengths=given.lengths, resets=given.resets, **states),
+        states=given._replace(**states),
         reverse=tuple(reverse for reverse in call.directions for _ in range(N)),
     )
 

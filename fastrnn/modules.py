@@ -26,6 +26,7 @@ from . import _C, checks, fallback, per_sample
 from .cells import GRUCell, LSTMCell, RNNCell
 from .initial_values import Init, check_init, initialize
 from .layer import road
+from .masks import Noise
 from .module_base import QCONFIG, is_for_torch, leaf, typed_as
 from .module_checks import ChecksCalls, check_none
 from .nested import is_jagged, jagged
@@ -49,10 +50,11 @@ _UNKNOWN_TO_C = frozenset(
         "num_heads",
         "residual",
         "return_all_layers",
+        "zoneout",
         "_opacus",
     )
 )
-_UNKNOWN_IN_TRAINING = _UNKNOWN_TO_C | {"weight_dropout", "locked_dropout"}
+_UNKNOWN_IN_TRAINING = _UNKNOWN_TO_C | {"weight_dropout", "locked_dropout", "recurrent_dropout"}
 _FIELDS = {name_of(field): field for field in LayerWeights._fields}
 
 
@@ -74,12 +76,15 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
     locked_dropout: float = 0.0
     init: Init = "torch"
     forget_bias: float | None = None
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
 
     qconfig = QCONFIG
     __prepare_scriptable__ = fallback.refuse_script
 
     def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
-        options = checked({name: kwargs.pop(name) for name in (*SWITCHES, *VALUES) if name in kwargs})
+        given = {name: kwargs.pop(name) for name in (*SWITCHES, *VALUES) if name in kwargs}
+        options = checked(given, states=2 if mode == "LSTM" else 1)
         super().__init__(mode, *args, **kwargs)
         if "init" in options:
             options["init"] = check_init(mode, self.bias, options["init"], options.get("forget_bias"))
@@ -122,6 +127,11 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
         """The name of its cell, as the ops know it."""
         cell = self.mode.lower()
         return f"{cell}_peephole" if self.peephole else cell
+
+    @property
+    def _noise(self) -> Noise:
+        zoneout = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
+        return Noise(self.recurrent_dropout, zoneout, self.training)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -273,6 +283,7 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
             grad_clip=self.grad_clip or 0.0,
             recompute=self.recompute,
             num_heads=self.num_heads if self.num_heads > 1 else 0,
+            noise=self._noise,
         )
         if torch.compiler.is_compiling():
             return network(cell, input, weights, states, **sequence, **options)
@@ -530,6 +541,8 @@ class LSTM(_Recurrent):
         locked_dropout: float = 0.0,
         init: Init = "torch",
         forget_bias: float | None = None,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -557,6 +570,8 @@ class LSTM(_Recurrent):
             locked_dropout=locked_dropout,
             init=init,
             forget_bias=forget_bias,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
         )
 
     def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
@@ -657,6 +672,8 @@ class GRU(_SingleState):
         weight_dropout: float = 0.0,
         locked_dropout: float = 0.0,
         init: Init = "torch",
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
     ) -> None:
         super().__init__(
             "GRU",
@@ -680,6 +697,8 @@ class GRU(_SingleState):
             weight_dropout=weight_dropout,
             locked_dropout=locked_dropout,
             init=init,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
         )
 
 
@@ -712,6 +731,8 @@ class RNN(_SingleState):
         weight_dropout: float = 0.0,
         locked_dropout: float = 0.0,
         init: Init = "torch",
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
     ) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
@@ -737,5 +758,7 @@ class RNN(_SingleState):
             weight_dropout=weight_dropout,
             locked_dropout=locked_dropout,
             init=init,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
         )
         self.nonlinearity = nonlinearity  # not before: a module that is made in a compiled function must exist first

@@ -13,9 +13,10 @@ from torch import Tensor
 from . import _C, composed, fallback, heads, onnx_nodes, per_sample, regularizers, segments, wavefront
 from .checks import check_steps, check_values_of
 from .layer import layer, road
+from .masks import NO_NOISE, Noise
 from .ops import CELLS
 from .products import linear
-from .records import LayerCall, LayerStates, LayerWeights, States, layer_states
+from .records import LayerCall, LayerStates, LayerWeights, Masks, States, layer_states
 from .transforms import in_autocast_dtype, is_plain
 
 
@@ -57,6 +58,7 @@ def network(
     grad_clip: float = 0.0,
     recompute: int = 0,
     num_heads: int = 0,
+    noise: Noise = NO_NOISE,
 ) -> tuple[Any, States, Tensor | None]:
     """output, the final states and, for an LSTM with ``all_states``, every c of the last layer [T, B, D*H].
 
@@ -65,6 +67,7 @@ def network(
     residual: from the second layer on, the output of the layer below is added to a layer's own.
     all_layers: output is a tuple of every layer's.
     recompute: train by segments of so many steps (segments.py); 0: as a whole. num_heads: of weight_hh; 0: it is dense.
+    noise: recurrent dropout and zoneout (masks.py).
     """
     if batch_sizes is None:
         check_steps(input)
@@ -85,9 +88,14 @@ def network(
         if N:  # torch's ops know none
             weights, N = [list(map(heads.dense, of_directions)) for of_directions in weights], 0
         if fallback.is_exported_to_onnx():
-            if resets is None and not all_states and onnx_nodes.has_nodes(weights):
+            if resets is None and not all_states and not noise.is_on() and onnx_nodes.has_nodes(weights):
                 by_others = functools.partial(onnx_nodes.layer, cell, lengths=lengths)
-        elif lengths is None and resets is None and fallback.has_op(cell, input, all_states, grad_clip):
+        elif (
+            lengths is None
+            and resets is None
+            and not noise.is_on()
+            and fallback.has_op(cell, input, all_states, grad_clip)
+        ):
             if not (residual or all_layers or (locked_dropout and training)):
                 return *fallback.network(cell, input, states, weights, dropout, training), None
             by_others = functools.partial(fallback.layer, cell)
@@ -100,7 +108,16 @@ def network(
         return states if states is None or L == 1 else tuple(s[i * D : (i + 1) * D] for s in states)
 
     count = CELLS[cell].states
-    others = marked, by_segments, batch_sizes is not None, N, residual, all_layers, locked_dropout and training
+    others = (
+        marked,
+        by_segments,
+        batch_sizes is not None,
+        N,
+        residual,
+        all_layers,
+        locked_dropout and training,
+        noise.is_on(),
+    )
     every = 0 if any(others) else wavefront.chunk_steps(input, L, D)
     if every and road(fallback.has_kernels(weights[0][0].weight_ih, input, *all_weights)) == "fused":
         given = [layer_states(of_layer(states, i), lengths, resets, of_layer(reset_states, i)) for i in range(L)]
@@ -120,7 +137,8 @@ def network(
         if by_others is not None:
             output, *after = by_others(output, of_directions, of_layer(states, i))
         else:
-            starts = layer_states(of_layer(states, i), lengths, resets, of_layer(reset_states, i))
+            masks = _masks(noise, cell, output, of_directions, batch_sizes)
+            starts = layer_states(of_layer(states, i), lengths, resets, of_layer(reset_states, i), masks)
             every_c = all_states and i == L - 1
             call = LayerCall(cell, output, of_directions, starts, batch_sizes, grad_clip=grad_clip, all_states=every_c)
             if N:
@@ -134,6 +152,20 @@ def network(
             outputs.append(output)
     joined = finals[0] if L == 1 else tuple(torch.cat(each) for each in zip(*finals, strict=True))
     return tuple(outputs) if all_layers else output, joined, cells if all_states else None
+
+
+def _masks(
+    noise: Noise, cell: str, input: Tensor, weights: Sequence[LayerWeights], batch_sizes: Tensor | None
+) -> Masks:
+    """Of a layer's call."""
+    if not noise.is_on():
+        return Masks()
+    *of_heads, Gh, R = weights[0].weight_hh.shape
+    N = of_heads[0] if of_heads else 1
+    steps = input.shape[: 2 if batch_sizes is None else 1]
+    batch = steps[1] if batch_sizes is None else int(batch_sizes[0])
+    widths = (N * R, N * (Gh // CELLS[cell].gates))[: CELLS[cell].states]
+    return noise.masks(weights[0].weight_hh, len(weights), steps, batch, widths)
 
 
 def step(cell: str, input: Tensor, states: States, weights: LayerWeights) -> States:

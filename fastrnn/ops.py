@@ -58,6 +58,11 @@ class CellInfo(NamedTuple):
     saved: int
     params: int
     separate_gates_hh: bool
+    remakes: bool  # zoneout needs no more saved values: the saved ones give again what the cell made
+
+    def saved_values(self, keep_h: Any) -> int:
+        """Values of a unit and step in a call's ``saved``."""
+        return self.saved + (keep_h is not None and not self.remakes)
 
 
 CELLS: dict[str, CellInfo] = {
@@ -100,7 +105,7 @@ class _Checker:
         whole = self.P > 0 and self.h > 0 and self.R > 0 and self.Gh == gates * self.h
         self.sized("weight_hh", weight_hh, whole, f"(groups, {gates} * hidden, width) with every size above 0")
         given = {k for k, x in args.items() if x is not None}
-        second_states = set() if second else {"weight_hr", "c_0", "reset_c", "grad_c_n"}
+        second_states = set() if second else {"weight_hr", "c_0", "reset_c", "grad_c_n", "keep_c"}
         params = {"params"} if self.info.params else set()
         for unwanted in (second_states | ({"params"} - params)) & given:
             raise RuntimeError(f"{op}: {unwanted}: expected none for cell '{cell}', got a tensor")
@@ -113,13 +118,18 @@ class _Checker:
             raise RuntimeError(f"{op}: reverse: expected {self.P} values (groups), got {len(args['reverse'])}")
         if "weight_hr" not in given:
             self.sized("weight_hh", weight_hh, self.h == self.R, f"[{self.P}, {self.Gh}, {self.h}] without weight_hr")
-        self.masks(args["lengths"], args["resets"])
+        self.boundaries(args["lengths"], args["resets"])
+        self.saved = self.info.saved_values(args["keep_h"])
         B, P, Gh, h, R = self.B, self.P, self.Gh, self.h, self.R
         sizes = {name: (P, *size) for name, size in weight_sizes(cell, h, R).items()}
-        sizes |= dict.fromkeys(("h_0", "reset_h", "grad_h_n"), (B, P * R))
+        sizes |= dict.fromkeys(("h_0", "reset_h", "grad_h_n", "mask_h"), (B, P * R))
         sizes |= dict.fromkeys(("c_0", "reset_c", "grad_c_n"), (B, P * h))
-        sizes |= dict.fromkeys(("output", "grad_output"), (self.T, B, P * R))
-        sizes |= {"gates_ih": (self.T, B, P * Gh), "saved": (self.T, B, P * self.info.saved * h)}
+        sizes |= dict.fromkeys(("output", "grad_output", "keep_h"), (self.T, B, P * R))
+        sizes |= {
+            "gates_ih": (self.T, B, P * Gh),
+            "keep_c": (self.T, B, P * h),
+            "saved": (self.T, B, P * self.saved * h),
+        }
         for argument, x in args.items():
             if isinstance(x, Tensor) and argument in sizes:
                 self.floating(argument, x, sizes[argument])
@@ -143,7 +153,7 @@ class _Checker:
             )
         self.placed(name, x)
 
-    def masks(self, lengths: Tensor | None, resets: Tensor | None) -> None:
+    def boundaries(self, lengths: Tensor | None, resets: Tensor | None) -> None:
         T, B, P = self.T, self.B, self.P
         if lengths is not None:
             if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
@@ -169,7 +179,7 @@ def _(*args, **kwargs):
         empty(c.T, c.B, c.P * c.R),
         empty(c.B, c.P * c.R),
         empty(c.B, c.P * c.h) if c.info.states > 1 else empty(0),
-        empty(c.T, c.B, c.P * c.info.saved * c.h) if given["save"] else empty(0),
+        empty(c.T, c.B, c.P * c.saved * c.h) if given["save"] else empty(0),
     )
 
 
@@ -209,7 +219,9 @@ def _check_layer(given: dict[str, Any], B: int) -> None:
     first, whose = (input, "input") if dense else (given["weight_ih"][0], "weight_ih")
     I = input.shape[-1] if dense else first.shape[1]  # noqa: E741
     sizes = weight_sizes(given["cell"], h, R, I)
-    sizes |= dict.fromkeys(("h_0", "reset_h"), (P, B, R)) | dict.fromkeys(("c_0", "reset_c"), (P, B, h))
+    sizes |= dict.fromkeys(("h_0", "reset_h", "mask_h"), (P, B, R)) | dict.fromkeys(("c_0", "reset_c"), (P, B, h))
+    steps = input.shape[:-1] if dense else input.shape
+    sizes |= {"keep_h": (*steps, P * R), "keep_c": (*steps, P * h)}
 
     def check(name: str, x: Tensor, size: tuple[int, ...]) -> None:
         def message() -> str:
@@ -247,7 +259,7 @@ def _(*args, **kwargs):
         empty(P, B, R),
         empty(P, B, h) if info.states > 1 else empty(0),
         empty(*steps, P * h) if given["all_states"] else empty(0),
-        empty(*steps, P * info.saved * h) if given["save"] else empty(0),
+        empty(*steps, P * info.saved_values(given["keep_h"]) * h) if given["save"] else empty(0),
     )
 
 
@@ -284,8 +296,8 @@ def _(x, limit):
 # What arguments and results are: a sequence [T, B, P*n], a state [B, P*n], a weight [P, ...], lengths [B] or [B, P],
 # resets [T, B] or [T, B, P]. All else is left alone, but for `reverse`, one flag a group.
 _KINDS = {
-    **dict.fromkeys(("gates_ih", "gates_hh", "projected", "output", "saved"), "sequence"),
-    **dict.fromkeys(("h_0", "c_0", "reset_h", "reset_c", "h_n", "c_n"), "state"),
+    **dict.fromkeys(("gates_ih", "gates_hh", "projected", "output", "saved", "keep_h", "keep_c"), "sequence"),
+    **dict.fromkeys(("h_0", "c_0", "reset_h", "reset_c", "mask_h", "h_n", "c_n"), "state"),
     **dict.fromkeys(("weight_hh", "bias_hh", "weight_hr", "params"), "weight"),
     "grad_params": "state",  # of each row its own
     "lengths": "lengths",

@@ -31,6 +31,8 @@ VALUES = (
     "locked_dropout",
     "init",
     "forget_bias",
+    "recurrent_dropout",
+    "zoneout",
 )  # options that are no switches
 # With these a call gives what torch.nn's module gives without them.
 SAME_RESULTS = ("recompute", "init", "forget_bias")
@@ -103,6 +105,16 @@ init: what parameters are filled with, by the constructor and by ``reset_paramet
 forget_bias: a number that an LSTM's forget gate has for its bias at first and after ``reset_parameters()``: it is
   in ``bias_ih``, and that gate's part of ``bias_hh`` is 0, so that the sum of both is it (1: Gers et al. 2000,
   Jozefowicz et al. 2015). Beside init='torch' and 'orthogonal'.
+recurrent_dropout: in training, the h that a step multiplies with ``weight_hh`` is m * h, where m is 0 with this
+  probability and 1/(1-p) else, and the same in every step of a call: drawn for every call, row, unit, layer and
+  direction (Gal and Ghahramani 2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks").
+  The state itself is not masked: it is the output, what ``reset_state`` replaces, and what a GRU's ``z * h`` takes. A
+  call of :meth:`step` is a call: in training it draws a mask of its own.
+zoneout: probability p that a unit keeps its state in a step of training, h and (of an LSTM) c with draws of their own
+  for every step, row, unit, layer and direction; else the state is the one that the cell makes. In eval mode it is the
+  expectation, ``p * h + (1 - p) * h'`` (Krueger et al. 2016, "Zoneout: Regularizing RNNs by Randomly Preserving Hidden
+  Activations"). An LSTM takes a pair (of h, of c), too; its h' is made of the c' before zoneout, and projected where
+  there is a ``proj_size``. Past a reset the state that may be kept is the ``reset_state``.
 """
 
 _CALLS = """\
@@ -121,8 +133,8 @@ C = TypeVar("C", bound=type)
 F = TypeVar("F", bound=Callable[..., None])
 
 
-def checked(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of SWITCHES and VALUES that were given; what is kept of them."""
+def checked(options: dict[str, Any], states: int = 1) -> dict[str, Any]:
+    """Those of SWITCHES and VALUES that were given; what is kept of them. states: how many a cell has."""
     for name in SWITCHES:
         if not isinstance(options.get(name, False), bool):
             raise TypeError(f"{name} should be of type bool, got: {type(options[name]).__name__}")
@@ -152,15 +164,27 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
         if not math.isfinite(bias):
             raise ValueError(f"forget_bias should be a finite number, got {bias}")
         options["forget_bias"] = float(bias)
+    if "recurrent_dropout" in options:
+        _check_probability("recurrent_dropout", options["recurrent_dropout"])
+    zoneout = options.get("zoneout", 0.0)
+    if isinstance(zoneout, (tuple, list)):
+        if states == 1:
+            raise TypeError("zoneout should be a number: a pair (of h, of c) is only supported for LSTM")
+        if len(zoneout) != 2:
+            raise ValueError(f"zoneout should be a number or a pair (of h, of c), got {len(zoneout)} values")
+        for i, p in enumerate(zoneout):
+            _check_probability(f"zoneout[{i}]", p, "a unit keeping its state")
+        options["zoneout"] = tuple(map(float, zoneout)) if any(zoneout) else 0.0
+    else:
+        _check_probability("zoneout", zoneout, "a unit keeping its state")
     return options
 
 
-def _check_probability(name: str, value: Any) -> None:
+def _check_probability(name: str, value: Any, of: str = "an element being zeroed") -> None:
     """As torch.nn checks ``dropout``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(
-            f"{name} should be a number in range [0, 1] representing the probability of an element being zeroed, "
-            f"got {value!r}"
+            f"{name} should be a number in range [0, 1] representing the probability of {of}, got {value!r}"
         )
 
 

@@ -229,16 +229,21 @@ def _gradients(
         return _outer(grad.reshape(T, B * P, grad.shape[2] // P), x.flatten(1, 2)).unflatten(0, (B, P))
 
     def before() -> Tensor:
-        h_0, _, lengths, resets, reset_h, _ = states
-        assert h_0 is not None
-        return reference.previous_h(output, h_0, lengths, resets, reset_h, reverse)
+        assert states.h_0 is not None
+        steps = states.lengths, states.resets
+        return reference.multiplied_h(output, states.h_0, *steps, states.reset_h, states.mask_h, reverse)
+
+    def hidden() -> Tensor:
+        assert states.c_0 is not None
+        steps = states.lengths, states.resets
+        return reference.lstm_hidden(saved, states.c_0, *steps, states.reset_c, states.keep_c, reverse)
 
     forms: list[Callable[[], Tensor]] = [
         of_input,
         lambda: of_groups(gates_hh, before()),
         lambda: gates_ih.sum(0).unflatten(1, (P, gates_ih.shape[2] // P)),
         lambda: gates_hh.sum(0).unflatten(1, (P, gates_hh.shape[2] // P)),
-        lambda: of_groups(projected, reference.lstm_hidden(saved, P)),
+        lambda: of_groups(projected, hidden()),
         lambda: of_params.reshape(B, *w.params.shape),  # type: ignore[union-attr]
     ]
     found = [form() if any(needs[1 + _STATES + i :: _FIELDS]) else None for i, form in enumerate(forms)]

@@ -44,7 +44,7 @@ def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
 
     Returns:
         The copy. Its recurrent modules take the same arguments (PackedSequence, ``lengths``, ``resets`` and states
-        included), have buffers for parameters, no dropout and no gradients.
+        included), have buffers for parameters, no dropout of any kind, zoneout's expectation, and no gradients.
 
     Raises:
         TypeError: ``module`` is or holds none of them; a weight that is not float32.
@@ -240,12 +240,13 @@ class _Quantized(_Recurrent):
             h, *c = (fold(x[at]) for x in states)
             h_reset, *c_reset = (fold(x[at]) for x in fresh) if fresh else (None,)
             below = output
+            masks = self._noise.masks(h, directions, output.shape[:2], h.shape[0], widths)
             output, h_n, c_n = _quantized_forward(
                 self._cell, below, *self._matrix(f"weight_ih_l{layer}"), self._buffers.get(f"bias_ih_l{layer}"),
                 *self._matrix(f"weight_hh_l{layer}"), self._buffers.get(f"bias_hh_l{layer}"),
                 self._buffers.get(f"weight_hr_l{layer}"), self._buffers.get(f"weight_ch_l{layer}"), h,
                 c[0] if c else None, sequence.get("lengths"), sequence.get("resets"), h_reset,
-                c_reset[0] if c_reset else None, reverse,
+                c_reset[0] if c_reset else None, *masks, reverse,
             )  # fmt: skip
             finals.append([unfold(x, directions) for x in (h_n, c_n)[: len(widths)]])
             if layer > 0 and self.residual:
@@ -283,7 +284,7 @@ _KINDS: dict[type[_Recurrent], type[_Quantized]] = {LSTM: QuantizedLSTM, GRU: Qu
 @torch.library.register_fake("fastrnn::quantized_forward")
 def _(
     cell, input, weight_ih, scale_ih, sum_ih, bias_ih, weight_hh, scale_hh, sum_hh, bias_hh, weight_hr, params,
-    h_0, c_0, lengths, resets, reset_h, reset_c, reverse,
+    h_0, c_0, lengths, resets, reset_h, reset_c, mask_h, keep_h, keep_c, reverse,
 ):  # fmt: skip
     T, B, _ = input.shape
     return (

@@ -47,15 +47,36 @@ class LayerStates(NamedTuple):
     resets: Tensor | None = None  # bool [T, B]
     reset_h: Tensor | None = None  # [D, B, R]; None for zeros
     reset_c: Tensor | None = None  # [D, B, H]
+    # Constants, without gradients. Recurrent dropout: what h is multiplied with where it enters the recurrent product,
+    # and only there, in every step. Zoneout: a state after a step is keep times the one before it and (1 - keep) times
+    # what the cell made.
+    mask_h: Tensor | None = None  # [D, B, R]; None for ones
+    keep_h: Tensor | None = None  # [T, B, D*R]; None for zeros
+    keep_c: Tensor | None = None  # [T, B, D*H], LSTM only
+
+
+class Masks(NamedTuple):
+    """The last fields of LayerStates."""
+
+    mask_h: Tensor | None = None
+    keep_h: Tensor | None = None
+    keep_c: Tensor | None = None
+
+
+NO_MASKS = Masks()
 
 
 def layer_states(
-    states: States | None, lengths: Tensor | None = None, resets: Tensor | None = None, fresh: States | None = None
+    states: States | None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    fresh: States | None = None,
+    masks: Masks = NO_MASKS,
 ) -> LayerStates:
     """Of states and reset states as tuples."""
     h, c = (*(states or ()), None, None)[:2]
     reset_h, reset_c = (*(fresh or ()), None, None)[:2]
-    return LayerStates(h, c, lengths, resets, reset_h, reset_c)
+    return LayerStates(h, c, lengths, resets, reset_h, reset_c, *masks)
 
 
 class LayerCall(NamedTuple):
@@ -90,7 +111,7 @@ class LayerResults(NamedTuple):
     h_n: Tensor  # [D, B, R]
     c_n: Tensor  # [D, B, H], LSTM only
     cells: Tensor  # [T, B, D*H]: c after every step, where all_states
-    saved: Tensor  # [T, B, D*S*H]: where backward may follow
+    saved: Tensor  # [T, B, D*S*H]: where backward may follow; S: CellInfo.saved_values
 
 
 # What a layer's gradients are of, in the order of layer_backward's results.

@@ -35,6 +35,9 @@ class Cell(NamedTuple):
     backward: Callable[[States, States, States, States, States | None, States], tuple[States, States, States, States]]
     params: int = 0  # vectors of one number per unit, beside the weights
     separate_gates_hh: bool = False  # grad_gates_hh differs from grad_gates_ih
+    # (saved, states before) -> the last of the states, as forward made it: what zoneout leaves of it is another. None:
+    # it is kept beside the saved values. A cell with two states has it.
+    remake: Callable[[States, States], Tensor] | None = None
 
 
 def _lstm_forward(gates_ih: States, gates_hh: States, states: States, params: States) -> tuple[States, States]:
@@ -42,6 +45,11 @@ def _lstm_forward(gates_ih: States, gates_hh: States, states: States, params: St
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
     c = f * states[1] + i * g
     return (o * c.tanh(), c), (i, f, g, o)
+
+
+def _lstm_remake(saved: States, states_prev: States) -> Tensor:
+    i, f, g, _ = saved
+    return f * states_prev[1] + i * g
 
 
 def _lstm_backward(
@@ -92,6 +100,11 @@ def _gru_forward(gates_ih: States, gates_hh: States, states: States, params: Sta
     return (n + z * (states[0] - n),), (r, z, n, gates_hh[2])
 
 
+def _gru_remake(saved: States, states_prev: States) -> Tensor:
+    _, z, n, _ = saved
+    return n + z * (states_prev[0] - n)
+
+
 def _gru_backward(
     saved: States, states_prev: States, states: States, grads: States, grad_saved: States | None, params: States
 ) -> tuple[States, States, States, States]:
@@ -117,11 +130,11 @@ def _elman(activation: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Ten
 
 
 CELLS = {
-    "lstm": Cell(4, 4, 2, _lstm_forward, _lstm_backward),
-    "gru": Cell(3, 4, 1, _gru_forward, _gru_backward, separate_gates_hh=True),
+    "lstm": Cell(4, 4, 2, _lstm_forward, _lstm_backward, remake=_lstm_remake),
+    "gru": Cell(3, 4, 1, _gru_forward, _gru_backward, separate_gates_hh=True, remake=_gru_remake),
     "rnn_tanh": _elman(torch.tanh, lambda y: 1 - y * y),
     "rnn_relu": _elman(torch.relu, lambda y: (~(y <= 0)).to(y.dtype)),
-    "lstm_peephole": Cell(4, 4, 2, _lstm_peephole_forward, _lstm_peephole_backward, params=3),
+    "lstm_peephole": Cell(4, 4, 2, _lstm_peephole_forward, _lstm_peephole_backward, params=3, remake=_lstm_remake),
 }
 
 
@@ -142,6 +155,7 @@ class _Walk:
         reverse: Sequence[bool],
         device: torch.device,
     ) -> None:
+        self.groups = P
         steps = torch.arange(T, device=device)[:, None, None]
         self.valid: Tensor | None = None  # [T, B, P]
         self.index: Tensor | None = None  # [T, B, P], where some group is reversed
@@ -195,9 +209,8 @@ def _stack(steps: list[Tensor], like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.stack(steps) if steps else like.new_zeros(0, *shape)
 
 
-def _saved_width(cell: str, gates_hidden: int) -> int:
-    rule = CELLS[cell]
-    return (rule.saved + rule.states - 1) * (gates_hidden // rule.gates)
+def _saved_values(rule: Cell, keep_h: Tensor | None) -> int:
+    return rule.saved + rule.states - 1 + (keep_h is not None and rule.remake is None)
 
 
 def _absent(x: Tensor) -> Tensor:
@@ -210,6 +223,26 @@ def _states(dtype: torch.dtype, P: int, h: Tensor, c: Tensor | None) -> States:
 
 def _params(params: Tensor | None, dtype: torch.dtype) -> States:
     return () if params is None else params.to(dtype).unbind(1)
+
+
+def _keeps(walk: _Walk, dtype: torch.dtype, keep_h: Tensor | None, keep_c: Tensor | None) -> list[Tensor | None]:
+    """[T, B, P, n] in the walk's order, of h and of c."""
+    found: list[Tensor | None] = []
+    for x in (keep_h, keep_c):
+        if x is not None:
+            T, B, n = x.shape
+            x = x.to(dtype).reshape(T, B, walk.groups, n // walk.groups)
+            x = walk(x if walk.valid is None else torch.where(walk.valid[..., None], x, 0))
+        found.append(x)
+    return found
+
+
+def _mask(mask_h: Tensor | None, P: int, dtype: torch.dtype) -> Tensor | None:
+    return None if mask_h is None else mask_h.to(dtype).reshape(mask_h.shape[0], P, mask_h.shape[1] // P)
+
+
+def _zoned_out(keep: Tensor | None, k: int, before: Tensor, made: Tensor) -> Tensor:
+    return made if keep is None else keep[k] * before + (1 - keep[k]) * made
 
 
 def _fresh(states: States, reset_h: Tensor | None, reset_c: Tensor | None) -> States:
@@ -233,14 +266,17 @@ def forward(
     resets: Tensor | None,
     reset_h: Tensor | None,
     reset_c: Tensor | None,
+    mask_h: Tensor | None,
+    keep_h: Tensor | None,
+    keep_c: Tensor | None,
     reverse: Sequence[bool],
     grad_clip: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``recurrent_forward`` without its ``save``.
 
     gates_ih [T, B, P*G*h]; weight_hh [P, G*h, R]; bias_hh [P, G*h]; weight_hr [P, R, h]; params [P, K, h], of a cell
-    with parameters; h_0 and reset_h [B, P*R]; c_0 and reset_c [B, P*h]; lengths [B] or [B, P]; resets [T, B] or
-    [T, B, P]; reverse: P flags.
+    with parameters; h_0, reset_h and mask_h [B, P*R]; c_0 and reset_c [B, P*h]; lengths [B] or [B, P]; resets [T, B] or
+    [T, B, P]; keep_h [T, B, P*R] and keep_c [T, B, P*h]; reverse: P flags.
     Returns output [T, B, P*R], h_n [B, P*R], c_n [B, P*h], saved [T, B, P*S*h].
     """
     dtype, wide = gates_ih.dtype, torch.promote_types(gates_ih.dtype, torch.float32)
@@ -256,6 +292,7 @@ def forward(
     states = _states(wide, P, h_0, c_0)
     fresh = _fresh(states, reset_h, reset_c)
     units = _params(params, wide)
+    keeps, mask = _keeps(walk, wide, keep_h, keep_c), _mask(mask_h, P, wide)
     outputs: list[Tensor] = []
     kept: list[Tensor] = []
     for k in range(T):
@@ -263,13 +300,15 @@ def forward(
         held = states  # a row without this step hands its state's gradient on untouched
         if grad_clip:
             states = tuple(torch.ops.fastrnn.clamp_gradient(s, grad_clip) for s in states)
-        gates_hh = _product(states[0], weight.transpose(1, 2))
+        gates_hh = _product(states[0] if mask is None else states[0] * mask, weight.transpose(1, 2))
         if bias_hh is not None:
             gates_hh = gates_hh + bias_hh.to(wide)
         after, values = rule.forward(gates[k].chunk(rule.gates, -1), gates_hh.chunk(rule.gates, -1), states, units)
         if weight_hr is not None:
             after = (_product(after[0], weight_hr.to(wide).transpose(1, 2)), *after[1:])
-        record = torch.cat([*values, *after[1:], after[0][..., :0]], -1)
+        made = after[0] if keep_h is not None and rule.remake is None else after[0][..., :0]
+        after = tuple(_zoned_out(x, k, *pair) for x, *pair in zip(keeps, states, after, strict=False))
+        record = torch.cat([*values, *after[1:], made], -1)
         output = after[0]
         if walk.valid is not None:
             valid = walk.valid[k][..., None]
@@ -278,7 +317,7 @@ def forward(
         states = after
         outputs.append(output)
         kept.append(record)
-    R, width = weight_hh.shape[2], _saved_width(cell, Gh)
+    R, width = weight_hh.shape[2], _saved_values(rule, keep_h) * (Gh // rule.gates)
     output = walk(_stack(outputs, gates, (B, P, R))).reshape(T, B, P * R)
     saved = walk(_stack(kept, gates, (B, P, width))).reshape(T, B, P * width)
     c_n = states[1].flatten(1) if len(states) > 1 else _absent(gates)
@@ -299,6 +338,9 @@ def backward(
     resets: Tensor | None,
     reset_h: Tensor | None,
     reset_c: Tensor | None,
+    mask_h: Tensor | None,
+    keep_h: Tensor | None,
+    keep_c: Tensor | None,
     reverse: Sequence[bool],
     output: Tensor,
     saved: Tensor,
@@ -326,21 +368,26 @@ def backward(
     def sequence(x: Tensor) -> Tensor:
         return walk(x.to(wide).reshape(T, B, P, x.shape[-1] // P))
 
-    def split(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The cell's own values and the states but h, each [T, B, P, h], out of [T, B, P*S*h]."""
-        pieces = [x.narrow(-1, k * h, h) for k in range(rule.saved + rule.states - 1)]
-        return pieces[: rule.saved], pieces[rule.saved :]
+    def split(x: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The cell's own values, the states but h, and h as the cell made it, where that is kept: each [T, B, P, h],
+        out of [T, B, P*S*h]."""
+        pieces = [x.narrow(-1, k * h, h) for k in range(_saved_values(rule, keep_h))]
+        return pieces[: rule.saved], pieces[rule.saved :][: rule.states - 1], pieces[rule.saved + rule.states - 1 :]
 
-    values, states = split(sequence(saved))
+    values, states, made_h = split(sequence(saved))
     after = [sequence(output), *states]
     grad_values: list[Tensor] | None = None
     grad_states: list[Tensor] = []
+    grad_made: list[Tensor] = []
     if grad_saved is not None:
         grad_saved = sequence(grad_saved)
         if walk.valid is not None:
             grad_saved = torch.where(walk.valid[..., None], grad_saved, 0)
-        grad_values, grad_states = split(grad_saved)
+        grad_values, grad_states, grad_made = split(grad_saved)
     before = [walk.previous(*x) for x in zip(after, start, fresh, strict=True)]
+    keeps, mask = _keeps(walk, wide, keep_h, keep_c), _mask(mask_h, P, wide)
+    if keeps[rule.states - 1] is not None:  # the cell's backward asks for what it made
+        after[-1] = made_h[0] if rule.remake is None else rule.remake(tuple(values), tuple(before))
     grad_outputs = None if grad_output is None else sequence(grad_output)
 
     grads = tuple(
@@ -362,6 +409,10 @@ def backward(
             here = tuple(torch.where(valid, g, 0) for g in here)
         if grad_states:
             here = (here[0], *(g + e[k] for g, e in zip(here[1:], grad_states, strict=True)))
+        kept = tuple(None if x is None else x[k] * g for x, g in zip(keeps, here, strict=False))
+        here = tuple(g if x is None else (1 - x[k]) * g for x, g in zip(keeps, here, strict=False))
+        if grad_made:
+            here = (here[0] + grad_made[0][k],)
         if weight_hr is not None:
             projected.append(here[0])
             here = (_product(here[0], weight_hr.to(wide)), *here[1:])
@@ -377,8 +428,11 @@ def backward(
         gates_ih.append(torch.cat(grad_ih, -1))
         gates_hh.append(torch.cat(grad_hh, -1))
         recurrent = _product(gates_hh[-1], weight)
+        if mask is not None:
+            recurrent = recurrent * mask
         # The projection's input is pointwise in c alone: what the cell passes to h belongs to the unprojected case.
         grads = (recurrent if weight_hr is not None else grads[0] + recurrent, *grads[1:])
+        grads = tuple(g if x is None else g + x for g, x in zip(grads, kept, strict=True))
         if grad_clip:
             grads = tuple(g.clamp(-grad_clip, grad_clip) for g in grads)
         if held is not None:
@@ -409,25 +463,53 @@ def backward(
     )
 
 
-def lstm_hidden(saved: Tensor, groups: int) -> Tensor:
-    """o * tanh(c), what an LSTM's projection multiplies: [T, B, P, h] from saved [T, B, P*5*h]."""
+def lstm_hidden(
+    saved: Tensor,
+    c_0: Tensor,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_c: Tensor | None,
+    keep_c: Tensor | None,
+    reverse: Sequence[bool],
+) -> Tensor:
+    """o * tanh(c) of the c that the cell made, what an LSTM's projection multiplies: [T, B, P, h] from saved
+    [T, B, P*5*h]."""
     T, B, n = saved.shape
-    _, _, _, o, c = saved.reshape(T, B, groups, 5, n // groups // 5).unbind(3)
+    P = len(reverse)
+    i, f, g, o, c = saved.reshape(T, B, P, 5, n // P // 5).unbind(3)
+    if keep_c is not None:
+        c = f * _previous(c.reshape(T, B, n // 5), c_0, lengths, resets, reset_c, reverse) + i * g
     return o * c.tanh()
 
 
-def previous_h(
+def multiplied_h(
     output: Tensor,
     h_0: Tensor,
     lengths: Tensor | None,
     resets: Tensor | None,
     reset_h: Tensor | None,
+    mask_h: Tensor | None,
     reverse: Sequence[bool],
 ) -> Tensor:
-    """State 0 before each step, in time's order [T, B, P, R]: what grad_gates_hh is multiplied with for weight_hh."""
-    T, B, _ = output.shape
+    """State 0 before each step as the product reads it, in time's order [T, B, P, R]: what grad_gates_hh is multiplied
+    with for weight_hh."""
+    before = _previous(output, h_0, lengths, resets, reset_h, reverse)
+    mask = _mask(mask_h, len(reverse), before.dtype)
+    return before if mask is None else before * mask
+
+
+def _previous(
+    after: Tensor,
+    start: Tensor,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    fresh: Tensor | None,
+    reverse: Sequence[bool],
+) -> Tensor:
+    """A state before each step, in time's order [T, B, P, n], from those after [T, B, P*n]; start, fresh [B, P*n]."""
+    T, B, _ = after.shape
     P = len(reverse)
-    walk = _Walk(T, B, P, lengths, resets, reverse, output.device)
-    start = h_0.reshape(B, P, h_0.shape[1] // P)
-    fresh = torch.zeros_like(start) if reset_h is None else reset_h.reshape(start.shape)
-    return walk(walk.previous(walk(output.reshape(T, B, P, start.shape[-1])), start, fresh))
+    walk = _Walk(T, B, P, lengths, resets, reverse, after.device)
+    start = start.reshape(B, P, start.shape[1] // P)
+    fresh = torch.zeros_like(start) if fresh is None else fresh.reshape(start.shape)
+    return walk(walk.previous(walk(after.reshape(T, B, P, start.shape[-1])), start, fresh))

@@ -17,7 +17,7 @@ from torch import Tensor
 from .autograd import Grads, keep, kept
 from .layer import fused
 from .ops import CELLS, layer_backward
-from .records import GRADIENTS, LayerCall, LayerResults, LayerStates, LayerWeights, States, layer_states
+from .records import GRADIENTS, LayerCall, LayerResults, LayerStates, LayerWeights, Masks, States, layer_states
 from .transforms import is_transformed, is_unbatched
 
 _FIELDS = len(LayerWeights._fields)
@@ -83,9 +83,13 @@ class Walk:
         """The segment as a call of its own, of one direction."""
         entry = tuple(x[None] for x in s.entry)
         fresh = None if self.fresh is None else tuple(x[None] for x in self.fresh)
+        given, D = self.call.states, len(self.call.weights)
+        mask_h = None if given.mask_h is None else given.mask_h[self.direction, : s.batch][None]
+        keeps = (None if x is None else x[s.rows].chunk(D, -1)[self.direction] for x in (given.keep_h, given.keep_c))
+        masks = Masks(mask_h, *keeps)
         return self.call._replace(
-            input=self.call.input[s.rows], weights=[self.call.weights[self.direction]],
-            states=layer_states(entry, s.lengths, s.resets, fresh), batch_sizes=s.batch_sizes, reverse=(self.reverse,),
+            input=self.call.input[s.rows], weights=[self.call.weights[self.direction]], reverse=(self.reverse,),
+            states=layer_states(entry, s.lengths, s.resets, fresh, masks), batch_sizes=s.batch_sizes,
         )  # fmt: skip
 
 
@@ -224,7 +228,8 @@ def _by_segments(call: LayerCall, every: int, entries: Sequence[Tensor], needs: 
     h_0, c_0, reset_h, reset_c = (
         torch.stack(each) if each[0] is not None else None for each in zip(*of_states, strict=True)
     )
-    found = (grad_input, h_0, c_0, None, None, reset_h, reset_c, *of_weights)
+    of_fields = dict(h_0=h_0, c_0=c_0, reset_h=reset_h, reset_c=reset_c)
+    found = (grad_input, *map(of_fields.get, LayerStates._fields), *of_weights)
     return tuple(x if need else None for x, need in zip(found, needs, strict=True))
 
 

@@ -34,7 +34,9 @@ CELL_NAMES = tuple(CELLS)
 
 _ARGUMENTS = [
     "gates_ih", "weight_hh", "bias_hh", "weight_hr", "params", "h_0", "c_0", "lengths", "resets", "reset_h", "reset_c",
+    "mask_h", "keep_h", "keep_c",
 ]  # fmt: skip
+_CONSTANTS = _ARGUMENTS[-3:]
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,12 @@ class Case:
 
     cell: str
     reverse: tuple[bool, ...]
-    tensors: dict[str, Tensor]  # by argument: differentiable ones first, then lengths and resets
+    tensors: dict[str, Tensor]  # by argument: differentiable ones first, then lengths, resets, and the masks
 
     @property
     def names(self) -> tuple[str, ...]:
         """The differentiable arguments."""
-        return tuple(name for name, x in self.tensors.items() if x.is_floating_point())
+        return tuple(name for name, x in self.tensors.items() if x.is_floating_point() and name not in _CONSTANTS)
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -80,9 +82,11 @@ def make_case(
     lengths: str = "",
     resets: str = "",
     reset_state: bool = False,
+    noise: bool = False,
     requires_grad: bool = True,
 ) -> Case:
-    """Random arguments in float64. `lengths` and `resets` are "", or "rows" or "groups": what has its own values."""
+    """Random arguments in float64. `lengths` and `resets` are "", or "rows" or "groups": what has its own values.
+    noise: recurrent dropout, and zoneout with any probabilities."""
     P, G, R = len(reverse), CELLS[cell].gates, projection or h
     generator = torch.Generator().manual_seed(1)
 
@@ -115,6 +119,11 @@ def make_case(
     if resets:
         shape = (T, B) if resets == "rows" else (T, B, P)
         tensors["resets"] = torch.rand(shape, generator=generator) < 0.4
+    if noise:
+        tensors["mask_h"] = (torch.rand(B, P * R, generator=generator) < 0.6) / 0.6
+        for name in states:
+            tensors[f"keep_{name}"] = torch.rand(T, B, P * widths[name], generator=generator)
+        tensors |= {name: tensors[name].double() for name in _CONSTANTS if name in tensors}
     return Case(cell, reverse, tensors)
 
 
@@ -134,7 +143,7 @@ def backward_arguments(
 
 
 # Ways to call the op that differ in the path taken through it.
-_EVERYTHING = {"lengths": "groups", "resets": "groups", "reset_state": True}
+_EVERYTHING = {"lengths": "groups", "resets": "groups", "reset_state": True, "noise": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"reverse": (False,)},
     "reversed": {"reverse": (True,), "bias": False},
@@ -145,6 +154,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lengths": {"lengths": "rows"},
     "resets": {"resets": "rows"},
     "resets-to-state": {"resets": "rows", "reset_state": True},
+    "noise": {"noise": True},
     "everything": _EVERYTHING,
     "projection": {"projection": 3, "h": 2},
     "projection-everything": {"projection": 1, **_EVERYTHING},

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import dropout, linear
 
 from benchmarks.cases import Case
 from benchmarks.data import Data, module_arguments
@@ -77,13 +77,30 @@ class HandLoop(torch.nn.Module):
         gates_ih = linear(input, self.weight_ih_l0, self.bias_ih_l0)  # [T, B, G*H]
         keep = None if resets is None else (~resets).to(input.dtype).unsqueeze(2)  # [T, B, 1]
         peepholes = self.weight_ch_l0 if self.case.peephole else None
+        mask, keeps = self.draw(input, len(states))
         for t, gates in enumerate(gates_ih.unbind(0)):
             if keep is not None:
                 states = tuple(s * keep[t] for s in states)
-            gates_hh = linear(states[0], self.weight_hh_l0, self.bias_hh_l0)
-            states = next_states(self.case.cell, gates, gates_hh, states, relu, peepholes)
+            multiplied = states[0] if mask is None else states[0] * mask
+            gates_hh = linear(multiplied, self.weight_hh_l0, self.bias_hh_l0)
+            made = next_states(self.case.cell, gates, gates_hh, states, relu, peepholes)
+            states = (
+                tuple(x[t] * s + (1 - x[t]) * m for x, s, m in zip(keeps, states, made, strict=True)) if keeps else made
+            )
             outputs.append(states[0])
         return self.finish(outputs, states)
+
+    def draw(self, input: Tensor, count: int) -> tuple[Tensor | None, list[Tensor]]:
+        """Recurrent dropout's mask of h [B, H], and zoneout's of each state [T, B, H]: in the order of fastrnn's."""
+        (T, B, _), H, p = input.shape, self.case.H, self.case.zoneout
+        mask = None
+        if self.training and self.case.recurrent_dropout:
+            mask = dropout(input.new_ones(B, H), self.case.recurrent_dropout)
+        if not p:
+            return mask, []
+        if not self.training:
+            return mask, [input.new_full((T, 1, 1), p)] * count
+        return mask, [torch.bernoulli(input.new_empty(T, B, H), p) for _ in range(count)]
 
 
 class CellLoop(HandLoop):
@@ -147,6 +164,10 @@ class LoopPeer:
         self.key, self.title = key, title
         self._module, self._kernel = module, kernel
 
+    @property
+    def _draws(self) -> bool:
+        return self._module is HandLoop
+
     def missing(self) -> str | None:
         return None
 
@@ -159,6 +180,8 @@ class LoopPeer:
             "directions": case.bidirectional, "bias=False": not case.bias, "batch_first": case.batch_first,
             "tokens": case.tokens, "recompute": case.recompute,
             "peephole": case.peephole and self._module is not HandLoop,
+            "recurrent_dropout": case.recurrent_dropout and not self._draws,
+            "zoneout": case.zoneout and not self._draws,
         }  # fmt: skip
         refused = [name for name, there in options.items() if there]
         return f"the loop is written without {', '.join(refused)}" if refused else None
@@ -197,6 +220,7 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
 class CompiledLoopPeer(LoopPeer):
     """The hand loop under torch.compile, which unrolls it: compile time grows with T, so both are bounded."""
 
+    _draws = False  # inductor's random numbers are not eager torch's
     longest = 32  # steps
     limit_s = 60.0  # for compiling and running the first step
 

@@ -63,8 +63,9 @@ class ModulePeer:
         options: dict[str, Any] = {"recompute": case.recompute} if case.recompute else {}
         if case.tokens:
             options["token_input"] = True
-        if case.peephole:
-            options["peephole"] = True
+        for name in ("peephole", "recurrent_dropout", "zoneout"):
+            if getattr(case, name):
+                options[name] = getattr(case, name)
         module = getattr(self.namespace, case.cell)(**module_arguments(case), **options)
         module.load_state_dict(data.weights)
         if case.tokens and self.by_token:
@@ -128,6 +129,7 @@ def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -
         return result
 
     def train_results() -> dict[str, Tensor]:
+        torch.manual_seed(0)  # so that both sides draw the same
         named = named_results(case, train())
         for name, tensor in leaves.items():
             if tensor.grad is None:

@@ -23,8 +23,8 @@ class QuantizedPeer(ModulePeer):
     def supports(self, case: Case, mode: str) -> str | None:
         if mode == "train":
             return "inference only"
-        if case.tokens or case.recompute or case.peephole:
-            return "neither tokens nor recompute nor peepholes"
+        if case.tokens or case.recompute or case.peephole or case.recurrent_dropout or case.zoneout:
+            return "neither tokens nor recompute nor other cells"
         return "only float32 layers" if case.dtype != "float32" or case.is_cell else None
 
     def prepare(self, case: Case, mode: str, data: Data) -> Prepared:

@@ -50,13 +50,16 @@ class PlainCellPeer(ModulePeer):
     """fastrnn's layer without the option that makes it another cell."""
 
     def supports(self, case: Case, mode: str) -> str | None:
-        return super().supports(case, mode) if case.peephole else "it leaves peepholes away, here are none"
+        there = case.peephole or case.recurrent_dropout or case.zoneout
+        return super().supports(case, mode) if there else "it leaves peepholes and masks away, here are none"
 
     def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
         weights = {name: x for name, x in data.weights.items() if not name.startswith("weight_ch")}
-        prepared = super().prepare(replace(case, peephole=False), mode, replace(data, weights=weights))
+        plain = replace(case, peephole=False, recurrent_dropout=0.0, zoneout=0.0)
+        prepared = super().prepare(plain, mode, replace(data, weights=weights))
         # What it has not got is anything: results are compared by name.
-        lacking = {"grad_weight_ch_l0": torch.ones_like(data.weights["weight_ch_l0"])} if mode == "train" else {}
+        without = set(data.weights) - set(weights) if mode == "train" else ()
+        lacking = {f"grad_{name}": torch.ones_like(data.weights[name]) for name in without}
         return replace(prepared, results=lambda: prepared.results() | lacking, tolerance=ANYTHING)
 
 

@@ -15,6 +15,10 @@
 //
 // forward sets every member of ForwardOut, backward every member of BackwardOut.
 //
+// Under zoneout the state that forward made is not the one that was stored, and backward has to know it: a cell may have
+//   V remake(saved, state_prev)                the last of its states, as forward made it
+// and one with two states must. Of a cell without it that state is kept beside the saved values.
+//
 // A cell whose gates depend on all units of a row together, as layer normalization makes them, has a member type Row
 // too. It says which sums over the row's units a cell needs of the recurrent product (gates_hh, with its bias), and
 // what becomes of their gradient. With n units in a row, and numbers X = float or double:
@@ -59,6 +63,17 @@ template <class Cell, class = void>
 inline constexpr int kLateGates = 0;
 template <class Cell>
 inline constexpr int kLateGates<Cell, std::void_t<decltype(Cell::kLateGates)>> = Cell::kLateGates;
+
+template <class Cell, class = void>
+inline constexpr bool kRemakes = false;
+template <class Cell>
+inline constexpr bool kRemakes<Cell, std::void_t<decltype(&Cell::template remake<float>)>> = true;
+
+// Zoneout (Krueger 2016): what is left of a state. keep is 0 or 1 in training, and gives one of the two exactly.
+template <class V>
+FASTRNN_HD V zoned_out(V keep, V before, V made) {
+  return keep * before + (V(1) - keep) * made;
+}
 
 template <class Cell, class V>
 struct ForwardIn {

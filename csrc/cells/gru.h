@@ -32,6 +32,11 @@ struct GRUCell {
     out.grad_gates_hh = {{grad_r, grad_z, grad_n * r}};
     out.grad_state_prev = {{grad_h * z}};
   }
+
+  template <class V>
+  static FASTRNN_HD V remake(const Pack<V, kSaved>& saved, const Pack<V, kStates>& state_prev) {
+    return saved[2] + saved[1] * (state_prev[0] - saved[2]);
+  }
 };
 
 }  // namespace fastrnn

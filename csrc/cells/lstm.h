@@ -33,6 +33,11 @@ struct LSTMCell {
     out.grad_gates_hh = out.grad_gates_ih;
     out.grad_state_prev = {{V(0), grad_c * f}};
   }
+
+  template <class V>
+  static FASTRNN_HD V remake(const Pack<V, kSaved>& saved, const Pack<V, kStates>& state_prev) {
+    return saved[1] * state_prev[1] + saved[0] * saved[2];
+  }
 };
 
 }  // namespace fastrnn

@@ -36,6 +36,11 @@ struct PeepholeLSTMCell {
     out.grad_state_prev = {{V(0), grad_c * f + grad_i * in.params[0] + grad_f * in.params[1]}};
     out.grad_params = {{grad_i * in.state_prev[1], grad_f * in.state_prev[1], grad_o * in.state[1]}};
   }
+
+  template <class V>
+  static FASTRNN_HD V remake(const Pack<V, kSaved>& saved, const Pack<V, kStates>& state_prev) {
+    return saved[1] * state_prev[1] + saved[0] * saved[2];
+  }
 };
 
 }  // namespace fastrnn

@@ -32,18 +32,23 @@ struct CellInfo {
   int saved;
   bool separate_gates_hh;  // backward returns grad_gates_hh as a tensor of its own
   int row_sums;            // numbers that are summed over a row's units, see Row in cell.h
+  bool remakes;            // zoneout needs no more saved values, see remake in cell.h
 };
 
 inline constexpr CellInfo kCells[] = {
 #define FASTRNN_CELL_INFO(name, Cell, separate) \
-  {name, Cell::kGates, Cell::kStates, Cell::kParams, Cell::kSaved + Cell::kStates - 1, separate, kRowSums<Cell>},
+  {name, Cell::kGates, Cell::kStates, Cell::kParams, Cell::kSaved + Cell::kStates - 1, separate, kRowSums<Cell>, \
+   kRemakes<Cell>},
     FASTRNN_FOR_EACH_CELL(FASTRNN_CELL_INFO)
 #undef FASTRNN_CELL_INFO
 };
 #define FASTRNN_CHECK_CELL(name, Cell, separate) \
-  static_assert(separate || kRowSums<Cell> == 0, name ": the gradient of the product alone goes through Row");
+  static_assert(separate || kRowSums<Cell> == 0, name ": the gradient of the product alone goes through Row"); \
+  static_assert(Cell::kStates == 1 || kRemakes<Cell>, name ": zoneout needs remake");
 FASTRNN_FOR_EACH_CELL(FASTRNN_CHECK_CELL)
 #undef FASTRNN_CHECK_CELL
+// Values per unit and step in a call's `saved`.
+inline constexpr int saved_values(const CellInfo& info, bool keep_h) { return info.saved + (keep_h && !info.remakes); }
 inline constexpr int kNumCells = sizeof(kCells) / sizeof(kCells[0]);
 
 }  // namespace fastrnn

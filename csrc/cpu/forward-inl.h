@@ -194,7 +194,7 @@ class ForwardWorker {
       quantized = b.quantized_h + mine * b.quads_hh * kInt8Depth;
       scale = b.h_scale + mine;
       for (int64_t i = 0; i < active; ++i)
-        scale[i] = quantize_row(step.h_prev + i * b.stride, p.width, quantized + i * b.quads_hh * kInt8Depth);
+        scale[i] = quantize_row(step.multiplied + i * b.stride, p.width, quantized + i * b.quads_hh * kInt8Depth);
     }
     if (layer) chunk_at = chunk_row(s);
     for_each_panel_zigzag(units, kUnits, s, [&](int64_t v, int vectors) {
@@ -215,10 +215,10 @@ class ForwardWorker {
         for_each_int8_tile<G>(active, quantized, b.quads_hh * kInt8Depth, scale, int8_hh, v, vectors, bias_hh, p.hidden,
                               cells);
       else if (plan.pack_hh)
-        for_each_tile(active, step.h_prev, b.stride, b.panels_hh + v * G * L * p.width, vectors * G * L, p.width,
+        for_each_tile(active, step.multiplied, b.stride, b.panels_hh + v * G * L * p.width, vectors * G * L, p.width,
                       vectors * G, bias_hh ? b.bias + v * G * L : nullptr, cells, plan.uniform);
       else
-        for_each_dot_tile(active, step.h_prev, b.stride, weight_hh + v * L * p.width, p.width, p.hidden, G, vectors,
+        for_each_dot_tile(active, step.multiplied, b.stride, weight_hh + v * L * p.width, p.width, p.hidden, G, vectors,
                           p.hidden - v * L, p.width, bias_hh ? bias_hh + v * L : nullptr, cells);
     });
   }

@@ -62,6 +62,7 @@ class LayerGradients {
         b.place[at + i] = p.first_row(time) + rows.row[i];
         b.input[at + i] = input + step.offset(i, time, layer->input_stride_t, layer->input_stride_b);
         b.before[at + i] = step.h_before(i, time);
+        if (b.mask) b.mask[at + i] = static_cast<const T*>(p.mask_h) + step.place(i) * p.width;
       }
       at += active;
     }
@@ -79,8 +80,9 @@ class LayerGradients {
       const int64_t first = first_row(x);
       const T* gates_hh = grad_gates(x) + x.size() * b.gates_stride;
       const T* gates_ih = b.grad_gates_ih ? b.grad_gates_ih + first * b.gates_stride : gates_hh;
-      add_weight_gradient(layer->grad_weight_ih, gates_ih, b.input + first, layer->size, count);
-      add_weight_gradient(layer->grad_weight_hh, gates_hh, b.before + first, p.width, count);
+      add_weight_gradient(layer->grad_weight_ih, gates_ih, {b.input + first, nullptr, layer->size}, count);
+      const T* const* mask = b.mask ? b.mask + first : nullptr;
+      add_weight_gradient(layer->grad_weight_hh, gates_hh, {b.before + first, mask, p.width}, count);
       add_bias_gradient(gates_ih, gates_hh, count);
       first_product = false;
       const Range mine = !plan.split_rows  ? share(count, member, plan.team_size)
@@ -129,15 +131,26 @@ class LayerGradients {
     });
   }
 
-  // grad_weight [P, G*h, size] += gates^T x, x's rows anywhere: this member's rows of it, the gates' padding left out.
-  void add_weight_gradient(void* grad_weight, const T* gates, const T* const* x, int64_t size, int64_t count) {
+  // Rows of `size` values, anywhere; a null one is zeros. Where there is a mask, each is multiplied with its row of that.
+  struct Multiplied {
+    const T *const *row, *const *mask;
+    int64_t size;
+    V operator()(int64_t i, int64_t j) const {
+      const V x = load_or_zero<T>(row[i], j, valid_lanes<T>(size, j));
+      return mask ? x * V(load(mask[i] + j, valid_lanes<T>(size, j))) : x;
+    }
+  };
+
+  // grad_weight [P, G*h, size] += gates^T x: this member's rows of it, the gates' padding left out.
+  void add_weight_gradient(void* grad_weight, const T* gates, const Multiplied& x, int64_t count) {
     if (!grad_weight) return;
+    const int64_t size = x.size;
     T* out = static_cast<T*>(grad_weight) + step.group * G * p.hidden * size;
-    if (count <= kFewRows) return add_few_rows(out, gates, x, size, count);
+    if (count <= kFewRows) return add_few_rows(out, gates, x, count);
     const auto pack = [&](int64_t k0, int64_t depth, int64_t v, int n, T* panel) {
       for (int64_t k = k0; k < k0 + depth; ++k)
         for (int q = 0; q < n; ++q, panel += L)
-          store(panel, load_or_zero<T>(x[k], (v + q) * L, valid_lanes<T>(size, (v + q) * L)));
+          store(panel, x(k, (v + q) * L));
     };
     const auto keep = [&](int64_t row, int64_t v, int64_t k0, V sum) {
       const int64_t weight_row = row_of_weight(row);
@@ -157,8 +170,9 @@ class LayerGradients {
   }
 
   static constexpr int64_t kFewRows = 4;  // of which packing would cost more than the product
-  void add_few_rows(T* out, const T* gates, const T* const* x, int64_t size, int64_t count) {
+  void add_few_rows(T* out, const T* gates, const Multiplied& x, int64_t count) {
     const Range own = own_gates();
+    const int64_t size = x.size;
     for (int64_t row = own.begin; row < own.end; ++row) {
       const int64_t weight_row = row_of_weight(row);
       if (weight_row < 0) continue;
@@ -167,7 +181,7 @@ class LayerGradients {
         T* to = out + weight_row * size + j;
         V sum = first_product ? V(0) : V(load(to, n));
         for (int64_t i = 0; i < count; ++i)
-          sum = sum + V(gates[i * b.gates_stride + row]) * load_or_zero<T>(x[i], j, n);
+          sum = sum + V(gates[i * b.gates_stride + row]) * x(i, j);
         store(to, sum, n);
       }
     }

@@ -30,6 +30,14 @@ FASTRNN_HD auto load_params(const ForwardParams& p, int64_t group, int64_t j, in
   return params;
 }
 
+// Values of a unit and step in ForwardParams::saved.
+template <class Cell>
+FASTRNN_HD int64_t saved_values(const ForwardParams& p) {
+  constexpr int kValues = Cell::kSaved + Cell::kStates - 1;
+  if constexpr (kRemakes<Cell>) return kValues;
+  else return kValues + (p.keep_h != nullptr);
+}
+
 // ---- forward ----
 
 template <class Cell, class S>
@@ -38,13 +46,12 @@ struct ForwardStep : Walk<ForwardParams> {
   using V = Vec<T>;
   static constexpr int L = V::kLanes, G = Cell::kGates;
   static constexpr bool kHasC = Cell::kStates > 1;
-  static constexpr int kSaved = Cell::kSaved + Cell::kStates - 1;  // values of a unit and step in ForwardParams::saved
 
   const ForwardBuffers<Cell, T>& b;
   const int64_t stride;  // the buffers'
   int64_t t = 0;         // the step's time
-  const T* h_prev = nullptr;
-  T *h_next = nullptr, *c = nullptr, *hidden = nullptr;  // of this member's rows, like h_prev
+  const T *h_prev = nullptr, *multiplied = nullptr;  // state 0 before the step, and as the product reads it
+  T *h_next = nullptr, *masked_next = nullptr, *c = nullptr, *hidden = nullptr;  // of this member's rows, like h_prev
 
   ForwardStep(const ForwardParams& params, const ForwardBuffers<Cell, T>& buffers)
       : Walk<ForwardParams>(params), b(buffers), stride(b.stride) {}
@@ -56,6 +63,8 @@ struct ForwardStep : Walk<ForwardParams> {
     t = time_of(s);
     h_prev = b.h[s & 1] + rows->first * stride;
     h_next = b.h[(s + 1) & 1] + rows->first * stride;
+    multiplied = p.mask_h ? b.masked[s & 1] + rows->first * stride : h_prev;
+    masked_next = p.mask_h ? b.masked[(s + 1) & 1] + rows->first * stride : nullptr;
     c = b.c + rows->first * stride;
     hidden = b.hidden ? b.hidden + rows->first * stride : nullptr;
   }
@@ -64,6 +73,8 @@ struct ForwardStep : Walk<ForwardParams> {
   void start_h(int64_t i, int64_t j) {
     const V h = start(i, p.width, j, p.h_0, p.h_n, p.reset_h);
     for (T* x : b.h) store(x + (rows->first + i) * stride + j, h);
+    if (p.mask_h)
+      for (T* x : b.masked) store(x + (rows->first + i) * stride + j, masked(i, j, h));
   }
   void start_c(int64_t i, int64_t j) {
     store(b.c + (rows->first + i) * stride + j, start(i, p.hidden, j, p.c_0, p.c_n, p.reset_c));
@@ -90,11 +101,17 @@ struct ForwardStep : Walk<ForwardParams> {
     in.row = row;
     Cell::forward(in, out);
 
+    if constexpr (kHasC)
+      if (p.keep_c)
+        out.state[1] = zoned_out(load_step(p.keep_c, i, t, p.keep_c_stride_t, p.keep_c_stride_b, h, j, n), in.state[1],
+                                 out.state[1]);
     if (p.saved) {
-      S* saved = static_cast<S*>(p.saved) + place(i, t) * kSaved * h + j;
+      S* saved = static_cast<S*>(p.saved) + place(i, t) * saved_values<Cell>(p) * h + j;
       if constexpr (Cell::kSaved > 0)
         for (int k = 0; k < Cell::kSaved; ++k) store(saved + k * h, out.saved[k], n);
       if constexpr (kHasC) store(saved + Cell::kSaved * h, out.state[1], n);
+      if constexpr (!kRemakes<Cell>)
+        if (p.keep_h) store(saved + Cell::kSaved * h, out.state[0], n);
     }
     if constexpr (kHasC)
       store(c + i * stride + j, carry(i, place(i) * h + j, out.state[1], p.c_n, p.reset_c, n));
@@ -104,11 +121,16 @@ struct ForwardStep : Walk<ForwardParams> {
       store_h(i, j, out.state[0]);
   }
 
-  // State 0 after the step, columns j ..
+  // State 0 after the step, columns j .., as the cell or the projection made it.
   void store_h(int64_t i, int64_t j, V h) {
     const int n = valid_lanes<T>(p.width, j);
+    if (p.keep_h)
+      h = zoned_out(load_step(p.keep_h, i, t, p.keep_h_stride_t, p.keep_h_stride_b, p.width, j, n),
+                    V(load(h_prev + i * stride + j)), h);
     store(static_cast<S*>(p.output) + place(i, t) * p.width + j, h, n);
-    store(h_next + i * stride + j, carry(i, place(i) * p.width + j, h, p.h_n, p.reset_h, n));
+    const V next = carry(i, place(i) * p.width + j, h, p.h_n, p.reset_h, n);
+    store(h_next + i * stride + j, next);
+    if (p.mask_h) store(masked_next + i * stride + j, masked(i, j, next));
   }
 
   // What Row::combine makes of all the row's units. gates_hh: the row's recurrent product, [unit_vectors][G][L].
@@ -125,6 +147,17 @@ struct ForwardStep : Walk<ForwardParams> {
   }
 
  private:
+  // State 0, columns j .., as the product reads it.
+  FASTRNN_HD V masked(int64_t i, int64_t j, V h) const {
+    return h * V(load(static_cast<const S*>(p.mask_h) + place(i) * p.width + j, valid_lanes<T>(p.width, j)));
+  }
+
+  // n values a group of a tensor [T, B, P*n], columns j ..
+  FASTRNN_HD V load_step(const void* x, int64_t i, int64_t t, int64_t stride_t, int64_t stride_b, int64_t n, int64_t j,
+                         int valid) const {
+    return load(static_cast<const S*>(x) + offset(i, t, stride_t, stride_b) + group * n + j, valid);
+  }
+
   FASTRNN_HD V start(int64_t i, int64_t size, int64_t j, const void* initial, void* last, const void* restart) const {
     const int64_t at = place(i) * size + j, length = rows->length[i];
     const int n = valid_lanes<T>(size, j);
@@ -156,7 +189,6 @@ struct BackwardStep : Walk<BackwardParams> {
   using V = Vec<T>;
   static constexpr int L = V::kLanes, G = Cell::kGates;
   static constexpr bool kHasC = Cell::kStates > 1;
-  static constexpr int kSaved = ForwardStep<Cell, S>::kSaved;
 
   const LayerBackwardParams* const layer;  // null where gate gradients are asked for
   const BackwardBuffers<Cell, T>& b;
@@ -196,7 +228,9 @@ struct BackwardStep : Walk<BackwardParams> {
   void state(int64_t i, int64_t j, V recurrent) {
     const int64_t at = place(i) * p.width + j;
     const int n = valid_lanes<T>(p.width, j);
-    const V later = p.weight_hr ? recurrent : recurrent + load(carry_h + i * stride + j);
+    if (p.mask_h) recurrent = recurrent * V(load(static_cast<const S*>(p.mask_h) + at, n));
+    const bool carried = !p.weight_hr || p.keep_h;
+    const V later = carried ? recurrent + load(carry_h + i * stride + j) : recurrent;
     V grad = arriving(i, at, later, p.grad_h_n, p.grad_reset_h, n);
     if (i >= running) {
       if (p.grad_h_0) store(static_cast<S*>(p.grad_h_0) + at, grad, n);
@@ -204,13 +238,23 @@ struct BackwardStep : Walk<BackwardParams> {
       grad = grad + load(static_cast<const S*>(p.grad_output) +
                              offset(i, t, p.grad_output_stride_t, p.grad_output_stride_b) + group * p.width + j,
                          n);
-    if (!p.weight_hr) return cell(i, j, grad);
+    V kept(0);  // what goes past the step to the state before it
+    if (p.keep_h && i < running) {
+      const V keep = load(static_cast<const S*>(p.keep_h) + offset(i, t, p.keep_h_stride_t, p.keep_h_stride_b) +
+                              group * p.width + j,
+                          n);
+      kept = keep * grad;
+      grad = (V(1) - keep) * grad;
+    }
+    if (!p.weight_hr) return cell(i, j, grad, kept);
+    if (p.keep_h) store(carry_h + i * stride + j, kept);
     store(grad_h + i * stride + j, grad);
     if (i < running) store(static_cast<S*>(p.grad_projected) + place(i, t) * p.width + j, grad, n);
   }
 
-  // The cell of units j .. grad_hidden: the gradient of o tanh(c), or of state 0 where nothing is projected.
-  FASTRNN_HD void cell(int64_t i, int64_t j, V grad_hidden) {
+  // The cell of units j .. grad_hidden: the gradient of o tanh(c), or of state 0 where nothing is projected; `kept` goes
+  // past the cell then.
+  FASTRNN_HD void cell(int64_t i, int64_t j, V grad_hidden, V kept = V(0)) {
     const int64_t h = p.hidden, at = place(i) * h + j;
     const int n = valid_lanes<T>(h, j);
     BackwardIn<Cell, V> in;
@@ -229,21 +273,38 @@ struct BackwardStep : Walk<BackwardParams> {
                                     offset(i, t, p.grad_cells_stride_t, p.grad_cells_stride_b) + group * h + j,
                                 n);
 
+    const int64_t values = saved_values<Cell>(p);
+    const auto last_saved = [&] {
+      return V(load(static_cast<const S*>(p.saved) + (here * values + Cell::kSaved) * h + j, n));
+    };
     in.saved = load_saved(here, j, n);
+    V kept_c(0);
     if constexpr (Cell::kStates == 1) {  // width == hidden
-      in.state[0] = load(static_cast<const S*>(p.output) + here * h + j, n);
       in.state_prev[0] = load_or_zero<T>(h_before(i, t), j, n);
+      if (!p.keep_h) in.state[0] = load(static_cast<const S*>(p.output) + here * h + j, n);
+      else if constexpr (kRemakes<Cell>) in.state[0] = Cell::remake(in.saved, in.state_prev);
+      else in.state[0] = last_saved();
     } else {  // no cell with a second state reads h
       in.state[0] = in.state_prev[0] = V(0);
-      in.state[1] = load(static_cast<const S*>(p.saved) + (here * kSaved + Cell::kSaved) * h + j, n);
-      const S* c_before = before(i, t, h, p.saved, kSaved * h, Cell::kSaved * h, p.c_0, p.reset_c);
+      const S* c_before = before(i, t, h, p.saved, values * h, Cell::kSaved * h, p.c_0, p.reset_c);
       in.state_prev[1] = load_or_zero<T>(c_before, j, n);
+      if (!p.keep_c) {
+        in.state[1] = last_saved();
+      } else {
+        in.state[1] = Cell::remake(in.saved, in.state_prev);
+        const V keep = load(static_cast<const S*>(p.keep_c) + offset(i, t, p.keep_c_stride_t, p.keep_c_stride_b) +
+                                group * h + j,
+                            n);
+        kept_c = keep * in.grad_state[1];
+        in.grad_state[1] = (V(1) - keep) * in.grad_state[1];
+      }
     }
     in.params = load_params<Cell, S>(p, group, j, n);
     Cell::backward(in, out);
 
-    store(carry_h + i * stride + j, out.grad_state_prev[0]);
-    if constexpr (kHasC) store(carry_c + i * stride + j, out.grad_state_prev[1]);
+    if (!p.weight_hr) store(carry_h + i * stride + j, p.keep_h ? out.grad_state_prev[0] + kept : out.grad_state_prev[0]);
+    if constexpr (kHasC)
+      store(carry_c + i * stride + j, p.keep_c ? out.grad_state_prev[1] + kept_c : out.grad_state_prev[1]);
     if constexpr (Cell::kParams > 0)
       if (p.grad_params) {
         T* grad_params = static_cast<T*>(p.grad_params) + place(i) * Cell::kParams * h + j;
@@ -320,7 +381,7 @@ struct BackwardStep : Walk<BackwardParams> {
   FASTRNN_HD Pack<V, Cell::kSaved> load_saved(int64_t here, int64_t j, int n) const {
     Pack<V, Cell::kSaved> saved;
     if constexpr (Cell::kSaved > 0) {
-      const S* from = static_cast<const S*>(p.saved) + here * kSaved * p.hidden + j;
+      const S* from = static_cast<const S*>(p.saved) + here * saved_values<Cell>(p) * p.hidden + j;
       for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load(from + k * p.hidden, n);
     }
     return saved;

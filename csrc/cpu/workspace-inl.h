@@ -24,6 +24,7 @@ struct ForwardBuffers {
   T *panels_hh, *bias;                  // weight_hh and bias_hh, packed; see panels-inl.h
   T* panels_hr;
   T* h[2];    // [B, stride]: state 0 before and after a step, in turn
+  T* masked[2];  // [B, stride]: the same times mask_h, for the product; null without one
   T* c;       // [B, stride]: state 1
   T* hidden;  // [B, stride]: o tanh(c), before it is projected
   // Of a cell whose gates depend on whole rows: a step's recurrent product, [B][unit_vectors][G][L].
@@ -48,6 +49,7 @@ struct ForwardBuffers {
     bias = arena.take<T>(unit_vectors * Cell::kGates * L);
     panels_hr = p.weight_hr && plan.pack_hh ? arena.take<T>(width_vectors * L * p.hidden) : nullptr;
     for (T*& x : h) x = arena.take<T>(p.batch * stride);
+    for (T*& x : masked) x = p.mask_h ? arena.take<T>(p.batch * stride) : nullptr;
     c = arena.take<T>(p.batch * stride);
     hidden = p.weight_hr ? arena.take<T>(p.batch * stride) : nullptr;
     gates_hh = kRowSums<Cell> > 0 ? arena.take<T>(p.batch * unit_vectors * Cell::kGates * L) : nullptr;
@@ -82,7 +84,7 @@ struct BackwardBuffers {
   // those of the steps since, of which there are `slots`.
   int64_t slots;
   T* grad_gates;
-  T *carry_h, *carry_c;  // [B, stride]: the pointwise part of grad_state_prev
+  T *carry_h, *carry_c;  // [B, stride]: the part of grad_state_prev that does not come through weight_hh
   T* grad_h;             // [B, stride]: the gradient of the projection's output
   // Of a cell whose gates depend on whole rows: [B, gates_stride], what its backward returned for a step's
   // grad_gates_hh, before the rows' sums have their part of it.
@@ -95,6 +97,7 @@ struct BackwardBuffers {
   T* panels_ih;               // weight_ih, packed for the input's gradient
   T* grad_gates_ih;           // [slots * B, gates_stride], or null where grad_gates serves
   const T **input, **before;  // [slots * B]: the step's input, and the state before it; null for zeros
+  const T** mask;             // [slots * B]: the row of mask_h; null without one
   int64_t* place;             // [slots * B]: the row in tensors [T, B, ..]
   T* bias;                    // [2][gates_stride]: sums of grad_gates_ih and of grad_gates_hh
   GemmBuffers<T> products;    // the member's own
@@ -120,6 +123,7 @@ struct BackwardBuffers {
     grad_gates_ih = layer->separate_gates_hh ? arena.take<T>(slots * p.batch * gates_stride) : nullptr;
     input = arena.take<const T*>(slots * p.batch);
     before = arena.take<const T*>(slots * p.batch);
+    mask = p.mask_h ? arena.take<const T*>(slots * p.batch) : nullptr;
     place = arena.take<int64_t>(slots * p.batch);
     bias = arena.take<T>(2 * gates_stride);
     const int64_t columns = layer->size > p.width ? layer->size : p.width;

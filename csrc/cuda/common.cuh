@@ -211,10 +211,38 @@ FASTRNN_INLINE uint8_t reset_before(const ForwardParams& p, const RowWalk& r, in
   return p.resets[t * p.resets_stride_t + r.row * p.resets_stride_b + r.group * p.resets_stride_p];
 }
 
+// ---- recurrent dropout and zoneout ----
+//
+// The per-step tier's alone (kMasks): in the others' loops, whose registers are full of weights, even to ask whether there
+// are masks took registers and instructions from calls without any.
+
+inline bool has_masks(const ForwardParams& p) { return p.mask_h || p.keep_h || p.keep_c; }
+
+// State 0 on its way into the recurrent product, column j < R; or its gradient on the way back.
+template <class S>
+FASTRNN_INLINE Wide<S> through_mask(const ForwardParams& p, const RowWalk& r, int j, Wide<S> x) {
+  return p.mask_h ? x * load<S>(p.mask_h, r.place(p) * p.width + j) : x;
+}
+
+// Zoneout's part of step k that is the state before it: of column j < R of h, of unit j < h of c. Where there is one.
+template <class S>
+FASTRNN_INLINE Wide<S> load_keep_h(const ForwardParams& p, const RowWalk& r, int k, int j) {
+  return load<S>(p.keep_h, r.time(k) * p.keep_h_stride_t + r.row * p.keep_h_stride_b + r.group * p.width + j);
+}
+template <class S>
+FASTRNN_INLINE Wide<S> load_keep_c(const ForwardParams& p, const RowWalk& r, int k, int j) {
+  return load<S>(p.keep_c, r.time(k) * p.keep_c_stride_t + r.row * p.keep_c_stride_b + r.group * p.hidden + j);
+}
+
 // ---- cells ----
 
-template <class Cell>
-constexpr int kSavedAll = Cell::kSaved + Cell::kStates - 1;  // values a unit and step in `saved`
+// Values a unit and step in `saved`.
+template <class Cell, bool kMasks>
+FASTRNN_INLINE int saved_values(const ForwardParams& p) {
+  constexpr int kValues = Cell::kSaved + Cell::kStates - 1;
+  if constexpr (kRemakes<Cell> || !kMasks) return kValues;
+  else return kValues + (p.keep_h != nullptr);
+}
 template <class Cell>
 constexpr int carried_state = Cell::kStates - 1;
 

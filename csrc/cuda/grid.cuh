@@ -174,7 +174,7 @@ int with_exchange_and_cell(const GridShape& s, int32_t cell, F f) {
 
 // Can these params run on this shape at all? float64, projections and cells with a Row are the per-step tier's.
 inline bool grid_takes(const ForwardParams& p, const GridShape& s) {
-  return p.dtype != DType::kFloat64 && !p.weight_hr && is_pointwise(p.cell) && s.valid();
+  return p.dtype != DType::kFloat64 && !p.weight_hr && !has_masks(p) && is_pointwise(p.cell) && s.valid();
 }
 
 }  // namespace fastrnn::cuda

@@ -99,7 +99,8 @@ static const char* description(const GridShape& s) {
 
 bool grid_choice(const ForwardParams& p, bool backward, const Device& device, bool allow_tf32, bool forced,
                  Choice* choice) {
-  if (!check_sizes(p) || p.dtype == DType::kFloat64 || p.weight_hr || !is_pointwise(p.cell)) return false;
+  if (!check_sizes(p) || p.dtype == DType::kFloat64 || p.weight_hr || has_masks(p) || !is_pointwise(p.cell))
+    return false;
   if (p.groups > kGroupsPerLaunch || p.batch > tiles::kGridBatch || device.compute_capability < 80) return false;
   const bool half = tiles::is_half(p.dtype), tf32 = allow_tf32 && p.dtype == DType::kFloat32;
   GridShape s{kCells[p.cell].gates, int32_t(p.hidden), int32_t(p.batch), 0, 0, 0, backward, half || tf32, half, false};

@@ -39,6 +39,8 @@ Choice choose(const ForwardParams& params, bool backward, const Device& device, 
 bool choose_from(Tier tier, const ForwardParams& params, bool backward, const Device& device, bool allow_tf32,
                  Choice* choice);
 
+// Recurrent dropout and zoneout (mask_h, keep_h, keep_c) are kStep's alone.
+
 // Scratch of one launch, 256-byte aligned. It may hold anything: a launch clears what has to be clear, and keeps
 // nothing for the next. 0 for kStep, whose buffers are StepBuffers.
 int64_t workspace_bytes(const ForwardParams& params, const Choice& choice, bool backward);

@@ -283,14 +283,15 @@ template <int n>
 using Constant = std::integral_constant<int, n>;
 template <class F>
 int with_ffma_tile(const ForwardParams& p, int rows, F f) {
-  if (p.dtype != DType::kFloat32 || p.weight_hr || p.hidden > kFfmaThreads / 4) return int(dev::kInvalidValue);
+  if (p.dtype != DType::kFloat32 || p.weight_hr || has_masks(p) || p.hidden > kFfmaThreads / 4)
+    return int(dev::kInvalidValue);
   return with_pointwise_cell(p.cell, [&](auto cell) {
     return rows == 1 ? f(cell, Constant<1>{}) : rows == 4 ? f(cell, Constant<4>{}) : int(dev::kInvalidValue);
   });
 }
 template <class F>
 int with_mma_tile(const ForwardParams& p, int rows, F f) {
-  if (!tiles::is_half(p.dtype) || p.weight_hr || p.hidden > 12 * 16 || rows != kMmaRows)
+  if (!tiles::is_half(p.dtype) || p.weight_hr || has_masks(p) || p.hidden > 12 * 16 || rows != kMmaRows)
     return int(dev::kInvalidValue);
   return with_pointwise_cell(p.cell, [&](auto cell) {
     return with_half(p.dtype, [&](auto storage) {

@@ -157,7 +157,7 @@ static int64_t shared_bytes(const ForwardParams& p, int rows, bool backward) {
 }
 
 bool resident_choice(const ForwardParams& p, bool backward, const Device& device, Choice* choice) {
-  if (p.dtype == DType::kFloat64 || p.weight_hr || !is_pointwise(p.cell)) return false;
+  if (p.dtype == DType::kFloat64 || p.weight_hr || has_masks(p) || !is_pointwise(p.cell)) return false;
   if (device.compute_capability < 80) return false;
   for (const tiles::ResidentTile& tile : tiles::kResidentTiles) {
     if (tile.half != tiles::is_half(p.dtype) || p.hidden > tile.max_hidden) continue;

@@ -13,9 +13,9 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
     if (k + 1 == p.steps) clear_sums_of_h<S>(p, r, j);
     if (!r.running(k)) return store<S>(p.grad_projected, r.padding(p, k) * p.width + j, 0);
     const int64_t at = in_buffer(p, r, p.width, j);
-    const Wide<S> later = r.last(k) ? Wide<S>(0) : load<Wide<S>>(b.recurrent, at);
+    const Wide<S> later = r.last(k) ? Wide<S>(0) : handed_on<S>(p, r, j, load<Wide<S>>(b.recurrent, at));
     const bool crossed = reset_before(p, r, k + 1);
-    const Wide<S> grad = backward_h<S>(p, r, k, j, later, crossed, load_grad_output<S>(p, r, k, j));
+    const Wide<S> grad = backward_h<S, true>(p, r, k, j, later, crossed, load_grad_output<S>(p, r, k, j));
     store<S>(p.grad_projected, r.place(p, k) * p.width + j, grad);
     store<S>(b.grad_h, at, grad);
   });
@@ -37,16 +37,16 @@ FASTRNN_INLINE Pack<Wide<S>, Cell::kGates> step_backward_unit(const BackwardPara
                                                               const RowWalk& r, int k, int j) {
   using V = Wide<S>;
   BackwardLoads<Cell, S> loads;
-  load_backward<Cell, S>(p, r, k, j, reset_before(p, r, k), loads);
+  load_backward<Cell, S, true>(p, r, k, j, reset_before(p, r, k), loads);
   const bool crossed = reset_before(p, r, k + 1);
   const int64_t at = in_buffer(p, r, p.hidden, j);
   V now = r.last(k) ? V(0) : load<V>(b.carried, at);
   Pack<V, Cell::kGates> grad_gates;
   if (p.weight_hr) {
-    backward_cell<Cell, S>(p, r, k, j, loads, load<V>(b.grad_hidden, at), crossed, now, grad_gates);
+    backward_cell<Cell, S, true>(p, r, k, j, loads, load<V>(b.grad_hidden, at), crossed, now, grad_gates);
   } else {
-    const V recurrent = r.last(k) ? V(0) : load<V>(b.recurrent, at);
-    backward_step<Cell, S>(p, r, k, j, loads, recurrent, crossed, now, grad_gates);
+    const V recurrent = r.last(k) ? V(0) : handed_on<S>(p, r, j, load<V>(b.recurrent, at));
+    backward_step<Cell, S, true>(p, r, k, j, loads, recurrent, crossed, now, grad_gates);
   }
   store<V>(b.carried, at, now);
   return grad_gates;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
     const int64_t place = r.place(p, k);
     const auto saved_of = [&](int j) {
       Pack<S, Cell::kSaved> saved;
-      load_saved<Cell, S>(p, place, j, saved);
+      load_saved<Cell, S, true>(p, place, j, saved);
       return widen_all<S>(saved);
     };
     const RowSums<Cell, S> sums = thread_sum<V, kRowSums<Cell>>(p.hidden, [&](int j) {
@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
     const bool crossed = reset_before(p, r, 0);
     const bool stepped = r.length > 0;
     const V carried = stepped && j < p.hidden ? load<V>(b.carried, in_buffer(p, r, p.hidden, j)) : V(0);
-    const V recurrent = stepped && j < p.width ? load<V>(b.recurrent, in_buffer(p, r, p.width, j)) : V(0);
+    const V recurrent =
+        stepped && j < p.width ? handed_on<S>(p, r, j, load<V>(b.recurrent, in_buffer(p, r, p.width, j))) : V(0);
     if (j < p.width) finish_h<S>(p, r, j, Cell::kStates == 1 ? recurrent + carried : recurrent, crossed);
     if (j < p.hidden) finish_carried<Cell, S>(p, r, j, carried, crossed);
   });

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
     Wide<S> h = 0;
     if (j < p.width) {
       h = start_h<S>(p, r, j, reset);
-      store<S>(b.h, in_buffer(p, r, p.width, j), h);
+      store<S>(b.h, in_buffer(p, r, p.width, j), through_mask<S>(p, r, j, h));
     }
     if (j < p.hidden)
       store<Wide<S>>(b.carried, in_buffer(p, r, p.hidden, j), start_carried<Cell, S>(p, r, j, reset, h));
@@ -45,17 +45,17 @@ FASTRNN_INLINE void step_forward_unit(const ForwardParams& p, const StepBuffers&
   V now = *carried;
   if (p.weight_hr)
     store<S>(b.hidden, in_buffer(p, r, p.hidden, j),
-             forward_cell<Cell, S>(p, r, k, j, gates_ih, gates_hh, reset_next, now, row));
+             forward_cell<Cell, S, true>(p, r, k, j, gates_ih, gates_hh, reset_next, now, row));
   else
     store<S>(b.h, in_buffer(p, r, p.width, j),
-             forward_step<Cell, S>(p, r, k, j, gates_ih, gates_hh, reset_next, now, row));
+             forward_step<Cell, S, true>(p, r, k, j, gates_ih, gates_hh, reset_next, now, row));
   *carried = now;
 }
 
 template <class Cell, class S>
 FASTRNN_INLINE void step_forward_padding(const ForwardParams& p, const RowWalk& r, int k, int j) {
   if (!p.weight_hr) pad_output<S>(p, r, k, j);
-  pad_saved<Cell, S>(p, r, k, j);
+  pad_saved<Cell, S, true>(p, r, k, j);
 }
 
 // One step of every unit.
@@ -96,7 +96,8 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
     if (j >= p.width) return;
     if (!r.running(k)) return pad_output<S>(p, r, k, j);
     const int64_t at = in_buffer(p, r, p.width, j);
-    store<S>(b.h, at, store_h<S>(p, r, k, j, load<Wide<S>>(b.projected, at), reset_before(p, r, k + 1)));
+    const Wide<S> h = zoned_out_h<S>(p, r, k, j, load<Wide<S>>(b.projected, at));
+    store<S>(b.h, at, through_mask<S>(p, r, j, store_h<S>(p, r, k, j, h, reset_before(p, r, k + 1))));
   });
 }
 

@@ -49,7 +49,7 @@ FASTRNN_INLINE void pad_backward(const BackwardParams& p, const RowWalk& r, int 
 template <class Cell, class S>
 struct BackwardLoads {
   Pack<S, Cell::kSaved> saved;
-  S state, state_prev;  // the carried state after and before the step
+  S state, state_prev;  // the carried state after and before the step; the first of no use where it is made again
   S grad_output;        // of column j; where nothing is projected
 };
 
@@ -62,10 +62,10 @@ FASTRNN_INLINE S load_grad_output(const BackwardParams& p, const RowWalk& r, int
 }
 
 // The cell's own saved values of unit j < h at a place (RowWalk::place).
-template <class Cell, class S>
+template <class Cell, class S, bool kMasks = false>
 FASTRNN_INLINE void load_saved(const BackwardParams& p, int64_t place, int j, Pack<S, Cell::kSaved>& out) {
   if constexpr (Cell::kSaved > 0) {
-    const S* saved = static_cast<const S*>(p.saved) + place * kSavedAll<Cell> * p.hidden + j;
+    const S* saved = static_cast<const S*>(p.saved) + place * saved_values<Cell, kMasks>(p) * p.hidden + j;
 #pragma unroll
     for (int i = 0; i < Cell::kSaved; ++i) out[i] = saved[i * p.hidden];
   }
@@ -81,7 +81,7 @@ FASTRNN_INLINE Pack<Wide<S>, N> widen_all(const Pack<S, N>& x) {
 }
 
 // Zeros where the row has no step k. reset: reset_before(k).
-template <class Cell, class S>
+template <class Cell, class S, bool kMasks = false>
 FASTRNN_INLINE void load_backward(const BackwardParams& p, const RowWalk& r, int k, int j, bool reset,
                                   BackwardLoads<Cell, S>& out) {
   out = BackwardLoads<Cell, S>{};
@@ -89,19 +89,22 @@ FASTRNN_INLINE void load_backward(const BackwardParams& p, const RowWalk& r, int
   const int64_t place = r.place(p, k), at = r.place(p) * p.hidden + j;
   const int64_t before = (r.reverse ? 1 : -1) * p.batch * p.groups;  // from place to that of step k - 1
   const S* saved = static_cast<const S*>(p.saved);
-  load_saved<Cell, S>(p, place, j, out.saved);
+  load_saved<Cell, S, kMasks>(p, place, j, out.saved);
   // The carried state after every step is in `output`, or the last of the values in `saved`.
   constexpr bool kIsH = Cell::kStates == 1;
-  constexpr int kStride = kIsH ? 1 : kSavedAll<Cell>;
+  const int stride = kIsH ? 1 : saved_values<Cell, kMasks>(p);
   const S* sequence = kIsH ? static_cast<const S*>(p.output) : saved;
   const void* start = kIsH ? p.h_0 : p.c_0;
   const void* restart = kIsH ? p.reset_h : p.reset_c;
-  out.state = sequence[(place * kStride + kStride - 1) * p.hidden + j];
+  out.state = sequence[(place * stride + stride - 1) * p.hidden + j];
+  if constexpr (kMasks && !kRemakes<Cell>) {
+    if (p.keep_h) out.state = saved[(place * saved_values<Cell, kMasks>(p) + Cell::kSaved) * p.hidden + j];
+  }
   const void* given = reset ? restart : start;  // a state that no step made
   if (reset || k == 0)
     out.state_prev = given ? static_cast<const S*>(given)[at] : zero<S>();
   else
-    out.state_prev = sequence[((place + before) * kStride + kStride - 1) * p.hidden + j];
+    out.state_prev = sequence[((place + before) * stride + stride - 1) * p.hidden + j];
   if (!p.weight_hr) out.grad_output = load_grad_output<S>(p, r, k, j);
 }
 
@@ -121,19 +124,35 @@ FASTRNN_INLINE Wide<S> arriving(const BackwardParams& p, const RowWalk& r, int k
   return Wide<S>(0);
 }
 
-// The whole gradient of state 0 after step k of a running row, column j < R. later: the product over step k + 1's
-// gate gradients, and the carried gradient where h is the only state.
+// What the recurrent product of step k + 1, over its gate gradients, and zoneout hand to state 0 before it, column j < R;
+// of a row that has such a step.
 template <class S>
+FASTRNN_INLINE Wide<S> handed_on(const BackwardParams& p, const RowWalk& r, int j, Wide<S> product) {
+  const Wide<S> recurrent = through_mask<S>(p, r, j, product);
+  return p.keep_h ? recurrent + load<Wide<S>>(p.kept_h, r.place(p) * p.width + j) : recurrent;
+}
+
+// The whole gradient of state 0 after step k of a running row, column j < R; under zoneout of what the cell or the
+// projection made of it. later: from step k + 1, and the carried gradient where h is the only state.
+template <class S, bool kMasks>
 FASTRNN_INLINE Wide<S> backward_h(const BackwardParams& p, const RowWalk& r, int k, int j, Wide<S> later, bool crossed,
                                   S grad_output) {
-  return arriving<S>(p, r, k, r.place(p) * p.width + j, later, crossed, p.grad_h_n, p.grad_reset_h) +
-         widen(grad_output);
+  const int64_t at = r.place(p) * p.width + j;
+  const Wide<S> grad = arriving<S>(p, r, k, at, later, crossed, p.grad_h_n, p.grad_reset_h) + widen(grad_output);
+  if constexpr (kMasks) {
+    if (p.keep_h) {
+      const Wide<S> keep = load_keep_h<S>(p, r, k, j);
+      store<Wide<S>>(p.kept_h, at, keep * grad);
+      return (Wide<S>(1) - keep) * grad;
+    }
+  }
+  return grad;
 }
 
 // Step k of unit j < h of a running row, given the gradient of its state 0: stores the gate gradients and hands
 // grad_gates_hh on to the product. Where the cell has a Row, grad_gates_hh goes through that first, and is not stored
 // here. carried: of step k + 1, then of step k; not read in a row's last step.
-template <class Cell, class S>
+template <class Cell, class S, bool kMasks = false>
 FASTRNN_INLINE void backward_cell(const BackwardParams& p, const RowWalk& r, int k, int j,
                                   const BackwardLoads<Cell, S>& loads, Wide<S> grad_h, bool crossed,
                                   Wide<S>& carried, Pack<Wide<S>, Cell::kGates>& grad_gates_hh) {
@@ -150,6 +169,17 @@ FASTRNN_INLINE void backward_cell(const BackwardParams& p, const RowWalk& r, int
     in.grad_state[C] =
         arriving<S>(p, r, k, r.place(p) * p.hidden + j, carried, crossed, p.grad_c_n, p.grad_reset_c);
   load_params<Cell, S>(p, r.group, j, in.params);
+  if constexpr (kMasks && kRemakes<Cell>) {
+    if (C > 0 ? p.keep_c : p.keep_h) in.state[C] = Cell::remake(in.saved, in.state_prev);
+  }
+  [[maybe_unused]] V kept = V(0);  // of c's gradient, what goes past the cell
+  if constexpr (kMasks && C > 0) {
+    if (p.keep_c) {
+      const V keep = load_keep_c<S>(p, r, k, j);
+      kept = keep * in.grad_state[C];
+      in.grad_state[C] = (V(1) - keep) * in.grad_state[C];
+    }
+  }
   Cell::backward(in, out);
 
   if constexpr (Cell::kParams > 0) {
@@ -160,6 +190,7 @@ FASTRNN_INLINE void backward_cell(const BackwardParams& p, const RowWalk& r, int
     }
   }
   carried = out.grad_state_prev[C];
+  if constexpr (kMasks && C > 0) carried += kept;
   grad_gates_hh = out.grad_gates_hh;
   const int64_t at = r.place(p, k) * G * p.hidden + j;
 #pragma unroll
@@ -170,14 +201,15 @@ FASTRNN_INLINE void backward_cell(const BackwardParams& p, const RowWalk& r, int
   }
 }
 
-// Both, where nothing is projected. recurrent: the product over step k + 1's gate gradients.
-template <class Cell, class S>
+// Both, where nothing is projected. recurrent: the product over step k + 1's gate gradients, or what handed_on made of
+// it.
+template <class Cell, class S, bool kMasks = false>
 FASTRNN_INLINE void backward_step(const BackwardParams& p, const RowWalk& r, int k, int j,
                                   const BackwardLoads<Cell, S>& loads, Wide<S> recurrent, bool crossed,
                                   Wide<S>& carried, Pack<Wide<S>, Cell::kGates>& grad_gates_hh) {
   const Wide<S> later = Cell::kStates == 1 ? recurrent + carried : recurrent;
-  const Wide<S> grad_h = backward_h<S>(p, r, k, j, later, crossed, loads.grad_output);
-  backward_cell<Cell, S>(p, r, k, j, loads, grad_h, crossed, carried, grad_gates_hh);
+  const Wide<S> grad_h = backward_h<S, kMasks>(p, r, k, j, later, crossed, loads.grad_output);
+  backward_cell<Cell, S, kMasks>(p, r, k, j, loads, grad_h, crossed, carried, grad_gates_hh);
 }
 
 // Is there something to do after step 0, for which the last product is needed: the initial state's gradient, or a

@@ -25,7 +25,7 @@ FASTRNN_INLINE void load_bias(const ForwardParams& p, int group, int j, Pack<Wid
                  : Wide<S>(0);
 }
 
-// State 0 that step 0 multiplies, column j < R; a row without steps ends here. reset: reset_before(0).
+// State 0 before step 0, column j < R; a row without steps ends here. reset: reset_before(0).
 template <class S>
 FASTRNN_INLINE Wide<S> start_h(const ForwardParams& p, const RowWalk& r, int j, bool reset) {
   const int64_t at = r.place(p) * p.width + j;
@@ -44,11 +44,23 @@ FASTRNN_INLINE Wide<S> start_carried(const ForwardParams& p, const RowWalk& r, i
   return reset ? load_or_zero<S>(p.reset_c, at) : c;
 }
 
-// The cell of unit j < h: its values after a step, none of them stored. gates_hh: product and bias. row: what
-// Row::combine made of them.
-template <class Cell, class S>
-FASTRNN_INLINE void run_cell(const ForwardParams& p, const RowWalk& r, int j, const Pack<S, Cell::kGates>& gates_ih,
-                             const Pack<Wide<S>, Cell::kGates>& gates_hh, Wide<S> carried,
+// State 0 after step k, column j < R, of what the cell or the projection made: what zoneout keeps comes from the state
+// before, as it was stored.
+template <class S>
+FASTRNN_INLINE Wide<S> zoned_out_h(const ForwardParams& p, const RowWalk& r, int k, int j, Wide<S> made) {
+  if (!p.keep_h) return made;
+  const int64_t at = r.place(p) * p.width + j;
+  const Wide<S> before = reset_before(p, r, k) ? load_or_zero<S>(p.reset_h, at)
+                         : k == 0              ? load_or_zero<S>(p.h_0, at)
+                                               : load<S>(p.output, r.place(p, k - 1) * p.width + j);
+  return zoned_out(load_keep_h<S>(p, r, k, j), before, made);
+}
+
+// The cell of unit j < h: its values after step k, state 0 as the cell made it. None of them is stored, but for what
+// backward needs of that under zoneout. gates_hh: product and bias. row: what Row::combine made of them.
+template <class Cell, class S, bool kMasks = false>
+FASTRNN_INLINE void run_cell(const ForwardParams& p, const RowWalk& r, int k, int j,
+                             const Pack<S, Cell::kGates>& gates_ih, const Pack<Wide<S>, Cell::kGates>& gates_hh, Wide<S> carried,
                              const RowSums<Cell, S>& row, ForwardOut<Cell, Wide<S>>& out) {
   ForwardIn<Cell, Wide<S>> in;
 #pragma unroll
@@ -59,15 +71,22 @@ FASTRNN_INLINE void run_cell(const ForwardParams& p, const RowWalk& r, int j, co
   load_params<Cell, S>(p, r.group, j, in.params);
   in.row = row;
   Cell::forward(in, out);
+  if constexpr (kMasks && Cell::kStates > 1) {
+    if (p.keep_c) out.state[1] = zoned_out(load_keep_c<S>(p, r, k, j), carried, out.state[1]);
+  }
+  if constexpr (kMasks && !kRemakes<Cell>) {
+    if (p.keep_h && p.saved)
+      store<S>(p.saved, (r.place(p, k) * saved_values<Cell, kMasks>(p) + Cell::kSaved) * p.hidden + j, out.state[0]);
+  }
 }
 
 // Stores what step k of a running row gave unit j < h besides state 0: saved and c_n. carried: before the step, then
 // after it; the caller sets it to store_h's result where h is the only state. reset_next: reset_before(k + 1).
-template <class Cell, class S>
+template <class Cell, class S, bool kMasks = false>
 FASTRNN_INLINE void store_cell(const ForwardParams& p, const RowWalk& r, int k, int j,
                                const ForwardOut<Cell, Wide<S>>& out, bool reset_next, Wide<S>& carried) {
   if (p.saved) {
-    const int64_t at = r.place(p, k) * kSavedAll<Cell> * p.hidden + j;
+    const int64_t at = r.place(p, k) * saved_values<Cell, kMasks>(p) * p.hidden + j;
     if constexpr (Cell::kSaved > 0) {
 #pragma unroll
       for (int i = 0; i < Cell::kSaved; ++i) store<S>(p.saved, at + i * p.hidden, out.saved[i]);
@@ -81,25 +100,24 @@ FASTRNN_INLINE void store_cell(const ForwardParams& p, const RowWalk& r, int k, 
   }
 }
 
-// Both: returns state 0 (o tanh(c) where it will be projected).
-template <class Cell, class S>
+// Both: returns state 0 as the cell made it (o tanh(c) where it will be projected).
+template <class Cell, class S, bool kMasks = false>
 FASTRNN_INLINE Wide<S> forward_cell(const ForwardParams& p, const RowWalk& r, int k, int j,
                                     const Pack<S, Cell::kGates>& gates_ih,
                                     const Pack<Wide<S>, Cell::kGates>& gates_hh, bool reset_next,
                                     Wide<S>& carried, const RowSums<Cell, S>& row = {}) {
   ForwardOut<Cell, Wide<S>> out;
-  run_cell<Cell, S>(p, r, j, gates_ih, gates_hh, carried, row, out);
-  store_cell<Cell, S>(p, r, k, j, out, reset_next, carried);
+  run_cell<Cell, S, kMasks>(p, r, k, j, gates_ih, gates_hh, carried, row, out);
+  store_cell<Cell, S, kMasks>(p, r, k, j, out, reset_next, carried);
   return out.state[0];
 }
 
-// What the next step multiplies of state 0, column j < R.
+// State 0 before the next step, column j < R.
 template <class S>
 FASTRNN_INLINE Wide<S> next_h(const ForwardParams& p, const RowWalk& r, int j, Wide<S> h, bool reset_next) {
   return reset_next ? load_or_zero<S>(p.reset_h, r.place(p) * p.width + j) : h;
 }
-// State 0 after step k of a running row, column j < R: stores output and h_n, returns what the next step
-// multiplies.
+// State 0 after step k of a running row, column j < R: stores output and h_n, returns state 0 before the next step.
 template <class S>
 FASTRNN_INLINE Wide<S> store_h(const ForwardParams& p, const RowWalk& r, int k, int j, Wide<S> h, bool reset_next) {
   store<S>(p.output, r.place(p, k) * p.width + j, h);
@@ -108,14 +126,16 @@ FASTRNN_INLINE Wide<S> store_h(const ForwardParams& p, const RowWalk& r, int k, 
 }
 
 // Both, where nothing is projected: returns what the next step multiplies.
-template <class Cell, class S>
+template <class Cell, class S, bool kMasks = false>
 FASTRNN_INLINE Wide<S> forward_step(const ForwardParams& p, const RowWalk& r, int k, int j,
                                     const Pack<S, Cell::kGates>& gates_ih,
                                     const Pack<Wide<S>, Cell::kGates>& gates_hh, bool reset_next,
                                     Wide<S>& carried, const RowSums<Cell, S>& row = {}) {
-  const Wide<S> h = forward_cell<Cell, S>(p, r, k, j, gates_ih, gates_hh, reset_next, carried, row);
+  Wide<S> h = forward_cell<Cell, S, kMasks>(p, r, k, j, gates_ih, gates_hh, reset_next, carried, row);
+  if constexpr (kMasks) h = zoned_out_h<S>(p, r, k, j, h);
   const Wide<S> next = store_h<S>(p, r, k, j, h, reset_next);
   if constexpr (Cell::kStates == 1) carried = next;
+  if constexpr (kMasks) return through_mask<S>(p, r, j, next);
   return next;
 }
 
@@ -124,12 +144,12 @@ template <class S>
 FASTRNN_INLINE void pad_output(const ForwardParams& p, const RowWalk& r, int64_t k, int j) {
   store<S>(p.output, r.padding(p, k) * p.width + j, 0);
 }
-template <class Cell, class S>
+template <class Cell, class S, bool kMasks = false>
 FASTRNN_INLINE void pad_saved(const ForwardParams& p, const RowWalk& r, int64_t k, int j) {
   if (!p.saved) return;
+  const int values = saved_values<Cell, kMasks>(p);
 #pragma unroll
-  for (int i = 0; i < kSavedAll<Cell>; ++i)
-    store<S>(p.saved, (r.padding(p, k) * kSavedAll<Cell> + i) * p.hidden + j, 0);
+  for (int i = 0; i < values; ++i) store<S>(p.saved, (r.padding(p, k) * values + i) * p.hidden + j, 0);
 }
 // Both, for all the steps that the row does not have; where nothing is projected.
 template <class Cell, class S>

@@ -30,16 +30,19 @@ using OptionalTensor = std::optional<Tensor>;
   X(weight_hr) /* [R, h]: h' = weight_hr (o tanh(c)) */ \
   X(params)    /* [K, h]: numbers of a unit that its cell reads beside the gates, as peepholes are */
 
-// What a recurrence starts from, how long its rows are, and where it starts anew. h_0 and reset_h are [B, P*R], c_0 and
-// reset_c [B, P*h] for the recurrence's ops, [P, B, R] and [P, B, h] for a layer's. An absent one stands for zeros; the
-// recurrence's ops want h_0 and c_0.
+// What a recurrence starts from, how long its rows are, where it starts anew, and what regularises it. h_0, reset_h and
+// mask_h are [B, P*R], c_0 and reset_c [B, P*h] for the recurrence's ops, [P, B, R] and [P, B, h] for a layer's. An absent
+// state stands for zeros; the recurrence's ops want h_0 and c_0. The last three are constants: they have no gradient.
 #define FASTRNN_FOR_EACH_STATE(X)                                        \
   X(h_0)                                                                 \
   X(c_0)     /* of cells with two states */                              \
   X(lengths) /* [B] or [B, P], any integer dtype: the steps of a row */  \
   X(resets)  /* bool [T, B] or [T, B, P]: nothing is carried into step t from the one before it, in either direction */ \
   X(reset_h) /* what the state is there instead */                       \
-  X(reset_c)
+  X(reset_c)                                                             \
+  X(mask_h)  /* recurrent dropout: h is multiplied with it where it enters the recurrent product, in every step */ \
+  X(keep_h)  /* zoneout, [T, B, P*R]: what part of h a step keeps of the one before; of the new one it takes the rest */ \
+  X(keep_c)  /* the same of c, [T, B, P*h] */
 
 // What a layer's gradients are of, in the order of layer_backward's results.
 #define FASTRNN_FOR_EACH_GRADIENT(X) X(input) FASTRNN_FOR_EACH_WEIGHT(X) X(h_0) X(c_0) X(reset_h) X(reset_c)
@@ -85,7 +88,8 @@ struct LayerCall : Run {
 };
 
 // What forward hands on: output [T, B, P*R], h_n [P, B, R], c_n [P, B, h], cells [T, B, P*h] (c after every step, where
-// all_states), saved [T, B, P*S*h] (where backward may follow). Results that do not apply have size 0.
+// all_states), saved [T, B, P*S*h] (where backward may follow; S: saved_values, registry.h). Results that do not apply
+// have size 0.
 struct LayerResults {
   Tensor output, h_n, c_n, cells, saved;
 };

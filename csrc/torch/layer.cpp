@@ -11,6 +11,7 @@
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/embedding_dense_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
@@ -68,6 +69,10 @@ struct Padded {
     return padded;
   }
   OptionalTensor pad(const OptionalTensor& x) { return x ? OptionalTensor(pad(*x)) : std::nullopt; }
+  void pad_states() {
+    call.states.keep_h = pad(call.states.keep_h);
+    call.states.keep_c = pad(call.states.keep_c);
+  }
   Tensor pack(const Tensor& x) const {
     return x.defined() && x.numel() ? std::get<0>(at::_pack_padded_sequence(x, lengths, false)) : x;
   }
@@ -103,7 +108,8 @@ Tensor without_padding(const LayerCall& call) {
 bool fit_in_saved(const LayerCall& call) {
   const CellInfo& cell = kCells[known_cell(call.cell)];
   const int own = cell.saved - (cell.states - 1);
-  return call.groups() == 1 && cell.gates <= own && cell.row_sums == 0 && call.weights.weight_hr.empty();
+  return call.groups() == 1 && cell.gates <= own && cell.row_sums == 0 && call.weights.weight_hr.empty() &&
+         !call.states.keep_h;
 }
 
 // ---- forward ----
@@ -125,6 +131,7 @@ LayerResults forward_by_products(const LayerCall& call, bool save) {
   if (call.batch_sizes) {
     Padded padded("layer_forward", call, call.input);
     padded.call.input = padded.pad(call.input);
+    padded.pad_states();
     LayerResults out = forward_by_products(padded.call, save);
     out.output = padded.pack(out.output);
     out.saved = padded.pack(out.saved);
@@ -168,26 +175,27 @@ LayerResults forward_by_products(const LayerCall& call, bool save) {
 
 // ---- backward ----
 
-// The state of group p before every step, [T, B, R], where resets may have replaced it. output [T, B, R] is the group's.
-Tensor states_before(const LayerCall& call, const Tensor& output, int64_t p) {
-  const States& states = call.states;
-  const auto own = [&](const OptionalTensor& x) { return x ? x->select(0, p) : at::zeros_like(output.select(0, 0)); };
+// A state of group p before every step, [T, B, n], from those after [T, B, n], where rows start and what resets put there.
+Tensor states_before(const LayerCall& call, const Tensor& after, const OptionalTensor& initial,
+                     const OptionalTensor& restart, int64_t p) {
+  const auto own = [&](const OptionalTensor& x) {
+    return (x ? x->select(0, p) : at::zeros_like(after.select(0, 0))).unsqueeze(0);
+  };
+  const OptionalTensor &resets = call.states.resets, &lengths = call.states.lengths;
   const bool reverse = call.reverse[p];
-  const int64_t T = output.size(0);
-  const Tensor h_0 = own(states.h_0).unsqueeze(0), resets = states.resets->dim() == 2
-                                                                ? states.resets->unsqueeze(2)
-                                                                : states.resets->narrow(2, p, 1);
-  const Tensor fresh = own(states.reset_h).unsqueeze(0);
-  if (!reverse) {
-    const Tensor valid = states.lengths ? steps_like(output) < lengths_of(*states.lengths, p, output) : Tensor();
-    return at::where(valid.defined() ? resets & valid : resets, fresh, at::cat({h_0, output.narrow(0, 0, T - 1)}));
+  const int64_t T = after.size(0);
+  const Tensor start = own(initial);
+  Tensor before = reverse ? at::cat({after.narrow(0, 1, T - 1), start}) : at::cat({start, after.narrow(0, 0, T - 1)});
+  if (resets) {
+    Tensor crossed = resets->dim() == 2 ? resets->unsqueeze(2) : resets->narrow(2, p, 1);
+    if (reverse)  // entering step t from t + 1 crosses the boundary of t + 1
+      crossed = at::cat({crossed.narrow(0, 1, T - 1), at::zeros_like(crossed.narrow(0, 0, 1))});
+    else if (lengths)
+      crossed = crossed & (steps_like(after) < lengths_of(*lengths, p, after));
+    before = at::where(crossed, own(restart), before);
   }
-  // Entering step t from t + 1 crosses the boundary of t + 1. The last step of a row starts from h_0.
-  const Tensor later = at::cat({output.narrow(0, 1, T - 1), h_0});
-  const Tensor crossed = at::cat({resets.narrow(0, 1, T - 1), at::zeros_like(resets.narrow(0, 0, 1))});
-  if (!states.lengths) return at::where(crossed, fresh, later);
-  const Tensor ends = lengths_of(*states.lengths, p, output), next = steps_like(output) + 1;
-  return at::where(next < ends, at::where(crossed, fresh, later), h_0);
+  if (!reverse || !lengths) return before;
+  return at::where(steps_like(after) + 1 < lengths_of(*lengths, p, after), before, start);  // a row's last step
 }
 
 // grad [G*h, R] of weight_hh of group p, from the group's gate gradients [T, B, G*h] and output [T, B, R].
@@ -197,7 +205,11 @@ void weight_hh_gradient(const LayerCall& call, const Tensor& gates, const Tensor
   };
   const int64_t T = output.size(0), B = output.size(1);
   const Tensor grad = gates.flatten(0, 1), h = output.flatten(0, 1);
-  if (call.states.resets) return product(grad, states_before(call, output, p).flatten(0, 1), false);
+  if (call.states.resets || call.states.mask_h) {
+    Tensor before = states_before(call, output, call.states.h_0, call.states.reset_h, p);
+    if (call.states.mask_h) before = before * call.states.mask_h->select(0, p);
+    return product(grad, before.flatten(0, 1), false);
+  }
   // The states before are the outputs one step on, so views of both serve and nothing is copied: at padded steps both
   // are 0. What is left is each row's first step, whose state before is h_0.
   const bool reverse = call.reverse[p], start = call.states.h_0.has_value();
@@ -242,6 +254,7 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
     all.grad_output = padded.pad(given.grad_output);
     all.grad_cells = padded.pad(given.grad_cells);
     all.may_overwrite = true;  // the padded copy
+    padded.pad_states();
     LayerGradients grads = backward_by_products(padded.call, all, needed);
     grads[kOf_input] = padded.pack(grads[kOf_input]);
     return grads;
@@ -268,12 +281,19 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
     const int64_t R = given.output.size(2) / P, h = Gh / kCells[known_cell(call.cell)].gates;
     // o tanh(c): the cell's own values end with o, and c stands last.
     const int64_t S = kCells[known_cell(call.cell)].saved;
-    const Tensor saved = given.saved.view({T * B, P, S, h});
-    const Tensor hidden = at::tanh(saved.select(2, S - 1)).mul_(saved.select(2, S - 2));
+    const Tensor saved = given.saved.view({T, B, P, S, h});
+    Tensor c = saved.select(3, S - 1);
+    if (call.states.keep_c) {  // before zoneout: f c' + i g
+      std::vector<Tensor> before;
+      for (int64_t p = 0; p < P; ++p)
+        before.push_back(states_before(call, c.select(2, p), call.states.c_0, call.states.reset_c, p));
+      c = at::stack(before, 2).mul_(saved.select(3, 1)).add_(saved.select(3, 0) * saved.select(3, 2));
+    }
+    const Tensor hidden = at::tanh(c).mul_(saved.select(3, S - 2));
     grads[kOf_weight_hr] = empty({P, R, h});
     for (int64_t p = 0; p < P; ++p)
       kernels.product(grads[kOf_weight_hr].select(0, p), of_group(found.projected, p).flatten(0, 1).t(),
-                      hidden.select(1, p), false, T);
+                      hidden.select(2, p).flatten(0, 1), false, T);
   }
   if (needed[kOf_input]) {
     const Tensor weight = one_matrix(call.weights.weight_ih), out = empty({T * B, weight.size(1)});

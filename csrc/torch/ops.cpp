@@ -137,7 +137,7 @@ std::vector<std::string> cell_names() {
 
 std::vector<int64_t> cell_info(c10::string_view cell) {
   const CellInfo& info = kCells[known_cell(cell)];
-  return {info.gates, info.states, info.saved, info.params, info.separate_gates_hh};
+  return {info.gates, info.states, info.saved, info.params, info.separate_gates_hh, info.remakes};
 }
 
 // ---- kernels of the ops: arguments from the stack, results onto it ----
@@ -278,7 +278,7 @@ LayerBackwardArguments read_layer_backward(Reader from) {
 
 torch::jit::Stack stack_of(const LayerCall& call, bool save, bool all_states) {
   Stack stack;
-  stack.reserve(24);
+  stack.reserve(32);
   stack.emplace_back(call.cell);
   stack.emplace_back(call.input);
   push(stack, call.weights);
@@ -293,7 +293,7 @@ torch::jit::Stack stack_of(const LayerCall& call, bool save, bool all_states) {
 
 torch::jit::Stack stack_of(const LayerCall& call, const LayerGiven& given, const Needed& needed) {
   Stack stack;
-  stack.reserve(24);
+  stack.reserve(32);
   stack.emplace_back(call.cell);
   for (const OptionalTensor* x : {&given.grad_output, &given.grad_h_n, &given.grad_c_n, &given.grad_cells})
     stack.push_back(value_of(*x));
@@ -349,7 +349,7 @@ TORCH_LIBRARY(fastrnn, m) {
   // x, whose gradient is clamped to [-limit, limit]: what grad_clip means, for the composite of fastrnn/reference.py.
   m.def("clamp_gradient(Tensor x, float limit) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("cell_names() -> str[]", cell_names);
-  // gates, states, saved, params, 1 if grad_gates_hh is a tensor of its own
+  // gates, states, saved, params, 1 if grad_gates_hh is a tensor of its own, 1 if zoneout needs no more saved values
   m.def("cell_info(str cell) -> int[]", cell_info);
 }
 

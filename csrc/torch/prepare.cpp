@@ -79,7 +79,7 @@ class Checker {
     RNN_CHECK(weight.size() == 3, op_, ": weight_hh: expected 3 dimensions (groups, gates * hidden, width), got ",
               weight);
     dims_ = {reference.size(0), reference.size(1), weight[0], info_.gates, weight[1] / info_.gates, weight[2],
-             info_.saved, args.batch_sizes.has_value(), 0};
+             saved_values(info_, args.states.keep_h.has_value()), args.batch_sizes.has_value(), 0};
     dims_.rows = dims_.packed ? reference.size(0) : dims_.T * dims_.B;
     if (dims_.packed) {
       batch_sizes_ = checked_batch_sizes(op, *args.batch_sizes, dims_.rows);
@@ -200,6 +200,11 @@ class Checker {
     else
       lengths(args.states, p);
     resets(args.states, p);
+    p.mask_h = read_state("mask_h", args.states.mask_h, R);
+    p.keep_h = read_strided("keep_h", args.states.keep_h, P * R, p.keep_h_stride_t, p.keep_h_stride_b);
+    RNN_CHECK(info_.states > 1 || !args.states.keep_c, op_, ": keep_c: expected none for cell '", info_.name,
+              "', got a tensor");
+    p.keep_c = read_strided("keep_c", args.states.keep_c, P * h, p.keep_c_stride_t, p.keep_c_stride_b);
   }
 
   Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, reference_.options()); }
@@ -209,9 +214,13 @@ class Checker {
   Tensor result(at::IntArrayRef sizes, bool padded) const {
     return padded && !reference_.is_cuda() ? zeros(sizes) : empty(sizes);
   }
-  Tensor accumulator(at::IntArrayRef sizes) const {
+  // float32 for half types
+  at::TensorOptions wide() const {
     const bool half = dtype_ == DType::kBFloat16 || dtype_ == DType::kFloat16;
-    const auto options = half ? reference_.options().dtype(at::kFloat) : reference_.options();
+    return half ? reference_.options().dtype(at::kFloat) : reference_.options();
+  }
+  Tensor accumulator(at::IntArrayRef sizes) const {
+    const auto options = wide();
     // CUDA's kernels clear it themselves, where they run.
     const bool cleared = reference_.is_cuda() && dims_.T > 0 && dims_.B > 0;
     return cleared ? at::empty(sizes, options) : at::zeros(sizes, options);
@@ -493,6 +502,10 @@ void prepare_gradients(const char* op, Checker& checker, const Recurrence& args,
   grad.reset_h = args.states.reset_h ? checker.accumulator(checker.state_sizes(R)) : checker.absent();
   grad.reset_c = args.states.reset_c ? checker.accumulator(checker.state_sizes(h)) : checker.absent();
   grad.params = args.params ? checker.accumulator({B, P * checker.info().params * h}) : checker.absent();
+  if (args.states.keep_h && given.output.is_cuda()) {
+    checker.keep.push_back(at::empty({B, P * R}, checker.wide()));
+    p.kept_h = data_or_null(checker.keep.back());
+  }
   p.grad_h_0 = data_or_null(grad.h_0);
   p.grad_c_0 = data_or_null(grad.c_0);
   p.grad_reset_h = data_or_null(grad.reset_h);

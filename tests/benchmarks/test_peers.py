@@ -25,7 +25,7 @@ from tests.benchmarks.documents import SETTINGS
 OPTIONS: tuple[dict[str, Any], ...] = (
     {}, {"stateful": True}, {"resets": 3}, {"shortest": 2}, {"layers": 2, "bidirectional": True}, {"bias": False},
     {"batch_first": True}, {"shortest": 2, "padded": True}, {"tokens": True}, {"recompute": 2}, {"frozen": True},
-    {"peephole": True},
+    {"peephole": True}, {"recurrent_dropout": 0.25}, {"zoneout": 0.1},
 )  # fmt: skip
 RUN_HERE = [key for key in PEERS if not PEERS[key].missing()]
 

@@ -40,6 +40,7 @@ struct NamedCall {
     FASTRNN_POINTER(p, gates_ih) FASTRNN_POINTER(p, weight_hh) FASTRNN_POINTER(p, bias_hh) FASTRNN_POINTER(p, weight_hr)
     FASTRNN_POINTER(p, params) FASTRNN_POINTER(p, h_0) FASTRNN_POINTER(p, c_0) FASTRNN_POINTER(p, lengths)
     FASTRNN_POINTER(p, resets) FASTRNN_POINTER(p, reset_h) FASTRNN_POINTER(p, reset_c) FASTRNN_POINTER(p, reverse)
+    FASTRNN_POINTER(p, mask_h) FASTRNN_POINTER(p, keep_h) FASTRNN_POINTER(p, keep_c)
     FASTRNN_POINTER(p, output) FASTRNN_POINTER(p, h_n) FASTRNN_POINTER(p, c_n) FASTRNN_POINTER(p, saved)
     FASTRNN_POINTER(p, grad_output) FASTRNN_POINTER(p, grad_h_n) FASTRNN_POINTER(p, grad_c_n)
     FASTRNN_POINTER(p, grad_gates_ih) FASTRNN_POINTER(p, grad_gates_hh) FASTRNN_POINTER(p, grad_projected)
@@ -61,11 +62,11 @@ void point(T*& member, void* to) {
 
 }  // namespace
 
-// cells of the registry, or -1 past the last: name, then gates, states, saved, params, separate_gates_hh
+// cells of the registry, or -1 past the last: name, then gates, states, saved, params, separate_gates_hh, remakes
 FASTRNN_EXPORT const char* cell_info(int cell, int64_t* numbers) {
   if (cell >= kNumCells) return nullptr;
   const CellInfo& c = kCells[cell];
-  const int64_t values[] = {c.gates, c.states, c.saved, c.params, c.separate_gates_hh};
+  const int64_t values[] = {c.gates, c.states, c.saved, c.params, c.separate_gates_hh, c.remakes};
   std::memcpy(numbers, values, sizeof values);
   return c.name;
 }
@@ -86,6 +87,8 @@ FASTRNN_EXPORT void call_sizes(NamedCall* call, const int64_t* n) {
   const int64_t size = n[7], gates = p.groups * kCells[p.cell].gates * p.hidden, width = p.groups * p.width;
   p.gates_ih_stride_b = gates, p.gates_ih_stride_t = p.batch * gates;
   p.grad_output_stride_b = width, p.grad_output_stride_t = p.batch * width;
+  p.keep_h_stride_b = width, p.keep_h_stride_t = p.batch * width;
+  p.keep_c_stride_b = p.groups * p.hidden, p.keep_c_stride_t = p.batch * p.groups * p.hidden;
   p.lengths_stride_b = n[8], p.lengths_stride_p = n[9];
   p.resets_stride_t = n[10], p.resets_stride_b = n[11], p.resets_stride_p = n[12];
   call->forward.size = call->backward.size = size;

@@ -193,8 +193,9 @@ bool check_call() {
   const bool second = info.states > 1, projected = second && coin();
   const bool whole = !projected && bytes_of(p.dtype) >= 4 && coin();  // a layer's backward call
   p.width = projected ? size() : p.hidden;
-  const int64_t T = p.steps, B = p.batch, P = p.groups, h = p.hidden, R = p.width, G = info.gates, S = info.saved,
-                K = info.params;
+  const int64_t T = p.steps, B = p.batch, P = p.groups, h = p.hidden, R = p.width, G = info.gates, K = info.params;
+  const bool masked = coin(), keeps_h = coin(), keeps_c = second && coin();
+  const int64_t S = saved_values(info, keeps_h);
   const DType d = p.dtype;
   const DType wide = bytes_of(d) == 2 ? DType::kFloat32 : d;
 
@@ -227,6 +228,8 @@ bool check_call() {
   const bool restart = resets_given && coin();
   Array reset_h(d, B * P * R, restart), reset_c(d, B * P * h, restart && second);
   reset_h.random(), reset_c.random();
+  Array mask_h(d, B * P * R, masked), keep_h(d, N * P * R, keeps_h), keep_c(d, N * P * h, keeps_c);
+  mask_h.random(), keep_h.random(), keep_c.random();
   const bool no_h = draw(0, 2) == 0, no_c = draw(0, 2) == 0;
   if (no_h) h_0.fill(0);
   if (no_c) c_0.fill(0);
@@ -256,6 +259,13 @@ bool check_call() {
   }
   p.reset_h = reset_h.data;
   p.reset_c = reset_c.data;
+  p.mask_h = mask_h.data;
+  p.keep_h = keep_h.data;
+  p.keep_h_stride_b = P * R;
+  p.keep_h_stride_t = B * P * R;
+  p.keep_c = keep_c.data;
+  p.keep_c_stride_b = P * h;
+  p.keep_c_stride_t = B * P * h;
   p.reverse = reverse.data();
   projection.input = input.data;
   projection.input_stride_b = I;

@@ -19,7 +19,7 @@ from fastrnn import ops, reference
 from tests.accuracy import assert_as_exact, plain_backward, plain_forward
 from tests.hostbuild.build import HERE, OUT, ROOT, build
 from tests.hostbuild.host import Emulator
-from tests.kernels.test_kernels import BACKWARD_NAMES, FORWARD_NAMES, Case, backward_arguments, double
+from tests.kernels.test_kernels import BACKWARD_NAMES, FORWARD_NAMES, NOISES, Case, backward_arguments, double
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
@@ -28,10 +28,11 @@ HALF = (torch.bfloat16, torch.float16)
 CELLS = list(ops.CELLS)
 ADDRESSES = (
     "gates_ih", "weight_hh", "bias_hh", "weight_hr", "params", "h_0", "c_0", "lengths", "resets", "reset_h", "reset_c",
-    "reverse", "output", "h_n", "c_n", "saved", "grad_output", "grad_h_n", "grad_c_n", "grad_gates_ih",
-    "grad_gates_hh", "grad_projected", "grad_h_0", "grad_c_0", "grad_reset_h", "grad_reset_c",
-    "grad_params",
+    "reverse", "mask_h", "keep_h", "keep_c", "output", "h_n", "c_n", "saved", "grad_output", "grad_h_n", "grad_c_n",
+    "grad_gates_ih", "grad_gates_hh", "grad_projected", "grad_h_0", "grad_c_0", "grad_reset_h", "grad_reset_c",
+    "grad_params", "kept_h",
 )  # fmt: skip
+SIZES = 21  # numbers of a call: launchers.h
 
 
 class CellInfo(NamedTuple):  # csrc/cells/registry.h
@@ -41,6 +42,10 @@ class CellInfo(NamedTuple):  # csrc/cells/registry.h
     saved: int
     separate_gates_hh: bool
     row_sums: int
+    remakes: int
+
+    def saved_values(self, keep_h):
+        return self.saved + (keep_h is not None and not self.remakes)
 
 
 class Cuda(Emulator):
@@ -56,7 +61,7 @@ class Cuda(Emulator):
             ctypes.c_int, ctypes.c_void_p]  # fmt: skip
         self.library.cuda_workspace.restype = ctypes.c_int64
         self.library.cuda_cell.restype = ctypes.c_char_p
-        numbers, self.cells = (ctypes.c_int * 6)(), {}
+        numbers, self.cells = (ctypes.c_int * 7)(), {}
         while name := self.library.cuda_cell(len(self.cells), numbers):
             self.cells[name.decode()] = CellInfo(*numbers)
 
@@ -77,8 +82,8 @@ def cuda():
 class Call:
     """One call of a recurrence: its sizes, its arguments in the emulator's memory, its results."""
 
-    def __init__(self, cuda, cell, weight_hh, weight_hr, params, h_0, c_0, lengths, resets, reset_h, reset_c, reverse,
-                 B, T):  # fmt: skip
+    def __init__(self, cuda, cell, weight_hh, weight_hr, params, h_0, c_0, lengths, resets, reset_h, reset_c, mask_h,
+                 keep_h, keep_c, reverse, B, T):  # fmt: skip
         self.cuda, self.cell, self.info = cuda, cell, cuda.cells[cell]
         self.T, self.B, self.P, self.R = T, B, weight_hh.shape[0], weight_hh.shape[2]
         self.h = weight_hh.shape[1] // self.info.gates
@@ -88,18 +93,21 @@ class Call:
         self.results, self.written = {}, []
         self.reverse = (ctypes.c_uint8 * self.P)(*reverse)
         self.numbers = [T, B, self.P, self.h, self.R, list(cuda.cells).index(cell), DTYPES.index(self.dtype)]
-        self.numbers += [0] * 10  # strides and grad_clip
+        self.numbers += [0] * 14  # strides and grad_clip
         self.places = dict.fromkeys(ADDRESSES)
         self.places["reverse"] = ctypes.addressof(self.reverse)
         for name, x in (("weight_hh", weight_hh), ("weight_hr", weight_hr), ("params", params), ("h_0", h_0),
-                        ("c_0", c_0), ("reset_h", reset_h), ("reset_c", reset_c)):  # fmt: skip
+                        ("c_0", c_0), ("reset_h", reset_h), ("reset_c", reset_c), ("mask_h", mask_h)):  # fmt: skip
             self.read(name, x)
+        self.read("keep_h", keep_h, 17)
+        self.read("keep_c", keep_c, 19)
+        self.saved_values = self.info.saved_values(keep_h)
         self.read("lengths", lengths, 9)  # [B] or [B, P]
         self.read("resets", resets, 11)  # [T, B] or [T, B, P]
 
     @property
     def sizes(self):
-        return (ctypes.c_int64 * 17)(*self.numbers)
+        return (ctypes.c_int64 * SIZES)(*self.numbers)
 
     @property
     def addresses(self):
@@ -154,19 +162,23 @@ def forward_call(cuda, arguments, save=True):
     call.result("output", (T, B, P * R))
     call.result("h_n", (B, P * R))
     call.result("c_n", (B, P * h), second)
-    call.result("saved", (T, B, P * call.info.saved * h), save)
+    call.result("saved", (T, B, P * call.saved_values * h), save)
     return call
 
 
 def backward_call(cuda, cell, grad_output, grad_h_n, grad_c_n, weight_hh, weight_hr, params, h_0, c_0, lengths, resets,
-                  reset_h, reset_c, reverse, output, saved, initial=True, grad_clip=0.0):  # fmt: skip
+                  reset_h, reset_c, mask_h, keep_h, keep_c, reverse, output, saved, initial=True,
+                  grad_clip=0.0):  # fmt: skip
     T, B = output.shape[:2]
-    call = Call(cuda, cell, weight_hh, weight_hr, params, h_0, c_0, lengths, resets, reset_h, reset_c, reverse, B, T)
+    call = Call(cuda, cell, weight_hh, weight_hr, params, h_0, c_0, lengths, resets, reset_h, reset_c, mask_h, keep_h,
+                keep_c, reverse, B, T)  # fmt: skip
     call.read("grad_output", grad_output, 14)
     call.numbers[16] = struct.unpack("q", struct.pack("d", grad_clip))[0]
     for name, x in (("grad_h_n", grad_h_n), ("grad_c_n", grad_c_n), ("output", output), ("saved", saved)):
         call.read(name, x)
     P, h, R, second = call.P, call.h, call.R, call.info.states > 1
+    if keep_h is not None:
+        call.places["kept_h"] = call.buffer(B, P * R, dtype=call.wide)[1].value
     gates = (T, B, P * call.info.gates * h)
     call.result("grad_gates_ih", gates)
     call.result("grad_gates_hh", gates, call.info.separate_gates_hh)
@@ -264,7 +276,7 @@ class Resident(Whole):
         most = {torch.float32: 128, torch.float64: 0}.get(case.dtype, 192)
         if backward and most == 192:  # shared memory holds no more, beside the gradients of 4 gates
             most = {"lstm": 176, "lstm_peephole": 160}.get(case.cell, most)
-        if case.projected or case.h > most:
+        if case.projected or case.noise or case.h > most:
             return []
         return [(1, rows, *[0] * 6) for rows in ((8,) if case.dtype in HALF else (1, 4))]
 
@@ -277,7 +289,7 @@ class Grid(Whole):
         return (129,)
 
     def tiles(self, case, backward):
-        if case.projected or case.dtype == torch.float64 or not case.B:
+        if case.projected or case.noise or case.dtype == torch.float64 or not case.B:
             return []
         half, gates, tiles = case.dtype in HALF, case.info.gates, []
         for tf32 in (False,) if half else (False, True):
@@ -359,6 +371,7 @@ each_cell = pytest.mark.parametrize(
 )
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 BACKWARD_STATES = {"h_0": 7, "c_0": 8}  # places in recurrent_backward's arguments
+NOISES = ("", *NOISES)
 LENGTHS, RESETS, REVERSE = ("", "rows", "groups"), ("", "zeros", "state", "groups"), ("none", "all", "alternate")
 
 
@@ -367,7 +380,9 @@ LENGTHS, RESETS, REVERSE = ("", "rows", "groups"), ("", "zeros", "state", "group
 @each_cell
 def test_odd_sizes(cuda, tier, cell, projected, dtype):
     for i, (B, h) in enumerate([*product((1, 3, 17), (1, 3, 17, 33)), (129, 3), (1, 129)]):
-        case = Case(cell, 3, B, 1 + i % 3, h, projected, LENGTHS[i % 3], RESETS[i % 4], REVERSE[i // 3 % 3], dtype)
+        masks = LENGTHS[i % 3], RESETS[i % 4], REVERSE[i // 3 % 3]
+        noise = NOISES[i % 5] if tier is TIERS["step"] else ""
+        case = Case(cell, 3, B, 1 + i % 3, h, projected, *masks, dtype, noise)
         cuda.schedule(i % 8, seed=i, races=h < 33)
         same_problem(case, i).check(cuda, tier)
 
@@ -382,7 +397,8 @@ def test_random_calls(cuda, seed):
     T, B, P = random.choice((0, 1, 2, 3, 5, 7)), random.choice((1, 2, 5, 8, 9, 16, 31)), random.choice((1, 2, 3))
     h = random.choice((1, 2, 5, 8, 9, 15, 16, 31, 32, 47))
     masks = random.choice(LENGTHS), random.choice(RESETS), random.choice(REVERSE)
-    case = Case(cell, T, B, P, h, projected, *masks, dtype)
+    noise = random.choice(NOISES) if tier == "step" else ""
+    case = Case(cell, T, B, P, h, projected, *masks, dtype, noise)
     cuda.schedule(random.randrange(8), seed, races=B * h < 300)
     Problem(case, seed).check(cuda, AnyTile(random) if tier == "grid" else TIERS[tier])
 
@@ -628,6 +644,9 @@ def test_choice(cuda, backward):
         assert chosen(Case(cell, 2, 3, 1, 40), capability=75)[0] == STEP
         assert chosen(Case(cell, 0, 3, 1, 40, dtype=torch.float32))[0] == STEP
     assert chosen(Case("lstm", 2, 3, 1, 64, 5, dtype=torch.float32))[0] == STEP
+    for noise in ("dropout", "zoneout"):
+        for h in (64, 512):
+            assert chosen(Case("lstm", 2, 3, 1, h, dtype=torch.float32, noise=noise))[0] == STEP
     # 163 KB of an A100 do not hold 4 rows beside LSTM's weights, 99 KB of an Ada hold none of them
     big = Case("lstm", 2, 500, 1, 128, dtype=torch.float32)
     assert chosen(big) == [RESIDENT, 4]
@@ -649,12 +668,14 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
     ("resident", False, False, Case("gru", 2, 3, 1, 193, dtype=BF16)),
     ("resident", False, False, Case("gru", 2, 3, 1, 8, dtype=F64)),
     ("resident", False, False, Case("lstm", 2, 3, 1, 8, 5, dtype=F32)),
+    ("resident", False, False, Case("lstm", 2, 3, 1, 8, dtype=F32, noise="dropout")),
     ("grid", True, True, Case("lstm", 1, 3, 2, 1, dtype=F32)),
     ("grid", True, True, Case("rnn_relu", 0, 129, 1, 17, dtype=BF16)),
     ("grid", True, True, Case("gru", 8, 32, 1, 1056, dtype=BF16)),  # the table says: too much to exchange
     ("grid", False, False, Case("gru", 2, 3, 1, 2200, dtype=BF16)),
     ("grid", False, False, Case("lstm", 2, 3, 1, 8, dtype=F64)),
     ("grid", False, False, Case("lstm", 2, 3, 1, 8, 5, dtype=F32)),
+    ("grid", False, False, Case("lstm", 2, 3, 1, 8, dtype=F32, noise="zoneout")),
     ("cluster", False, False, Case("lstm", 2, 3, 1, 8, dtype=F32)),
     ("no such tier", False, False, Case("lstm", 2, 3, 1, 8, dtype=F32)),
 ], ids=str)  # fmt: skip
@@ -664,11 +685,12 @@ def test_a_tier_by_name(cuda, tier, forward, backward, case):
     T, B, P, h, R = case.T, case.B, case.P, case.h, case.projected or case.h
     numbers = [T, B, P, h, R, CELLS.index(case.cell), DTYPES.index(case.dtype), *[0] * 10]
     places = dict.fromkeys(ADDRESSES) | {"weight_hr": 1 if case.projected else None}  # looked at, never behind
+    places |= {"mask_h": 1 if case.noise == "dropout" else None, "keep_h": 1 if case.noise == "zoneout" else None}
     for back, want in ((False, forward), (True, backward)):
         choice = (ctypes.c_int64 * 8)()
         taken = cuda.library.cuda_choose_from(
-            (ctypes.c_int64 * 17)(*numbers), (ctypes.c_void_p * len(ADDRESSES))(*places.values()), tier.encode(), back,
-            132, 90, ctypes.c_int64(232448), choice)  # fmt: skip
+            (ctypes.c_int64 * SIZES)(*numbers), (ctypes.c_void_p * len(ADDRESSES))(*places.values()), tier.encode(),
+            back, 132, 90, ctypes.c_int64(232448), choice)  # fmt: skip
         assert bool(taken) == want, back
         assert not taken or (choice[0] == list(TIERS).index(tier) and choice[7] <= 232448)
 
@@ -687,6 +709,9 @@ def test_choice_says_what_it_is(cuda):
     (Case("lstm", 2, 3, 1, 193, dtype=torch.bfloat16), (RESIDENT, 8, 0, 0, 0)),
     (Case("lstm", 2, 3, 1, 16, dtype=torch.float64), (RESIDENT, 4, 0, 0, 0)),
     (Case("lstm", 2, 3, 1, 16, 5, dtype=torch.float32), (RESIDENT, 4, 0, 0, 0)),
+    (Case("lstm", 2, 3, 1, 16, dtype=torch.float32, noise="zoneout"), (RESIDENT, 4, 0, 0, 0)),
+    (Case("lstm", 2, 3, 1, 16, dtype=torch.bfloat16, noise="dropout"), (RESIDENT, 8, 0, 0, 0)),
+    (Case("lstm", 2, 3, 1, 16, dtype=torch.float32, noise="dropout"), (GRID, 4, 4, 0, 0, 0, 64)),
     (Case("lstm", 2, 3, 1, 16, dtype=torch.float32), (STEP, 0, 0, 0, 0)),
 ])  # fmt: skip
 def test_a_choice_that_cannot_run_is_refused(cuda, case, tile):

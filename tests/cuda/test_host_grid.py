@@ -43,13 +43,17 @@ class Params(ctypes.Structure):
         ("lengths_stride_b", I64), ("lengths_stride_p", I64),
         ("resets", POINTER),
         *[(f"resets_stride_{x}", I64) for x in "tbp"],
-        *[(name, POINTER) for name in ("reset_h", "reset_c", "reverse", "step_rows", "output", "h_n", "c_n", "saved")],
+        ("reset_h", POINTER), ("reset_c", POINTER), ("mask_h", POINTER),
+        ("keep_h", POINTER), ("keep_h_stride_t", I64), ("keep_h_stride_b", I64),
+        ("keep_c", POINTER), ("keep_c_stride_t", I64), ("keep_c_stride_b", I64),
+        *[(name, POINTER) for name in ("reverse", "step_rows", "output", "h_n", "c_n", "saved")],
         ("grad_output", POINTER), ("grad_output_stride_t", I64), ("grad_output_stride_b", I64),
         *[(name, POINTER) for name in ("grad_h_n", "grad_c_n", "grad_cells")],
         ("grad_cells_stride_t", I64), ("grad_cells_stride_b", I64),
         ("grad_gates_ih", POINTER), ("grad_gates_stride", I64),
         *[(name, POINTER) for name in (
-            "grad_gates_hh", "grad_projected", "grad_h_0", "grad_c_0", "grad_reset_h", "grad_reset_c", "grad_params")],
+            "grad_gates_hh", "grad_projected", "grad_h_0", "grad_c_0", "grad_reset_h", "grad_reset_c", "grad_params",
+            "kept_h")],
         ("grad_clip", ctypes.c_double),
     ]  # fmt: skip
 
@@ -140,8 +144,8 @@ class Grid(Emulator):
 
     def backward(self, call, tile, workspace=None):
         (cell, grad_output, grad_h_n, grad_c_n, weight_hh, weight_hr, params, h_0, c_0, lengths, resets, reset_h,
-         reset_c, reverse, output, saved) = call  # fmt: skip
-        assert weight_hr is None
+         reset_c, mask_h, keep_h, keep_c, reverse, output, saved) = call  # fmt: skip
+        assert weight_hr is mask_h is keep_h is keep_c is None
         p, info = self.params(
             {"cell": cell, "weight_hh": weight_hh, "params": params, "h_0": h_0, "c_0": c_0, "lengths": lengths,
              "resets": resets, "reset_h": reset_h, "reset_c": reset_c, "reverse": reverse}, output.dtype)  # fmt: skip

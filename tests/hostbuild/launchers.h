@@ -10,7 +10,8 @@
 namespace fastrnn::cuda {
 
 // sizes: T, B, P, h, R, cell, dtype, then the strides of gates_ih (t, b), lengths (b, p), resets (t, b, p) and
-// grad_output (t, b), and the bits of grad_clip. addresses: as below; forward reads the first 16.
+// grad_output (t, b), the bits of grad_clip, and the strides of keep_h and keep_c (t, b). addresses: as below; forward
+// reads the first 19.
 inline BackwardParams unpack(const int64_t* n, void* const* a, bool backward) {
   BackwardParams p{};
   p.steps = n[0], p.batch = n[1], p.groups = n[2], p.hidden = n[3], p.width = n[4];
@@ -22,12 +23,15 @@ inline BackwardParams unpack(const int64_t* n, void* const* a, bool backward) {
   p.h_0 = a[5], p.c_0 = a[6];
   p.lengths = static_cast<const int64_t*>(a[7]), p.resets = static_cast<const uint8_t*>(a[8]);
   p.reset_h = a[9], p.reset_c = a[10], p.reverse = static_cast<const uint8_t*>(a[11]);
-  p.output = a[12], p.h_n = a[13], p.c_n = a[14], p.saved = a[15];
+  p.mask_h = a[12], p.keep_h = a[13], p.keep_c = a[14];
+  p.keep_h_stride_t = n[17], p.keep_h_stride_b = n[18], p.keep_c_stride_t = n[19], p.keep_c_stride_b = n[20];
+  p.output = a[15], p.h_n = a[16], p.c_n = a[17], p.saved = a[18];
   if (!backward) return p;
   p.grad_output_stride_t = n[14], p.grad_output_stride_b = n[15];
-  p.grad_output = a[16], p.grad_h_n = a[17], p.grad_c_n = a[18];
-  p.grad_gates_ih = a[19], p.grad_gates_hh = a[20], p.grad_projected = a[21];
-  p.grad_h_0 = a[22], p.grad_c_0 = a[23], p.grad_reset_h = a[24], p.grad_reset_c = a[25], p.grad_params = a[26];
+  p.grad_output = a[19], p.grad_h_n = a[20], p.grad_c_n = a[21];
+  p.grad_gates_ih = a[22], p.grad_gates_hh = a[23], p.grad_projected = a[24];
+  p.grad_h_0 = a[25], p.grad_c_0 = a[26], p.grad_reset_h = a[27], p.grad_reset_c = a[28], p.grad_params = a[29];
+  p.kept_h = a[30];
   std::memcpy(&p.grad_clip, &n[16], sizeof p.grad_clip);
   return p;
 }

@@ -23,6 +23,9 @@ BACKWARD_NAMES = (
 )  # fmt: skip
 
 
+CONSTANTS = ("mask_h", "keep_h", "keep_c")  # arguments that have no gradient
+
+
 @dataclass(frozen=True)
 class Case:
     cell: str
@@ -35,6 +38,9 @@ class Case:
     resets: str = ""  # "", "zeros", "state", "groups" ([T, B, P], with a state)
     reverse: str = "alternate"  # "none", "all", "alternate"
     dtype: torch.dtype = torch.float64
+    noise: str = (
+        ""  # "", "dropout" (mask_h), "zoneout" (keep_h, keep_c of 0 and 1), "all", "expected" (any keep, all steps')
+    )
 
     @property
     def info(self) -> ops.CellInfo:
@@ -56,7 +62,15 @@ class Case:
         stateful = self.resets in ("state", "groups")
         per_group = {"rows": (B,), "groups": (B, P)}
         masks = {"zeros": (T, B), "state": (T, B), "groups": (T, B, P)}
-        return {
+
+        def keep(n: int) -> torch.Tensor | None:
+            if self.noise == "expected":
+                return torch.rand(P * n, generator=generator, dtype=torch.float64).to(self.dtype).expand(T, B, -1)
+            if self.noise in ("", "dropout"):
+                return None
+            return (torch.rand(T, B, P * n, generator=generator) < 0.4).to(self.dtype)
+
+        given = {
             "cell": self.cell,
             "gates_ih": random(T, B, P * info.gates * h),
             "weight_hh": weight(P, info.gates * h, width),
@@ -69,6 +83,12 @@ class Case:
             "resets": torch.rand(masks[self.resets], generator=generator) < 0.3 if self.resets else None,
             "reset_h": random(B, P * width) if stateful else None,
             "reset_c": random(B, P * h) if stateful and second else None,
+        }
+        dropped = torch.rand(B, P * width, generator=generator) < 0.4 if self.noise in ("dropout", "all") else None
+        return given | {
+            "mask_h": None if dropped is None else torch.where(dropped, 0, 1 / 0.6).to(self.dtype),
+            "keep_h": keep(width),
+            "keep_c": keep(h) if second else None,
             "reverse": [{"none": False, "all": True, "alternate": p % 2 == 1}[self.reverse] for p in range(P)],
         }
 
@@ -149,6 +169,35 @@ def test_lengths_and_resets(cell, projected, lengths, resets, reverse):
         check(Case(cell, T, B, P, h, projected, lengths, resets, reverse, dtype), seed=T + B)
 
 
+NOISES = ("dropout", "zoneout", "all", "expected")
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
+def test_recurrent_dropout_and_zoneout(cell, projected, noise):
+    masks = [("", ""), ("rows", "state"), ("groups", "groups")]
+    for i, (T, B, P, h, dtype) in enumerate(
+        [*((5, 3, 2, 17, dtype) for dtype in TOLERANCE), (4, 17, 3, 7, torch.float64), (1, 1, 1, 9, torch.float32)]
+    ):
+        for lengths, resets in masks:
+            check(Case(cell, T, B, P, h, projected, lengths, resets, dtype=dtype, noise=noise), seed=i)
+
+
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_a_kept_state_is_kept_in_every_bit(cell):
+    case = Case(cell, 4, 5, 2, 19, dtype=torch.float32, noise="zoneout")
+    arguments = case.arguments()
+    output = ops.recurrent_forward(*arguments.values(), False)[0]
+    for p, backwards in enumerate(arguments["reverse"]):
+        of_group = slice(p * 19, (p + 1) * 19)
+        after, keep = (
+            x[..., of_group].flip(0) if backwards else x[..., of_group] for x in (output, arguments["keep_h"])
+        )
+        before = torch.cat([arguments["h_0"][None, :, of_group], after[:-1]])
+        assert torch.equal(after[keep == 1], before[keep == 1])
+        assert not torch.equal(after[keep == 0], before[keep == 0])
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
 def test_threads(cell, projected, threads):
@@ -158,6 +207,7 @@ def test_threads(cell, projected, threads):
     for B, P, h in [(3, 1, 200), (96, 1, 48), (2, 4, 100), (40, 2, 65), (7, 3, 100)]:
         lengths = "rows" if B % 2 == 0 else ""
         check(Case(cell, 30, B, P, h, projected, lengths, "state"), seed=B)
+        check(Case(cell, 30, B, P, h, projected, lengths, "state", noise="all"), seed=B)
         number = list(ops.CELLS).index(cell)
         plan = ops._C.cpu_plan(number, "float64", 30, B, P, h, projected or h, bool(projected), 0, threads, False)
         splits.add((plan["split"], plan["threads"] > 1))
@@ -202,7 +252,7 @@ def test_absent_gradients_and_bias(cell):
 @pytest.mark.parametrize("cell", ops.CELLS)
 def test_strided_arguments(cell):
     """Any layout gives the result of the contiguous one."""
-    case = Case(cell, 4, 3, 2, 9, 0, "groups", "groups")
+    case = Case(cell, 4, 3, 2, 9, 0, "groups", "groups", noise="all")
     arguments = case.arguments()
     want = ops.recurrent_forward(*arguments.values(), True)
 
@@ -230,7 +280,7 @@ def test_strided_arguments(cell):
 
 
 def test_arguments_are_not_written_to():
-    case = Case("lstm", 4, 3, 2, 9, 5, "rows", "state")
+    case = Case("lstm", 4, 3, 2, 9, 5, "rows", "state", noise="all")
     arguments = case.arguments()
     out = ops.recurrent_forward(*arguments.values(), True)
     full = backward_arguments(arguments, out[0], out[3])
@@ -261,9 +311,10 @@ def test_special_values_travel():
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_against_numeric_gradients(cell):
-    case = Case(cell, 3, 2, 2, 2, 0, "rows", "state")
+    case = Case(cell, 3, 2, 2, 2, 0, "rows", "state", noise="all")
     arguments = case.arguments()
     names = [k for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    names = [k for k in names if k not in CONSTANTS]
 
     def run(*values):
         return ops.recurrent_forward(*(arguments | dict(zip(names, values, strict=True))).values(), False)[
@@ -286,6 +337,7 @@ def test_every_instruction_set(isa):
         "for (cell, projected), dtype, B, h in cases:\n"
         "    if projected < h:\n"
         "        check(Case(cell, 3, B, 2, h, projected, 'rows', 'state', dtype=dtype), seed=B + h)\n"
+        "        check(Case(cell, 3, B, 2, h, projected, 'rows', 'state', dtype=dtype, noise='all'), seed=B + h)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env=os.environ | {"FASTRNN_ISA": isa})
 
@@ -330,6 +382,6 @@ def test_long_sequence_offsets():
 
 def test_case_is_what_it_says():
     """The generator itself: a case with everything has every argument."""
-    case = Case("lstm_peephole", 4, 3, 2, 9, 5, "groups", "groups")
+    case = Case("lstm_peephole", 4, 3, 2, 9, 5, "groups", "groups", noise="all")
     assert all(v is not None for v in case.arguments().values())
     assert replace(case, projected=0).arguments()["weight_hr"] is None

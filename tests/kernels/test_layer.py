@@ -15,7 +15,17 @@ import fastrnn
 from fastrnn import _C, composed, functional, layer, modules, ops, reference
 from fastrnn.records import GRADIENTS, LayerCall, LayerStates, LayerWeights, layer_states
 from tests.helpers import KINDS, assert_equal, build, evaluate, randn
-from tests.kernels.test_kernels import FORWARD_NAMES, SIZES, TOLERANCE, Case, assert_near, cells_with_projection, double
+from tests.kernels.test_kernels import (
+    CONSTANTS,
+    FORWARD_NAMES,
+    NOISES,
+    SIZES,
+    TOLERANCE,
+    Case,
+    assert_near,
+    cells_with_projection,
+    double,
+)
 
 layer_forward = torch.ops.fastrnn.layer_forward.default
 FIELDS = LayerWeights._fields
@@ -50,7 +60,8 @@ def call_of(given: dict, **options) -> LayerCall:
     """The same as the records that fastrnn calls a layer with."""
     P = len(given["reverse"])
     weights = [LayerWeights(*(None if given[k] is None else given[k][p] for k in FIELDS)) for p in range(P)]
-    states = {k: given[k] if k in ("lengths", "resets") else unfolded(given[k], P) for k in LayerStates._fields}
+    as_they_are = ("lengths", "resets", "keep_h", "keep_c")
+    states = {k: given[k] if k in as_they_are else unfolded(given[k], P) for k in LayerStates._fields}
     return LayerCall(
         given["cell"], given["input"], weights, LayerStates(**states), reverse=tuple(given["reverse"]), **options
     )
@@ -95,6 +106,14 @@ def test_odd_sizes(cell, projected, dtype):
 def test_projection_wider_than_the_hidden_units():
     for B, (h, width) in product((1, 40), [(1, 70), (17, 200)]):
         check(Case("lstm", 4, B, 2, h, width, "rows", "state"), 7, seed=B)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
+def test_recurrent_dropout_and_zoneout(cell, projected, noise):
+    for dtype, (T, B, P, h) in product(TOLERANCE, [(5, 3, 2, 17), (70, 4, 1, 33)]):
+        if T == 5 or dtype == torch.float64:
+            check(Case(cell, T, B, P, h, projected, "rows", "state", dtype=dtype, noise=noise), 7, seed=B)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -149,7 +168,7 @@ def test_refuses(name, value, message):
 
 @pytest.mark.parametrize("cell", ops.CELLS)
 def test_opcheck(cell):
-    for case in (Case(cell, 3, 2, 1, 5), Case(cell, 3, 2, 2, 5, 0, "rows", "state")):
+    for case in (Case(cell, 3, 2, 1, 5), Case(cell, 3, 2, 2, 5, 0, "rows", "state", noise="all")):
         for save in (False, True):
             torch.library.opcheck(layer_forward, arguments_of_op(arguments_of(case, 4, 0), save))
 
@@ -232,7 +251,8 @@ def check_gradients(case: Case, size: int) -> None:
     """Every argument's, the states' and the reset states' included, against reference.py in float64."""
     P = case.P
     given = arguments_of(case, size, seed=case.B + case.h)
-    leaves = {k: x.requires_grad_() for k, x in given.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    leaves = {k: x for k, x in given.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    leaves = {k: x.requires_grad_() for k, x in leaves.items() if k not in CONSTANTS}
     second = case.info.states > 1
     output, h_n, c_n, cells, _ = layer.layer(call_of(given, all_states=second))
     got = [output, composed.fold(h_n), composed.fold(c_n) if second else c_n, cells]
@@ -258,6 +278,25 @@ def test_gradients_at_odd_sizes(cell, projected, masks, roads):
         if projected < h:
             check_gradients(Case(cell, 4, B, P, h, projected, *masks), size)
     assert set(roads) == {"fused"}
+
+
+@pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
+@pytest.mark.parametrize("masks", [("", ""), ("rows", ""), ("groups", "groups")], ids=str)
+@pytest.mark.parametrize("noise", NOISES)
+def test_gradients_under_recurrent_dropout_and_zoneout(noise, masks, cell, projected, roads):
+    """Few rows and many, one chunk of steps and several."""
+    for (T, B, h, size), P in product([(4, 1, 9, 3), (5, 17, 3, 7), (40, 30, 17, 5)], (1, 2)):
+        if projected < h:
+            check_gradients(Case(cell, T, B, P, h, projected, *masks, noise=noise), size)
+    assert set(roads) == {"fused"}
+
+
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_gradients_under_masks_on_several_threads(cell):
+    """Rows split, units split."""
+    torch.set_num_threads(2)
+    for B, h in ((40, 33), (3, 200)):
+        check_gradients(Case(cell, 12, B, 1, h, 0, "rows", "state", noise="all"), 5)
 
 
 @pytest.mark.parametrize("B", [3, 100])

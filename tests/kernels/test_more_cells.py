@@ -14,7 +14,16 @@ import torch
 import fastrnn
 from fastrnn import reference
 from fastrnn.ops import CellInfo
-from tests.kernels.test_kernels import BACKWARD_NAMES, FORWARD_NAMES, SIZES, TOLERANCE, Case, assert_near, double
+from tests.kernels.test_kernels import (
+    BACKWARD_NAMES,
+    CONSTANTS,
+    FORWARD_NAMES,
+    SIZES,
+    TOLERANCE,
+    Case,
+    assert_near,
+    double,
+)
 from tests.more_cells import HEADER, MORE_CELLS
 
 ROOT = Path(__file__).parents[2]
@@ -52,10 +61,10 @@ class Library:
         lib.call_run.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int]
         assert lib.instruction_set() == isa.encode()
         self.cells: dict[str, CellInfo] = {}
-        numbers = (ctypes.c_int64 * 5)()
+        numbers = (ctypes.c_int64 * 6)()
         while name := lib.cell_info(len(self.cells), numbers):
-            *sizes, separate = numbers
-            self.cells[name.decode()] = CellInfo(*sizes, bool(separate))
+            *sizes, separate, remakes = numbers
+            self.cells[name.decode()] = CellInfo(*sizes, bool(separate), bool(remakes))
 
     def run(self, what: str, case: "CellCase", tensors: dict[str, torch.Tensor | None], threads: int, size: int = 0):
         call = self.lib.call_new()
@@ -85,7 +94,8 @@ class CellCase(Case):
     @property
     def info(self) -> CellInfo:
         cell = MORE_CELLS[self.cell]
-        return CellInfo(cell.gates, cell.states, cell.saved + cell.states - 1, cell.params, cell.separate_gates_hh)
+        saved = cell.saved + cell.states - 1
+        return CellInfo(cell.gates, cell.states, saved, cell.params, cell.separate_gates_hh, cell.remake is not None)
 
     def given(self, seed: int) -> dict:
         """The arguments of the forward pass but the cell."""
@@ -108,7 +118,7 @@ def forward(library: Library, case: CellCase, arguments: dict, threads: int):
         "output": new(T, B, P * h, dtype=case.dtype),
         "h_n": torch.empty(B, P * h, dtype=case.dtype),
         "c_n": torch.empty(B, P * h, dtype=case.dtype) if case.info.states > 1 else torch.empty(0),
-        "saved": new(T, B, P * case.info.saved * h, dtype=case.dtype),
+        "saved": new(T, B, P * case.info.saved_values(arguments["keep_h"]) * h, dtype=case.dtype),
     }
     given = arguments | {"reverse": reverse}
     library.run("recurrent_forward", case, given | results, threads)
@@ -162,6 +172,13 @@ def test_odd_sizes(library, cell, dtype):
 def test_lengths_and_resets(library, cell, resets, lengths):
     for (T, B, P, h), dtype in itertools.product([(6, 3, 2, 17), (4, 17, 3, 7)], (torch.float64, torch.float32)):
         check(library, CellCase(cell, T, B, P, h, 0, lengths, resets, "alternate", dtype), T + B, 2)
+
+
+@pytest.mark.parametrize("noise", ["dropout", "zoneout", "all"])
+@pytest.mark.parametrize("cell", MORE_CELLS)
+def test_recurrent_dropout_and_zoneout(library, cell, noise):
+    for (T, B, P, h), dtype in itertools.product([(6, 3, 2, 17), (4, 17, 3, 7)], TOLERANCE):
+        check(library, CellCase(cell, T, B, P, h, 0, "rows", "state", "alternate", dtype, noise), T + B, 2)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
@@ -236,13 +253,17 @@ def test_a_layer(library, cell, dtype, threads):
         assert_near(got, wanted, 100 * TOLERANCE[dtype], list(pulled)[: len(wanted)], case)
 
 
-@pytest.mark.parametrize(("cell", "projected"), [("norm", 0), ("lstm_peephole", 0), ("lstm_peephole", 2)])
-def test_equations_against_autograd(cell, projected):
+@pytest.mark.parametrize("noise", ["", "all", "expected"])
+@pytest.mark.parametrize(
+    ("cell", "projected"), [*((cell, 0) for cell in (*MORE_CELLS, *reference.CELLS)), ("lstm", 2), ("lstm_peephole", 2)]
+)
+def test_equations_against_autograd(cell, projected, noise):
     """reference.backward, whose derivatives are written out, against autograd of reference.forward; and that against
     finite differences."""
-    case = (CellCase if cell in MORE_CELLS else Case)(cell, 3, 2, 2, 3, projected, "groups", "state")
+    case = (CellCase if cell in MORE_CELLS else Case)(cell, 3, 2, 2, 3, projected, "groups", "state", noise=noise)
     arguments = case.arguments(1)
     names = [k for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    names = [k for k in names if k not in CONSTANTS]
     leaves = [arguments[k].requires_grad_() for k in names]
 
     def run(*values):
@@ -254,11 +275,12 @@ def test_equations_against_autograd(cell, projected):
     second = case.info.states > 1
     grads = random_like(5, output, h_n, c_n if second else None, saved)
     results = [x for x, g in zip((output, h_n, c_n, saved), grads, strict=True) if g is not None]
-    asked = ["gates_ih", "h_0", *["c_0"] * second, "reset_h", *["reset_c"] * second, "params"]
+    asked = ["gates_ih", "h_0", "reset_h", *["c_0", "reset_c"] * second, *["params"] * (case.info.params > 0)]
     want = torch.autograd.grad(results, [arguments[k] for k in asked], [g for g in grads if g is not None])
     rest = [v for k, v in arguments.items() if k not in ("cell", "gates_ih", "bias_hh")]
     pulled = reference.backward(cell, *grads[:3], *rest, output, saved, grad_saved=grads[3])
     got = dict(zip(BACKWARD_NAMES, pulled, strict=True))
-    got["grad_params"] = got["grad_params"].view(case.B, *arguments["params"].shape).sum(0)
+    if case.info.params:
+        got["grad_params"] = got["grad_params"].view(case.B, *arguments["params"].shape).sum(0)
     for name, w in zip(asked, want, strict=True):
         torch.testing.assert_close(got[f"grad_{name}"], w, msg=name)

@@ -331,7 +331,8 @@ def arguments(dtype=torch.int8, **changes):
         "scale_ih": b.get("weight_ih_l0_scale"), "sum_ih": b.get("weight_ih_l0_sum"), "bias_ih": b["bias_ih_l0"],
         "weight_hh": b["weight_hh_l0"], "scale_hh": b.get("weight_hh_l0_scale"), "sum_hh": b.get("weight_hh_l0_sum"),
         "bias_hh": b["bias_hh_l0"], "weight_hr": None, "params": None, "h_0": torch.zeros(2, 17), "c_0": None,
-        "lengths": None, "resets": None, "reset_h": None, "reset_c": None, "reverse": [False],
+        "lengths": None, "resets": None, "reset_h": None, "reset_c": None, "mask_h": None, "keep_h": None,
+        "keep_c": None, "reverse": [False],
     }  # fmt: skip
     return (given | changes).values()
 

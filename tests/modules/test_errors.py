@@ -582,6 +582,9 @@ def forward_arguments(cell: str) -> dict[str, Any]:
         "resets": torch.zeros(T, B, dtype=torch.bool),
         "reset_h": random(B, P * width),
         "reset_c": random(B, P * 5) if lstm else None,
+        "mask_h": random(B, P * width),
+        "keep_h": random(T, B, P * width),
+        "keep_c": random(T, B, P * 5) if lstm else None,
         "reverse": [False, True],
         "save": True,
     }
@@ -716,6 +719,7 @@ OP_ERRORS: dict[str, tuple[str, Change, type[Exception], str]] = {
     "c_0 of gru": ("gru", {"c_0": torch.zeros(B, P * 5)}, RuntimeError, wants("c_0", "none", "gru", "a tensor")),
     "c_0 of rnn": ("rnn_tanh", {"c_0": torch.zeros(B, P * 5)}, RuntimeError, wants("c_0", "none", "rnn_tanh")),
     "reset_c of gru": ("gru", {"reset_c": torch.zeros(B, P * 5)}, RuntimeError, wants("reset_c", "none", "gru")),
+    "keep_c of gru": ("gru", {"keep_c": torch.zeros(T, B, P * 5)}, RuntimeError, wants("keep_c", "none", "gru")),
     "weight_hr of gru": ("gru", {"weight_hr": torch.zeros(P, 3, 5)}, RuntimeError, wants("weight_hr", "none", "gru")),
     "weight_hr of rnn": ("rnn_tanh", {"weight_hr": torch.zeros(P, 5, 5)}, RuntimeError, wants("weight_hr", "none")),
     "missing weight_hr": ("projected lstm", {"weight_hr": None}, RuntimeError, wants("weight_hh", "[2, 20, 5]")),
@@ -816,11 +820,12 @@ def test_op_without_steps_or_rows(cell: str, steps: int, batch: int, requires_gr
     for name, x in given.items():
         if not isinstance(x, Tensor):
             continue
-        if name in ("gates_ih", "resets"):
+        if name in ("gates_ih", "resets", "keep_h", "keep_c"):
             x = x[:steps, :batch]
-        elif name in ("h_0", "c_0", "lengths", "reset_h", "reset_c"):
+        elif name in ("h_0", "c_0", "lengths", "reset_h", "reset_c", "mask_h"):
             x = x[:batch]
-        given[name] = x * 0 if name == "lengths" else x.requires_grad_(requires_grad and x.is_floating_point())
+        constant = name in ("mask_h", "keep_h", "keep_c") or not x.is_floating_point()
+        given[name] = x * 0 if name == "lengths" else x if constant else x.requires_grad_(requires_grad)
     output, h_n, c_n, _ = run_op("forward", given)
     assert output.shape[:2] == (steps, batch)
     assert steps or torch.equal(h_n, given["h_0"])
@@ -870,6 +875,9 @@ def op_calls(draw: Any) -> tuple[str, dict[str, Any]]:
         ),
         "reset_h": maybe(lambda: numbers(batch, groups * R), has_resets),
         "reset_c": maybe(lambda: numbers(batch, states), has_resets and lstm),
+        "mask_h": maybe(lambda: numbers(batch, groups * R)),
+        "keep_h": maybe(lambda: numbers(steps, batch, groups * R)),
+        "keep_c": maybe(lambda: numbers(steps, batch, states), lstm),
         "reverse": [draw(st.booleans()) for _ in range(groups)],
     }
     weight_hh = numbers(groups, info.gates * hidden, R)
@@ -882,7 +890,7 @@ def op_calls(draw: Any) -> tuple[str, dict[str, Any]]:
             "weight_hh": weight_hh,
             **shared,
             "output": numbers(steps, batch, groups * R),
-            "saved": numbers(steps, batch, groups * info.saved * hidden),
+            "saved": numbers(steps, batch, groups * info.saved_values(shared["keep_h"]) * hidden),
             "initial": draw(st.booleans()),
         }
     else:

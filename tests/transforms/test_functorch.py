@@ -147,6 +147,16 @@ def test_vmap_over_lengths_and_resets(cell: str, masks: str):
             _check_vmap(case, lengths | resets | others)
 
 
+@every_cell
+def test_vmap_over_masks(cell: str):
+    """What is drawn for every member of a vmap, or for all of them; with and without batched gates and weights."""
+    case = make_case(cell, requires_grad=False, noise=True, lengths="rows")
+    drawn = {name: 0 for name in case.tensors if name in ("mask_h", "keep_h", "keep_c")}
+    for dims in (drawn, {"keep_h": 1}, {"mask_h": 1}):
+        for others in ({}, {"gates_ih": 1}, {"weight_hh": 0}):
+            _check_vmap(case, dims | others)
+
+
 def test_vmap_with_out_dims_and_chunks():
     case = make_case("lstm", requires_grad=False)
     gates = torch.stack([case.tensors["gates_ih"] + i for i in range(4)])

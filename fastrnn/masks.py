@@ -1,0 +1,52 @@
+"""Recurrent dropout and zoneout of a network: what its layers' calls are given as ``mask_h``, ``keep_h`` and ``keep_c``
+(LayerStates in records.py says what those mean).
+
+In training they are drawn from torch's generator of the device, layer by layer, and of a layer in this order: of what
+the network does not ask for nothing is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .records import Masks
+
+
+class Noise(NamedTuple):
+    """What is asked for."""
+
+    recurrent_dropout: float = 0.0
+    zoneout: tuple[float, float] = (0.0, 0.0)  # of h and of c
+    training: bool = False
+
+    def is_on(self) -> bool:
+        return any(self.zoneout) or (self.training and self.recurrent_dropout > 0)
+
+    def masks(self, like: Tensor, directions: int, steps: Sequence[int], batch: int, widths: Sequence[int]) -> Masks:
+        """Of one layer, with dtype and device of `like`. steps: (T, B), or (N,) of a packed sequence; widths: (R,), or
+        of an LSTM (R, H)."""
+        if not self.is_on():
+            return Masks()
+        # torch.ones and not like.new_ones: under vmap what is drawn must not have `like`'s batch dimension.
+        options: dict[str, Any] = dict(dtype=like.dtype, device=like.device)
+        mask_h = None
+        if self.training and self.recurrent_dropout:
+            ones = torch.ones(directions, batch, widths[0], **options)
+            mask_h = F.dropout(ones, self.recurrent_dropout, training=True)
+
+        def keep(probability: float, width: int) -> Tensor | None:
+            if not probability:
+                return None
+            if not self.training:  # the expectation: one row for all
+                return torch.full((width,), probability, **options).expand(*steps, width)
+            return torch.bernoulli(torch.empty(*steps, width, **options), probability)
+
+        return Masks(mask_h, *(keep(p, directions * width) for p, width in zip(self.zoneout, widths, strict=False)))
+
+
+NO_NOISE = Noise()

@@ -1,0 +1,522 @@
+"""Recurrent dropout and zoneout against their equations, written here once more as a loop over one row's steps, with
+the masks that a call has drawn: every option, every transform."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import fastrnn
+from fastrnn import heads
+from fastrnn.masks import Noise
+from fastrnn.records import Masks
+from tests.helpers import KINDS, assert_equal, build, collect, evaluate, leaf, randn, tensors, threads
+
+T, B, I, H = 6, 3, 4, 5  # noqa: E741
+LENGTHS = torch.tensor([6, 2, 4])
+NOISES: dict[str, dict[str, Any]] = {
+    "recurrent dropout": {"recurrent_dropout": 0.4},
+    "zoneout": {"zoneout": 0.3},
+    "both": {"recurrent_dropout": 0.4, "zoneout": 0.3},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "two layers, two directions": {"num_layers": 2, "bidirectional": True, "bias": False},
+    "projected": {"proj_size": 3, "num_layers": 2},
+    "peephole": {"peephole": True},
+    "recompute": {"recompute": 2, "bidirectional": True},
+}
+KIND_AND_OPTIONS = pytest.mark.parametrize(
+    ("kind", "name"), [(k, n) for k in KINDS for n in OPTIONS if k == "LSTM" or n not in ("projected", "peephole")]
+)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_noise = pytest.mark.parametrize("noise", NOISES)
+
+
+def make(kind: str, **options: Any) -> nn.Module:
+    torch.manual_seed(1)
+    module = build(fastrnn, kind, I, H, **{"dtype": torch.float64, **options})
+    with torch.no_grad():
+        for x in module.parameters():
+            x.copy_(torch.randn_like(x) * 0.5)
+    return module
+
+
+@contextlib.contextmanager
+def drawn() -> Iterator[list[Masks]]:
+    """What calls inside it draw, layer by layer."""
+    found: list[Masks] = []
+    with pytest.MonkeyPatch.context() as patch:
+        masks = Noise.masks
+        patch.setattr(Noise, "masks", lambda *args: found.append(masks(*args)) or found[-1])
+        yield found
+
+
+def cell_by_hand(mode: str, gates_ih: Tensor, gates_hh: Tensor, h: Tensor, c: Tensor, peepholes: Any) -> Any:
+    """What the cell makes of h and c, one row's."""
+    if mode == "LSTM":
+        i, f, g, o = (gates_ih + gates_hh).chunk(4)
+        p_i, p_f, p_o = (0, 0, 0) if peepholes is None else peepholes
+        made = torch.sigmoid(f + p_f * c) * c + torch.sigmoid(i + p_i * c) * torch.tanh(g)
+        return torch.sigmoid(o + p_o * made) * torch.tanh(made), made
+    if mode == "GRU":
+        (r, z, n), (r_hh, z_hh, n_hh) = gates_ih.chunk(3), gates_hh.chunk(3)
+        z = torch.sigmoid(z + z_hh)
+        return (1 - z) * torch.tanh(n + torch.sigmoid(r + r_hh) * n_hh) + z * h, c
+    return (torch.tanh if mode == "RNN_TANH" else torch.relu)(gates_ih + gates_hh), c
+
+
+def by_hand(
+    module: nn.Module, masks: list[Masks], x: Tensor, hx: Any = None, lengths: Any = None, resets: Any = None,
+    reset_state: Any = None,
+) -> Any:  # fmt: skip
+    """The network [T, B, I] -> output and final states, a row and a step at a time. Gal and Ghahramani 2016: the
+    product reads mask * h. Krueger 2016: what the cell made takes the place of the part 1 - keep of a state."""
+    w, D = dict(module.named_parameters()), 1 + module.bidirectional
+    R, finals = module.proj_size or H, ([], [])
+    start, fresh = (None if s is None else tensors(s) for s in (hx, reset_state))
+    for layer in range(module.num_layers):
+        mask_h, keep_h, keep_c = masks[layer]
+        outputs = []
+        for d in range(D):
+            name, at = f"_l{layer}{'_reverse' if d else ''}", layer * D + d
+            of_h, of_c = slice(d * R, (d + 1) * R), slice(d * H, (d + 1) * H)
+            bias_ih, bias_hh = (w.get(f"bias_{i}{name}", x.new_zeros(())) for i in ("ih", "hh"))
+            zeros = x.new_zeros(R), x.new_zeros(H)
+            rows = []
+            for b in range(x.shape[1]):
+                first, again = (zeros if s is None else (*(y[at, b] for y in s), zeros[1])[:2] for s in (start, fresh))
+                h, c = first
+                steps = range(len(x) if lengths is None else int(lengths[b]))
+                row = [x.new_zeros(R) for _ in range(len(x))]
+                for t in reversed(steps) if d else steps:
+                    boundary = t + d
+                    if resets is not None and boundary in steps and resets[boundary, b]:
+                        h, c = again
+                    multiplied = h if mask_h is None else mask_h[d, b] * h
+                    gates_ih = w[f"weight_ih{name}"] @ x[t, b] + bias_ih
+                    gates_hh = w[f"weight_hh{name}"] @ multiplied + bias_hh
+                    new_h, new_c = cell_by_hand(module.mode, gates_ih, gates_hh, h, c, w.get(f"weight_ch{name}"))
+                    if module.proj_size:
+                        new_h = w[f"weight_hr{name}"] @ new_h
+                    keep = 0 if keep_h is None else keep_h[t, b, of_h]
+                    h = keep * h + (1 - keep) * new_h
+                    keep = 0 if keep_c is None else keep_c[t, b, of_c]
+                    c = keep * c + (1 - keep) * new_c
+                    row[t] = h
+                rows.append(torch.stack(row))
+                for final, last in zip(finals, (h, c), strict=True):
+                    final.append(last)
+            outputs.append(torch.stack(rows, 1))
+        x = torch.cat(outputs, 2)
+    states = tuple(torch.stack(final).unflatten(0, (-1, x.shape[1])) for final in finals)
+    return x, states if module.mode == "LSTM" else states[0]
+
+
+def expected(module: nn.Module, masks: list[Masks], x: Tensor, hx: Any = None, **options: Any) -> dict[str, Tensor]:
+    module.zero_grad()
+    x, leaves = leaf(x), None if hx is None else tuple(map(leaf, tensors(hx)))
+    output, finals = by_hand(module, masks, x, leaves, **options)
+    named = {"input": x, **dict(zip(("h_0", "c_0"), leaves or (), strict=False))}
+    return collect(output, finals, {**named, **dict(module.named_parameters())})
+
+
+def state_of(module: nn.Module, seed: int) -> Any:
+    count, R = module.num_layers * (1 + module.bidirectional), module.proj_size or H
+    h, c = randn(count, B, R, seed=seed), randn(count, B, H, seed=seed + 1)
+    return (h, c) if module.mode == "LSTM" else h
+
+
+@every_noise
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("given", ["", "resets", "all"])
+@KIND_AND_OPTIONS
+def test_every_gradient(kind: str, name: str, given: str, training: bool, noise: str) -> None:
+    module, x = make(kind, **OPTIONS[name], **NOISES[noise]).train(training), randn(T, B, I)
+    options: dict[str, Any] = {}
+    if given:
+        options |= {"resets": torch.rand(T, B) < 0.4, "reset_state": state_of(module, 5)}
+    if given == "all":
+        options["lengths"] = LENGTHS
+    hx = state_of(module, 3) if given == "all" else None
+    with drawn() as masks:
+        got = evaluate(module, x, hx, **options)
+    if not masks:  # recurrent dropout alone, in eval mode: C++'s own call
+        masks = [Masks()] * module.num_layers
+    assert len(masks) == module.num_layers
+    assert_equal(got, expected(module, masks, x, hx, **options), 1e-10)
+
+
+@every_noise
+@pytest.mark.parametrize("name", ["plain", "two layers, two directions", "projected", "recompute"])
+def test_packed(name: str, noise: str) -> None:
+    """Masks come by row of the packed sequence, and are drawn for its steps alone."""
+    module, x = make("LSTM", **OPTIONS[name], **NOISES[noise]), randn(T, B, I)
+    lengths = torch.tensor([6, 4, 2])
+    packed = pack_padded_sequence(x, lengths)
+    with drawn() as masks:
+        output, finals = module(packed)
+
+    def padded(keep: Tensor | None) -> Tensor | None:
+        if keep is None or keep.dim() == 3:
+            return keep
+        assert len(keep) == lengths.sum()
+        return pad_packed_sequence(packed._replace(data=keep))[0]
+
+    whole = [Masks(m.mask_h, padded(m.keep_h), padded(m.keep_c)) for m in masks]
+    want, states = by_hand(module, whole, x, lengths=lengths)
+    output, _ = pad_packed_sequence(output)
+    torch.testing.assert_close((output, *finals), (want, *states))
+    got, wanted = (torch.autograd.grad(y.sin().sum(), list(module.parameters())) for y in (output, want))
+    torch.testing.assert_close(got, wanted)
+
+
+@every_kind
+def test_in_eval_mode_recurrent_dropout_does_nothing(kind: str) -> None:
+    module, plain = make(kind, recurrent_dropout=0.5).eval(), make(kind)
+    x = randn(T, B, I)
+    assert_equal(evaluate(module, x), evaluate(plain, x), 0)
+
+
+@every_kind
+def test_streams_in_eval_mode(kind: str) -> None:
+    """Zoneout's expectation knows no beginning of a call: steps and parts give what the whole does."""
+    module, x = make(kind, num_layers=2, zoneout=0.3).eval(), randn(T, B, I)
+    want, final = module(x)
+    state, outputs = None, []
+    for t in range(T):
+        output, state = module.step(x[t], state)
+        outputs.append(output)
+    torch.testing.assert_close((torch.stack(outputs), state), (want, final), rtol=1e-12, atol=1e-12)
+    first, state = module(x[:2])
+    torch.testing.assert_close(torch.cat([first, module(x[2:], state)[0]]), want, rtol=1e-12, atol=1e-12)
+
+
+def test_a_step_in_training_is_a_call() -> None:
+    module, x = make("GRU", recurrent_dropout=0.5, zoneout=0.3), randn(2, B, I)
+    with drawn() as masks:
+        _, state = module.step(x[0])
+        module.step(x[1], state)
+    assert not torch.equal(masks[0].mask_h, masks[1].mask_h)
+    assert [m.keep_h.shape for m in masks] == [(1, B, H)] * 2
+
+
+def near(x: Tensor, probability: float) -> bool:
+    """Is the mean of these draws within 5 standard deviations?"""
+    return abs(x.double().mean().item() - probability) < 5 * math.sqrt(probability * (1 - probability) / x.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rates(dtype: torch.dtype) -> None:
+    """The values of masks, how often each comes, and that rows, units, steps, states and directions have their own."""
+    torch.manual_seed(0)
+    masks = Noise(0.2, (0.3, 0.05), True).masks(torch.zeros(1, dtype=dtype), 2, (40, 30), 30, (50, 60))
+    assert [x.shape for x in masks] == [(2, 30, 50), (40, 30, 100), (40, 30, 120)]
+    assert all(x.dtype == dtype for x in masks)
+    mask_h, keep_h, keep_c = masks
+    assert set(mask_h.unique().tolist()) == {0.0, torch.tensor(1 / 0.8, dtype=dtype).item()}
+    assert set(keep_h.unique().tolist()) == set(keep_c.unique().tolist()) == {0.0, 1.0}
+    for dropped in (mask_h == 0, (mask_h == 0)[0], (mask_h == 0)[:, ::2], (mask_h == 0)[..., ::2]):
+        assert near(dropped, 0.2)
+    for keep, p in ((keep_h, 0.3), (keep_c, 0.05)):
+        for part in (keep, keep[0], keep[:, 0], keep[..., 0]):
+            assert near(part, p)
+    independent = {
+        0.2 * 0.2: (mask_h[0] == 0) & (mask_h[1] == 0),
+        0.3 * 0.3: keep_h[1:] * keep_h[:-1],
+        0.3 * 0.05: keep_h * keep_c[..., :100],
+        0.2 * 0.3: (mask_h[0] == 0) * keep_h[0, :, :50],
+    }
+    assert all(near(both, p) for p, both in independent.items())
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_never_and_always(probability: float) -> None:
+    x, hx = randn(T, B, I), state_of(make("LSTM"), 3)
+    plain = make("LSTM")
+    for training in (True, False):
+        module = make("LSTM", zoneout=probability).train(training)
+        output, (h, c) = module(x, hx)
+        if probability:  # nothing ever changes
+            assert torch.equal(output, hx[0].expand(T, B, H)) and torch.equal(h, hx[0]) and torch.equal(c, hx[1])
+        else:
+            assert "zoneout" not in vars(module)
+    module = make("LSTM", recurrent_dropout=probability)
+    if probability:  # the product is of zeros
+        with torch.no_grad():
+            plain.weight_hh_l0.zero_()
+    torch.testing.assert_close(module(x, hx), plain(x, hx), rtol=1e-12, atol=1e-12)
+
+
+@every_noise
+@every_kind
+def test_reproducible_from_the_seed_for_any_number_of_threads(kind: str, noise: str) -> None:
+    module, x = make(kind, num_layers=2, bidirectional=True, **NOISES[noise]), randn(40, 7, I)
+
+    def run(seed: int, count: int) -> tuple[list[Masks], Tensor]:
+        torch.manual_seed(seed)
+        with threads(count), drawn() as masks:
+            output = module(x)[0]
+        return masks, output
+
+    masks, output = run(3, 1)
+    for count in (1, 3):
+        again, same = run(3, count)
+        pairs = [pair for m, n in zip(masks, again, strict=True) for pair in zip(m, n, strict=True)]
+        assert all(torch.equal(a, b) for a, b in pairs if a is not None)
+        torch.testing.assert_close(same, output, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(run(4, 1)[1], output)
+
+
+@every_noise
+@every_kind
+def test_recompute_and_checkpoint_see_the_same_masks(kind: str, noise: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    module, x = make(kind, num_layers=2, bidirectional=True, **NOISES[noise]), randn(T, B, I)
+    torch.manual_seed(2)
+    want = evaluate(module, x)
+    again = copy.deepcopy(module)
+    again.recompute = 2
+    torch.manual_seed(2)
+    assert_equal(evaluate(again, x), want, 1e-12)
+    torch.manual_seed(2)
+    module.zero_grad()
+    given = leaf(x)
+    output, finals = checkpoint(module, given, use_reentrant=False)
+    assert_equal(collect(output, finals, {"input": given, **dict(module.named_parameters())}), want, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@every_noise
+@every_kind
+def test_dtypes(kind: str, noise: str, dtype: torch.dtype) -> None:
+    module, x = make(kind, bidirectional=True, **NOISES[noise]), randn(T, B, I)
+    narrow = copy.deepcopy(module).to(dtype)
+    with drawn() as masks:
+        got = evaluate(narrow, x.to(dtype))
+    exact = copy.deepcopy(narrow).double()
+    wide = [Masks(*(None if y is None else y.double() for y in m)) for m in masks]
+    want = expected(exact, wide, x.to(dtype).double())
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-1, torch.float16: 2e-2}[dtype]
+    for name, y in want.items():
+        assert got[name].dtype == dtype
+        assert ((got[name].double() - y).abs() <= tolerance * (1 + y.abs().max())).all(), name
+
+
+def test_autocast() -> None:
+    module, x = make("LSTM", num_layers=2, dtype=torch.float32, **NOISES["both"]), randn(T, B, I, dtype=torch.float32)
+    with drawn() as masks, torch.autocast("cpu", torch.bfloat16):
+        output, _ = module(x)
+    assert output.dtype == masks[0].mask_h.dtype == masks[0].keep_c.dtype == torch.bfloat16
+    wide = [Masks(*(y.double() for y in m)) for m in masks]
+    want, _ = by_hand(copy.deepcopy(module).double(), wide, x.double())
+    torch.testing.assert_close(output.double(), want, rtol=0, atol=3e-2)
+    output.float().sum().backward()
+
+
+@every_noise
+@every_kind
+def test_both_orders_of_derivatives(kind: str, noise: str) -> None:
+    module, x = make(kind, bidirectional=True, **NOISES[noise]), leaf(randn(3, 2, I) + 1)
+    if kind == "RNN_RELU":  # away from its kink
+        with torch.no_grad():
+            for p in module.parameters():
+                p.abs_().mul_(0.3)
+
+    def run(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        torch.manual_seed(7)
+        named = dict(zip(dict(module.named_parameters()), weights, strict=True))
+        output, state = torch.func.functional_call(module, named, (x,))
+        return output, *tensors(state)
+
+    inputs = (x, *module.parameters())
+    torch.autograd.gradcheck(run, inputs, check_forward_ad=True)
+    torch.autograd.gradgradcheck(run, inputs)
+
+
+@every_noise
+@every_kind
+def test_vmap_honours_randomness(kind: str, noise: str) -> None:
+    """As torch.nn.Dropout: masks for every member, or the same for all, or an error."""
+    module, x = make(kind, **NOISES[noise]), randn(T, B, I)
+    members = x.expand(3, T, B, I)
+    same = torch.vmap(lambda x: module(x)[0], randomness="same")(members)
+    torch.testing.assert_close(same[0], same[1], rtol=1e-12, atol=1e-12)
+    different = torch.vmap(lambda x: module(x)[0], randomness="different")(members)
+    assert not torch.equal(different[0], different[1])
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.vmap(lambda x: module(x)[0])(members)
+    weights = {name: p.detach().expand(3, *p.shape) for name, p in module.named_parameters()}
+
+    def member(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(module, weights, (x,))[0]
+
+    same = torch.vmap(member, randomness="same")(weights)
+    torch.testing.assert_close(same[0], same[2])
+    different = torch.vmap(member, randomness="different")(weights)
+    assert not torch.equal(different[0], different[1])
+
+
+@every_noise
+@pytest.mark.parametrize("name", ["plain", "projected"])
+def test_per_sample_gradients(name: str, noise: str) -> None:
+    """Every sample's own, by the masks of its row: those of the loop of that row alone."""
+    module, x = make("LSTM", bidirectional=True, **OPTIONS[name], **NOISES[noise]), randn(B, T, I)
+    module.batch_first = True
+    with drawn() as masks:
+        output = call_for_per_sample_grads(module, batch_size=B, loss_reduction="sum")(x)[0]
+    output.sin().sum().backward()
+    for b in range(B):
+        of_row = [
+            Masks(*(None if y is None else y[:, b : b + 1] for y in m)) for m in masks
+        ]  # of [D, B, R] and of [T, B, n]
+        wanted, _ = by_hand(module, of_row, x[b : b + 1].transpose(0, 1))
+        torch.testing.assert_close(output[b : b + 1].transpose(0, 1), wanted)
+        grads = torch.autograd.grad(wanted.sin().sum(), list(module.parameters()))
+        for (parameter, p), grad in zip(module.named_parameters(), grads, strict=True):
+            torch.testing.assert_close(p.grad_sample[b], grad, msg=lambda text, n=parameter: f"{n}: {text}")
+
+
+@every_noise
+@every_kind
+def test_compiled_and_exported(kind: str, noise: str) -> None:
+    """They draw what the eager call draws, and in eval mode compute the same."""
+    module, x = make(kind, **NOISES[noise]), randn(T, B, I)
+    compiled = torch.compile(copy.deepcopy(module), backend="aot_eager", fullgraph=True)
+    torch.manual_seed(3)
+    want = evaluate(module, x)
+    torch.manual_seed(3)
+    got = evaluate(compiled, x)
+    assert_equal({k.replace("_orig_mod.", ""): v for k, v in got.items()}, want, 1e-12)
+    module.eval()
+    exported = torch.export.export(module, (x,)).module()
+    torch.testing.assert_close(exported(x), module(x), rtol=1e-12, atol=1e-12)
+
+
+def test_tokens_and_every_c() -> None:
+    module = make("LSTM", token_input=True, return_all_states=True, **NOISES["both"])
+    tokens = torch.tensor([[0, 3, 1], [2, 2, 0], [1, 0, 3], [3, 1, 1], [0, 2, 2], [1, 3, 0]])
+    with drawn() as masks:
+        output, state, cells = module(tokens)
+    want, finals = by_hand(module, masks, nn.functional.one_hot(tokens, I).double())
+    torch.testing.assert_close((output, state), (want, finals))
+    torch.testing.assert_close(cells[-1], finals[1][0])
+    got = torch.autograd.grad(output.sin().sum() + state[1].sum(), list(module.parameters()), retain_graph=True)
+    wanted = torch.autograd.grad(want.sin().sum() + finals[1].sum(), list(module.parameters()))
+    torch.testing.assert_close(got, wanted)
+    of_cells = torch.autograd.grad(cells[-1].sum(), list(module.parameters()))
+    want, finals = by_hand(module, masks, nn.functional.one_hot(tokens, I).double())
+    torch.testing.assert_close(of_cells, torch.autograd.grad(finals[1].sum(), list(module.parameters())))
+
+
+@every_noise
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_heads_draw_what_the_dense_layer_draws(kind: str, noise: str) -> None:
+    """Their blocks are a dense layer's weight_hh with zeros between them."""
+    found = []
+    for dense in (False, True):
+        torch.manual_seed(4)
+        options = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64, **NOISES[noise]}
+        module = build(fastrnn, kind, I, 6, num_heads=2, **options)
+        if dense:
+            blocks, module = module, build(fastrnn, kind, I, 6, **options)
+            with torch.no_grad():
+                for of_layer, of_dense in zip(blocks._weights(), module._weights(), strict=True):
+                    for w, to in zip(of_layer, of_dense, strict=True):
+                        for name, x in heads.dense(w)._asdict().items():
+                            if x is not None:
+                                getattr(to, name).copy_(x)
+        torch.manual_seed(5)
+        results = evaluate(module, randn(T, B, I), resets=randn(T, B) > 0.8, lengths=LENGTHS)
+        found.append({name: x for name, x in results.items() if "weight_hh" not in name})
+    assert_equal(*found, 1e-12)
+
+
+def test_grad_clip_is_of_all_that_a_step_hands_on() -> None:
+    """A clip that nothing reaches changes nothing; one that all reach bounds the initial state's gradient."""
+    x, hx = randn(T, B, I), tuple(map(leaf, state_of(make("LSTM"), 3)))
+    found = []
+    for clip in (None, 1e6, 1e-3):
+        module = make("LSTM", grad_clip=clip, **NOISES["both"])
+        torch.manual_seed(5)
+        found.append(torch.autograd.grad(module(x, hx)[0].sum(), hx))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+    for g in found[2]:
+        assert g.abs().max() <= 1e-3 and (g.abs() == 1e-3).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_quantized(kind: str, dtype: torch.dtype) -> None:
+    """Zoneout's expectation; recurrent dropout is gone, as dropout is."""
+    options = {"num_layers": 2, "bidirectional": True, "dtype": torch.float32}
+    module = make(kind, **options, **NOISES["both"]).eval()
+    made = fastrnn.quantize(module, dtype)
+    x = randn(T, B, I, dtype=torch.float32)
+    torch.testing.assert_close(made(x)[0], module(x)[0], rtol=0, atol=5e-2)
+    plain = fastrnn.quantize(make(kind, **options), dtype)
+    assert (made(x)[0] - plain(x)[0]).abs().max() > 0.1
+    assert torch.equal(made.train()(x)[0], made(x)[0])
+
+
+def test_zoneout_of_one_state() -> None:
+    for zoneout, there in (((0.2, 0.0), (True, False)), ((0.0, 0.2), (False, True)), ([0.2, 0.1], (True, True))):
+        module, x = make("LSTM", zoneout=zoneout), randn(T, B, I)
+        with drawn() as masks:
+            got = evaluate(module, x)
+        assert (masks[0].keep_h is not None, masks[0].keep_c is not None) == there
+        assert_equal(got, expected(module, masks, x), 1e-10)
+
+
+def test_looks_and_copies() -> None:
+    module = fastrnn.LSTM(I, H, recurrent_dropout=0.25, zoneout=(0.1, 0.05))
+    assert "recurrent_dropout=0.25, zoneout=(0.1, 0.05)" in repr(module)
+    for again in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+        assert (again.recurrent_dropout, again.zoneout) == (0.25, (0.1, 0.05))
+    plain = fastrnn.LSTM(I, H, recurrent_dropout=0, zoneout=(0, 0))
+    assert vars(plain).keys() == vars(fastrnn.LSTM(I, H)).keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "message"),
+    [
+        ("LSTM", {"recurrent_dropout": 1.5}, ValueError, r"recurrent_dropout should be .* being zeroed, got 1\.5"),
+        ("GRU", {"recurrent_dropout": True}, ValueError, r"recurrent_dropout should be .* \[0, 1\] .*, got True"),
+        ("RNN", {"zoneout": -0.1}, ValueError, r"zoneout should be .* of a unit keeping its state, got -0\.1"),
+        ("RNN", {"zoneout": math.nan}, ValueError, r"zoneout should be a number in range \[0, 1\] .*, got nan"),
+        ("LSTM", {"zoneout": "0.1"}, ValueError, r"zoneout should be a number in range \[0, 1\] .*, got '0\.1'"),
+        ("LSTM", {"zoneout": (0.1,)}, ValueError, r"zoneout should be a number or a pair \(of h, of c\), got 1 values"),
+        ("LSTM", {"zoneout": (0.1, 2)}, ValueError, r"zoneout\[1\] should be a number in .*, got 2"),
+        ("LSTM", {"zoneout": (0.1, None)}, ValueError, r"zoneout\[1\] should be a number in .*, got None"),
+        ("GRU", {"zoneout": (0.1, 0.1)}, TypeError, r"a pair \(of h, of c\) is only supported for LSTM"),
+    ],
+)
+def test_messages(kind: str, options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        getattr(fastrnn, kind)(I, H, **options)
+
+
+@every_noise
+def test_what_others_cannot_express(noise: str) -> None:
+    module = make("LSTM", **NOISES[noise])
+    named = ", ".join(f"{name}={value}" for name, value in NOISES[noise].items())
+    with pytest.raises(TypeError, match=named):
+        fastrnn.to_torch(module)
+    if "zoneout" in NOISES[noise]:
+        with pytest.raises(ValueError, match=r"it has zoneout=0\.3"):
+            fastrnn.weights.to_keras(module)
+    else:
+        fastrnn.weights.to_keras(module)
+    traced = torch.jit.trace(module.eval(), (randn(T, B, I),), check_trace=False)
+    torch.testing.assert_close(traced(randn(T, B, I)), module(randn(T, B, I)))
