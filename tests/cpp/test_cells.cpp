@@ -1,5 +1,6 @@
 // Every registered cell's backward against central differences of its forward, in double, with what a Row
-// (cells/cell.h) adds to both. Prints one line a cell and exits with 1 if any is off by more than kTolerance.
+// (cells/cell.h) adds to both; and the state that it makes again of its saved values. Prints one line a cell and exits
+// with 1 if any is off by more than kTolerance.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -98,6 +99,10 @@ double check() {
       back[unit].state_prev = in[unit].state;
       back[unit].state = out[unit].state;
       back[unit].params = in[unit].params;
+      if constexpr (kRemakes<Cell>) {
+        const double again = Cell::remake(out[unit].saved, in[unit].state);
+        worst = std::fmax(worst, std::abs(again - out[unit].state[Cell::kStates - 1]));
+      }
     }
     backward<Cell>(back, grad);
     const auto loss = [&] {
