@@ -31,6 +31,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dropout": {"num_layers": 2, "dropout": 0.5},
     "weight_dropout": {"weight_dropout": 0.5},
     "locked_dropout": {"num_layers": 2, "locked_dropout": 0.5},
+    "recurrent_dropout": {"recurrent_dropout": 0.5},
+    "zoneout": {"zoneout": 0.3},
     "residual": {"num_layers": 3, "residual": True},
     "unbatched": {},
     "PackedSequence": {},
@@ -42,8 +44,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": torch.bfloat16},
     "float16": {"dtype": torch.float16},
 }
-OURS_ALONE = ("lengths", "resets", "reset_state", "weight_dropout", "locked_dropout", "residual")
-RANDOM = ("dropout", "weight_dropout", "locked_dropout")
+OURS_DRAW = ("weight_dropout", "locked_dropout", "recurrent_dropout", "zoneout")
+OURS_ALONE = ("lengths", "resets", "reset_state", *OURS_DRAW, "residual")
+RANDOM = ("dropout", *OURS_DRAW)
 PLAIN = ""
 
 
