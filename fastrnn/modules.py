@@ -41,20 +41,11 @@ from .transforms import in_autocast_dtype, is_plain_call
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]  # cells, too: where older pickles look for them
 
 # What _C.module_forward knows nothing of, in eval mode and in training.
-_UNKNOWN_TO_C = frozenset(
-    (
-        "learn_initial_state",
-        "state_batch_first",
-        "return_all_states",
-        "peephole",
-        "num_heads",
-        "residual",
-        "return_all_layers",
-        "zoneout",
-        "_opacus",
-    )
-)
-_UNKNOWN_IN_TRAINING = _UNKNOWN_TO_C | {"weight_dropout", "locked_dropout", "recurrent_dropout"}
+_UNKNOWN_TO_C = (
+    "learn_initial_state", "state_batch_first", "return_all_states", "peephole", "num_heads", "residual",
+    "return_all_layers", "zoneout", "_opacus",
+)  # fmt: skip
+_UNKNOWN_IN_TRAINING = (*_UNKNOWN_TO_C, "weight_dropout", "locked_dropout", "recurrent_dropout")
 _FIELDS = {name_of(field): field for field in LayerWeights._fields}
 
 
@@ -309,7 +300,8 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
         """(output, h_n[, c_n]) of a call that asks for nothing special, by C++ alone; None where it does."""
         if self.bidirectional or (self.dropout and self.training) or torch.compiler.is_compiling():
             return None
-        if not self.__dict__.keys().isdisjoint(_UNKNOWN_IN_TRAINING if self.training else _UNKNOWN_TO_C):
+        given = self.__dict__.keys()
+        if not given.isdisjoint(_UNKNOWN_IN_TRAINING) and (self.training or not given.isdisjoint(_UNKNOWN_TO_C)):
             return None
         tensors, names = self._weights_by_name()
         return _C.module_forward(

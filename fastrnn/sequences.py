@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._C import set_uniform
 from .checks import check_values_of, given_lengths
+from .nested import is_jagged, jagged
 from .packing import on_device, pad
 from .transforms import is_plain, is_plain_call
 
@@ -29,10 +30,10 @@ def pool(
     What stands in the padding, NaN included, reaches neither the result nor a gradient.
 
     Args:
-        output: [T, B, N], with ``batch_first`` [B, T, N]; any float dtype. Or packed.
-        lengths: integer [B], of any device; ``None`` where every row has T steps, and with a PackedSequence.
+        output: [T, B, N], with ``batch_first`` [B, T, N]; any float dtype. Or packed, or jagged [B, j, N].
+        lengths: integer [B], of any device; ``None`` where every row has T steps, and beside packed or nested output.
         how: ``'last'``, the output at step lengths - 1; ``'mean'`` or ``'max'`` over the steps.
-        batch_first: the layout of output; a PackedSequence has none.
+        batch_first: the layout of output; packed and nested ones have their own.
         bidirectional: for ``'last'``: the second half of N comes from step 0, where the reverse direction ends, so that
             the result is what ``h_n`` holds of the last layer. Without it that half is of the step that the
             reverse direction has begun with, which has seen no other. Mean and max are the same for both.
@@ -42,7 +43,7 @@ def pool(
 
     Raises:
         TypeError: output or lengths of another kind or dtype.
-        ValueError: lengths beside a PackedSequence or out of range; another ``how``.
+        ValueError: lengths beside packed or nested output, or out of range; another ``how``.
         RuntimeError: a shape that does not fit; T is 0.
     """
     if how not in ("last", "mean", "max"):
@@ -54,6 +55,11 @@ def pool(
         order = output.unsorted_indices
         output, lengths = pad(output.data, output.batch_sizes)
         lengths, batch_first = on_device(lengths, output.device), False
+    elif is_jagged(output):
+        if lengths is not None:
+            raise ValueError(f"lengths: expected None with a nested output, got {type(lengths).__name__}")
+        rows = jagged(output)
+        output, lengths, batch_first = rows.padded(), rows.lengths, False
     if not isinstance(output, Tensor):
         raise TypeError(f"output: expected a tensor or a PackedSequence, got {type(output).__name__}")
     if not output.is_floating_point():

@@ -19,6 +19,8 @@ TITLES = (
     "Streaming",
     "Every sequence stops by itself",
     "A learned initial state",
+    "A regularised language model",
+    "Nested tensors",
     "What a model costs",
     "The gradient of every sample, private training",
 )

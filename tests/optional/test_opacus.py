@@ -216,3 +216,18 @@ def test_converted_models() -> None:
     wrapped = opacus.GradSampleModule(converted, loss_reduction="sum")
     loss_of(wrapped(x)).backward()
     assert_samples(converted, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropped_weights(kind: str) -> None:
+    """A call's mask on weight_hh is shared by the samples, and so is in each one's gradient."""
+    module = build(fastrnn, kind, I, H, 2, batch_first=True, weight_dropout=0.5, dtype=torch.float64)
+    plain, x = copy.deepcopy(module), randn(B, T, I)
+    torch.manual_seed(3)
+    of_samples = plain(x)[0].square().sum((1, 2))
+    expected = [torch.autograd.grad(loss, list(plain.parameters()), retain_graph=True) for loss in of_samples]
+    torch.manual_seed(3)
+    opacus.GradSampleModule(module, batch_first=True, loss_reduction="sum")(x)[0].square().sum().backward()
+    for p, each in zip(module.parameters(), zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(p.grad_sample, torch.stack(each))
+        torch.testing.assert_close(p.grad, torch.stack(each).sum(0))

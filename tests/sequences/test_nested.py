@@ -195,6 +195,16 @@ def test_compile(kind: str) -> None:
         torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("how", ["last", "mean", "max"])
+def test_pool(how: Any) -> None:
+    module, lengths = make("LSTM", bidirectional=True), (2, 0, 5)
+    x = nest(rows_of(lengths))
+    want = fastrnn.pool(module(padded(x, False), lengths=torch.tensor(lengths))[0], torch.tensor(lengths), how)
+    torch.testing.assert_close(fastrnn.pool(module(x)[0], how=how), want)
+    with pytest.raises(ValueError, match="lengths: expected None with a nested output, got Tensor"):
+        fastrnn.pool(module(x)[0], torch.tensor(lengths), how)
+
+
 def test_quantized_and_converted() -> None:
     module, rows = make("LSTM", num_layers=2).float(), rows_of(LENGTHS, torch.float32)
     want = module(nest(rows))[0].values()
