@@ -145,7 +145,7 @@ def test_as_of_a_loop_of_steps(kind: str) -> None:
         gates = torch.nn.functional.linear(x, weights.weight_ih, weights.bias_ih)
         return reference.forward(
             kind.lower(), gates, weights.weight_hh[None], weights.bias_hh[None], None, None, *states[:2],
-            None, resets, None, None, [False],
+            None, resets, None, None, None, None, None, [False],
         )[0]  # fmt: skip
 
     assert counted(lambda: module(x, hx, resets=resets)) == counted(loop) > (0, 0)
