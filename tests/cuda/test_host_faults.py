@@ -235,7 +235,7 @@ FAULTS = {
         "backward", "ffma", "V now = r.last(k) ? V(0) : load<V>(b.carried, at);", "V now = load<V>(b.carried, at);",
         "uninitialised"),
     "step_product_that_was_not": step(
-        "backward", "ffma", "const V recurrent = r.last(k) ? V(0) : load", "const V recurrent = load",
+        "backward", "ffma", "const V recurrent = r.last(k) ? V(0) : handed_on", "const V recurrent = handed_on",
         "uninitialised"),
 
     # what all tiers share
