@@ -36,6 +36,7 @@ class Case:
     peephole: bool = False
     recurrent_dropout: float = 0.0
     zoneout: float = 0.0  # of h and of c
+    layer_norm: bool = False
     frozen: bool = False  # training asks for no gradient of the input
 
     @property
@@ -43,7 +44,8 @@ class Case:
         """What torch.nn's layers have not got."""
         options = {
             "resets": self.resets, "lengths=": self.padded, "tokens": self.tokens, "recompute": self.recompute,
-            "peephole": self.peephole, "recurrent_dropout": self.recurrent_dropout, "zoneout": self.zoneout,
+            "peephole": self.peephole, "layer_norm": self.layer_norm, "recurrent_dropout": self.recurrent_dropout,
+            "zoneout": self.zoneout,
         }  # fmt: skip
         return [name for name, there in options.items() if there]
 
@@ -70,6 +72,7 @@ class Case:
             "peephole" if self.peephole else "",
             f"recurrentdropout{self.recurrent_dropout:.0%}".rstrip("%") if self.recurrent_dropout else "",
             f"zoneout{self.zoneout:.0%}".rstrip("%") if self.zoneout else "",
+            "layernorm" if self.layer_norm else "",
             "frozen" if self.frozen else "",
         ]
         return "-".join([self.cell.lower(), f"{self.T}x{self.B}x{self.I}x{self.H}", *filter(None, options)])

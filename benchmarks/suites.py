@@ -190,8 +190,11 @@ RECOMPUTE = [
     for entry in entries("recompute", "LSTM", (4096, 16, 128, 128), modes=TRAIN, recompute=64, frozen=frozen)
 ]
 
-CELLS = [  # cells that torch.nn has not got, at three sizes
-    *entries("peephole", "LSTM", (100, 16, 64, 64), (128, 32, 256, 256), (512, 16, 128, 128), peephole=True),
+CELL_SIZES = ((100, 16, 64, 64), (128, 32, 256, 256), (512, 16, 128, 128))
+CELLS = [  # cells that torch.nn has not got
+    *entries("peephole", "LSTM", *CELL_SIZES, peephole=True),
+    *entries("layernorm", "LSTM", *CELL_SIZES, layer_norm=True),
+    *entries("layernorm", "GRU", *CELL_SIZES, layer_norm=True),
     *(
         entry
         for cell in ("LSTM", "GRU")

@@ -69,7 +69,7 @@ def pull_forward(args: Mapping[str, Any], results: Sequence[Tensor], needed: Col
         found["bias_hh"] = grad_gates_hh.sum((0, 1)).reshape(P, -1)
     if "weight_hr" in needed:
         c_0, lengths, resets, reset_c, keep_c = (args[k] for k in ("c_0", "lengths", "resets", "reset_c", "keep_c"))
-        hidden = reference.lstm_hidden(saved, c_0, lengths, resets, reset_c, keep_c, reverse)
+        hidden = reference.lstm_hidden(args["cell"], saved, c_0, lengths, resets, reset_c, keep_c, reverse)
         found["weight_hr"] = _grad_weight(found["projected"], hidden)
     if "params" in needed:
         found["params"] = found["params"].sum(0).reshape(args["params"].shape).to(output.dtype)

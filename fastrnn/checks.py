@@ -149,10 +149,12 @@ def check_weights(
     if first.weight_hr is not None and info.states == 1:
         raise RuntimeError(f"{name_of(0, 0, 'weight_hr')}: expected None, for only an LSTM has it, got a tensor")
     if first.params is not None and not info.params:
-        raise RuntimeError(f"{name_of(0, 0, 'params')}: expected None, for only an LSTM has peepholes, got a tensor")
+        raise RuntimeError(f"{name_of(0, 0, 'params')}: expected None for cell '{cell}', got a tensor")
     N, (R, H) = heads.count(first), first.widths
     if N and first.weight_hr is not None:
         raise RuntimeError(f"{name_of(0, 0, 'weight_hr')}: expected None with heads, got a tensor")
+    if N and cell.endswith("_norm"):
+        raise RuntimeError(f"{name_of(0, 0, 'weight_hh')}: expected 2 dimensions with layer norm, got heads")
     if R == 0 or H == 0:
         raise RuntimeError(f"{name_of(0, 0, 'weight_hh')}: expected sizes above 0, got {list(first.weight_hh.shape)}")
     width = first.weight_ih.shape[1] if tokens else input.shape[-1]

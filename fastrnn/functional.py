@@ -26,7 +26,8 @@ from .checks import (
     parts_of,
 )
 from .network import network, own, step
-from .records import LayerWeights, States
+from .ops import CELLS
+from .records import PARAMS, LayerWeights, States
 
 
 def lstm(
@@ -47,9 +48,11 @@ def lstm(
         input: [T, B, I], float32, float64, bfloat16 or float16.
         state: ``(h_0, c_0)``, [L*D, B, R] and [L*D, B, H]; ``None`` for zeros.
         weights: ``weights[layer][direction]``; one direction, or two of which the second runs in reverse. Each is a
-            LayerWeights, or a plain tuple or list of its tensors in that order. Their ``params`` [3, H], where given,
-            are peepholes of i, f and o (Gers & Schmidhuber 2000), as of ``fastrnn.LSTM(.., peephole=True)``. A
-            ``weight_hh`` [N, G*H/N, H/N] is that of N heads, as of ``fastrnn.LSTM(.., num_heads=N)``.
+            LayerWeights, or a plain tuple or list of its tensors in that order. Their ``params``, where given, are
+            [3, H] peepholes of i, f and o (Gers & Schmidhuber 2000), as of ``fastrnn.LSTM(.., peephole=True)``, or
+            [18, H] gains and biases of layer normalization (Ba, Kiros & Hinton 2016), as ``layer_norm=True`` has them;
+            what biases there are besides are added before it. A ``weight_hh`` [N, G*H/N, H/N] is that of N heads, as of
+            ``fastrnn.LSTM(.., num_heads=N)``.
         dropout: probability that an output of any layer but the last is zeroed, when ``training``.
         lengths: integer [B]: row b has the steps 0 .. lengths[b] - 1. The output is 0 behind them, and the final state
             is the one after the last of them (the initial one where there are none).
@@ -86,7 +89,8 @@ def gru(
 ) -> tuple[Tensor, Tensor]:
     """Multi-layer, uni- or bidirectional GRU (Cho et al. 2014; equations of ``torch.nn.GRU``).
 
-    Arguments, result and errors as in :func:`lstm`, with the state a single tensor [L*D, B, H].
+    Arguments, result and errors as in :func:`lstm`, with the state a single tensor [L*D, B, H]. ``params`` [12, H] are
+    those of ``fastrnn.GRU(.., layer_norm=True)``.
     """
     output, states = _checked(
         "gru", input, state, weights, dropout, training, lengths, resets, reset_state, token_input
@@ -192,8 +196,10 @@ def _checked_cell(cell: str, input: Tensor, state: Any, weights: Any) -> States:
 
 
 def _with_params(cell: str, weights: LayerWeights) -> str:
-    """An LSTM's gates see c where it has peepholes."""
-    return "lstm_peephole" if cell == "lstm" and weights.params is not None else cell
+    """The cell that reads such params: how many there are says which."""
+    variants = [name for name in PARAMS if weights.params is not None and name.startswith(f"{cell}_")]
+    rows = getattr(weights.params, "shape", [0])[:1]
+    return next((name for name in variants if [CELLS[name].params] == [*rows]), variants[0] if variants else cell)
 
 
 def _elman(nonlinearity: str) -> str:

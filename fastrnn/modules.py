@@ -34,7 +34,7 @@ from .network import network, of_layers, own
 from .ops import CELLS
 from .options import CHANGE_RESULTS, SWITCHES, VALUES, checked, documented, without_lstm_only
 from .packing import check_batch_sizes, check_indices, on_device, pack, packed_layout, pad, permute
-from .records import LayerWeights, States, name_of
+from .records import PARAMS, LayerWeights, States, name_of
 from .regularizers import with_weight_dropout
 from .transforms import in_autocast_dtype, is_plain_call
 
@@ -42,11 +42,11 @@ __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]  # cells, too
 
 # What _C.module_forward knows nothing of, in eval mode and in training.
 _UNKNOWN_TO_C = (
-    "learn_initial_state", "state_batch_first", "return_all_states", "peephole", "num_heads", "residual",
+    "learn_initial_state", "state_batch_first", "return_all_states", "peephole", "layer_norm", "num_heads", "residual",
     "return_all_layers", "zoneout", "_opacus",
 )  # fmt: skip
 _UNKNOWN_IN_TRAINING = (*_UNKNOWN_TO_C, "weight_dropout", "locked_dropout", "recurrent_dropout")
-_FIELDS = {name_of(field): field for field in LayerWeights._fields}
+_FIELDS = {field: field for field in LayerWeights._fields} | dict.fromkeys(PARAMS.values(), "params")
 
 
 class _Recurrent(per_sample.Hooked, ChecksCalls):
@@ -58,6 +58,7 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
     return_all_states: bool = False
     token_input: bool = False
     peephole: bool = False
+    layer_norm: bool = False
     residual: bool = False
     return_all_layers: bool = False
     num_heads: int = 1
@@ -73,10 +74,15 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
     qconfig = QCONFIG
     __prepare_scriptable__ = fallback.refuse_script
 
-    def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, mode: str, input_size: int, hidden_size: int, num_layers: int, bias: bool, *args: Any, **kwargs: Any
+    ) -> None:
         given = {name: kwargs.pop(name) for name in (*SWITCHES, *VALUES) if name in kwargs}
-        options = checked(given, states=2 if mode == "LSTM" else 1)
-        super().__init__(mode, *args, **kwargs)
+        options = checked(given, bias, states=2 if mode == "LSTM" else 1)
+        norm = options.get("layer_norm", False)
+        super().__init__(mode, input_size, hidden_size, num_layers, bias and not norm, *args, **kwargs)
+        if norm:
+            self.bias = True  # there are biases: those of the normalizations
         if "init" in options:
             options["init"] = check_init(mode, self.bias, options["init"], options.get("forget_bias"))
         for name, value in options.items():
@@ -99,14 +105,15 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
             blocks = (N, CELLS[self._cell].gates * (H // N), H // N)
             for names in self._all_weights:
                 setattr(self, names[1], nn.Parameter(weight.new_empty(blocks).uniform_(-bound, bound)))
-        if self.peephole:
+        if self._cell in PARAMS:
             for names in self._all_weights:
-                name = names[0].replace("weight_ih", "weight_ch")
-                self.register_parameter(name, nn.Parameter(weight.new_empty(3, self.hidden_size)))
-                nn.init.uniform_(getattr(self, name), -bound, bound)
+                name = names[0].replace("weight_ih", PARAMS[self._cell])
+                params = weight.new_empty(CELLS[self._cell].params, self.hidden_size)
+                self.register_parameter(name, nn.Parameter(params))
                 names.append(name)
             self._flat_weights_names = [name for names in self._all_weights for name in names]
             self._init_flat_weights()
+            self._reset_params()
         if self.learn_initial_state:
             for names, width in zip(self._initial_names(), self._state_widths(), strict=True):
                 for name in names:
@@ -116,8 +123,22 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
     @property
     def _cell(self) -> str:
         """The name of its cell, as the ops know it."""
-        cell = self.mode.lower()
-        return f"{cell}_peephole" if self.peephole else cell
+        variant = "_peephole" if self.peephole else "_norm" if self.layer_norm else ""
+        return self.mode.lower() + variant
+
+    def _reset_params(self) -> None:
+        """Peepholes as torch.nn has its weights; gains are 1, biases 0."""
+        bound = self.hidden_size**-0.5 if self.hidden_size else 0.0
+        for names in self._all_weights:
+            params = getattr(self, names[-1])
+            if self.peephole:
+                nn.init.uniform_(params, -bound, bound)
+            else:  # gains of W_ih x and W_hh h, their biases, and of an LSTM gain and bias of c
+                gates = CELLS[self._cell].gates
+                with torch.no_grad():
+                    params.zero_()
+                    params[: 2 * gates] = 1
+                    params[4 * gates : 4 * gates + 1] = 1
 
     @property
     def _noise(self) -> Noise:
@@ -126,6 +147,8 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
+        if self.layer_norm:
+            self._reset_params()
         if self.learn_initial_state:
             for names in self._initial_names():
                 for name in names:
@@ -285,7 +308,7 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
             raise
 
     def _name_of(self, layer: int, direction: int, field: str) -> str:
-        return f"{name_of(field)}_l{layer}{'_reverse' if direction else ''}"
+        return f"{name_of(field, self._cell)}_l{layer}{'_reverse' if direction else ''}"
 
     def _takes_packed(self, data: Tensor) -> bool:
         """Do the kernels read a packed sequence as it is? Elsewhere it is padded once for all layers."""
@@ -524,6 +547,7 @@ class LSTM(_Recurrent):
         return_all_states: bool = False,
         token_input: bool = False,
         peephole: bool = False,
+        layer_norm: bool = False,
         residual: bool = False,
         return_all_layers: bool = False,
         num_heads: int = 1,
@@ -553,6 +577,7 @@ class LSTM(_Recurrent):
             return_all_states=return_all_states,
             token_input=token_input,
             peephole=peephole,
+            layer_norm=layer_norm,
             residual=residual,
             return_all_layers=return_all_layers,
             num_heads=num_heads,
@@ -656,6 +681,7 @@ class GRU(_SingleState):
         learn_initial_state: bool = False,
         state_batch_first: bool = False,
         token_input: bool = False,
+        layer_norm: bool = False,
         residual: bool = False,
         return_all_layers: bool = False,
         num_heads: int = 1,
@@ -681,6 +707,7 @@ class GRU(_SingleState):
             learn_initial_state=learn_initial_state,
             state_batch_first=state_batch_first,
             token_input=token_input,
+            layer_norm=layer_norm,
             residual=residual,
             return_all_layers=return_all_layers,
             num_heads=num_heads,

@@ -88,7 +88,7 @@ def network(
         if N:  # torch's ops know none
             weights, N = [list(map(heads.dense, of_directions)) for of_directions in weights], 0
         if fallback.is_exported_to_onnx():
-            if resets is None and not all_states and not noise.is_on() and onnx_nodes.has_nodes(weights):
+            if resets is None and not all_states and not noise.is_on() and onnx_nodes.has_nodes(cell, weights):
                 by_others = functools.partial(onnx_nodes.layer, cell, lengths=lengths)
         elif (
             lengths is None

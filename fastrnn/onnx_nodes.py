@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 _DTYPES = (torch.float32, torch.float64, torch.float16)
 
 
-def has_nodes(weights: Sequence[Sequence[LayerWeights]]) -> bool:
-    """Are there operators for such a network? None has a projection."""
+def has_nodes(cell: str, weights: Sequence[Sequence[LayerWeights]]) -> bool:
+    """Are there operators for such a network? None has a projection or layer normalization."""
     first = weights[0][0]
-    return first.weight_hr is None and first.weight_hh.dtype in _DTYPES
+    return first.weight_hr is None and not cell.endswith("_norm") and first.weight_hh.dtype in _DTYPES
 
 
 def of_gates(gates: Tensor, weights: Sequence[LayerWeights]) -> tuple[Tensor, list[LayerWeights]]:

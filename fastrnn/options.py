@@ -20,6 +20,7 @@ SWITCHES = (
     "return_all_states",
     "token_input",
     "peephole",
+    "layer_norm",
     "residual",
     "return_all_layers",
 )
@@ -65,6 +66,13 @@ token_input: integer input is tokens in [0, input_size): [T, B] ([B, T] with ``b
 peephole: parameters ``weight_ch_l0`` [3, H] for every layer and direction, named as the weights are, let the gates see
   c: ``i = sigmoid(.. + p_i c)`` and ``f = sigmoid(.. + p_f c)`` of the c before the step, ``o = sigmoid(.. + p_o c')``
   of the one after (Gers and Schmidhuber 2000). The rows are p_i, p_f, p_o.
+layer_norm: layer normalization (Ba, Kiros and Hinton 2016) of ``W_ih x`` and of ``W_hh h`` before they meet, each gate
+  of each by itself over the H units, and of an LSTM also of c inside ``h = o tanh(LN(c))``; c is handed on as it is. A
+  GRU's reset gate multiplies what is normalised. ``LN(a) = gain (a - mean) / sqrt(variance + 1e-5) + bias``, in float32
+  or wider. The parameters are ``weight_ln_l0``, [18, H] of an LSTM and [12, H] of a GRU, for every layer and direction:
+  rows are the gains of ``W_ih x`` by gates in torch.nn's order, those of ``W_hh h``, their biases likewise, and of an
+  LSTM c's gain and bias. Gains are 1 at first, biases 0. They stand in the place of ``bias_ih`` and ``bias_hh``, which
+  there are none of. Not with ``peephole``, ``num_heads`` or what sets those biases.
 residual: from the second layer on, what a layer is put on top of is added to what it gives:
   ``y_l = layer_l(dropped(y_(l-1))) + y_(l-1)``, both of them [T, B, D*R], where ``dropped`` is what ``dropout`` and
   ``locked_dropout`` make of it: the sum takes it as it was before (residual connections of stacked LSTMs, Wu et al.
@@ -133,11 +141,21 @@ C = TypeVar("C", bound=type)
 F = TypeVar("F", bound=Callable[..., None])
 
 
-def checked(options: dict[str, Any], states: int = 1) -> dict[str, Any]:
+def checked(options: dict[str, Any], bias: bool, states: int = 1) -> dict[str, Any]:
     """Those of SWITCHES and VALUES that were given; what is kept of them. states: how many a cell has."""
     for name in SWITCHES:
         if not isinstance(options.get(name, False), bool):
             raise TypeError(f"{name} should be of type bool, got: {type(options[name]).__name__}")
+    if options.get("layer_norm") and not bias:
+        raise ValueError("bias: expected True with layer_norm, which has biases among its parameters, got False")
+    if options.get("layer_norm") and options.get("num_heads", 1) != 1:
+        raise ValueError(f"num_heads should be 1 with layer_norm, got {options['num_heads']}")
+    sets_bias = [name for name in ("forget_bias", "init") if not isinstance(options.get(name) or "", str)]
+    if options.get("layer_norm") and sets_bias:
+        name = sets_bias[0]
+        raise ValueError(f"{name} sets bias_ih, which there is none of with layer_norm, got {options[name]}")
+    if options.get("layer_norm") and options.get("peephole"):
+        raise ValueError("peephole: expected False with layer_norm, got True: there is no cell with both")
     clip = options.get("grad_clip")
     if clip is not None:
         if isinstance(clip, bool) or not isinstance(clip, (int, float)):
@@ -189,11 +207,12 @@ def _check_probability(name: str, value: Any, of: str = "an element being zeroed
 
 
 def without_lstm_only(init: F) -> F:
-    """For ``__init__`` of GRU and RNN: says in words which arguments are an LSTM's alone.
+    """For ``__init__`` of GRU and RNN: says in words which arguments are an LSTM's alone, and what an RNN lacks.
 
     torch.nn's take proj_size behind bidirectional where all is given by position, before device: so it is taken, as 0.
     """
-    place = [*inspect.signature(init).parameters].index("device") - 1
+    names = [*inspect.signature(init).parameters]
+    place = names.index("device") - 1
 
     @functools.wraps(init)
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -203,6 +222,8 @@ def without_lstm_only(init: F) -> F:
             raise ValueError("peephole argument is only supported for LSTM: RNN and GRU have no c that gates could see")
         if kwargs.pop("forget_bias", None) is not None:
             raise ValueError("forget_bias argument is only supported for LSTM: RNN and GRU have no forget gate")
+        if "layer_norm" not in names and kwargs.pop("layer_norm", False):
+            raise ValueError("layer_norm argument is only supported for LSTM and GRU")
         if kwargs.pop("return_all_states", False):
             raise ValueError(
                 "return_all_states argument is only supported for LSTM: the output of RNN or GRU holds every state"

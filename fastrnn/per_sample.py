@@ -236,7 +236,7 @@ def _gradients(
     def hidden() -> Tensor:
         assert states.c_0 is not None
         steps = states.lengths, states.resets
-        return reference.lstm_hidden(saved, states.c_0, *steps, states.reset_c, states.keep_c, reverse)
+        return reference.lstm_hidden(cell, saved, states.c_0, *steps, states.reset_c, states.keep_c, reverse)
 
     forms: list[Callable[[], Tensor]] = [
         of_input,

@@ -40,7 +40,7 @@ def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
         module: one of them, or a module that holds some anywhere; float32 on the CPU. Left as it is. Cells and other
             modules are copied unchanged.
         dtype: ``torch.int8`` or ``torch.bfloat16``, of the weight matrices. An LSTM's ``weight_hr`` stays float32
-            beside int8, and so do ``weight_ch`` and biases beside both.
+            beside int8, and so do biases, ``weight_ch`` and ``weight_ln`` beside both.
 
     Returns:
         The copy. Its recurrent modules take the same arguments (PackedSequence, ``lengths``, ``resets`` and states
@@ -108,7 +108,7 @@ def _converted(module: _Recurrent, dtype: torch.dtype) -> _Quantized:
             parts = [getattr(weights, field).detach() for weights in directions if getattr(weights, field) is not None]
             if not parts:
                 continue
-            name, weight = f"{name_of(field)}_l{layer}", torch.stack(parts)  # [D*N, ...]: a call need not stack
+            name, weight = f"{name_of(field, module._cell)}_l{layer}", torch.stack(parts)  # [D*N, ...]: no call stacks
             if field.startswith("bias") or field == "params" or (field == "weight_hr" and dtype == torch.int8):
                 out.register_buffer(name, weight)
             elif dtype == torch.bfloat16:
@@ -234,7 +234,7 @@ class _Quantized(_Recurrent):
         if states is None:
             count = self.num_layers * directions
             states = tuple(input.new_zeros(count, input.shape[1], n) for n in widths)
-        finals, outputs, output = [], [], input
+        finals, outputs, output, params = [], [], input, name_of("params", self._cell)
         for layer in range(self.num_layers):
             at = slice(layer * directions, (layer + 1) * directions)
             h, *c = (fold(x[at]) for x in states)
@@ -244,7 +244,7 @@ class _Quantized(_Recurrent):
             output, h_n, c_n = _quantized_forward(
                 self._cell, below, *self._matrix(f"weight_ih_l{layer}"), self._buffers.get(f"bias_ih_l{layer}"),
                 *self._matrix(f"weight_hh_l{layer}"), self._buffers.get(f"bias_hh_l{layer}"),
-                self._buffers.get(f"weight_hr_l{layer}"), self._buffers.get(f"weight_ch_l{layer}"), h,
+                self._buffers.get(f"weight_hr_l{layer}"), self._buffers.get(f"{params}_l{layer}"), h,
                 c[0] if c else None, sequence.get("lengths"), sequence.get("resets"), h_reset,
                 c_reset[0] if c_reset else None, *masks, reverse,
             )  # fmt: skip

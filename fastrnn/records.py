@@ -30,9 +30,13 @@ class LayerWeights(NamedTuple):
         return R, R if self.weight_hr is None else self.weight_hr.shape[1]
 
 
-def name_of(field: str) -> str:
+# What modules call the params of a cell that has such, without their layer.
+PARAMS = {"lstm_peephole": "weight_ch", "lstm_norm": "weight_ln", "gru_norm": "weight_ln"}
+
+
+def name_of(field: str, cell: str) -> str:
     """Of LayerWeights: what the parameters of a module that it holds are called, without their layer."""
-    return "weight_ch" if field == "params" else field
+    return PARAMS.get(cell, field) if field == "params" else field
 
 
 States = tuple[Tensor, ...]  # (h,) or (h, c)

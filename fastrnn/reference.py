@@ -38,6 +38,7 @@ class Cell(NamedTuple):
     # (saved, states before) -> the last of the states, as forward made it: what zoneout leaves of it is another. None:
     # it is kept beside the saved values. A cell with two states has it.
     remake: Callable[[States, States], Tensor] | None = None
+    saves_hidden: bool = False  # the last saved value is what a projection multiplies, and not o of o tanh(c)
 
 
 def _lstm_forward(gates_ih: States, gates_hh: States, states: States, params: States) -> tuple[States, States]:
@@ -116,6 +117,96 @@ def _gru_backward(
     return (grad_r, grad_z, grad_n), (grad_r, grad_z, grad_n * r + extra[3]), (grads[0] * z,), ()
 
 
+EPSILON = 1e-5  # of layer normalization, as of torch.nn.LayerNorm
+
+
+def _centred(a: Tensor) -> Tensor:
+    return a - a.mean(-1, keepdim=True)
+
+
+def _scale(deviation: Tensor) -> Tensor:
+    """What a vector's deviations from its mean are multiplied with: one number for every row."""
+    return ((deviation * deviation).mean(-1, keepdim=True) + EPSILON).rsqrt()
+
+
+def _normalised(deviations: Sequence[Tensor], params: States) -> list[Tensor]:
+    """Layer normalization (Ba, Kiros & Hinton 2016), each vector by itself; its gains stand before all biases."""
+    gains, biases = params[: len(deviations)], params[len(deviations) :]
+    return [d * _scale(d) * gain + bias for d, gain, bias in zip(deviations, gains, biases, strict=False)]
+
+
+def _through_norm(grad: Tensor, deviation: Tensor, gain: Tensor, extra: Tensor | int) -> tuple[Tensor, Tensor]:
+    """The gradients of what was normalised and, of each row, of the gain; from that of the result, and ``extra`` of the
+    deviation itself."""
+    scale = _scale(deviation)
+    n, grad_n = deviation * scale, grad * gain
+    return _centred(scale * (grad_n - n * (grad_n * n).mean(-1, keepdim=True)) + extra), grad * n
+
+
+def _gates_through_norm(
+    grads: Sequence[Tensor], deviations: States, params: States, extra: Sequence[Tensor | int]
+) -> tuple[States, States, States]:
+    """The gradients of gates_ih and gates_hh, and of gains and biases, from those of all the normalised."""
+    count = len(grads)
+    of_vectors = zip(grads, deviations, params[:count], extra, strict=True)
+    gates, gains = zip(*(_through_norm(*x) for x in of_vectors), strict=True)
+    return gates[: count // 2], gates[count // 2 :], (*gains, *grads)
+
+
+def _lstm_norm_forward(gates_ih: States, gates_hh: States, states: States, params: States) -> tuple[States, States]:
+    deviations = [_centred(a) for a in (*gates_ih, *gates_hh)]
+    y = _normalised(deviations, params[:16])
+    i, f, g, o = (a + b for a, b in zip(y[:4], y[4:], strict=True))
+    c = f.sigmoid() * states[1] + i.sigmoid() * g.tanh()
+    h = o.sigmoid() * _normalised([_centred(c)], params[16:])[0].tanh()
+    return (h, c), (*deviations, h)
+
+
+def _lstm_norm_backward(
+    saved: States, states_prev: States, states: States, grads: States, grad_saved: States | None, params: States
+) -> tuple[States, States, States, States]:
+    extra = grad_saved if grad_saved is not None else (0,) * 9
+    y = _normalised(saved[:8], params[:16])
+    i, f, g, o = (a + b for a, b in zip(y[:4], y[4:], strict=True))
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    of_c, grad_h = _centred(states[1]), grads[0] + extra[8]
+    tanh_c = _normalised([of_c], params[16:])[0].tanh()
+    grad_y = grad_h * o * (1 - tanh_c * tanh_c)
+    through, grad_gain = _through_norm(grad_y, of_c, params[16], 0)
+    grad_c = grads[1] + through
+    of_gates = (
+        grad_c * g * i * (1 - i),
+        grad_c * states_prev[1] * f * (1 - f),
+        grad_c * i * (1 - g * g),
+        grad_h * tanh_c * o * (1 - o),
+    )
+    gates_ih, gates_hh, of_params = _gates_through_norm(of_gates * 2, saved[:8], params, extra[:8])
+    return gates_ih, gates_hh, (torch.zeros_like(grads[0]), grad_c * f), (*of_params, grad_gain, grad_y)
+
+
+def _gru_norm_forward(gates_ih: States, gates_hh: States, states: States, params: States) -> tuple[States, States]:
+    deviations = tuple(_centred(a) for a in (*gates_ih, *gates_hh))
+    y = _normalised(deviations, params)
+    r, z = (y[0] + y[3]).sigmoid(), (y[1] + y[4]).sigmoid()
+    n = (y[2] + r * y[5]).tanh()
+    return (n + z * (states[0] - n),), deviations
+
+
+def _gru_norm_backward(
+    saved: States, states_prev: States, states: States, grads: States, grad_saved: States | None, params: States
+) -> tuple[States, States, States, States]:
+    y = _normalised(saved, params)
+    r, z = (y[0] + y[3]).sigmoid(), (y[1] + y[4]).sigmoid()
+    n = (y[2] + r * y[5]).tanh()
+    grad_n = grads[0] * (1 - z) * (1 - n * n)
+    grad_r = grad_n * y[5] * r * (1 - r)
+    grad_z = grads[0] * (states_prev[0] - n) * z * (1 - z)
+    of_gates = (grad_r, grad_z, grad_n, grad_r, grad_z, grad_n * r)
+    extra = grad_saved if grad_saved is not None else (0,) * 6
+    gates_ih, gates_hh, of_params = _gates_through_norm(of_gates, saved, params, extra)
+    return gates_ih, gates_hh, (grads[0] * z,), of_params
+
+
 def _elman(activation: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> Cell:
     def forward(gates_ih: States, gates_hh: States, states: States, params: States) -> tuple[States, States]:
         return (activation(gates_ih[0] + gates_hh[0]),), ()
@@ -135,6 +226,10 @@ CELLS = {
     "rnn_tanh": _elman(torch.tanh, lambda y: 1 - y * y),
     "rnn_relu": _elman(torch.relu, lambda y: (~(y <= 0)).to(y.dtype)),
     "lstm_peephole": Cell(4, 4, 2, _lstm_peephole_forward, _lstm_peephole_backward, params=3, remake=_lstm_remake),
+    "lstm_norm": Cell(
+        4, 9, 2, _lstm_norm_forward, _lstm_norm_backward, params=18, separate_gates_hh=True, saves_hidden=True
+    ),
+    "gru_norm": Cell(3, 6, 1, _gru_norm_forward, _gru_norm_backward, params=12, separate_gates_hh=True),
 }
 
 
@@ -464,6 +559,7 @@ def backward(
 
 
 def lstm_hidden(
+    cell: str,
     saved: Tensor,
     c_0: Tensor,
     lengths: Tensor | None,
@@ -472,13 +568,17 @@ def lstm_hidden(
     keep_c: Tensor | None,
     reverse: Sequence[bool],
 ) -> Tensor:
-    """o * tanh(c) of the c that the cell made, what an LSTM's projection multiplies: [T, B, P, h] from saved
-    [T, B, P*5*h]."""
-    T, B, n = saved.shape
-    P = len(reverse)
-    i, f, g, o, c = saved.reshape(T, B, P, 5, n // P // 5).unbind(3)
+    """What an LSTM's projection multiplies, o tanh(c) of the c that the cell made: [T, B, P, h] from saved
+    [T, B, P*S*h]."""
+    (T, B, n), P, rule = saved.shape, len(reverse), CELLS[cell]
+    S = _saved_values(rule, None)
+    values = saved.reshape(T, B, P, S, n // P // S).unbind(3)
+    if rule.saves_hidden:
+        return values[-2]
+    *_, o, c = values
     if keep_c is not None:
-        c = f * _previous(c.reshape(T, B, n // 5), c_0, lengths, resets, reset_c, reverse) + i * g
+        i, f, g = values[:3]
+        c = f * _previous(c.reshape(T, B, n // S), c_0, lengths, resets, reset_c, reverse) + i * g
     return o * c.tanh()
 
 

@@ -13,31 +13,37 @@ struct NormCell {
   static constexpr int kParams = 1;  // gain
 
   struct Row {
-    static constexpr int kSums = 2;
+    struct Forward {
+      static constexpr int kSums[] = {1, 1};
+      static constexpr int kNumbers = 2, kWork = 0;  // mean, 1 / sqrt(..)
 
-    template <class V>
-    static FASTRNN_HD Pack<V, 2> reduce(const Pack<V, 1>& gates_hh) {
-      return {{gates_hh[0], gates_hh[0] * gates_hh[0]}};
-    }
-    template <class X>
-    static FASTRNN_HD Pack<X, 2> combine(const Pack<X, 2>& sums, X units) {
-      const X mean = sums[0] / units, variance = sums[1] / units - mean * mean;
-      return {{mean, X(1) / sqrt(where_positive(variance, variance) + X(1e-2))}};
-    }
+      template <int k, class V>
+      static FASTRNN_HD Pack<V, 1> terms(ForwardIn<NormCell, V>& in) {
+        if constexpr (k == 0) return in.gates_hh;
+        const V d = in.gates_hh[0] - in.row[0];
+        return {{d * d}};
+      }
+      template <int k, class X>
+      static FASTRNN_HD void numbers(const Pack<X, 1>& sums, X units, Pack<X, 2>& row) {
+        row[k] = k == 0 ? sums[0] / units : X(1) / sqrt(sums[0] / units + X(1e-2));
+      }
+    };
     // n's gradient flows through the mean and the variance too: d a = r (d n - mean(d n) - n mean(n d n))
-    template <class V>
-    static FASTRNN_HD Pack<V, 2> reduce_grad(const Pack<V, 2>& saved, const Pack<V, 1>& grad_gates_hh) {
-      return {{grad_gates_hh[0], grad_gates_hh[0] * saved[0]}};
-    }
-    template <class X>
-    static FASTRNN_HD Pack<X, 2> combine_grad(const Pack<X, 2>& sums, X units) {
-      return {{sums[0] / units, sums[1] / units}};
-    }
-    template <class V>
-    static FASTRNN_HD Pack<V, 1> project_grad(const Pack<V, 2>& saved, const Pack<V, 2>& row,
-                                              const Pack<V, 1>& grad_gates_hh) {
-      return {{grad_gates_hh[0] - row[0] - saved[0] * row[1]}};
-    }
+    struct Backward {
+      static constexpr int kSums[] = {2};
+      static constexpr int kNumbers = 2, kWork = 1;  // the gradient of the argument of tanh
+
+      template <int k, class V>
+      static FASTRNN_HD Pack<V, 2> terms(BackwardIn<NormCell, V>& in) {
+        in.work[0] = in.grad_state[0] * tanh_grad(in.state[0]);
+        const V grad_n = in.work[0] * in.params[0];
+        return {{grad_n, grad_n * in.saved[0]}};
+      }
+      template <int k, class X>
+      static FASTRNN_HD void numbers(const Pack<X, 2>& sums, X units, Pack<X, 2>& row) {
+        row = {{sums[0] / units, sums[1] / units}};
+      }
+    };
   };
 
   template <class V>
@@ -49,11 +55,11 @@ struct NormCell {
 
   template <class V>
   static FASTRNN_HD void backward(const BackwardIn<NormCell, V>& in, BackwardOut<NormCell, V>& out) {
-    const V grad = in.grad_state[0] * tanh_grad(in.state[0]);
-    out.grad_gates_ih = {{grad}};
-    out.grad_gates_hh = {{grad * in.params[0] * in.saved[1]}};
+    const V n = in.saved[0], grad_n = in.work[0] * in.params[0];
+    out.grad_gates_ih = {{in.work[0]}};
+    out.grad_gates_hh = {{(grad_n - in.row[0] - n * in.row[1]) * in.saved[1]}};
     out.grad_state_prev = {{V(0)}};
-    out.grad_params = {{grad * in.saved[0]}};
+    out.grad_params = {{in.work[0] * n}};
   }
 };
 

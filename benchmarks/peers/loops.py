@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import dropout, layer_norm, linear
 
 from benchmarks.cases import Case
 from benchmarks.data import Data, module_arguments
@@ -27,8 +27,10 @@ def next_states(
     states: tuple[Tensor, ...],
     relu: bool,
     peepholes: Tensor | None = None,
+    of_c: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """One step: both gates [B, G*H], states [B, H] each, peepholes [3, H] of i, f and o."""
+    """One step: both gates [B, G*H], states [B, H] each, peepholes [3, H] of i, f and o, of_c [2, H]: gain and bias of
+    c's normalization."""
     if cell == "LSTM":
         i, f, g, o = (gates_ih + gates_hh).chunk(4, 1)
         if peepholes is not None:
@@ -36,7 +38,7 @@ def next_states(
         c = torch.sigmoid(f) * states[1] + torch.sigmoid(i) * torch.tanh(g)
         if peepholes is not None:
             o = o + peepholes[2] * c
-        return torch.sigmoid(o) * torch.tanh(c), c
+        return torch.sigmoid(o) * torch.tanh(c if of_c is None else layer_norm(c, of_c.shape[1:], *of_c)), c
     if cell == "GRU":
         (r_ih, z_ih, n_ih), (r_hh, z_hh, n_hh) = gates_ih.chunk(3, 1), gates_hh.chunk(3, 1)
         z = torch.sigmoid(z_ih + z_hh)
@@ -50,8 +52,8 @@ class HandLoop(torch.nn.Module):
 
     weight_ih_l0: Tensor
     weight_hh_l0: Tensor
-    bias_ih_l0: Tensor
-    bias_hh_l0: Tensor
+    bias_ih_l0: Tensor | None
+    bias_hh_l0: Tensor | None
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -60,6 +62,10 @@ class HandLoop(torch.nn.Module):
             self.register_parameter(name, torch.nn.Parameter(weight.detach()))
         if case.peephole:
             self.weight_ch_l0 = torch.nn.Parameter(self.weight_hh_l0.new_empty(3, case.H))
+        if case.layer_norm:
+            self.bias_ih_l0 = self.bias_hh_l0 = None
+            rows = 18 if case.cell == "LSTM" else 12
+            self.weight_ln_l0 = torch.nn.Parameter(self.weight_hh_l0.new_empty(rows, case.H))
 
     def start(self, input: Tensor, state: Any) -> tuple[Tensor, ...]:
         if state is None:
@@ -71,19 +77,29 @@ class HandLoop(torch.nn.Module):
         finals = tuple(s.unsqueeze(0) for s in states)
         return torch.stack(outputs), finals if self.case.cell == "LSTM" else finals[0]
 
+    def normalised(self, gates: Tensor, side: int) -> Tensor:
+        """gates [.., G*H] of W_ih x (side 0) or W_hh h (1), each gate by itself, where the case asks for it."""
+        if not self.case.layer_norm:
+            return gates
+        count = gates.shape[-1] // self.case.H
+        gains, biases = self.weight_ln_l0[: 4 * count].unflatten(0, (2, 2, count))[:, side]
+        by_gate = layer_norm(gates.unflatten(-1, (count, -1)), (self.case.H,))
+        return (by_gate * gains + biases).flatten(-2)
+
     def forward(self, input: Tensor, state: Any = None, resets: Tensor | None = None) -> tuple[Tensor, Any]:
         states, outputs = self.start(input, state), []
         relu = self.case.nonlinearity == "relu"
-        gates_ih = linear(input, self.weight_ih_l0, self.bias_ih_l0)  # [T, B, G*H]
+        gates_ih = self.normalised(linear(input, self.weight_ih_l0, self.bias_ih_l0), 0)  # [T, B, G*H]
         keep = None if resets is None else (~resets).to(input.dtype).unsqueeze(2)  # [T, B, 1]
         peepholes = self.weight_ch_l0 if self.case.peephole else None
+        of_c = self.weight_ln_l0[16:] if self.case.layer_norm and self.case.cell == "LSTM" else None
         mask, keeps = self.draw(input, len(states))
         for t, gates in enumerate(gates_ih.unbind(0)):
             if keep is not None:
                 states = tuple(s * keep[t] for s in states)
             multiplied = states[0] if mask is None else states[0] * mask
-            gates_hh = linear(multiplied, self.weight_hh_l0, self.bias_hh_l0)
-            made = next_states(self.case.cell, gates, gates_hh, states, relu, peepholes)
+            gates_hh = self.normalised(linear(multiplied, self.weight_hh_l0, self.bias_hh_l0), 1)
+            made = next_states(self.case.cell, gates, gates_hh, states, relu, peepholes, of_c)
             states = (
                 tuple(x[t] * s + (1 - x[t]) * m for x, s, m in zip(keeps, states, made, strict=True)) if keeps else made
             )
@@ -182,6 +198,7 @@ class LoopPeer:
             "peephole": case.peephole and self._module is not HandLoop,
             "recurrent_dropout": case.recurrent_dropout and not self._draws,
             "zoneout": case.zoneout and not self._draws,
+            "layer_norm": case.layer_norm and self._module is not HandLoop,
         }  # fmt: skip
         refused = [name for name, there in options.items() if there]
         return f"the loop is written without {', '.join(refused)}" if refused else None

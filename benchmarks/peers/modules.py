@@ -63,7 +63,7 @@ class ModulePeer:
         options: dict[str, Any] = {"recompute": case.recompute} if case.recompute else {}
         if case.tokens:
             options["token_input"] = True
-        for name in ("peephole", "recurrent_dropout", "zoneout"):
+        for name in ("peephole", "layer_norm", "recurrent_dropout", "zoneout"):
             if getattr(case, name):
                 options[name] = getattr(case, name)
         module = getattr(self.namespace, case.cell)(**module_arguments(case), **options)

@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.functional import embedding
 
 from benchmarks.cases import Case
-from benchmarks.data import Data
+from benchmarks.data import Data, make_data
 from benchmarks.peers.base import PackagePeer, Prepared, plain_layer
 from benchmarks.peers.modules import ModulePeer, prepare_module
 
@@ -50,17 +50,22 @@ class PlainCellPeer(ModulePeer):
     """fastrnn's layer without the option that makes it another cell."""
 
     def supports(self, case: Case, mode: str) -> str | None:
-        there = case.peephole or case.recurrent_dropout or case.zoneout
-        return super().supports(case, mode) if there else "it leaves peepholes and masks away, here are none"
+        other = case.peephole or case.layer_norm or case.recurrent_dropout or case.zoneout
+        return super().supports(case, mode) if other else "it leaves peepholes, layer norm and masks away, here are none"
 
     def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
-        weights = {name: x for name, x in data.weights.items() if not name.startswith("weight_ch")}
-        plain = replace(case, peephole=False, recurrent_dropout=0.0, zoneout=0.0)
+        plain = replace(case, peephole=False, layer_norm=False, recurrent_dropout=0.0, zoneout=0.0)
+        weights = {name: data.weights.get(name, x) for name, x in make_data(plain).weights.items()}
         prepared = super().prepare(plain, mode, replace(data, weights=weights))
-        # What it has not got is anything: results are compared by name.
-        without = set(data.weights) - set(weights) if mode == "train" else ()
-        lacking = {f"grad_{name}": torch.ones_like(data.weights[name]) for name in without}
-        return replace(prepared, results=lambda: prepared.results() | lacking, tolerance=ANYTHING)
+        # What it has not got is anything, and what it has alone is nothing: results are compared by name.
+        lacking = {f"grad_{name}": torch.ones_like(x) for name, x in data.weights.items() if name not in weights}
+        extra = {f"grad_{name}" for name in weights if name not in data.weights}
+
+        def results() -> dict[str, Tensor]:
+            found = {name: x for name, x in prepared.results().items() if name not in extra}
+            return found | (lacking if mode == "train" else {})
+
+        return replace(prepared, results=results, tolerance=ANYTHING)
 
 
 class TokenColumnsPeer(ModulePeer):

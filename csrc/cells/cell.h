@@ -17,22 +17,23 @@
 //
 // Under zoneout the state that forward made is not the one that was stored, and backward has to know it: a cell may have
 //   V remake(saved, state_prev)                the last of its states, as forward made it
-// and one with two states must. Of a cell without it that state is kept beside the saved values.
+// and one with two states must, unless it has a Row (below), with which there is no zoneout. Of a cell without it that
+// state is kept beside the saved values.
 //
-// A cell whose gates depend on all units of a row together, as layer normalization makes them, has a member type Row
-// too. It says which sums over the row's units a cell needs of the recurrent product (gates_hh, with its bias), and
-// what becomes of their gradient. With n units in a row, and numbers X = float or double:
-//   kSums                                      how many sums there are
-//   Pack<V, kSums> reduce(gates_hh)            one unit's terms of the sums
-//   Pack<X, kSums> combine(sums, X n)          once a row: what the units need to know of the sums
-// forward then finds the combined numbers in ForwardIn::row, and does with them and the product what it will; what
-// backward needs of either it saves. backward treats the combined numbers as constants. The rest of the gradient is
-// made from the grad_gates_hh that it returns:
-//   Pack<V, kSums> reduce_grad(saved, grad_gates_hh)             one unit's terms of the sums
-//   Pack<X, kSums> combine_grad(sums, X n)                       once a row
-//   Pack<V, kGates> project_grad(saved, row, grad_gates_hh)      the gradient of the recurrent product itself; `row` holds
-//                                                                the numbers that combine_grad made
-// The gradients of weight_hh, of bias_hh and of the state before the step are made from the last of these.
+// A cell with two states may have its h projected. The gradient of the projection's weight needs that h, which is
+// o tanh(c), where o is the last of the cell's own saved values; or, in a cell with kSavesHidden, that value itself.
+//
+// A cell whose units depend on all units of their row, as layer normalization makes them, has a member type Row too,
+// with two types in it, Row::Forward and Row::Backward. Before it runs forward (backward) of a row's units, a kernel then
+// goes over them in passes. In pass k every unit gives terms of kSums[k] sums over the row, and what the units need to
+// know of these sums becomes a number of the row, which later passes and the cell find in `row`. A unit may leave values
+// to itself, which they find in `work`. With n units in a row, numbers X = float or double, and In = ForwardIn or
+// BackwardIn:
+//   kSums[]                                                        how many sums each pass has
+//   kNumbers, kWork                                                how many values `row` and `work` hold
+//   Pack<V, kSums[k]> terms<k>(In& in)                             one unit's terms; may set in.work
+//   void numbers<k>(const Pack<X, kSums[k]>& sums, X n, Pack<X, kNumbers>& row)    once a row
+// What a pass has not set, nothing may depend on.
 //
 // A cell may have kLateGates: the recurrent product of so many of its last gates is not with h, but with a vector that
 // the other gates make of it (a GRU whose reset gate comes before the product). No kernel takes more than 0 of them
@@ -53,11 +54,41 @@ struct Pack {
 template <class V>
 struct Pack<V, 0> {};
 
-// The sums over a row that a cell asks for: Cell::Row::kSums, or 0.
+// What stands for the Row of a cell without one.
+struct NoRow {
+  struct Forward {
+    static constexpr int kNumbers = 0, kWork = 0;
+  };
+  using Backward = Forward;
+};
 template <class Cell, class = void>
-inline constexpr int kRowSums = 0;
+struct RowOf {
+  using type = NoRow;
+};
 template <class Cell>
-inline constexpr int kRowSums<Cell, std::void_t<typename Cell::Row>> = Cell::Row::kSums;
+struct RowOf<Cell, std::void_t<typename Cell::Row>> {
+  using type = typename Cell::Row;
+};
+template <class Cell>
+using ForwardPasses = typename RowOf<Cell>::type::Forward;
+template <class Cell>
+using BackwardPasses = typename RowOf<Cell>::type::Backward;
+template <class Cell>
+inline constexpr bool kWholeRows = !std::is_same_v<typename RowOf<Cell>::type, NoRow>;
+
+// body(std::integral_constant<int, k>()) for each pass k.
+template <class Passes, int k = 0, class Body>
+FASTRNN_HD void for_each_pass(Body&& body) {
+  if constexpr (k < int(sizeof(Passes::kSums) / sizeof(int))) {
+    body(std::integral_constant<int, k>());
+    for_each_pass<Passes, k + 1>(body);
+  }
+}
+
+template <class Cell, class = void>
+inline constexpr bool kSavesHidden = false;
+template <class Cell>
+inline constexpr bool kSavesHidden<Cell, std::void_t<decltype(Cell::kSavesHidden)>> = Cell::kSavesHidden;
 
 template <class Cell, class = void>
 inline constexpr int kLateGates = 0;
@@ -80,7 +111,8 @@ struct ForwardIn {
   Pack<V, Cell::kGates> gates_ih, gates_hh;
   Pack<V, Cell::kStates> state;  // before the step
   Pack<V, Cell::kParams> params;
-  Pack<V, kRowSums<Cell>> row;  // what Row::combine made, the same for all units of a row
+  Pack<V, ForwardPasses<Cell>::kNumbers> row;  // the same for all units of a row
+  Pack<V, ForwardPasses<Cell>::kWork> work;
 };
 
 template <class Cell, class V>
@@ -94,6 +126,8 @@ struct BackwardIn {
   Pack<V, Cell::kSaved> saved;
   Pack<V, Cell::kStates> state_prev, state, grad_state;
   Pack<V, Cell::kParams> params;
+  Pack<V, BackwardPasses<Cell>::kNumbers> row;
+  Pack<V, BackwardPasses<Cell>::kWork> work;
 };
 
 template <class Cell, class V>

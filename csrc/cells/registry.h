@@ -4,6 +4,8 @@
 #include "elman.h"
 #include "gru.h"
 #include "lstm.h"
+#include "norm_gru.h"
+#include "norm_lstm.h"
 #include "peephole_lstm.h"
 
 // The tests compile kernels with cells of their own, to see that a cell needs nothing but this: a header that the macro
@@ -20,6 +22,8 @@
   X("rnn_tanh", ::fastrnn::ElmanCell<::fastrnn::Tanh>, false) \
   X("rnn_relu", ::fastrnn::ElmanCell<::fastrnn::Relu>, false) \
   X("lstm_peephole", ::fastrnn::PeepholeLSTMCell, false) \
+  X("lstm_norm", ::fastrnn::NormLSTMCell, true) \
+  X("gru_norm", ::fastrnn::NormGRUCell, true) \
   FASTRNN_FOR_EACH_MORE_CELL(X)
 
 namespace fastrnn {
@@ -31,20 +35,21 @@ struct CellInfo {
   // (h is the output).
   int saved;
   bool separate_gates_hh;  // backward returns grad_gates_hh as a tensor of its own
-  int row_sums;            // numbers that are summed over a row's units, see Row in cell.h
+  bool saves_hidden;       // what a projection multiplies is saved (cell.h)
+  bool whole_rows;         // has a Row (cell.h)
+  int forward_work, backward_work;  // values of a unit that its passes leave to each other
   bool remakes;            // zoneout needs no more saved values, see remake in cell.h
 };
 
 inline constexpr CellInfo kCells[] = {
 #define FASTRNN_CELL_INFO(name, Cell, separate) \
-  {name, Cell::kGates, Cell::kStates, Cell::kParams, Cell::kSaved + Cell::kStates - 1, separate, kRowSums<Cell>, \
-   kRemakes<Cell>},
+  {name, Cell::kGates, Cell::kStates, Cell::kParams, Cell::kSaved + Cell::kStates - 1, separate, \
+   kSavesHidden<Cell>, kWholeRows<Cell>, ForwardPasses<Cell>::kWork, BackwardPasses<Cell>::kWork, kRemakes<Cell>},
     FASTRNN_FOR_EACH_CELL(FASTRNN_CELL_INFO)
 #undef FASTRNN_CELL_INFO
 };
 #define FASTRNN_CHECK_CELL(name, Cell, separate) \
-  static_assert(separate || kRowSums<Cell> == 0, name ": the gradient of the product alone goes through Row"); \
-  static_assert(Cell::kStates == 1 || kRemakes<Cell>, name ": zoneout needs remake");
+  static_assert(Cell::kStates == 1 || kRemakes<Cell> || kWholeRows<Cell>, name ": zoneout needs remake");
 FASTRNN_FOR_EACH_CELL(FASTRNN_CHECK_CELL)
 #undef FASTRNN_CHECK_CELL
 // Values per unit and step in a call's `saved`.

@@ -20,7 +20,7 @@ class BackwardWorker {
   using T = typename Compute<S>::type;
   using V = Vec<T>;
   static constexpr int L = V::kLanes, G = Cell::kGates;
-  static constexpr bool kLayers = std::is_same_v<S, T>, kWholeRows = kRowSums<Cell> > 0;
+  static constexpr bool kLayers = std::is_same_v<S, T>;
 
  public:
   static Paused run(const BackwardParams& p, const LayerBackwardParams* layer, const Plan& plan, char* workspace,
@@ -38,9 +38,9 @@ class BackwardWorker {
           if (units_split) co_yield kMeet;
           w.project_gradients();
         }
-        if constexpr (kWholeRows) {
+        if constexpr (kWholeRows<Cell>) {
           if (units_split) co_yield kMeet;
-          w.finish_gates();
+          w.compute_cells();
         }
         if (units_split) co_yield kMeet;
         if constexpr (kLayers)
@@ -147,13 +147,12 @@ class BackwardWorker {
     });
   }
 
-  // The last part of a step of a cell that needs whole rows: the gradient of the recurrent product. As forward, every
-  // member adds up whole rows.
-  void finish_gates() {
-    for (int64_t i = 0; i < step.running; ++i) {
-      const auto row = step.combine(i);
-      for (int64_t v = units.begin; v < units.end; ++v) step.project(i, v * L, row);
-    }
+  // The cells that wait for whole rows: as forward, the team splits the rows.
+  void compute_cells() {
+    const int64_t count = step.running > step.was_running ? step.running : step.was_running;
+    const Range mine = plan.split_rows ? Range{0, count} : share(count, member, plan.team_size);
+    for (int64_t i = mine.begin; i < mine.end; ++i)
+      step.whole_row(i, b.row_scratch + member * b.row_scratch_size);
   }
 
   const BackwardParams& p;

@@ -18,11 +18,11 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 template <class Cell, class S, class W = S>
 class ForwardWorker {
   static_assert(kLateGates<Cell> == 0, "a second recurrent product inside a step has no kernel yet");
-  static constexpr bool kInt8 = std::is_same_v<W, int8_t>, kWholeRows = kRowSums<Cell> > 0;
+  static constexpr bool kInt8 = std::is_same_v<W, int8_t>;
   using WeightHr = std::conditional_t<kInt8, S, W>;
   using T = typename Compute<S>::type;
   using V = Vec<T>;
-  static constexpr int L = V::kLanes, G = Cell::kGates, kUnits = kMaxVectors / G;
+  static constexpr int L = V::kLanes, G = Cell::kGates, kUnits = kWholeRows<Cell> ? 1 : kMaxVectors / G;
 
  public:
   static Paused run(const ForwardParams& p, const LayerParams* layer, const Plan& plan, char* workspace, int member) {
@@ -38,7 +38,7 @@ class ForwardWorker {
           w.project();
         }
         w.multiply(s);
-        if constexpr (kWholeRows) {
+        if constexpr (kWholeRows<Cell>) {
           if (units_split) co_yield kMeet;
           w.compute_cells();
         }
@@ -204,7 +204,7 @@ class ForwardWorker {
         for (int m = 0; m < rows_in_tile; ++m)
           for (int n = 0; n < vectors; ++n) {
             const T* product = gates_hh + (m * vectors + n) * G * L;
-            if constexpr (kWholeRows)
+            if constexpr (kWholeRows<Cell>)
               for (int k = 0; k < G; ++k) store(product_of(first + m) + ((v + n) * G + k) * L, load(product + k * L));
             else
               step.cell(first + m, (v + n) * L, product,
@@ -223,18 +223,16 @@ class ForwardWorker {
     });
   }
 
-  // The cells that multiply() left, of rows whose product is known of all units. Every member adds up whole rows, in
-  // the same order, though it computes some of their units alone: less work than to wait for another's sums.
+  // The cells that multiply() left, of rows whose product is known of all units. Where the team has split the units, it
+  // splits the rows here. (kUnits is 1 then, so a panel's place does not depend on whose it is.)
   void compute_cells() {
-    for (int64_t i = 0; i < step.rows->active(step.t); ++i) {
-      const auto row = step.combine(product_of(i));
-      for_each_panel(units, kUnits, [&](int64_t v, int vectors) {
-        const int N = vectors * G;
-        const T* gates_ih = layer ? chunk_panel(v, N) + (chunk_at + i) * N * L : nullptr;
-        for (int n = 0; n < vectors; ++n)
-          step.cell(i, (v + n) * L, product_of(i) + (v + n) * G * L, gates_ih ? gates_ih + n * G * L : nullptr, row);
-      });
-    }
+    const int64_t active = step.rows->active(step.t);
+    const Range mine = plan.split_rows ? Range{0, active} : share(active, member, plan.team_size);
+    const auto gates_ih = [&](int64_t i) {
+      return [this, i](int64_t j) { return layer ? chunk_panel(j / L, G) + (chunk_at + i) * G * L : nullptr; };
+    };
+    for (int64_t i = mine.begin; i < mine.end; ++i)
+      step.whole_row(i, product_of(i), gates_ih(i), b.row_scratch + member * b.row_scratch_size);
   }
   T* product_of(int64_t i) { return b.gates_hh + (step.rows->first + i) * b.unit_vectors * G * L; }
 

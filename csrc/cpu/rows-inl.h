@@ -5,6 +5,9 @@
 #include "../cells/cell.h"
 #include "simd-inl.h"
 
+// Of a lambda that several loops call: they take it in, and leave out what they do not read.
+#define FASTRNN_INLINE_BODY __attribute__((always_inline))
+
 namespace fastrnn::cpu::FASTRNN_ISA {
 
 // The rows of one group that a member computes, longest first, and how they meet time: i counts them, t is a time of
@@ -48,23 +51,28 @@ FASTRNN_HD int valid_lanes(int64_t size, int64_t j) {
 }
 
 // terms(j) gives N terms for each of units j .. j + L - 1; returns their N sums over all units, which depend on nothing
-// but the terms: the same member adds up all of a row, in the same order.
+// but the terms: one member adds up all of a row, in the order of its units.
 template <class T, int N, class Terms>
-Pack<T, N> sum_over_units(int64_t units, Terms terms) {
+FASTRNN_HD Pack<T, N> sum_over_units(int64_t units, Terms terms) {
   constexpr int L = Vec<T>::kLanes;
-  alignas(64) T sums[N][L] = {};
+  Pack<Vec<T>, N> sums;
+  for (int k = 0; k < N; ++k) sums[k] = Vec<T>(0);
   for (int64_t j = 0; j < units; j += L) {
-    const Pack<Vec<T>, N> some = terms(j);
-    for (int k = 0; k < N; ++k) {
-      alignas(64) T lanes[L];
-      store(lanes, some[k]);  // what the lanes beyond the last unit hold is no term
-      store(sums[k], load(sums[k]) + load(lanes, valid_lanes<T>(units, j)));
-    }
+    Pack<Vec<T>, N> some = terms(j);
+    if (units - j < L)
+      for (int k = 0; k < N; ++k) {
+        alignas(64) T lanes[L];
+        store(lanes, some[k]);  // what the lanes beyond the last unit hold is no term
+        some[k] = load(lanes, valid_lanes<T>(units, j));
+      }
+    for (int k = 0; k < N; ++k) sums[k] = sums[k] + some[k];
   }
   Pack<T, N> total;
   for (int k = 0; k < N; ++k) {
+    alignas(64) T lanes[L];
+    store(lanes, sums[k]);
     total[k] = 0;
-    for (int lane = 0; lane < L; ++lane) total[k] = total[k] + sums[k][lane];
+    for (int lane = 0; lane < L; ++lane) total[k] = total[k] + lanes[lane];
   }
   return total;
 }
@@ -73,6 +81,25 @@ FASTRNN_HD Pack<Vec<T>, N> in_every_lane(const Pack<T, N>& x) {
   Pack<Vec<T>, N> all;
   for (int k = 0; k < N; ++k) all[k] = Vec<T>(x[k]);
   return all;
+}
+
+// The passes of a cell's Row over the units of one row. load(j, row) gives what units j .. know (ForwardIn, BackwardIn)
+// where the row's numbers are `row`; keep(j, in) keeps what they leave in in.work. Returns the row's numbers.
+template <class T, class Passes, class Load, class Keep>
+FASTRNN_HD Pack<Vec<T>, Passes::kNumbers> run_passes(int64_t units, Load load, Keep keep) {
+  Pack<T, Passes::kNumbers> numbers{};
+  for_each_pass<Passes>([&](auto pass) FASTRNN_INLINE_BODY {
+    constexpr int k = decltype(pass)::value;
+    const auto row = in_every_lane(numbers);
+    const auto sums = sum_over_units<T, Passes::kSums[k]>(units, [&](int64_t j) FASTRNN_INLINE_BODY {
+      auto in = load(j, row);
+      const auto terms = Passes::template terms<k>(in);
+      keep(j, in);
+      return terms;
+    });
+    Passes::template numbers<k>(sums, T(units), numbers);
+  });
+  return in_every_lane(numbers);
 }
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

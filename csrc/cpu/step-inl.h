@@ -3,8 +3,8 @@
 // csrc/cuda/unit_{forward,backward}.cuh are the twin.
 //
 // All of it is for one row i of a member's, and for a vector of units: units j .. j + L - 1, of which those beyond the
-// last are computed too, but never stored. Nothing here crosses from one vector of units to another, but for the sums
-// over a row that a cell may ask for (Cell::Row, cells/cell.h).
+// last are computed too, but never stored. Nothing here crosses from one vector of units to another, but for the passes
+// over a whole row that a cell may ask for (Cell::Row, cells/cell.h).
 #pragma once
 #include "isa-inl.h"
 
@@ -81,44 +81,47 @@ struct ForwardStep : Walk<ForwardParams> {
   }
 
   // The cell of units j .., given their recurrent product with its bias, [G][L]. gates_ih: likewise, or null where the
-  // call's are read. row: what Row::combine made.
-  void cell(int64_t i, int64_t j, const T* gates_hh, const T* gates_ih, Pack<V, kRowSums<Cell>> row = {}) {
-    const int64_t h = p.hidden;
-    const int n = valid_lanes<T>(h, j);
+  // call's are read.
+  void cell(int64_t i, int64_t j, const T* gates_hh, const T* gates_ih) {
     ForwardIn<Cell, V> in;
     ForwardOut<Cell, V> out;
-    if (gates_ih)
-      for (int k = 0; k < G; ++k) in.gates_ih[k] = load(gates_ih + k * L);
-    else {
-      const S* given = static_cast<const S*>(p.gates_ih) + offset(i, t, p.gates_ih_stride_t, p.gates_ih_stride_b) +
-                       group * G * h + j;
-      for (int k = 0; k < G; ++k) in.gates_ih[k] = load(given + k * h, n);
-    }
-    for (int k = 0; k < G; ++k) in.gates_hh[k] = load(gates_hh + k * L);
-    in.state[0] = load(h_prev + i * stride + j);
-    if constexpr (kHasC) in.state[1] = load(c + i * stride + j);
-    in.params = load_params<Cell, S>(p, group, j, n);
-    in.row = row;
+    in.gates_ih = gates_ih_of(i, j, gates_ih);
+    load_unit(i, j, gates_hh, in);
     Cell::forward(in, out);
+    finish(i, j, out);
+  }
 
-    if constexpr (kHasC)
-      if (p.keep_c)
-        out.state[1] = zoned_out(load_step(p.keep_c, i, t, p.keep_c_stride_t, p.keep_c_stride_b, h, j, n), in.state[1],
-                                 out.state[1]);
-    if (p.saved) {
-      S* saved = static_cast<S*>(p.saved) + place(i, t) * saved_values<Cell>(p) * h + j;
-      if constexpr (Cell::kSaved > 0)
-        for (int k = 0; k < Cell::kSaved; ++k) store(saved + k * h, out.saved[k], n);
-      if constexpr (kHasC) store(saved + Cell::kSaved * h, out.state[1], n);
-      if constexpr (!kRemakes<Cell>)
-        if (p.keep_h) store(saved + Cell::kSaved * h, out.state[0], n);
+  // The same for all units of row i, of a cell with a Row. gates_hh: [unit_vectors][G][L]; gates_ih(j): as of cell(), of
+  // units j ..; scratch: [unit_vectors][G + kWork][L]. gates_ih are copied there, since in a chunk of steps a row's are
+  // far apart, and every pass reads them.
+  template <class GatesIh>
+  void whole_row(int64_t i, const T* gates_hh, GatesIh gates_ih, T* scratch) {
+    constexpr int W = ForwardPasses<Cell>::kWork;
+    const int64_t h = p.hidden;
+    const auto load_in = [&](int64_t j, const auto& row) FASTRNN_INLINE_BODY {
+      ForwardIn<Cell, V> in;
+      const T* own = scratch + j * (G + W);
+      for (int k = 0; k < G; ++k) in.gates_ih[k] = load(own + k * L);
+      load_unit(i, j, gates_hh + j * G, in);
+      in.row = row;
+      if constexpr (W > 0)
+        for (int k = 0; k < W; ++k) in.work[k] = load(own + (G + k) * L);
+      return in;
+    };
+    const auto keep = [&](int64_t j, const ForwardIn<Cell, V>& in) FASTRNN_INLINE_BODY {
+      if constexpr (W > 0)
+        for (int k = 0; k < W; ++k) store(scratch + (j * (G + W)) + (G + k) * L, in.work[k]);
+    };
+    for (int64_t j = 0; j < h; j += L) {
+      const Pack<V, G> gates = gates_ih_of(i, j, gates_ih(j));
+      for (int k = 0; k < G; ++k) store(scratch + j * (G + W) + k * L, gates[k]);
     }
-    if constexpr (kHasC)
-      store(c + i * stride + j, carry(i, place(i) * h + j, out.state[1], p.c_n, p.reset_c, n));
-    if (p.weight_hr)
-      store(hidden + i * stride + j, out.state[0]);
-    else
-      store_h(i, j, out.state[0]);
+    const auto row = run_passes<T, ForwardPasses<Cell>>(h, load_in, keep);
+    for (int64_t j = 0; j < h; j += L) {
+      ForwardOut<Cell, V> out;
+      Cell::forward(load_in(j, row), out);
+      finish(i, j, out);
+    }
   }
 
   // State 0 after the step, columns j .., as the cell or the projection made it.
@@ -133,20 +136,54 @@ struct ForwardStep : Walk<ForwardParams> {
     if (p.mask_h) store(masked_next + i * stride + j, masked(i, j, next));
   }
 
-  // What Row::combine makes of all the row's units. gates_hh: the row's recurrent product, [unit_vectors][G][L].
-  Pack<V, kRowSums<Cell>> combine(const T* gates_hh) const {
-    if constexpr (kRowSums<Cell> > 0) {
-      const auto sums = sum_over_units<T, kRowSums<Cell>>(p.hidden, [&](int64_t j) {
-        Pack<V, G> gates;
-        for (int k = 0; k < G; ++k) gates[k] = load(gates_hh + j * G + k * L);
-        return Cell::Row::reduce(gates);
-      });
-      return in_every_lane(Cell::Row::combine(sums, T(p.hidden)));
-    } else
-      return {};
+ private:
+  FASTRNN_HD Pack<V, G> gates_ih_of(int64_t i, int64_t j, const T* made) const {
+    Pack<V, G> gates;
+    if (made) {
+      for (int k = 0; k < G; ++k) gates[k] = load(made + k * L);
+      return gates;
+    }
+    const int n = valid_lanes<T>(p.hidden, j);
+    const S* given = static_cast<const S*>(p.gates_ih) + offset(i, t, p.gates_ih_stride_t, p.gates_ih_stride_b) +
+                     group * G * p.hidden + j;
+    for (int k = 0; k < G; ++k) gates[k] = load(given + k * p.hidden, n);
+    return gates;
   }
 
- private:
+  FASTRNN_HD void load_unit(int64_t i, int64_t j, const T* gates_hh, ForwardIn<Cell, V>& in) const {
+    for (int k = 0; k < G; ++k) in.gates_hh[k] = load(gates_hh + k * L);
+    in.state[0] = load(h_prev + i * stride + j);
+    if constexpr (kHasC) in.state[1] = load(c + i * stride + j);
+    in.params = load_params<Cell, S>(p, group, j, valid_lanes<T>(p.hidden, j));
+  }
+
+  // Stores what a step gave units j ..
+  FASTRNN_HD void finish(int64_t i, int64_t j, const ForwardOut<Cell, V>& out) {
+    const int64_t h = p.hidden;
+    const int n = valid_lanes<T>(h, j);
+    V c_after(0);
+    if constexpr (kHasC) {
+      c_after = out.state[1];
+      if (p.keep_c)
+        c_after = zoned_out(load_step(p.keep_c, i, t, p.keep_c_stride_t, p.keep_c_stride_b, h, j, n),
+                            V(load(c + i * stride + j)), c_after);
+    }
+    if (p.saved) {
+      S* saved = static_cast<S*>(p.saved) + place(i, t) * saved_values<Cell>(p) * h + j;
+      if constexpr (Cell::kSaved > 0)
+        for (int k = 0; k < Cell::kSaved; ++k) store(saved + k * h, out.saved[k], n);
+      if constexpr (kHasC) store(saved + Cell::kSaved * h, c_after, n);
+      if constexpr (!kHasC && !kRemakes<Cell>)
+        if (p.keep_h) store(saved + Cell::kSaved * h, out.state[0], n);
+    }
+    if constexpr (kHasC)
+      store(c + i * stride + j, carry(i, place(i) * h + j, c_after, p.c_n, p.reset_c, n));
+    if (p.weight_hr)
+      store(hidden + i * stride + j, out.state[0]);
+    else
+      store_h(i, j, out.state[0]);
+  }
+
   // State 0, columns j .., as the product reads it.
   FASTRNN_HD V masked(int64_t i, int64_t j, V h) const {
     return h * V(load(static_cast<const S*>(p.mask_h) + place(i) * p.width + j, valid_lanes<T>(p.width, j)));
@@ -253,93 +290,62 @@ struct BackwardStep : Walk<BackwardParams> {
   }
 
   // The cell of units j .. grad_hidden: the gradient of o tanh(c), or of state 0 where nothing is projected; `kept` goes
-  // past the cell then.
+  // past the cell then. That of a cell with a Row waits for whole_row().
   FASTRNN_HD void cell(int64_t i, int64_t j, V grad_hidden, V kept = V(0)) {
-    const int64_t h = p.hidden, at = place(i) * h + j;
-    const int n = valid_lanes<T>(h, j);
-    BackwardIn<Cell, V> in;
-    BackwardOut<Cell, V> out;
-    in.grad_state[0] = grad_hidden;
-    if constexpr (kHasC) {
-      in.grad_state[1] = arriving(i, at, load(carry_c + i * stride + j), p.grad_c_n, p.grad_reset_c, n);
-      if (i >= running && p.grad_c_0) store(static_cast<S*>(p.grad_c_0) + at, in.grad_state[1], n);
+    if constexpr (kWholeRows<Cell>) {
+      store(b.grad_hidden + (rows->first + i) * stride + j, grad_hidden);
+    } else {
+      BackwardIn<Cell, V> in;
+      BackwardOut<Cell, V> out;
+      in.grad_state[0] = grad_hidden;
+      if constexpr (kHasC) in.grad_state[1] = grad_c(i, j);
+      if (i >= running) return;
+      load_unit(i, j, in);
+      [[maybe_unused]] V kept_c(0);
+      if constexpr (kHasC)
+        if (p.keep_c) {
+          const int n = valid_lanes<T>(p.hidden, j);
+          const int64_t from = offset(i, t, p.keep_c_stride_t, p.keep_c_stride_b) + group * p.hidden + j;
+          const V keep = load(static_cast<const S*>(p.keep_c) + from, n);
+          kept_c = keep * in.grad_state[1];
+          in.grad_state[1] = (V(1) - keep) * in.grad_state[1];
+        }
+      Cell::backward(in, out);
+      if (p.keep_h) out.grad_state_prev[0] = out.grad_state_prev[0] + kept;
+      if constexpr (kHasC)
+        if (p.keep_c) out.grad_state_prev[1] = out.grad_state_prev[1] + kept_c;
+      finish(i, j, out);
     }
+  }
+
+  // All units of row i, of a cell with a Row, once cell() has been called for each. scratch: [unit_vectors][kWork][L].
+  void whole_row(int64_t i, T* scratch) {
+    constexpr int W = BackwardPasses<Cell>::kWork;
+    const int64_t h = p.hidden;
+    if constexpr (kHasC)
+      for (int64_t j = 0; j < h; j += L) store(carry_c + i * stride + j, grad_c(i, j));
     if (i >= running) return;
-    const int64_t here = place(i, t);
-    if constexpr (kHasC)
-      if (p.grad_cells)
-        in.grad_state[1] = in.grad_state[1] +
-                           load(static_cast<const S*>(p.grad_cells) +
-                                    offset(i, t, p.grad_cells_stride_t, p.grad_cells_stride_b) + group * h + j,
-                                n);
-
-    const int64_t values = saved_values<Cell>(p);
-    const auto last_saved = [&] {
-      return V(load(static_cast<const S*>(p.saved) + (here * values + Cell::kSaved) * h + j, n));
+    const T* grad_hidden = b.grad_hidden + (rows->first + i) * stride;
+    const auto load_in = [&](int64_t j, const auto& row) FASTRNN_INLINE_BODY {
+      BackwardIn<Cell, V> in;
+      in.grad_state[0] = load(grad_hidden + j);
+      if constexpr (kHasC) in.grad_state[1] = load(carry_c + i * stride + j);
+      load_unit(i, j, in);
+      in.row = row;
+      if constexpr (W > 0)
+        for (int k = 0; k < W; ++k) in.work[k] = load(scratch + j * W + k * L);
+      return in;
     };
-    in.saved = load_saved(here, j, n);
-    V kept_c(0);
-    if constexpr (Cell::kStates == 1) {  // width == hidden
-      in.state_prev[0] = load_or_zero<T>(h_before(i, t), j, n);
-      if (!p.keep_h) in.state[0] = load(static_cast<const S*>(p.output) + here * h + j, n);
-      else if constexpr (kRemakes<Cell>) in.state[0] = Cell::remake(in.saved, in.state_prev);
-      else in.state[0] = last_saved();
-    } else {  // no cell with a second state reads h
-      in.state[0] = in.state_prev[0] = V(0);
-      const S* c_before = before(i, t, h, p.saved, values * h, Cell::kSaved * h, p.c_0, p.reset_c);
-      in.state_prev[1] = load_or_zero<T>(c_before, j, n);
-      if (!p.keep_c) {
-        in.state[1] = last_saved();
-      } else {
-        in.state[1] = Cell::remake(in.saved, in.state_prev);
-        const V keep = load(static_cast<const S*>(p.keep_c) + offset(i, t, p.keep_c_stride_t, p.keep_c_stride_b) +
-                                group * h + j,
-                            n);
-        kept_c = keep * in.grad_state[1];
-        in.grad_state[1] = (V(1) - keep) * in.grad_state[1];
-      }
+    const auto keep = [&](int64_t j, const BackwardIn<Cell, V>& in) FASTRNN_INLINE_BODY {
+      if constexpr (W > 0)
+        for (int k = 0; k < W; ++k) store(scratch + j * W + k * L, in.work[k]);
+    };
+    const auto row = run_passes<T, BackwardPasses<Cell>>(h, load_in, keep);
+    for (int64_t j = 0; j < h; j += L) {
+      BackwardOut<Cell, V> out;
+      Cell::backward(load_in(j, row), out);
+      finish(i, j, out);
     }
-    in.params = load_params<Cell, S>(p, group, j, n);
-    Cell::backward(in, out);
-
-    if (!p.weight_hr) store(carry_h + i * stride + j, p.keep_h ? out.grad_state_prev[0] + kept : out.grad_state_prev[0]);
-    if constexpr (kHasC)
-      store(carry_c + i * stride + j, p.keep_c ? out.grad_state_prev[1] + kept_c : out.grad_state_prev[1]);
-    if constexpr (Cell::kParams > 0)
-      if (p.grad_params) {
-        T* grad_params = static_cast<T*>(p.grad_params) + place(i) * Cell::kParams * h + j;
-        for (int k = 0; k < Cell::kParams; ++k) add(grad_params + k * h, out.grad_params[k], n);
-      }
-    if (to_ih)
-      for (int k = 0; k < G; ++k) store(to_ih + gate(i, k, j), out.grad_gates_ih[k]);
-    if (!layer) {
-      S* grad_ih = static_cast<S*>(p.grad_gates_ih) + here * p.grad_gates_stride + j;
-      for (int k = 0; k < G; ++k) store(grad_ih + k * h, out.grad_gates_ih[k], n);
-    }
-    if constexpr (kRowSums<Cell> > 0)
-      for (int k = 0; k < G; ++k) store(pointwise(i) + gate(0, k, j), out.grad_gates_hh[k]);
-    else
-      store_product_gradient(i, here, j, out.grad_gates_hh);
-  }
-
-  // The gradient of a row's recurrent product, units j .., once cell() has been called for all units of the row. row:
-  // what combine() returned for it.
-  void project(int64_t i, int64_t j, const Pack<V, kRowSums<Cell>>& row) {
-    if constexpr (kRowSums<Cell> > 0) {
-      const int64_t here = place(i, t);
-      const auto saved = load_saved(here, j, valid_lanes<T>(p.hidden, j));
-      store_product_gradient(i, here, j, Cell::Row::project_grad(saved, row, load_pointwise(i, j)));
-    }
-  }
-  Pack<V, kRowSums<Cell>> combine(int64_t i) const {
-    if constexpr (kRowSums<Cell> > 0) {
-      const auto sums = sum_over_units<T, kRowSums<Cell>>(p.hidden, [&](int64_t j) {
-        const auto saved = load_saved(place(i, t), j, valid_lanes<T>(p.hidden, j));
-        return Cell::Row::reduce_grad(saved, load_pointwise(i, j));
-      });
-      return in_every_lane(Cell::Row::combine_grad(sums, T(p.hidden)));
-    } else
-      return {};
   }
 
   // State 0 before row i's step at `time`, [R]; null for zeros.
@@ -348,6 +354,65 @@ struct BackwardStep : Walk<BackwardParams> {
   }
 
  private:
+  // The gradient of state 1 after the step. A row that has no step more ends here.
+  FASTRNN_HD V grad_c(int64_t i, int64_t j) const {
+    const int64_t h = p.hidden, at = place(i) * h + j;
+    const int n = valid_lanes<T>(h, j);
+    V grad = arriving(i, at, load(carry_c + i * stride + j), p.grad_c_n, p.grad_reset_c, n);
+    if (i >= running) {
+      if (p.grad_c_0) store(static_cast<S*>(p.grad_c_0) + at, grad, n);
+    } else if (p.grad_cells) {
+      const int64_t from = offset(i, t, p.grad_cells_stride_t, p.grad_cells_stride_b) + group * h + j;
+      grad = grad + load(static_cast<const S*>(p.grad_cells) + from, n);
+    }
+    return grad;
+  }
+
+  // What backward of units j .. reads, but for the gradients that arrive.
+  FASTRNN_HD void load_unit(int64_t i, int64_t j, BackwardIn<Cell, V>& in) const {
+    const int64_t h = p.hidden, here = place(i, t), values = saved_values<Cell>(p);
+    const int n = valid_lanes<T>(h, j);
+    const S* saved = static_cast<const S*>(p.saved) + here * values * h + j;
+    if constexpr (Cell::kSaved > 0)
+      for (int k = 0; k < Cell::kSaved; ++k) in.saved[k] = load(saved + k * h, n);
+    if constexpr (Cell::kStates == 1) {  // width == hidden
+      in.state_prev[0] = load_or_zero<T>(h_before(i, t), j, n);
+      if (!p.keep_h) in.state[0] = load(static_cast<const S*>(p.output) + here * h + j, n);
+      else if constexpr (kRemakes<Cell>) in.state[0] = Cell::remake(in.saved, in.state_prev);
+      else in.state[0] = load(saved + Cell::kSaved * h, n);
+    } else {  // no cell with a second state reads h
+      in.state[0] = in.state_prev[0] = V(0);
+      const S* c_before = before(i, t, h, p.saved, values * h, Cell::kSaved * h, p.c_0, p.reset_c);
+      in.state_prev[1] = load_or_zero<T>(c_before, j, n);
+      in.state[1] = load(saved + Cell::kSaved * h, n);
+      if constexpr (kRemakes<Cell>)
+        if (p.keep_c) in.state[1] = Cell::remake(in.saved, in.state_prev);
+    }
+    in.params = load_params<Cell, S>(p, group, j, n);
+  }
+
+  // Stores what a step's backward gave units j ..
+  FASTRNN_HD void finish(int64_t i, int64_t j, const BackwardOut<Cell, V>& out) const {
+    const int64_t h = p.hidden, here = place(i, t);
+    const int n = valid_lanes<T>(h, j);
+    if (!p.weight_hr) store(carry_h + i * stride + j, out.grad_state_prev[0]);
+    if constexpr (kHasC) store(carry_c + i * stride + j, out.grad_state_prev[1]);
+    if constexpr (Cell::kParams > 0)
+      if (p.grad_params) {
+        T* grad_params = static_cast<T*>(p.grad_params) + place(i) * Cell::kParams * h + j;
+        for (int k = 0; k < Cell::kParams; ++k) add(grad_params + k * h, out.grad_params[k], n);
+      }
+    for (int k = 0; k < G; ++k) store(to + gate(i, k, j), out.grad_gates_hh[k]);
+    if (to_ih)
+      for (int k = 0; k < G; ++k) store(to_ih + gate(i, k, j), out.grad_gates_ih[k]);
+    if (layer) return;
+    S* grad_ih = static_cast<S*>(p.grad_gates_ih) + here * p.grad_gates_stride + j;
+    for (int k = 0; k < G; ++k) store(grad_ih + k * h, out.grad_gates_ih[k], n);
+    if (!p.grad_gates_hh) return;
+    S* grad_hh = static_cast<S*>(p.grad_gates_hh) + here * G * h + j;
+    for (int k = 0; k < G; ++k) store(grad_hh + k * h, out.grad_gates_hh[k], n);
+  }
+
   void pass(int64_t i, int64_t size, int64_t j, const void* grad_last, void* grad_initial) const {
     const int64_t at = place(i) * size + j;
     const int n = valid_lanes<T>(size, j);
@@ -377,31 +442,7 @@ struct BackwardStep : Walk<BackwardParams> {
     return static_cast<const S*>(sequence) + place(i, previous_time(time)) * stride + offset;
   }
 
-  // What the cell saved, where place(i, t) is `here`.
-  FASTRNN_HD Pack<V, Cell::kSaved> load_saved(int64_t here, int64_t j, int n) const {
-    Pack<V, Cell::kSaved> saved;
-    if constexpr (Cell::kSaved > 0) {
-      const S* from = static_cast<const S*>(p.saved) + here * saved_values<Cell>(p) * p.hidden + j;
-      for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load(from + k * p.hidden, n);
-    }
-    return saved;
-  }
-
-  FASTRNN_HD void store_product_gradient(int64_t i, int64_t here, int64_t j, const Pack<V, G>& grad) const {
-    for (int k = 0; k < G; ++k) store(to + gate(i, k, j), grad[k]);
-    if (layer || !p.grad_gates_hh) return;
-    S* result = static_cast<S*>(p.grad_gates_hh) + here * G * p.hidden + j;
-    const int n = valid_lanes<T>(p.hidden, j);
-    for (int k = 0; k < G; ++k) store(result + k * p.hidden, grad[k], n);
-  }
-
   FASTRNN_HD int64_t gate(int64_t i, int k, int64_t j) const { return i * gates_stride + k * gates_padded + j; }
-  FASTRNN_HD T* pointwise(int64_t i) const { return b.grad_pointwise + (rows->first + i) * gates_stride; }
-  FASTRNN_HD Pack<V, G> load_pointwise(int64_t i, int64_t j) const {
-    Pack<V, G> grad;
-    for (int k = 0; k < G; ++k) grad[k] = load(pointwise(i) + gate(0, k, j));
-    return grad;
-  }
 };
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

@@ -27,8 +27,10 @@ struct ForwardBuffers {
   T* masked[2];  // [B, stride]: the same times mask_h, for the product; null without one
   T* c;       // [B, stride]: state 1
   T* hidden;  // [B, stride]: o tanh(c), before it is projected
-  // Of a cell whose gates depend on whole rows: a step's recurrent product, [B][unit_vectors][G][L].
-  T* gates_hh;
+  // Of a cell that looks at whole rows: a step's recurrent product, [B][unit_vectors][G][L], and each member's room for
+  // one row.
+  T *gates_hh, *row_scratch;
+  int64_t row_scratch_size;
 
   // The rest is of a layer's call, whose gates_ih are made here, for a chunk of steps at a time. In arrays of
   // chunk_rows a member's part starts at chunk * Rows::first, and a step's rows follow those of the step before.
@@ -52,7 +54,11 @@ struct ForwardBuffers {
     for (T*& x : masked) x = p.mask_h ? arena.take<T>(p.batch * stride) : nullptr;
     c = arena.take<T>(p.batch * stride);
     hidden = p.weight_hr ? arena.take<T>(p.batch * stride) : nullptr;
-    gates_hh = kRowSums<Cell> > 0 ? arena.take<T>(p.batch * unit_vectors * Cell::kGates * L) : nullptr;
+    if constexpr (kWholeRows<Cell>) {
+      gates_hh = arena.take<T>(p.batch * unit_vectors * Cell::kGates * L);
+      row_scratch_size = unit_vectors * (Cell::kGates + ForwardPasses<Cell>::kWork) * L;
+      row_scratch = arena.take<T>(plan.team_size * row_scratch_size);
+    }
     if (!layer) return;
     chunk_rows = plan.chunk * p.batch;
     input_stride = round_up(layer->size, L) + L;
@@ -86,9 +92,10 @@ struct BackwardBuffers {
   T* grad_gates;
   T *carry_h, *carry_c;  // [B, stride]: the part of grad_state_prev that does not come through weight_hh
   T* grad_h;             // [B, stride]: the gradient of the projection's output
-  // Of a cell whose gates depend on whole rows: [B, gates_stride], what its backward returned for a step's
-  // grad_gates_hh, before the rows' sums have their part of it.
-  T* grad_pointwise;
+  // Of a cell that looks at whole rows: [B, stride], the gradient of o tanh(c), or of state 0 where nothing is projected,
+  // and each member's room for one row.
+  T *grad_hidden, *row_scratch;
+  int64_t row_scratch_size;
   T* sums;  // [team_size][max(B, kBlockM)][kMaxVectors * L]: where deep products add up
   int64_t sums_size;
 
@@ -114,7 +121,11 @@ struct BackwardBuffers {
     carry_h = arena.take<T>(p.batch * stride);
     carry_c = arena.take<T>(p.batch * stride);
     grad_h = p.weight_hr ? arena.take<T>(p.batch * stride) : nullptr;
-    grad_pointwise = kRowSums<Cell> > 0 ? arena.take<T>(p.batch * gates_stride) : nullptr;
+    if constexpr (kWholeRows<Cell>) {
+      grad_hidden = arena.take<T>(p.batch * stride);
+      row_scratch_size = unit_vectors * BackwardPasses<Cell>::kWork * L;
+      row_scratch = arena.take<T>(plan.team_size * row_scratch_size);
+    }
     sums_size = (p.batch > kBlockM ? p.batch : kBlockM) * kMaxVectors * L;
     sums = arena.take<T>(plan.team_size * sums_size);
     if (!layer) return;

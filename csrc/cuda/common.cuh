@@ -131,11 +131,11 @@ int with_cell(int32_t cell, F f) {
 template <class F>
 int with_pointwise_cell(int32_t cell, F f) {
   return with_cell(cell, [&](auto type) {
-    if constexpr (kRowSums<typename decltype(type)::type> > 0) return int(dev::kInvalidValue);
+    if constexpr (kWholeRows<typename decltype(type)::type>) return int(dev::kInvalidValue);
     else return f(type);
   });
 }
-inline bool is_pointwise(int32_t cell) { return kCells[cell].row_sums == 0; }
+inline bool is_pointwise(int32_t cell) { return !kCells[cell].whole_rows; }
 template <class F>
 int with_half(DType dtype, F f) {
   switch (dtype) {
@@ -253,10 +253,6 @@ constexpr bool kSeparateGates = false
     FASTRNN_FOR_EACH_CELL(FASTRNN_SEPARATE)
 #undef FASTRNN_SEPARATE
     ;
-
-// The numbers that a cell with a Row knows of all units of a row; nothing for other cells.
-template <class Cell, class S>
-using RowSums = Pack<Wide<S>, kRowSums<Cell>>;
 
 // The parameters of unit j < h. They are read anew in every step: that is a hit in the first cache, and costs no
 // register between steps.

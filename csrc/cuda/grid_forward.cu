@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(tiles::kGridThreads, 1)
         Pack<float, G> gates_hh;
 #pragma unroll
         for (int g = 0; g < G; ++g) gates_hh[g] = z[g][n] + held<S, N>(bias[g], n);
-        run_cell<Cell, S>(p, o.row, k, o.unit + n, gates[n], gates_hh, carried[n], {}, out[n]);
+        run_cell<Cell, S>(p, o.row, o.unit + n, gates[n], gates_hh, carried[n], out[n]);
         next[n] = next_h<S>(p, o.row, o.unit + n, out[n].state[0], reset_next);
         if constexpr (Cell::kStates == 1) carried[n] = next[n];
       }

@@ -75,7 +75,9 @@ struct StepBuffers {
   const void* recurrent;    // [P, B, R] wide
   void* grad_h;             // [P, B, R] dtype; null without weight_hr
   const void* grad_hidden;  // [P, B, h] wide; null without weight_hr
-  void* grad_pointwise;     // [P, B, G*h] wide: grad_gates_hh before it goes through the cell's Row; null without one
+  // of a cell with a Row: [P, B, W*h] wide, what its passes leave to each other; W = CellInfo::forward_work, or states and
+  // backward_work
+  void* work;
 };
 int start_forward(const ForwardParams& params, const StepBuffers& buffers, void* stream);
 int step_forward(const ForwardParams& params, int64_t k, const StepBuffers& buffers, void* stream);

@@ -40,26 +40,32 @@ FASTRNN_INLINE int64_t in_buffer(const ForwardParams& p, const RowWalk& r, int64
 
 // ---- cells with a Row: a block takes whole rows, one after the other ----
 
-// Room for block_sum.
-template <class Cell, class S>
+template <class Passes>
+constexpr int most_sums() {
+  int most = 0;
+  for (int sums : Passes::kSums) most = sums > most ? sums : most;
+  return most;
+}
+// Room for block_sum in any of the passes.
+template <class Passes, class S>
 struct RowShared {
-  Wide<S>* parts;  // [kRowSums, threads]
+  Wide<S>* parts;  // [sums, threads]
   size_t bytes;
   __host__ __device__ RowShared(char* base, int threads) {
     dev::Carver carver(base);
-    parts = carver.take<Wide<S>>(size_t(kRowSums<Cell>) * threads);
+    parts = carver.take<Wide<S>>(size_t(most_sums<Passes>()) * threads);
     bytes = carver.used;
   }
 };
 
 // kernel<<<..>>>(params, args...) for every (group, row): the kernel says for_each_whole_row
-template <class Cell, class S, class Params, class... KernelArgs, class... Args>
+template <class Passes, class S, class Params, class... KernelArgs, class... Args>
 int launch_whole_rows(void (*kernel)(KernelArgs...), const Params& p, void* stream, const Args&... args) {
   return for_each_launch(p, [&](const LaunchParams<Params>& part) {
     dev::Launch launch{};
     launch.block = step_threads(p.hidden);
     launch.grid = dim3(1, step_row_blocks(p), unsigned(part.groups_here));
-    launch.shared = RowShared<Cell, S>(nullptr, int(launch.block)).bytes;
+    launch.shared = RowShared<Passes, S>(nullptr, int(launch.block)).bytes;
     launch.stream = static_cast<dev::Stream>(stream);
     return int(dev::launch(kernel, launch, part, args...));
   });
@@ -71,16 +77,10 @@ FASTRNN_INLINE void for_each_whole_row(const LaunchParams<Params>& p, Body body)
   for (int row = int(blockIdx.y); row < p.batch; row += int(gridDim.y)) body(row_of(p, int(blockIdx.z), row));
 }
 
-// The sums over this thread's units j of a row, of what terms(j) gives.
-template <class V, int N, class Terms>
-FASTRNN_INLINE Pack<V, N> thread_sum(int64_t hidden, Terms terms) {
-  Pack<V, N> sums{};
-  for (int j = int(threadIdx.x); j < hidden; j += int(blockDim.x)) {
-    const Pack<V, N> of_unit = terms(j);
-#pragma unroll
-    for (int i = 0; i < N; ++i) sums[i] += of_unit[i];
-  }
-  return sums;
+// body(j) for this thread's units of a row: the same ones whenever it is called.
+template <class Body>
+FASTRNN_INLINE void for_each_unit(const ForwardParams& p, Body body) {
+  for (int j = int(threadIdx.x); j < p.hidden; j += int(blockDim.x)) body(j);
 }
 
 // The sums over the threads of the block, in every thread. All threads call it. The order of additions is fixed: the
@@ -102,6 +102,46 @@ FASTRNN_INLINE Pack<V, N> block_sum(Pack<V, N> sums, V* parts) {
 #pragma unroll
   for (int i = 0; i < N; ++i) sums[i] = parts[i * threads];
   return sums;
+}
+
+// `work` [P, B, N*h] of unit j, from the value number `first` on.
+template <class V, int N>
+FASTRNN_INLINE void load_work(const ForwardParams& p, const RowWalk& r, const void* work, int values, int first, int j,
+                              Pack<V, N>& out) {
+  if constexpr (N > 0) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      out[i] = static_cast<const V*>(work)[in_buffer(p, r, values * p.hidden, (first + i) * p.hidden + j)];
+  }
+}
+template <class V, int N>
+FASTRNN_INLINE void store_work(const ForwardParams& p, const RowWalk& r, void* work, int values, int first, int j,
+                               const Pack<V, N>& in) {
+  if constexpr (N > 0) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      static_cast<V*>(work)[in_buffer(p, r, values * p.hidden, (first + i) * p.hidden + j)] = in[i];
+  }
+}
+
+// The passes of a cell's Row over a row's units; all threads call it. load(j, row) gives what unit j knows (ForwardIn,
+// BackwardIn) where the row's numbers are `row`; keep(j, in) keeps what it leaves in in.work, for the thread itself.
+template <class V, class Passes, class Load, class Keep>
+FASTRNN_INLINE Pack<V, Passes::kNumbers> run_passes(const ForwardParams& p, V* parts, Load load, Keep keep) {
+  Pack<V, Passes::kNumbers> row{};
+  for_each_pass<Passes>([&](auto pass) {
+    constexpr int k = decltype(pass)::value;
+    Pack<V, Passes::kSums[k]> sums{};
+    for_each_unit(p, [&](int j) {
+      auto in = load(j, row);
+      const auto terms = Passes::template terms<k>(in);
+#pragma unroll
+      for (int i = 0; i < Passes::kSums[k]; ++i) sums[i] += terms[i];
+      keep(j, in);
+    });
+    Passes::template numbers<k>(block_sum(sums, parts), V(p.hidden), row);
+  });
+  return row;
 }
 
 }  // namespace fastrnn::cuda

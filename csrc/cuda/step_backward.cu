@@ -31,82 +31,101 @@ FASTRNN_INLINE void step_backward_start(const BackwardParams& p, const RowWalk& 
   if (!r.running(k)) pad_grad_gates<Cell, S>(p, r, k, j);
 }
 
-// Step k of unit j < h of a running row: all but what becomes of grad_gates_hh, which is returned.
 template <class Cell, class S>
-FASTRNN_INLINE Pack<Wide<S>, Cell::kGates> step_backward_unit(const BackwardParams& p, const StepBuffers& b,
-                                                              const RowWalk& r, int k, int j) {
-  using V = Wide<S>;
-  BackwardLoads<Cell, S> loads;
+FASTRNN_INLINE void step_backward_loads(const BackwardParams& p, const RowWalk& r, int k, int j,
+                                        BackwardLoads<Cell, S>& loads) {
   load_backward<Cell, S, true>(p, r, k, j, reset_before(p, r, k), loads);
-  const bool crossed = reset_before(p, r, k + 1);
-  const int64_t at = in_buffer(p, r, p.hidden, j);
-  V now = r.last(k) ? V(0) : load<V>(b.carried, at);
-  Pack<V, Cell::kGates> grad_gates;
-  if (p.weight_hr) {
-    backward_cell<Cell, S, true>(p, r, k, j, loads, load<V>(b.grad_hidden, at), crossed, now, grad_gates);
-  } else {
-    const V recurrent = r.last(k) ? V(0) : handed_on<S>(p, r, j, load<V>(b.recurrent, at));
-    backward_step<Cell, S, true>(p, r, k, j, loads, recurrent, crossed, now, grad_gates);
-  }
-  store<V>(b.carried, at, now);
-  return grad_gates;
 }
 
-// Of a unit's gate g, in buffers [P, B, G*h].
-template <class Cell>
-FASTRNN_INLINE int64_t gate_in_buffer(const ForwardParams& p, const RowWalk& r, int g, int j) {
-  return in_buffer(p, r, Cell::kGates * p.hidden, g * p.hidden + j);
+// The gradients of the states after step k of a running row, unit j < h. They add to grad_reset_*: once a step.
+template <class Cell, class S>
+FASTRNN_INLINE Pack<Wide<S>, Cell::kStates> step_backward_states(const BackwardParams& p, const StepBuffers& b,
+                                                                 const RowWalk& r, int k, int j, S grad_output) {
+  using V = Wide<S>;
+  const bool crossed = reset_before(p, r, k + 1);
+  const int64_t at = in_buffer(p, r, p.hidden, j);
+  const V carried = r.last(k) ? V(0) : load<V>(b.carried, at);
+  Pack<V, Cell::kStates> grads;
+  if (p.weight_hr) {
+    grads[0] = load<V>(b.grad_hidden, at);
+  } else {
+    const V recurrent = r.last(k) ? V(0) : handed_on<S>(p, r, j, load<V>(b.recurrent, at));
+    grads[0] = backward_h<S, true>(p, r, k, j, Cell::kStates == 1 ? recurrent + carried : recurrent, crossed, grad_output);
+  }
+  if constexpr (Cell::kStates > 1) grads[1] = backward_c<S>(p, r, k, j, carried, crossed);
+  return grads;
+}
+
+// Stores what step k's backward gave unit j < h of a running row. Buffers of gates are [P, B, G*h].
+template <class Cell, class S>
+FASTRNN_INLINE void step_backward_store(const BackwardParams& p, const StepBuffers& b, const RowWalk& r, int k, int j,
+                                        const BackwardOut<Cell, Wide<S>>& out) {
+  constexpr int G = Cell::kGates;
+  Wide<S> carried = 0;
+  Pack<Wide<S>, G> grad_gates;
+  store_backward<Cell, S>(p, r, k, j, out, carried, grad_gates);
+  store<Wide<S>>(b.carried, in_buffer(p, r, p.hidden, j), carried);
+#pragma unroll
+  for (int g = 0; g < G; ++g)
+    store<S>(b.grad_gates, in_buffer(p, r, G * p.hidden, g * p.hidden + j), grad_gates[g]);
 }
 
 // One step of every unit.
 template <class Cell, class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
     step_backward_kernel(LaunchParams<BackwardParams> p, StepBuffers b, int k) {
-  constexpr int G = Cell::kGates;
   for_each_row(p, [&](const RowWalk& r, int j) {
     if (j >= p.hidden) return;
     step_backward_start<Cell, S>(p, r, k, j);
     if (!r.running(k)) return;
-    Pack<Wide<S>, G> grad_gates = step_backward_unit<Cell, S>(p, b, r, k, j);
-#pragma unroll
-    for (int g = 0; g < G; ++g) store<S>(b.grad_gates, gate_in_buffer<Cell>(p, r, g, j), grad_gates[g]);
+    BackwardLoads<Cell, S> loads;
+    BackwardIn<Cell, Wide<S>> in;
+    BackwardOut<Cell, Wide<S>> out;
+    step_backward_loads<Cell, S>(p, r, k, j, loads);
+    make_backward_in<Cell, S, true>(p, r, j, loads, in);
+    in.grad_state = step_backward_states<Cell, S>(p, b, r, k, j, loads.grad_output);
+    [[maybe_unused]] Wide<S> past(0);
+    if constexpr (Cell::kStates > 1) past = past_cell<S>(p, r, k, j, in.grad_state[1]);
+    Cell::backward(in, out);
+    if constexpr (Cell::kStates > 1) out.grad_state_prev[1] += past;
+    step_backward_store<Cell, S>(p, b, r, k, j, out);
   });
 }
 
-// The same for a cell with a Row. A thread comes back to the units whose pointwise gradients it has stored.
+// The same for a cell with a Row. A thread comes back to the same units in every pass, and finds in `work` what it left
+// there: the gradients of the states after the step, then the Row's.
 template <class Cell, class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
     step_backward_whole_rows_kernel(LaunchParams<BackwardParams> p, StepBuffers b, int k) {
-  constexpr int G = Cell::kGates;
   using V = Wide<S>;
-  const RowShared<Cell, S> shared(dev::dynamic_shared(), int(blockDim.x));
+  using Passes = BackwardPasses<Cell>;
+  constexpr int kStates = Cell::kStates, kValues = kStates + Passes::kWork;
+  const RowShared<Passes, S> shared(dev::dynamic_shared(), int(blockDim.x));
   for_each_whole_row(p, [&](const RowWalk& r) {
-    for (int j = int(threadIdx.x); j < p.hidden; j += int(blockDim.x)) step_backward_start<Cell, S>(p, r, k, j);
-    if (!r.running(k)) return;
-    const int64_t place = r.place(p, k);
-    const auto saved_of = [&](int j) {
-      Pack<S, Cell::kSaved> saved;
-      load_saved<Cell, S, true>(p, place, j, saved);
-      return widen_all<S>(saved);
-    };
-    const RowSums<Cell, S> sums = thread_sum<V, kRowSums<Cell>>(p.hidden, [&](int j) {
-      Pack<V, G> grad_gates = step_backward_unit<Cell, S>(p, b, r, k, j);
-#pragma unroll
-      for (int g = 0; g < G; ++g) store<V>(b.grad_pointwise, gate_in_buffer<Cell>(p, r, g, j), grad_gates[g]);
-      return Cell::Row::reduce_grad(saved_of(j), grad_gates);
+    for_each_unit(p, [&](int j) {
+      step_backward_start<Cell, S>(p, r, k, j);
+      if (!r.running(k)) return;
+      const S grad_output = p.weight_hr ? zero<S>() : load_grad_output<S>(p, r, k, j);
+      store_work(p, r, b.work, kValues, 0, j, step_backward_states<Cell, S>(p, b, r, k, j, grad_output));
     });
-    const RowSums<Cell, S> row = Cell::Row::combine_grad(block_sum(sums, shared.parts), V(p.hidden));
-    for (int j = int(threadIdx.x); j < p.hidden; j += int(blockDim.x)) {
-      Pack<V, G> grad_gates;
-#pragma unroll
-      for (int g = 0; g < G; ++g) grad_gates[g] = load<V>(b.grad_pointwise, gate_in_buffer<Cell>(p, r, g, j));
-      grad_gates = Cell::Row::project_grad(saved_of(j), row, grad_gates);
-#pragma unroll
-      for (int g = 0; g < G; ++g) {
-        store<S>(b.grad_gates, gate_in_buffer<Cell>(p, r, g, j), grad_gates[g]);
-        store<S>(p.grad_gates_hh, (place * G + g) * p.hidden + j, grad_gates[g]);
-      }
-    }
+    if (!r.running(k)) return;
+    const auto load_in = [&](int j, const auto& row) {
+      BackwardLoads<Cell, S> loads;
+      BackwardIn<Cell, V> in;
+      step_backward_loads<Cell, S>(p, r, k, j, loads);
+      make_backward_in<Cell, S>(p, r, j, loads, in);
+      in.row = row;
+      load_work(p, r, b.work, kValues, 0, j, in.grad_state);
+      load_work(p, r, b.work, kValues, kStates, j, in.work);
+      return in;
+    };
+    const auto keep = [&](int j, const auto& in) { store_work(p, r, b.work, kValues, kStates, j, in.work); };
+    const auto row = run_passes<V, Passes>(p, shared.parts, load_in, keep);
+    for_each_unit(p, [&](int j) {
+      BackwardOut<Cell, V> out;
+      Cell::backward(load_in(j, row), out);
+      step_backward_store<Cell, S>(p, b, r, k, j, out);
+    });
   });
 }
 
@@ -138,8 +157,8 @@ int step_backward(const BackwardParams& p, int64_t k, const StepBuffers& b, void
     return with_dtype(p.dtype, [&](auto storage) {
       using Cell = typename decltype(cell)::type;
       using S = typename decltype(storage)::type;
-      if constexpr (kRowSums<Cell> > 0)
-        return launch_whole_rows<Cell, S>(step_backward_whole_rows_kernel<Cell, S>, p, stream, b, int(k));
+      if constexpr (kWholeRows<Cell>)
+        return launch_whole_rows<BackwardPasses<Cell>, S>(step_backward_whole_rows_kernel<Cell, S>, p, stream, b, int(k));
       else
         return launch_rows(step_backward_kernel<Cell, S>, p, p.hidden, stream, b, int(k));
     });

@@ -33,23 +33,32 @@ FASTRNN_INLINE Pack<Wide<S>, Cell::kGates> load_product(const ForwardParams& p, 
   return gates_hh;
 }
 
-// Step k of unit j < h of a running row.
+// What the cell of unit j < h of a running row reads in step k, but for its row's numbers.
 template <class Cell, class S>
-FASTRNN_INLINE void step_forward_unit(const ForwardParams& p, const StepBuffers& b, const RowWalk& r, int k, int j,
-                                      const Pack<Wide<S>, Cell::kGates>& gates_hh, const RowSums<Cell, S>& row) {
-  using V = Wide<S>;
+FASTRNN_INLINE void step_forward_in(const ForwardParams& p, const StepBuffers& b, const RowWalk& r, int k, int j,
+                                    ForwardIn<Cell, Wide<S>>& in) {
   Pack<S, Cell::kGates> gates_ih;
   load_gates<Cell, S>(p, r, k, j, gates_ih);
+  make_forward_in<Cell, S>(p, r, j, gates_ih, load_product<Cell, S>(p, b, r, j),
+                           load<Wide<S>>(b.carried, in_buffer(p, r, p.hidden, j)), in);
+}
+
+// Stores what step k gave unit j < h of a running row.
+template <class Cell, class S>
+FASTRNN_INLINE void step_forward_store(const ForwardParams& p, const StepBuffers& b, const RowWalk& r, int k, int j,
+                                       ForwardOut<Cell, Wide<S>>& out) {
   const bool reset_next = reset_before(p, r, k + 1);
-  V* carried = static_cast<V*>(b.carried) + in_buffer(p, r, p.hidden, j);
-  V now = *carried;
-  if (p.weight_hr)
-    store<S>(b.hidden, in_buffer(p, r, p.hidden, j),
-             forward_cell<Cell, S, true>(p, r, k, j, gates_ih, gates_hh, reset_next, now, row));
-  else
-    store<S>(b.h, in_buffer(p, r, p.width, j),
-             forward_step<Cell, S, true>(p, r, k, j, gates_ih, gates_hh, reset_next, now, row));
-  *carried = now;
+  Wide<S> carried = load<Wide<S>>(b.carried, in_buffer(p, r, p.hidden, j));
+  zone_out<Cell, S>(p, r, k, j, carried, out);
+  store_cell<Cell, S, true>(p, r, k, j, out, reset_next, carried);
+  if (p.weight_hr) {
+    store<S>(b.hidden, in_buffer(p, r, p.hidden, j), out.state[0]);
+  } else {
+    const Wide<S> next = store_h<S>(p, r, k, j, zoned_out_h<S>(p, r, k, j, out.state[0]), reset_next);
+    store<S>(b.h, in_buffer(p, r, p.width, j), through_mask<S>(p, r, j, next));
+    if constexpr (Cell::kStates == 1) carried = next;
+  }
+  store<Wide<S>>(b.carried, in_buffer(p, r, p.hidden, j), carried);
 }
 
 template <class Cell, class S>
@@ -65,26 +74,37 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
   for_each_row(p, [&](const RowWalk& r, int j) {
     if (j >= p.hidden) return;
     if (!r.running(k)) return step_forward_padding<Cell, S>(p, r, k, j);
-    step_forward_unit<Cell, S>(p, b, r, k, j, load_product<Cell, S>(p, b, r, j), {});
+    ForwardIn<Cell, Wide<S>> in;
+    ForwardOut<Cell, Wide<S>> out;
+    step_forward_in<Cell, S>(p, b, r, k, j, in);
+    Cell::forward(in, out);
+    step_forward_store<Cell, S>(p, b, r, k, j, out);
   });
 }
 
-// The same for a cell with a Row.
+// The same for a cell with a Row. A thread comes back to the same units in every pass.
 template <class Cell, class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
     step_forward_whole_rows_kernel(LaunchParams<ForwardParams> p, StepBuffers b, int k) {
   using V = Wide<S>;
-  const RowShared<Cell, S> shared(dev::dynamic_shared(), int(blockDim.x));
+  using Passes = ForwardPasses<Cell>;
+  const RowShared<Passes, S> shared(dev::dynamic_shared(), int(blockDim.x));
   for_each_whole_row(p, [&](const RowWalk& r) {
-    if (!r.running(k)) {
-      for (int j = int(threadIdx.x); j < p.hidden; j += int(blockDim.x)) step_forward_padding<Cell, S>(p, r, k, j);
-      return;
-    }
-    const RowSums<Cell, S> sums = thread_sum<V, kRowSums<Cell>>(
-        p.hidden, [&](int j) { return Cell::Row::reduce(load_product<Cell, S>(p, b, r, j)); });
-    const RowSums<Cell, S> row = Cell::Row::combine(block_sum(sums, shared.parts), V(p.hidden));
-    for (int j = int(threadIdx.x); j < p.hidden; j += int(blockDim.x))
-      step_forward_unit<Cell, S>(p, b, r, k, j, load_product<Cell, S>(p, b, r, j), row);
+    if (!r.running(k)) return for_each_unit(p, [&](int j) { step_forward_padding<Cell, S>(p, r, k, j); });
+    const auto load_in = [&](int j, const auto& row) {
+      ForwardIn<Cell, V> in;
+      step_forward_in<Cell, S>(p, b, r, k, j, in);
+      in.row = row;
+      load_work(p, r, b.work, Passes::kWork, 0, j, in.work);
+      return in;
+    };
+    const auto keep = [&](int j, const auto& in) { store_work(p, r, b.work, Passes::kWork, 0, j, in.work); };
+    const auto row = run_passes<V, Passes>(p, shared.parts, load_in, keep);
+    for_each_unit(p, [&](int j) {
+      ForwardOut<Cell, V> out;
+      Cell::forward(load_in(j, row), out);
+      step_forward_store<Cell, S>(p, b, r, k, j, out);
+    });
   });
 }
 
@@ -117,8 +137,8 @@ int step_forward(const ForwardParams& p, int64_t k, const StepBuffers& b, void* 
     return with_dtype(p.dtype, [&](auto storage) {
       using Cell = typename decltype(cell)::type;
       using S = typename decltype(storage)::type;
-      if constexpr (kRowSums<Cell> > 0)
-        return launch_whole_rows<Cell, S>(step_forward_whole_rows_kernel<Cell, S>, p, stream, b, int(k));
+      if constexpr (kWholeRows<Cell>)
+        return launch_whole_rows<ForwardPasses<Cell>, S>(step_forward_whole_rows_kernel<Cell, S>, p, stream, b, int(k));
       else
         return launch_rows(step_forward_kernel<Cell, S>, p, p.hidden, stream, b, int(k));
     });

@@ -134,7 +134,7 @@ FASTRNN_INLINE Wide<S> handed_on(const BackwardParams& p, const RowWalk& r, int 
 
 // The whole gradient of state 0 after step k of a running row, column j < R; under zoneout of what the cell or the
 // projection made of it. later: from step k + 1, and the carried gradient where h is the only state.
-template <class S, bool kMasks>
+template <class S, bool kMasks = false>
 FASTRNN_INLINE Wide<S> backward_h(const BackwardParams& p, const RowWalk& r, int k, int j, Wide<S> later, bool crossed,
                                   S grad_output) {
   const int64_t at = r.place(p) * p.width + j;
@@ -149,39 +149,44 @@ FASTRNN_INLINE Wide<S> backward_h(const BackwardParams& p, const RowWalk& r, int
   return grad;
 }
 
-// Step k of unit j < h of a running row, given the gradient of its state 0: stores the gate gradients and hands
-// grad_gates_hh on to the product. Where the cell has a Row, grad_gates_hh goes through that first, and is not stored
-// here. carried: of step k + 1, then of step k; not read in a row's last step.
+// The whole gradient of the carried state after step k of a running row, unit j < h, where that is not h. carried: as
+// backward_cell's.
+template <class S>
+FASTRNN_INLINE Wide<S> backward_c(const BackwardParams& p, const RowWalk& r, int k, int j, Wide<S> carried,
+                                  bool crossed) {
+  return arriving<S>(p, r, k, r.place(p) * p.hidden + j, carried, crossed, p.grad_c_n, p.grad_reset_c);
+}
+
+// Of that gradient what zoneout hands past the cell of unit j < h, which is returned; grad is what the cell gets.
+template <class S>
+FASTRNN_INLINE Wide<S> past_cell(const BackwardParams& p, const RowWalk& r, int k, int j, Wide<S>& grad) {
+  if (!p.keep_c) return Wide<S>(0);
+  const Wide<S> keep = load_keep_c<S>(p, r, k, j), whole = grad;
+  grad = (Wide<S>(1) - keep) * whole;
+  return keep * whole;
+}
+
+// What the cell's backward of unit j < h reads, but for the gradients that arrive and its row's numbers.
 template <class Cell, class S, bool kMasks = false>
-FASTRNN_INLINE void backward_cell(const BackwardParams& p, const RowWalk& r, int k, int j,
-                                  const BackwardLoads<Cell, S>& loads, Wide<S> grad_h, bool crossed,
-                                  Wide<S>& carried, Pack<Wide<S>, Cell::kGates>& grad_gates_hh) {
-  using V = Wide<S>;
-  constexpr int C = carried_state<Cell>, G = Cell::kGates;
-  BackwardIn<Cell, V> in;
-  BackwardOut<Cell, V> out;
+FASTRNN_INLINE void make_backward_in(const BackwardParams& p, const RowWalk& r, int j,
+                                     const BackwardLoads<Cell, S>& loads, BackwardIn<Cell, Wide<S>>& in) {
+  constexpr int C = carried_state<Cell>;
   in.saved = widen_all<S>(loads.saved);
-  in.state[0] = in.state_prev[0] = V(0);
+  in.state[0] = in.state_prev[0] = Wide<S>(0);
   in.state[C] = widen(loads.state);
   in.state_prev[C] = widen(loads.state_prev);
-  in.grad_state[0] = grad_h;
-  if constexpr (C > 0)
-    in.grad_state[C] =
-        arriving<S>(p, r, k, r.place(p) * p.hidden + j, carried, crossed, p.grad_c_n, p.grad_reset_c);
   load_params<Cell, S>(p, r.group, j, in.params);
   if constexpr (kMasks && kRemakes<Cell>) {
     if (C > 0 ? p.keep_c : p.keep_h) in.state[C] = Cell::remake(in.saved, in.state_prev);
   }
-  [[maybe_unused]] V kept = V(0);  // of c's gradient, what goes past the cell
-  if constexpr (kMasks && C > 0) {
-    if (p.keep_c) {
-      const V keep = load_keep_c<S>(p, r, k, j);
-      kept = keep * in.grad_state[C];
-      in.grad_state[C] = (V(1) - keep) * in.grad_state[C];
-    }
-  }
-  Cell::backward(in, out);
+}
 
+// Stores what the cell's backward made in step k of unit j < h, and hands grad_gates_hh on to the product.
+template <class Cell, class S>
+FASTRNN_INLINE void store_backward(const BackwardParams& p, const RowWalk& r, int k, int j,
+                                   const BackwardOut<Cell, Wide<S>>& out, Wide<S>& carried,
+                                   Pack<Wide<S>, Cell::kGates>& grad_gates_hh) {
+  constexpr int C = carried_state<Cell>, G = Cell::kGates;
   if constexpr (Cell::kParams > 0) {
     if (p.grad_params) {
       Wide<S>* sums = static_cast<Wide<S>*>(p.grad_params) + r.place(p) * Cell::kParams * p.hidden + j;
@@ -190,26 +195,39 @@ FASTRNN_INLINE void backward_cell(const BackwardParams& p, const RowWalk& r, int
     }
   }
   carried = out.grad_state_prev[C];
-  if constexpr (kMasks && C > 0) carried += kept;
   grad_gates_hh = out.grad_gates_hh;
   const int64_t at = r.place(p, k) * G * p.hidden + j;
 #pragma unroll
   for (int g = 0; g < G; ++g) {
     store<S>(p.grad_gates_ih, at + g * p.hidden, out.grad_gates_ih[g]);
-    if constexpr (kSeparateGates<Cell> && kRowSums<Cell> == 0)
-      store<S>(p.grad_gates_hh, at + g * p.hidden, out.grad_gates_hh[g]);
+    if constexpr (kSeparateGates<Cell>) store<S>(p.grad_gates_hh, at + g * p.hidden, out.grad_gates_hh[g]);
   }
 }
 
-// Both, where nothing is projected. recurrent: the product over step k + 1's gate gradients, or what handed_on made of
-// it.
-template <class Cell, class S, bool kMasks = false>
+// Step k of unit j < h of a running row, given the gradient of its state 0. carried: of step k + 1, then of step k; not
+// read in a row's last step.
+template <class Cell, class S>
+FASTRNN_INLINE void backward_cell(const BackwardParams& p, const RowWalk& r, int k, int j,
+                                  const BackwardLoads<Cell, S>& loads, Wide<S> grad_h, bool crossed,
+                                  Wide<S>& carried, Pack<Wide<S>, Cell::kGates>& grad_gates_hh) {
+  using V = Wide<S>;
+  BackwardIn<Cell, V> in;
+  BackwardOut<Cell, V> out;
+  make_backward_in<Cell, S>(p, r, j, loads, in);
+  in.grad_state[0] = grad_h;
+  if constexpr (Cell::kStates > 1) in.grad_state[1] = backward_c<S>(p, r, k, j, carried, crossed);
+  Cell::backward(in, out);
+  store_backward<Cell, S>(p, r, k, j, out, carried, grad_gates_hh);
+}
+
+// Both, where nothing is projected. recurrent: the product over step k + 1's gate gradients.
+template <class Cell, class S>
 FASTRNN_INLINE void backward_step(const BackwardParams& p, const RowWalk& r, int k, int j,
                                   const BackwardLoads<Cell, S>& loads, Wide<S> recurrent, bool crossed,
                                   Wide<S>& carried, Pack<Wide<S>, Cell::kGates>& grad_gates_hh) {
   const Wide<S> later = Cell::kStates == 1 ? recurrent + carried : recurrent;
-  const Wide<S> grad_h = backward_h<S, kMasks>(p, r, k, j, later, crossed, loads.grad_output);
-  backward_cell<Cell, S, kMasks>(p, r, k, j, loads, grad_h, crossed, carried, grad_gates_hh);
+  const Wide<S> grad_h = backward_h<S>(p, r, k, j, later, crossed, loads.grad_output);
+  backward_cell<Cell, S>(p, r, k, j, loads, grad_h, crossed, carried, grad_gates_hh);
 }
 
 // Is there something to do after step 0, for which the last product is needed: the initial state's gradient, or a

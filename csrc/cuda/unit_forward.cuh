@@ -56,28 +56,41 @@ FASTRNN_INLINE Wide<S> zoned_out_h(const ForwardParams& p, const RowWalk& r, int
   return zoned_out(load_keep_h<S>(p, r, k, j), before, made);
 }
 
-// The cell of unit j < h: its values after step k, state 0 as the cell made it. None of them is stored, but for what
-// backward needs of that under zoneout. gates_hh: product and bias. row: what Row::combine made of them.
-template <class Cell, class S, bool kMasks = false>
-FASTRNN_INLINE void run_cell(const ForwardParams& p, const RowWalk& r, int k, int j,
-                             const Pack<S, Cell::kGates>& gates_ih, const Pack<Wide<S>, Cell::kGates>& gates_hh, Wide<S> carried,
-                             const RowSums<Cell, S>& row, ForwardOut<Cell, Wide<S>>& out) {
-  ForwardIn<Cell, Wide<S>> in;
+// What zoneout leaves of the other state of unit j < h, and what backward will need of state 0 as the cell made it.
+// carried: before the step.
+template <class Cell, class S>
+FASTRNN_INLINE void zone_out(const ForwardParams& p, const RowWalk& r, int k, int j, Wide<S> carried,
+                             ForwardOut<Cell, Wide<S>>& out) {
+  if constexpr (Cell::kStates > 1) {
+    if (p.keep_c) out.state[1] = zoned_out(load_keep_c<S>(p, r, k, j), carried, out.state[1]);
+  } else if constexpr (!kRemakes<Cell>) {
+    if (p.keep_h && p.saved)
+      store<S>(p.saved, (r.place(p, k) * saved_values<Cell, true>(p) + Cell::kSaved) * p.hidden + j, out.state[0]);
+  }
+}
+
+// What the cell of unit j < h reads, but for its row's numbers. gates_hh: product and bias.
+template <class Cell, class S>
+FASTRNN_INLINE void make_forward_in(const ForwardParams& p, const RowWalk& r, int j,
+                                    const Pack<S, Cell::kGates>& gates_ih,
+                                    const Pack<Wide<S>, Cell::kGates>& gates_hh, Wide<S> carried,
+                                    ForwardIn<Cell, Wide<S>>& in) {
 #pragma unroll
   for (int g = 0; g < Cell::kGates; ++g) in.gates_ih[g] = widen(gates_ih[g]);
   in.gates_hh = gates_hh;
   in.state[0] = Wide<S>(0);
   in.state[carried_state<Cell>] = carried;
   load_params<Cell, S>(p, r.group, j, in.params);
-  in.row = row;
+}
+
+// The cell of unit j < h: its values after a step, none of them stored.
+template <class Cell, class S>
+FASTRNN_INLINE void run_cell(const ForwardParams& p, const RowWalk& r, int j, const Pack<S, Cell::kGates>& gates_ih,
+                             const Pack<Wide<S>, Cell::kGates>& gates_hh, Wide<S> carried,
+                             ForwardOut<Cell, Wide<S>>& out) {
+  ForwardIn<Cell, Wide<S>> in;
+  make_forward_in<Cell, S>(p, r, j, gates_ih, gates_hh, carried, in);
   Cell::forward(in, out);
-  if constexpr (kMasks && Cell::kStates > 1) {
-    if (p.keep_c) out.state[1] = zoned_out(load_keep_c<S>(p, r, k, j), carried, out.state[1]);
-  }
-  if constexpr (kMasks && !kRemakes<Cell>) {
-    if (p.keep_h && p.saved)
-      store<S>(p.saved, (r.place(p, k) * saved_values<Cell, kMasks>(p) + Cell::kSaved) * p.hidden + j, out.state[0]);
-  }
 }
 
 // Stores what step k of a running row gave unit j < h besides state 0: saved and c_n. carried: before the step, then
@@ -101,14 +114,14 @@ FASTRNN_INLINE void store_cell(const ForwardParams& p, const RowWalk& r, int k, 
 }
 
 // Both: returns state 0 as the cell made it (o tanh(c) where it will be projected).
-template <class Cell, class S, bool kMasks = false>
+template <class Cell, class S>
 FASTRNN_INLINE Wide<S> forward_cell(const ForwardParams& p, const RowWalk& r, int k, int j,
                                     const Pack<S, Cell::kGates>& gates_ih,
                                     const Pack<Wide<S>, Cell::kGates>& gates_hh, bool reset_next,
-                                    Wide<S>& carried, const RowSums<Cell, S>& row = {}) {
+                                    Wide<S>& carried) {
   ForwardOut<Cell, Wide<S>> out;
-  run_cell<Cell, S, kMasks>(p, r, k, j, gates_ih, gates_hh, carried, row, out);
-  store_cell<Cell, S, kMasks>(p, r, k, j, out, reset_next, carried);
+  run_cell<Cell, S>(p, r, j, gates_ih, gates_hh, carried, out);
+  store_cell<Cell, S>(p, r, k, j, out, reset_next, carried);
   return out.state[0];
 }
 
@@ -126,16 +139,14 @@ FASTRNN_INLINE Wide<S> store_h(const ForwardParams& p, const RowWalk& r, int k, 
 }
 
 // Both, where nothing is projected: returns what the next step multiplies.
-template <class Cell, class S, bool kMasks = false>
+template <class Cell, class S>
 FASTRNN_INLINE Wide<S> forward_step(const ForwardParams& p, const RowWalk& r, int k, int j,
                                     const Pack<S, Cell::kGates>& gates_ih,
                                     const Pack<Wide<S>, Cell::kGates>& gates_hh, bool reset_next,
-                                    Wide<S>& carried, const RowSums<Cell, S>& row = {}) {
-  Wide<S> h = forward_cell<Cell, S, kMasks>(p, r, k, j, gates_ih, gates_hh, reset_next, carried, row);
-  if constexpr (kMasks) h = zoned_out_h<S>(p, r, k, j, h);
+                                    Wide<S>& carried) {
+  const Wide<S> h = forward_cell<Cell, S>(p, r, k, j, gates_ih, gates_hh, reset_next, carried);
   const Wide<S> next = store_h<S>(p, r, k, j, h, reset_next);
   if constexpr (Cell::kStates == 1) carried = next;
-  if constexpr (kMasks) return through_mask<S>(p, r, j, next);
   return next;
 }
 

@@ -108,7 +108,7 @@ Tensor without_padding(const LayerCall& call) {
 bool fit_in_saved(const LayerCall& call) {
   const CellInfo& cell = kCells[known_cell(call.cell)];
   const int own = cell.saved - (cell.states - 1);
-  return call.groups() == 1 && cell.gates <= own && cell.row_sums == 0 && call.weights.weight_hr.empty() &&
+  return call.groups() == 1 && cell.gates <= own && !cell.whole_rows && call.weights.weight_hr.empty() &&
          !call.states.keep_h;
 }
 
@@ -279,17 +279,20 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
   };
   if (needed[kOf_weight_hr] && !call.weights.weight_hr.empty()) {  // first, for it makes the largest tensors of its own
     const int64_t R = given.output.size(2) / P, h = Gh / kCells[known_cell(call.cell)].gates;
-    // o tanh(c): the cell's own values end with o, and c stands last.
+    // What was projected: the last of the cell's own values, or o tanh(c) where that is o; c stands behind it.
     const int64_t S = kCells[known_cell(call.cell)].saved;
     const Tensor saved = given.saved.view({T, B, P, S, h});
-    Tensor c = saved.select(3, S - 1);
-    if (call.states.keep_c) {  // before zoneout: f c' + i g
-      std::vector<Tensor> before;
-      for (int64_t p = 0; p < P; ++p)
-        before.push_back(states_before(call, c.select(2, p), call.states.c_0, call.states.reset_c, p));
-      c = at::stack(before, 2).mul_(saved.select(3, 1)).add_(saved.select(3, 0) * saved.select(3, 2));
+    Tensor hidden = saved.select(3, S - 2);
+    if (!kCells[known_cell(call.cell)].saves_hidden) {
+      Tensor c = saved.select(3, S - 1);
+      if (call.states.keep_c) {  // before zoneout: f c' + i g
+        std::vector<Tensor> before;
+        for (int64_t p = 0; p < P; ++p)
+          before.push_back(states_before(call, c.select(2, p), call.states.c_0, call.states.reset_c, p));
+        c = at::stack(before, 2).mul_(saved.select(3, 1)).add_(saved.select(3, 0) * saved.select(3, 2));
+      }
+      hidden = at::tanh(c).mul_(hidden);
     }
-    const Tensor hidden = at::tanh(c).mul_(saved.select(3, S - 2));
     grads[kOf_weight_hr] = empty({P, R, h});
     for (int64_t p = 0; p < P; ++p)
       kernels.product(grads[kOf_weight_hr].select(0, p), of_group(found.projected, p).flatten(0, 1).t(),

@@ -89,8 +89,12 @@ void forward_per_step(const ForwardParams& p, const Tensor& weight_hh, const Opt
   const Tensor weight = weight_hh.transpose(1, 2);
   Tensor state = scratch.in_dtype({P, B, R}), gates_hh = scratch.in_wide({P, B, G * h}),
          carried = scratch.in_wide({P, B, h});
-  Tensor hidden, projected, projection;
+  Tensor hidden, projected, projection, work;
   cuda::StepBuffers b{};
+  if (kCells[p.cell].whole_rows) {
+    work = scratch.in_wide({P, B, kCells[p.cell].forward_work * h});
+    b.work = work.mutable_data_ptr();
+  }
   b.h = state.mutable_data_ptr();
   b.gates_hh = gates_hh.const_data_ptr();
   b.carried = carried.mutable_data_ptr();
@@ -125,10 +129,10 @@ void backward_per_step(const BackwardParams& p, const Tensor& weight_hh, const O
   b.grad_gates = grad_gates.mutable_data_ptr();
   b.recurrent = recurrent.const_data_ptr();
   b.carried = carried.mutable_data_ptr();
-  Tensor grad_pointwise;
-  if (kCells[p.cell].row_sums > 0) {
-    grad_pointwise = scratch.in_wide({P, B, G * h});
-    b.grad_pointwise = grad_pointwise.mutable_data_ptr();
+  Tensor work;
+  if (kCells[p.cell].whole_rows) {
+    work = scratch.in_wide({P, B, (kCells[p.cell].states + kCells[p.cell].backward_work) * h});
+    b.work = work.mutable_data_ptr();
   }
   if (weight_hr) {
     grad_h = scratch.in_dtype({P, B, R});

@@ -52,8 +52,9 @@ def names(module: Module) -> list[list[str]]:
 
 def directions(module: Module) -> Iterator[list[LayerWeights]]:
     """The weights of each layer, one a direction, detached."""
+    stems = [name_of(field, getattr(module, "_cell", "")) for field in LayerWeights._fields]
     for layer in names(module):
-        found = [[getattr(module, name_of(field) + suffix, None) for field in LayerWeights._fields] for suffix in layer]
+        found = [[getattr(module, stem + suffix, None) for stem in stems] for suffix in layer]
         yield [LayerWeights(*(None if x is None else x.detach() for x in each)) for each in found]  # type: ignore[arg-type]
 
 
@@ -84,7 +85,7 @@ def copy_into(module: Module, weights: Sequence[Sequence[LayerWeights]]) -> None
             for field, x in zip(each._fields, each, strict=True):
                 if x is None:
                     continue
-                name = name_of(field) + suffix
+                name = name_of(field, getattr(module, "_cell", "")) + suffix
                 parameter = module._parameters.get(name)
                 if parameter is None:
                     raise ValueError(

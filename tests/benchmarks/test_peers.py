@@ -25,7 +25,7 @@ from tests.benchmarks.documents import SETTINGS
 OPTIONS: tuple[dict[str, Any], ...] = (
     {}, {"stateful": True}, {"resets": 3}, {"shortest": 2}, {"layers": 2, "bidirectional": True}, {"bias": False},
     {"batch_first": True}, {"shortest": 2, "padded": True}, {"tokens": True}, {"recompute": 2}, {"frozen": True},
-    {"peephole": True}, {"recurrent_dropout": 0.25}, {"zoneout": 0.1},
+    {"peephole": True}, {"layer_norm": True}, {"recurrent_dropout": 0.25}, {"zoneout": 0.1},
 )  # fmt: skip
 RUN_HERE = [key for key in PEERS if not PEERS[key].missing()]
 
@@ -57,6 +57,7 @@ CONTESTS = [
     for cell in ("LSTM", "GRU", "RNN")
     for options in OPTIONS
     if cell == "LSTM" or "peephole" not in options
+    if cell != "RNN" or "layer_norm" not in options
     for mode in MODES + PER_SAMPLE
     if mode in MODES or getattr(PEERS[key], "per_sample", False)
     if not PEERS[key].supports(case := tiny(cell, mode, **options), mode) and key not in ("compiled", "fastrnn")

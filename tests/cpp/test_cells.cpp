@@ -14,7 +14,7 @@ constexpr double kStep = 1e-6;
 constexpr int kUnits = 3;  // of a row
 // What a normalisation divides by may be small, which magnifies what differences leave out.
 template <class Cell>
-constexpr double kTolerance = kRowSums<Cell> > 0 ? 1e-7 : 1e-8;
+constexpr double kTolerance = kWholeRows<Cell> ? 1e-7 : 1e-8;
 
 std::mt19937_64 generator(20260101);
 double uniform() { return std::uniform_real_distribution<double>(-2, 2)(generator); }
@@ -54,26 +54,26 @@ Pack<double, N> sum(Terms terms) {
   return sums;
 }
 
+template <class Passes, class In>
+void run_passes(std::vector<In>& in) {
+  for_each_pass<Passes>([&](auto pass) {
+    constexpr int k = decltype(pass)::value;
+    const auto sums = sum<Passes::kSums[k]>([&](int unit) { return Passes::template terms<k>(in[unit]); });
+    Passes::template numbers<k>(sums, double(kUnits), in[0].row);
+    for (auto& x : in) x.row = in[0].row;
+  });
+}
+
 template <class Cell>
 void forward(std::vector<ForwardIn<Cell, double>>& in, std::vector<ForwardOut<Cell, double>>& out) {
-  if constexpr (kRowSums<Cell> > 0) {
-    const auto sums = sum<kRowSums<Cell>>([&](int unit) { return Cell::Row::reduce(in[unit].gates_hh); });
-    const auto row = Cell::Row::combine(sums, double(kUnits));
-    for (auto& x : in) x.row = row;
-  }
+  if constexpr (kWholeRows<Cell>) run_passes<ForwardPasses<Cell>>(in);
   for (int unit = 0; unit < kUnits; ++unit) Cell::forward(in[unit], out[unit]);
 }
 
 template <class Cell>
-void backward(const std::vector<BackwardIn<Cell, double>>& in, std::vector<BackwardOut<Cell, double>>& out) {
+void backward(std::vector<BackwardIn<Cell, double>>& in, std::vector<BackwardOut<Cell, double>>& out) {
+  if constexpr (kWholeRows<Cell>) run_passes<BackwardPasses<Cell>>(in);
   for (int unit = 0; unit < kUnits; ++unit) Cell::backward(in[unit], out[unit]);
-  if constexpr (kRowSums<Cell> > 0) {
-    const auto sums = sum<kRowSums<Cell>>(
-        [&](int unit) { return Cell::Row::reduce_grad(in[unit].saved, out[unit].grad_gates_hh); });
-    const auto row = Cell::Row::combine_grad(sums, double(kUnits));
-    for (int unit = 0; unit < kUnits; ++unit)
-      out[unit].grad_gates_hh = Cell::Row::project_grad(in[unit].saved, row, out[unit].grad_gates_hh);
-  }
 }
 
 template <class Cell>

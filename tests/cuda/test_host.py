@@ -41,7 +41,9 @@ class CellInfo(NamedTuple):  # csrc/cells/registry.h
     params: int
     saved: int
     separate_gates_hh: bool
-    row_sums: int
+    whole_rows: bool
+    forward_work: int
+    backward_work: int
     remakes: int
 
     def saved_values(self, keep_h):
@@ -61,7 +63,7 @@ class Cuda(Emulator):
             ctypes.c_int, ctypes.c_void_p]  # fmt: skip
         self.library.cuda_workspace.restype = ctypes.c_int64
         self.library.cuda_cell.restype = ctypes.c_char_p
-        numbers, self.cells = (ctypes.c_int * 7)(), {}
+        numbers, self.cells = (ctypes.c_int * 9)(), {}
         while name := self.library.cuda_cell(len(self.cells), numbers):
             self.cells[name.decode()] = CellInfo(*numbers)
 
@@ -205,12 +207,13 @@ class Step:
     def run(self, call, backward, tile):
         P, B, h, R, G = call.P, call.B, call.h, call.R, call.info.gates
         wide, projected = call.wide, call.weight_hr is not None
+        work = call.info.states + call.info.backward_work if backward else call.info.forward_work
         b = {
             "h": call.buffer(P, B, R), "gates_hh": call.buffer(P, B, G * h, dtype=wide),
             "hidden": call.buffer(P, B, h), "projected": call.buffer(P, B, R, dtype=wide),
             "carried": call.buffer(P, B, h, dtype=wide), "grad_gates": call.buffer(P, B, G * h),
             "recurrent": call.buffer(P, B, R, dtype=wide), "grad_h": call.buffer(P, B, R),
-            "grad_hidden": call.buffer(P, B, h, dtype=wide), "grad_pointwise": call.buffer(P, B, G * h, dtype=wide),
+            "grad_hidden": call.buffer(P, B, h, dtype=wide), "work": call.buffer(P, B, work * h, dtype=wide),
         }  # fmt: skip
         addresses = (ctypes.c_void_p * len(b))(*(address.value for _, address in b.values()))
 

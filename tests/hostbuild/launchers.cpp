@@ -12,7 +12,8 @@ using namespace fastrnn::cuda;
 FASTRNN_EXPORT const char* cuda_cell(int i, int* numbers) {
   if (i >= kNumCells) return nullptr;
   const CellInfo& c = kCells[i];
-  const int values[] = {c.gates, c.states, c.params, c.saved, c.separate_gates_hh, c.row_sums, c.remakes};
+  const int values[] = {c.gates, c.states, c.params, c.saved, c.separate_gates_hh,
+                        c.whole_rows, c.forward_work, c.backward_work, c.remakes};
   std::memcpy(numbers, values, sizeof values);
   return c.name;
 }

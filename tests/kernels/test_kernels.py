@@ -141,7 +141,7 @@ def check(case: Case, seed: int = 0) -> None:
 
 
 def cells_with_projection():
-    return [(cell, 0) for cell in ops.CELLS] + [("lstm", 1), ("lstm", 5), ("lstm_peephole", 5)]
+    return [(cell, 0) for cell in ops.CELLS] + [("lstm", 1), ("lstm", 5), ("lstm_peephole", 5), ("lstm_norm", 5)]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -555,6 +555,7 @@ def test_functional_weights(kind: str, name: str, change: str, which: str) -> No
 T, B, P = 3, 2, 2
 OP_CELLS = {  # gates, width; 5 hidden
     "lstm": (4, 5), "projected lstm": (4, 3), "lstm_peephole": (4, 5), "gru": (3, 5), "rnn_tanh": (1, 5),
+    "lstm_norm": (4, 5), "gru_norm": (3, 5),
 }  # fmt: skip
 DEVICE = pytest.mark.parametrize("device", ["cpu", "meta"])
 OP_CELL = pytest.mark.parametrize("cell", OP_CELLS)
@@ -575,7 +576,7 @@ def forward_arguments(cell: str) -> dict[str, Any]:
         "weight_hh": random(P, gates * 5, width),
         "bias_hh": random(P, gates * 5),
         "weight_hr": random(P, width, 5) if width != 5 else None,
-        "params": random(P, 3, 5) if name == "lstm_peephole" else None,
+        "params": random(P, CELLS[name].params, 5) if CELLS[name].params else None,
         "h_0": random(B, P * width),
         "c_0": random(B, P * 5) if lstm else None,
         "lengths": torch.tensor([3, 1]),

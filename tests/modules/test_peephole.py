@@ -263,8 +263,11 @@ def test_as_a_function() -> None:
     with pytest.raises(RuntimeError, match=r"weights\[0\]\[0\].params: expected \[3, 5\], got \[2, 5\]"):
         functional.lstm(x, None, [[weights._replace(params=torch.zeros(2, H).double())]])
     gru = LayerWeights(*(torch.zeros(3 * H, n).double() for n in (I, H)), params=torch.zeros(3, H).double())
-    with pytest.raises(RuntimeError, match=r"weights\[0\]\[0\].params: expected None, for only an LSTM has peepholes"):
+    with pytest.raises(RuntimeError, match=r"weights\[0\]\[0\].params: expected \[12, 5\], got \[3, 5\]"):
         functional.gru(x, None, [[gru]])
+    rnn = LayerWeights(*(torch.zeros(H, n).double() for n in (I, H)), params=torch.zeros(3, H).double())
+    with pytest.raises(RuntimeError, match=r"weights\[0\]\[0\].params: expected None for cell 'rnn_tanh', got"):
+        functional.rnn(x, None, [[rnn]])
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)

@@ -29,8 +29,9 @@ def parameters(function: Any) -> dict[str, inspect.Parameter]:
 def test_options(name: str) -> None:
     """Each is a keyword, and an instance without it reads the default from its class."""
     options = {k: p.default for k, p in parameters(getattr(fastrnn, name)).items() if p.kind is p.KEYWORD_ONLY}
-    lacking = set() if name == "LSTM" else {"return_all_states", "peephole", "forget_bias"}
-    assert set(options) == {*SWITCHES, *VALUES} - lacking
+    lstms = {"return_all_states", "peephole", "forget_bias"}
+    lacking = {"LSTM": set(), "GRU": lstms, "RNN": lstms | {"layer_norm"}}
+    assert set(options) == {*SWITCHES, *VALUES} - lacking[name]
     for option, default in options.items():
         assert default == getattr(getattr(fastrnn, name), option)
 
