@@ -80,6 +80,7 @@ def gru(
     state: Tensor | None,
     weights: Sequence[Sequence[LayerWeights]],
     *,
+    reset_after: bool = True,
     dropout: float = 0.0,
     training: bool = False,
     lengths: Tensor | None = None,
@@ -87,13 +88,14 @@ def gru(
     reset_state: Tensor | None = None,
     token_input: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Multi-layer, uni- or bidirectional GRU (Cho et al. 2014; equations of ``torch.nn.GRU``).
+    """Multi-layer, uni- or bidirectional GRU (Cho et al. 2014; equations of ``torch.nn.GRU``, or of the paper where
+    ``reset_after`` is False: see ``fastrnn.GRU``).
 
     Arguments, result and errors as in :func:`lstm`, with the state a single tensor [L*D, B, H]. ``params`` [12, H] are
     those of ``fastrnn.GRU(.., layer_norm=True)``.
     """
     output, states = _checked(
-        "gru", input, state, weights, dropout, training, lengths, resets, reset_state, token_input
+        _gru(reset_after), input, state, weights, dropout, training, lengths, resets, reset_state, token_input
     )
     return output, states[0]
 
@@ -126,9 +128,9 @@ def lstm_cell(input: Tensor, state: tuple[Tensor, Tensor], weights: LayerWeights
     return h, c
 
 
-def gru_cell(input: Tensor, state: Tensor, weights: LayerWeights) -> Tensor:
+def gru_cell(input: Tensor, state: Tensor, weights: LayerWeights, reset_after: bool = True) -> Tensor:
     """One step of a GRU: input [B, I], state [B, H]; returns the state after the step."""
-    return _checked_cell("gru", input, state, weights)[0]
+    return _checked_cell(_gru(reset_after), input, state, weights)[0]
 
 
 def rnn_cell(input: Tensor, state: Tensor, weights: LayerWeights, nonlinearity: str = "tanh") -> Tensor:
@@ -200,6 +202,12 @@ def _with_params(cell: str, weights: LayerWeights) -> str:
     variants = [name for name in PARAMS if weights.params is not None and name.startswith(f"{cell}_")]
     rows = getattr(weights.params, "shape", [0])[:1]
     return next((name for name in variants if [CELLS[name].params] == [*rows]), variants[0] if variants else cell)
+
+
+def _gru(reset_after: bool) -> str:
+    if not isinstance(reset_after, bool):
+        raise TypeError(f"reset_after: expected a bool, got {type(reset_after).__name__}")
+    return "gru" if reset_after else "gru_reset_before"
 
 
 def _elman(nonlinearity: str) -> str:

@@ -42,8 +42,8 @@ __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]  # cells, too
 
 # What _C.module_forward knows nothing of, in eval mode and in training.
 _UNKNOWN_TO_C = (
-    "learn_initial_state", "state_batch_first", "return_all_states", "peephole", "layer_norm", "num_heads", "residual",
-    "return_all_layers", "zoneout", "_opacus",
+    "learn_initial_state", "state_batch_first", "return_all_states", "peephole", "layer_norm", "reset_after",
+    "num_heads", "residual", "return_all_layers", "zoneout", "_opacus",
 )  # fmt: skip
 _UNKNOWN_IN_TRAINING = (*_UNKNOWN_TO_C, "weight_dropout", "locked_dropout", "recurrent_dropout")
 _FIELDS = {field: field for field in LayerWeights._fields} | dict.fromkeys(PARAMS.values(), "params")
@@ -52,13 +52,15 @@ _FIELDS = {field: field for field in LayerWeights._fields} | dict.fromkeys(PARAM
 class _Recurrent(per_sample.Hooked, ChecksCalls):
     """What LSTM, GRU and RNN share. States are tuples here: (h,) or (h, c)."""
 
-    # Options of the constructors. An instance has only those that are on, so a plain one holds what torch's holds.
+    # Options of the constructors. An instance has only those that differ from these, so a plain one holds what torch's
+    # holds.
     learn_initial_state: bool = False
     state_batch_first: bool = False
     return_all_states: bool = False
     token_input: bool = False
     peephole: bool = False
     layer_norm: bool = False
+    reset_after: bool = True
     residual: bool = False
     return_all_layers: bool = False
     num_heads: int = 1
@@ -123,8 +125,8 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
     @property
     def _cell(self) -> str:
         """The name of its cell, as the ops know it."""
-        variant = "_peephole" if self.peephole else "_norm" if self.layer_norm else ""
-        return self.mode.lower() + variant
+        variants = {"_peephole": self.peephole, "_norm": self.layer_norm, "_reset_before": not self.reset_after}
+        return self.mode.lower() + next((variant for variant, on in variants.items() if on), "")
 
     def _reset_params(self) -> None:
         """Peepholes as torch.nn has its weights; gains are 1, biases 0."""
@@ -682,6 +684,7 @@ class GRU(_SingleState):
         state_batch_first: bool = False,
         token_input: bool = False,
         layer_norm: bool = False,
+        reset_after: bool = True,
         residual: bool = False,
         return_all_layers: bool = False,
         num_heads: int = 1,
@@ -708,6 +711,7 @@ class GRU(_SingleState):
             state_batch_first=state_batch_first,
             token_input=token_input,
             layer_norm=layer_norm,
+            reset_after=reset_after,
             residual=residual,
             return_all_layers=return_all_layers,
             num_heads=num_heads,

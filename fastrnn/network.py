@@ -172,7 +172,7 @@ def step(cell: str, input: Tensor, states: States, weights: LayerWeights) -> Sta
     """A cell's one step: input [B, I], states [B, H] -> the states after the step."""
     call = LayerCall(cell, input[None], [weights], layer_states(tuple(x[None] for x in states)))
     if not per_sample.asked_for([weights]):
-        if is_for_others(*weights[:2], *weights[2:], input, *states) and not CELLS[cell].params:
+        if is_for_others(*weights[:2], *weights[2:], input, *states) and hasattr(torch._VF, f"{cell}_cell"):
             return fallback.step(cell, input, states, weights)
         if torch._C._is_any_autocast_enabled():
             return _step_under_autocast(call, states)

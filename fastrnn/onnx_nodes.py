@@ -62,7 +62,7 @@ def layer(
     attributes: dict[str, Any] = {"hidden_size": H}
     attributes["direction"] = "bidirectional" if D == 2 else "forward"
     if kind == "GRU":
-        attributes["linear_before_reset"] = 1
+        attributes["linear_before_reset"] = int(cell == "gru")
     if cell == "rnn_relu":
         attributes["activations"] = ["Relu"] * D
     peepholes = []

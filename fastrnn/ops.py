@@ -59,6 +59,7 @@ class CellInfo(NamedTuple):
     params: int
     separate_gates_hh: bool
     remakes: bool  # zoneout needs no more saved values: the saved ones give again what the cell made
+    masks: bool  # it runs under recurrent dropout and zoneout
 
     def saved_values(self, keep_h: Any) -> int:
         """Values of a unit and step in a call's ``saved``."""
@@ -107,7 +108,8 @@ class _Checker:
         given = {k for k, x in args.items() if x is not None}
         second_states = set() if second else {"weight_hr", "c_0", "reset_c", "grad_c_n", "keep_c"}
         params = {"params"} if self.info.params else set()
-        for unwanted in (second_states | ({"params"} - params)) & given:
+        masks = set() if self.info.masks else {"mask_h", "keep_h", "keep_c"}
+        for unwanted in (second_states | masks | ({"params"} - params)) & given:
             raise RuntimeError(f"{op}: {unwanted}: expected none for cell '{cell}', got a tensor")
         for unwanted in {"reset_h", "reset_c"} & given if "resets" not in given else ():
             raise RuntimeError(f"{op}: {unwanted}: expected none without resets, got a tensor")

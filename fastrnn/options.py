@@ -21,6 +21,7 @@ SWITCHES = (
     "token_input",
     "peephole",
     "layer_norm",
+    "reset_after",
     "residual",
     "return_all_layers",
 )
@@ -73,6 +74,9 @@ layer_norm: layer normalization (Ba, Kiros and Hinton 2016) of ``W_ih x`` and of
   rows are the gains of ``W_ih x`` by gates in torch.nn's order, those of ``W_hh h``, their biases likewise, and of an
   LSTM c's gain and bias. Gains are 1 at first, biases 0. They stand in the place of ``bias_ih`` and ``bias_hh``, which
   there are none of. Not with ``peephole``, ``num_heads`` or what sets those biases.
+reset_after: False is the GRU as it was published (Cho 2014), whose reset gate multiplies h before the product:
+  ``n = tanh(W_in x + b_in + W_hn (r h) + b_hn)``. Keras has it under this name, ONNX as ``linear_before_reset=0``.
+  Parameters are the same. Such a step is two products, one after the other.
 residual: from the second layer on, what a layer is put on top of is added to what it gives:
   ``y_l = layer_l(dropped(y_(l-1))) + y_(l-1)``, both of them [T, B, D*R], where ``dropped`` is what ``dropout`` and
   ``locked_dropout`` make of it: the sum takes it as it was before (residual connections of stacked LSTMs, Wu et al.
@@ -141,21 +145,18 @@ C = TypeVar("C", bound=type)
 F = TypeVar("F", bound=Callable[..., None])
 
 
-def checked(options: dict[str, Any], bias: bool, states: int = 1) -> dict[str, Any]:
-    """Those of SWITCHES and VALUES that were given; what is kept of them. states: how many a cell has."""
+def checked(options: dict[str, Any], with_bias: bool, states: int = 1) -> dict[str, Any]:
+    """Those of SWITCHES and VALUES that were given, beside the argument ``bias``; what is kept of them. states: how many
+    a cell has."""
     for name in SWITCHES:
-        if not isinstance(options.get(name, False), bool):
+        if not isinstance(options.get(name, False), bool):  # of what is not given, False as good as any
             raise TypeError(f"{name} should be of type bool, got: {type(options[name]).__name__}")
-    if options.get("layer_norm") and not bias:
-        raise ValueError("bias: expected True with layer_norm, which has biases among its parameters, got False")
-    if options.get("layer_norm") and options.get("num_heads", 1) != 1:
-        raise ValueError(f"num_heads should be 1 with layer_norm, got {options['num_heads']}")
-    sets_bias = [name for name in ("forget_bias", "init") if not isinstance(options.get(name) or "", str)]
-    if options.get("layer_norm") and sets_bias:
-        name = sets_bias[0]
-        raise ValueError(f"{name} sets bias_ih, which there is none of with layer_norm, got {options[name]}")
-    if options.get("layer_norm") and options.get("peephole"):
-        raise ValueError("peephole: expected False with layer_norm, got True: there is no cell with both")
+    if options.get("layer_norm"):
+        _check_layer_norm(options, with_bias)
+    for name, plain in (("layer_norm", False), ("reset_after", True)):
+        for mask in ("recurrent_dropout", "zoneout") if options.get(name, plain) != plain else ():
+            if options.get(mask):
+                raise ValueError(f"{mask} should be 0 with {name}={not plain}, got {options[mask]}")
     clip = options.get("grad_clip")
     if clip is not None:
         if isinstance(clip, bool) or not isinstance(clip, (int, float)):
@@ -196,6 +197,20 @@ def checked(options: dict[str, Any], bias: bool, states: int = 1) -> dict[str, A
     else:
         _check_probability("zoneout", zoneout, "a unit keeping its state")
     return options
+
+
+def _check_layer_norm(options: dict[str, Any], with_bias: bool) -> None:
+    """What does not go with it."""
+    if not with_bias:
+        raise ValueError("bias: expected True with layer_norm, which has biases among its parameters, got False")
+    for name, plain in (("peephole", False), ("reset_after", True)):
+        if options.get(name, plain) != plain:
+            raise ValueError(f"{name}: expected {plain} with layer_norm, got {not plain}: there is no cell with both")
+    if options.get("num_heads", 1) != 1:
+        raise ValueError(f"num_heads should be 1 with layer_norm, got {options['num_heads']}")
+    for name in ("forget_bias", "init"):
+        if not isinstance(options.get(name) or "", str):
+            raise ValueError(f"{name} sets bias_ih, which there is none of with layer_norm, got {options[name]}")
 
 
 def _check_probability(name: str, value: Any, of: str = "an element being zeroed") -> None:

@@ -238,9 +238,16 @@ def _gradients(
         steps = states.lengths, states.resets
         return reference.lstm_hidden(cell, saved, states.c_0, *steps, states.reset_c, states.keep_c, reverse)
 
+    def of_weight_hh() -> Tensor:
+        h = before()
+        if not reference.CELLS[cell].late:
+            return of_groups(gates_hh, h)
+        parts, inputs = reference.early_and_late(cell, gates_hh, P), (h, reference.late_input(cell, saved, h))
+        return torch.cat([of_groups(grad, x) for grad, x in zip(parts, inputs, strict=True)], 2)
+
     forms: list[Callable[[], Tensor]] = [
         of_input,
-        lambda: of_groups(gates_hh, before()),
+        of_weight_hh,
         lambda: gates_ih.sum(0).unflatten(1, (P, gates_ih.shape[2] // P)),
         lambda: gates_hh.sum(0).unflatten(1, (P, gates_hh.shape[2] // P)),
         lambda: of_groups(projected, hidden()),

@@ -32,13 +32,18 @@ class Cell(NamedTuple):
     # (saved, states before, states after, grad of states after, grad of saved or None, params)
     # -> (grad_gates_ih, grad_gates_hh, grad of states before without the recurrent product's part, grad of params: of
     # each row its own)
-    backward: Callable[[States, States, States, States, States | None, States], tuple[States, States, States, States]]
+    backward: Callable[..., tuple[States, States, States, States]]
     params: int = 0  # vectors of one number per unit, beside the weights
     separate_gates_hh: bool = False  # grad_gates_hh differs from grad_gates_ih
     # (saved, states before) -> the last of the states, as forward made it: what zoneout leaves of it is another. None:
     # it is kept beside the saved values. A cell with two states has it.
     remake: Callable[[States, States], Tensor] | None = None
     saves_hidden: bool = False  # the last saved value is what a projection multiplies, and not o of o tanh(c)
+    # The recurrent product of so many of the last gates is not with h, but with a vector that the other gates make of
+    # it, late_input(gates_ih, the other gates_hh, h), the first saved value times h. backward has one argument more
+    # then: a function from the gradients of those gates to that of the vector.
+    late: int = 0
+    late_input: Callable[[States, States, Tensor], Tensor] | None = None
 
 
 def _lstm_forward(gates_ih: States, gates_hh: States, states: States, params: States) -> tuple[States, States]:
@@ -115,6 +120,33 @@ def _gru_backward(
     grad_r = (grad_n * n_hh + extra[0]) * r * (1 - r)
     grad_z = (grads[0] * (states_prev[0] - n) + extra[1]) * z * (1 - z)
     return (grad_r, grad_z, grad_n), (grad_r, grad_z, grad_n * r + extra[3]), (grads[0] * z,), ()
+
+
+def _gru_reset_before_forward(
+    gates_ih: States, gates_hh: States, states: States, params: States
+) -> tuple[States, States]:
+    r, z, n = (a + b for a, b in zip(gates_ih, gates_hh, strict=True))
+    r, z, n = r.sigmoid(), z.sigmoid(), n.tanh()
+    return (n + z * (states[0] - n),), (r, z, n)
+
+
+def _gru_reset_before_backward(
+    saved: States,
+    states_prev: States,
+    states: States,
+    grads: States,
+    grad_saved: States | None,
+    params: States,
+    through_late: Callable[[States], Tensor],
+) -> tuple[States, States, States, States]:
+    r, z, n = saved
+    extra = grad_saved if grad_saved is not None else (0, 0, 0)
+    grad_n = (grads[0] * (1 - z) + extra[2]) * (1 - n * n)
+    grad_rh = through_late((grad_n,))
+    grad_r = (grad_rh * states_prev[0] + extra[0]) * r * (1 - r)
+    grad_z = (grads[0] * (states_prev[0] - n) + extra[1]) * z * (1 - z)
+    gates = grad_r, grad_z, grad_n
+    return gates, gates, (grads[0] * z + grad_rh * r,), ()
 
 
 EPSILON = 1e-5  # of layer normalization, as of torch.nn.LayerNorm
@@ -228,6 +260,15 @@ CELLS = {
     "lstm_peephole": Cell(4, 4, 2, _lstm_peephole_forward, _lstm_peephole_backward, params=3, remake=_lstm_remake),
     "lstm_norm": Cell(
         4, 9, 2, _lstm_norm_forward, _lstm_norm_backward, params=18, separate_gates_hh=True, saves_hidden=True
+    ),
+    "gru_reset_before": Cell(
+        3,
+        3,
+        1,
+        _gru_reset_before_forward,
+        _gru_reset_before_backward,
+        late=1,
+        late_input=lambda gates_ih, gates_hh, h: (gates_ih[0] + gates_hh[0]).sigmoid() * h,
     ),
     "gru_norm": Cell(3, 6, 1, _gru_norm_forward, _gru_norm_backward, params=12, separate_gates_hh=True),
 }
@@ -388,6 +429,15 @@ def forward(
     fresh = _fresh(states, reset_h, reset_c)
     units = _params(params, wide)
     keeps, mask = _keeps(walk, wide, keep_h, keep_c), _mask(mask_h, P, wide)
+    early, h = rule.gates - rule.late, Gh // rule.gates
+
+    def recurrent(x: Tensor, first: int, count: int) -> States:
+        """The product of some gates with x, and their bias."""
+        found = _product(x, weight.narrow(1, first * h, count * h).transpose(1, 2))
+        if bias_hh is not None:
+            found = found + bias_hh.to(wide).narrow(1, first * h, count * h)
+        return found.chunk(count, -1)
+
     outputs: list[Tensor] = []
     kept: list[Tensor] = []
     for k in range(T):
@@ -395,10 +445,11 @@ def forward(
         held = states  # a row without this step hands its state's gradient on untouched
         if grad_clip:
             states = tuple(torch.ops.fastrnn.clamp_gradient(s, grad_clip) for s in states)
-        gates_hh = _product(states[0] if mask is None else states[0] * mask, weight.transpose(1, 2))
-        if bias_hh is not None:
-            gates_hh = gates_hh + bias_hh.to(wide)
-        after, values = rule.forward(gates[k].chunk(rule.gates, -1), gates_hh.chunk(rule.gates, -1), states, units)
+        here = gates[k].chunk(rule.gates, -1)
+        gates_hh = recurrent(states[0] if mask is None else states[0] * mask, 0, early)
+        if rule.late_input is not None:
+            gates_hh += recurrent(rule.late_input(here, gates_hh, states[0]), early, rule.late)
+        after, values = rule.forward(here, gates_hh, states, units)
         if weight_hr is not None:
             after = (_product(after[0], weight_hr.to(wide).transpose(1, 2)), *after[1:])
         made = after[0] if keep_h is not None and rule.remake is None else after[0][..., :0]
@@ -495,6 +546,8 @@ def backward(
     gates_ih: list[Tensor] = []
     gates_hh: list[Tensor] = []
     projected: list[Tensor] = []
+    early = (rule.gates - rule.late) * h
+    through_late = [lambda grads: _product(torch.cat(grads, -1), weight.narrow(1, early, Gh - early))] * bool(rule.late)
     for k in reversed(range(T)):
         held = None
         here = grads if grad_outputs is None else (grads[0] + grad_outputs[k], *grads[1:])
@@ -518,11 +571,12 @@ def backward(
             here,
             None if grad_values is None else tuple(v[k] for v in grad_values),
             units,
+            *through_late,
         )
         grad_units = tuple(a + b for a, b in zip(grad_units, here_units, strict=True))
         gates_ih.append(torch.cat(grad_ih, -1))
         gates_hh.append(torch.cat(grad_hh, -1))
-        recurrent = _product(gates_hh[-1], weight)
+        recurrent = _product(gates_hh[-1].narrow(2, 0, early), weight.narrow(1, 0, early))
         if mask is not None:
             recurrent = recurrent * mask
         # The projection's input is pointwise in c alone: what the cell passes to h belongs to the unprojected case.
@@ -580,6 +634,21 @@ def lstm_hidden(
         i, f, g = values[:3]
         c = f * _previous(c.reshape(T, B, n // S), c_0, lengths, resets, reset_c, reverse) + i * g
     return o * c.tanh()
+
+
+def early_and_late(cell: str, gates: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The gates [T, B, P*G*h] whose product is with h, and the late ones: both likewise."""
+    (T, B, n), rule = gates.shape, CELLS[cell]
+    late = n // groups // rule.gates * rule.late
+    early = n // groups - late
+    parts = gates.reshape(T, B, groups, n // groups).split([early, late], 3)
+    return parts[0].reshape(T, B, groups * early), parts[1].reshape(T, B, groups * late)
+
+
+def late_input(cell: str, saved: Tensor, h: Tensor) -> Tensor:
+    """What the product of a cell's late gates was with, [T, B, P, h]: from saved [T, B, P*S*h] and the h before."""
+    T, B, P, n = h.shape
+    return saved.reshape(T, B, P, saved.shape[2] // (P * n), n)[:, :, :, 0] * h
 
 
 def multiplied_h(

@@ -14,7 +14,7 @@ struct NormCell {
 
   struct Row {
     struct Forward {
-      static constexpr int kSums[] = {1, 1};
+      static constexpr int kMeans[] = {1, 1};
       static constexpr int kNumbers = 2, kWork = 0;  // mean, 1 / sqrt(..)
 
       template <int k, class V>
@@ -24,14 +24,14 @@ struct NormCell {
         return {{d * d}};
       }
       template <int k, class X>
-      static FASTRNN_HD void numbers(const Pack<X, 1>& sums, X units, Pack<X, 2>& row) {
-        row[k] = k == 0 ? sums[0] / units : X(1) / sqrt(sums[0] / units + X(1e-2));
+      static FASTRNN_HD void numbers(const Pack<X, 1>& means, Pack<X, 2>& row) {
+        row[k] = k == 0 ? means[0] : X(1) / sqrt(means[0] + X(1e-2));
       }
     };
     // n's gradient flows through the mean and the variance too: d a = r (d n - mean(d n) - n mean(n d n))
     struct Backward {
-      static constexpr int kSums[] = {2};
-      static constexpr int kNumbers = 2, kWork = 1;  // the gradient of the argument of tanh
+      static constexpr int kMeans[] = {2};
+      static constexpr int kNumbers = 2, kWork = 1, kFirstWork = 0;  // the gradient of the argument of tanh
 
       template <int k, class V>
       static FASTRNN_HD Pack<V, 2> terms(BackwardIn<NormCell, V>& in) {
@@ -40,8 +40,8 @@ struct NormCell {
         return {{grad_n, grad_n * in.saved[0]}};
       }
       template <int k, class X>
-      static FASTRNN_HD void numbers(const Pack<X, 2>& sums, X units, Pack<X, 2>& row) {
-        row = {{sums[0] / units, sums[1] / units}};
+      static FASTRNN_HD void numbers(const Pack<X, 2>& means, Pack<X, 2>& row) {
+        row = means;
       }
     };
   };

@@ -119,7 +119,7 @@ def make_case(
     if resets:
         shape = (T, B) if resets == "rows" else (T, B, P)
         tensors["resets"] = torch.rand(shape, generator=generator) < 0.4
-    if noise:
+    if noise and CELLS[cell].masks:
         tensors["mask_h"] = (torch.rand(B, P * R, generator=generator) < 0.6) / 0.6
         for name in states:
             tensors[f"keep_{name}"] = torch.rand(T, B, P * widths[name], generator=generator)

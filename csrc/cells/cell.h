@@ -25,19 +25,24 @@
 //
 // A cell whose units depend on all units of their row, as layer normalization makes them, has a member type Row too,
 // with two types in it, Row::Forward and Row::Backward. Before it runs forward (backward) of a row's units, a kernel then
-// goes over them in passes. In pass k every unit gives terms of kSums[k] sums over the row, and what the units need to
-// know of these sums becomes a number of the row, which later passes and the cell find in `row`. A unit may leave values
-// to itself, which they find in `work`. With n units in a row, numbers X = float or double, and In = ForwardIn or
-// BackwardIn:
-//   kSums[]                                                        how many sums each pass has
-//   kNumbers, kWork                                                how many values `row` and `work` hold
-//   Pack<V, kSums[k]> terms<k>(In& in)                             one unit's terms; may set in.work
-//   void numbers<k>(const Pack<X, kSums[k]>& sums, X n, Pack<X, kNumbers>& row)    once a row
+// goes over them in passes. In pass k every unit gives kMeans[k] terms, and what the units need to know of their means
+// over the row becomes a number of the row, which later passes and the cell find in `row`. A unit may leave values to
+// itself, which they find in `work`. With numbers X = float or double, and In = ForwardIn or BackwardIn:
+//   kMeans[]                            how many means each pass has
+//   kNumbers, kWork                     how many values `row` and `work` hold
+//   kFirstWork                          the first pass that sets in.work, where kWork > 0
+//   Pack<V, kMeans[k]> terms<k>(In& in) one unit's terms; may set in.work, from kFirstWork on
+//   void numbers<k>(const Pack<X, kMeans[k]>& means, Pack<X, kNumbers>& row)    once a row
 // What a pass has not set, nothing may depend on.
 //
 // A cell may have kLateGates: the recurrent product of so many of its last gates is not with h, but with a vector that
-// the other gates make of it (a GRU whose reset gate comes before the product). No kernel takes more than 0 of them
-// yet.
+// the other gates make of it, as in a GRU whose reset gate comes before the product. Such a cell has one state and no
+// Row, and besides
+//   V late_input(const ForwardIn& in)                    a unit's part of the vector; in.gates_hh lacks the late gates
+//   Pack<V, kLateGates> late_grad(const BackwardIn& in)  the gradients of the late gates, in.late_grad being unknown yet
+// With them a kernel makes the vector's gradient, BackwardIn::late_grad; backward then gives the other gates' gradients
+// besides. The first value that the cell saves is what it multiplies h with to make the vector: so it is made again for
+// the gradient of weight_hh.
 #pragma once
 #include <type_traits>
 
@@ -76,10 +81,21 @@ using BackwardPasses = typename RowOf<Cell>::type::Backward;
 template <class Cell>
 inline constexpr bool kWholeRows = !std::is_same_v<typename RowOf<Cell>::type, NoRow>;
 
+// Does pass k find something in `work`, and does it leave something there?
+template <class Passes, int k>
+constexpr bool finds_work() {
+  if constexpr (Passes::kWork > 0) return k > Passes::kFirstWork;
+  return false;
+}
+template <class Passes, int k>
+constexpr bool leaves_work() {
+  return finds_work<Passes, k + 1>();
+}
+
 // body(std::integral_constant<int, k>()) for each pass k.
 template <class Passes, int k = 0, class Body>
 FASTRNN_HD void for_each_pass(Body&& body) {
-  if constexpr (k < int(sizeof(Passes::kSums) / sizeof(int))) {
+  if constexpr (k < int(sizeof(Passes::kMeans) / sizeof(int))) {
     body(std::integral_constant<int, k>());
     for_each_pass<Passes, k + 1>(body);
   }
@@ -105,6 +121,11 @@ template <class V>
 FASTRNN_HD V zoned_out(V keep, V before, V made) {
   return keep * before + (V(1) - keep) * made;
 }
+template <class Cell>
+inline constexpr bool kHasLate = kLateGates<Cell> > 0;
+// The gates whose product is with h.
+template <class Cell>
+inline constexpr int kEarlyGates = Cell::kGates - kLateGates<Cell>;
 
 template <class Cell, class V>
 struct ForwardIn {
@@ -128,6 +149,7 @@ struct BackwardIn {
   Pack<V, Cell::kParams> params;
   Pack<V, BackwardPasses<Cell>::kNumbers> row;
   Pack<V, BackwardPasses<Cell>::kWork> work;
+  Pack<V, kHasLate<Cell>> late_grad;
 };
 
 template <class Cell, class V>

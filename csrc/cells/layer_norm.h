@@ -14,15 +14,15 @@ FASTRNN_HD X norm_scale(X mean_of_squares) {
   return X(1) / sqrt(mean_of_squares + X(1e-5));
 }
 
-// row[first ..] = the means of all the sums' terms
+// row[first ..] = the means
 template <int first, class X, int M, int R>
-FASTRNN_HD void set_means(const Pack<X, M>& sums, X units, Pack<X, R>& row) {
-  for (int k = 0; k < M; ++k) row[first + k] = sums[k] / units;
+FASTRNN_HD void set_means(const Pack<X, M>& means, Pack<X, R>& row) {
+  for (int k = 0; k < M; ++k) row[first + k] = means[k];
 }
-// row[first ..] = the scales of all the vectors whose squares were summed
+// row[first ..] = the scales of the vectors whose squares have these means
 template <int first, class X, int M, int R>
-FASTRNN_HD void set_scales(const Pack<X, M>& sums, X units, Pack<X, R>& row) {
-  for (int k = 0; k < M; ++k) row[first + k] = norm_scale(sums[k] / units);
+FASTRNN_HD void set_scales(const Pack<X, M>& means, Pack<X, R>& row) {
+  for (int k = 0; k < M; ++k) row[first + k] = norm_scale(means[k]);
 }
 
 template <class V, int M>
@@ -67,7 +67,7 @@ struct NormGates {
   static FASTRNN_HD V normalised(const BackwardIn<Cell, V>& in, int k) {
     return n(in, k) * in.params[k] + in.params[N + k];
   }
-  // The terms of two sums for each vector, whose means grad_of_input wants in row[first ..]. grad: of LN(a).
+  // The terms of two means for each vector, which finish() wants in row[first ..]. grad: of LN(a).
   template <class Cell, class V>
   static FASTRNN_HD Pack<V, 2 * N> gradient_terms(const BackwardIn<Cell, V>& in, const Pack<V, N>& grad) {
     Pack<V, 2 * N> terms;

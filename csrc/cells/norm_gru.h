@@ -15,28 +15,28 @@ struct NormGRUCell {
 
   struct Row {
     struct Forward {
-      static constexpr int kSums[] = {6, 6};
+      static constexpr int kMeans[] = {6, 6};
       static constexpr int kNumbers = 2 * Gates::N, kWork = 0;
 
       template <int k, class V>
-      static FASTRNN_HD Pack<V, kSums[k]> terms(ForwardIn<NormGRUCell, V>& in) {
+      static FASTRNN_HD Pack<V, kMeans[k]> terms(ForwardIn<NormGRUCell, V>& in) {
         if constexpr (k == 0) return Gates::both(in);
         if constexpr (k == 1) return squares(Gates::deviations(in));
       }
       template <int k, class X>
-      static FASTRNN_HD void numbers(const Pack<X, kSums[k]>& sums, X units, Pack<X, kNumbers>& row) {
-        if constexpr (k == 0) set_means<0>(sums, units, row);
-        if constexpr (k == 1) set_scales<Gates::N>(sums, units, row);
+      static FASTRNN_HD void numbers(const Pack<X, kMeans[k]>& means, Pack<X, kNumbers>& row) {
+        if constexpr (k == 0) set_means<0>(means, row);
+        if constexpr (k == 1) set_scales<Gates::N>(means, row);
       }
     };
 
     struct Backward {
-      static constexpr int kSums[] = {6, 12};
-      static constexpr int kMeans = Gates::N, kNumbers = kMeans + 2 * Gates::N;
-      static constexpr int kWork = 5;  // gradients of r, z, n before their functions, of LN(W_hn h'), of h'
+      static constexpr int kMeans[] = {6, 12};
+      static constexpr int kFirstMean = Gates::N, kNumbers = kFirstMean + 2 * Gates::N;
+      static constexpr int kWork = 5, kFirstWork = 1;  // gradients of r, z, n before their functions, of LN(W_hn h'), of h'
 
       template <int k, class V>
-      static FASTRNN_HD Pack<V, kSums[k]> terms(BackwardIn<NormGRUCell, V>& in) {
+      static FASTRNN_HD Pack<V, kMeans[k]> terms(BackwardIn<NormGRUCell, V>& in) {
         if constexpr (k == 0) return squares(in.saved);
         if constexpr (k == 1) {
           const V r = sigmoid(Gates::normalised(in, 0) + Gates::normalised(in, 3));
@@ -49,9 +49,9 @@ struct NormGRUCell {
         }
       }
       template <int k, class X>
-      static FASTRNN_HD void numbers(const Pack<X, kSums[k]>& sums, X units, Pack<X, kNumbers>& row) {
-        if constexpr (k == 0) set_scales<0>(sums, units, row);
-        if constexpr (k == 1) set_means<kMeans>(sums, units, row);
+      static FASTRNN_HD void numbers(const Pack<X, kMeans[k]>& means, Pack<X, kNumbers>& row) {
+        if constexpr (k == 0) set_scales<0>(means, row);
+        if constexpr (k == 1) set_means<kFirstMean>(means, row);
       }
       template <class V>
       static FASTRNN_HD Pack<V, Gates::N> grad_of_gates(const BackwardIn<NormGRUCell, V>& in) {
@@ -71,7 +71,7 @@ struct NormGRUCell {
   template <class V>
   static FASTRNN_HD void backward(const BackwardIn<NormGRUCell, V>& in, BackwardOut<NormGRUCell, V>& out) {
     using Passes = Row::Backward;
-    Gates::template finish<Passes::kMeans>(in, Passes::grad_of_gates(in), out);
+    Gates::template finish<Passes::kFirstMean>(in, Passes::grad_of_gates(in), out);
     out.grad_state_prev = {{in.work[4]}};
   }
 };

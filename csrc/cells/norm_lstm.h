@@ -17,12 +17,12 @@ struct NormLSTMCell {
 
   struct Row {
     struct Forward {
-      static constexpr int kSums[] = {8, 8, 1, 1};
+      static constexpr int kMeans[] = {8, 8, 1, 1};
       static constexpr int kMeanC = 2 * Gates::N, kScaleC = kMeanC + 1, kNumbers = kMeanC + 2;
-      static constexpr int kWork = 2;  // o, c
+      static constexpr int kWork = 2, kFirstWork = 2;  // o, c
 
       template <int k, class V>
-      static FASTRNN_HD Pack<V, kSums[k]> terms(ForwardIn<NormLSTMCell, V>& in) {
+      static FASTRNN_HD Pack<V, kMeans[k]> terms(ForwardIn<NormLSTMCell, V>& in) {
         if constexpr (k == 0) return Gates::both(in);
         if constexpr (k == 1) return squares(Gates::deviations(in));
         if constexpr (k == 2) {
@@ -34,23 +34,23 @@ struct NormLSTMCell {
         if constexpr (k == 3) return squares(Pack<V, 1>{{in.work[1] - in.row[kMeanC]}});
       }
       template <int k, class X>
-      static FASTRNN_HD void numbers(const Pack<X, kSums[k]>& sums, X units, Pack<X, kNumbers>& row) {
-        if constexpr (k == 0) set_means<0>(sums, units, row);
-        if constexpr (k == 1) set_scales<Gates::N>(sums, units, row);
-        if constexpr (k == 2) set_means<kMeanC>(sums, units, row);
-        if constexpr (k == 3) set_scales<kScaleC>(sums, units, row);
+      static FASTRNN_HD void numbers(const Pack<X, kMeans[k]>& means, Pack<X, kNumbers>& row) {
+        if constexpr (k == 0) set_means<0>(means, row);
+        if constexpr (k == 1) set_scales<Gates::N>(means, row);
+        if constexpr (k == 2) set_means<kMeanC>(means, row);
+        if constexpr (k == 3) set_scales<kScaleC>(means, row);
       }
     };
 
     struct Backward {
-      static constexpr int kSums[] = {9, 1, 2, 16};
+      static constexpr int kMeans[] = {9, 1, 2, 16};
       // scales of the gates, mean and scale of c, means that c's gradient wants, means that the gates' want
-      static constexpr int kMeanC = Gates::N, kScaleC = kMeanC + 1, kMeansC = kScaleC + 1, kMeans = kMeansC + 2;
-      static constexpr int kNumbers = kMeans + 2 * Gates::N;
-      static constexpr int kWork = 6;  // gradients of i, f, g, o before their functions, of c', and of LN(c)
+      static constexpr int kMeanC = Gates::N, kScaleC = kMeanC + 1, kMeansC = kScaleC + 1, kFirstMean = kMeansC + 2;
+      static constexpr int kNumbers = kFirstMean + 2 * Gates::N;
+      static constexpr int kWork = 6, kFirstWork = 2;  // gradients of i, f, g, o before their functions, of c', and of LN(c)
 
       template <int k, class V>
-      static FASTRNN_HD Pack<V, kSums[k]> terms(BackwardIn<NormLSTMCell, V>& in) {
+      static FASTRNN_HD Pack<V, kMeans[k]> terms(BackwardIn<NormLSTMCell, V>& in) {
         if constexpr (k == 0) {
           Pack<V, 9> terms;
           for (int m = 0; m < Gates::N; ++m) terms[m] = in.saved[m] * in.saved[m];
@@ -80,14 +80,14 @@ struct NormLSTMCell {
         }
       }
       template <int k, class X>
-      static FASTRNN_HD void numbers(const Pack<X, kSums[k]>& sums, X units, Pack<X, kNumbers>& row) {
+      static FASTRNN_HD void numbers(const Pack<X, kMeans[k]>& means, Pack<X, kNumbers>& row) {
         if constexpr (k == 0) {
-          for (int m = 0; m < Gates::N; ++m) row[m] = norm_scale(sums[m] / units);
-          row[kMeanC] = sums[Gates::N] / units;
+          for (int m = 0; m < Gates::N; ++m) row[m] = norm_scale(means[m]);
+          row[kMeanC] = means[Gates::N];
         }
-        if constexpr (k == 1) set_scales<kScaleC>(sums, units, row);
-        if constexpr (k == 2) set_means<kMeansC>(sums, units, row);
-        if constexpr (k == 3) set_means<kMeans>(sums, units, row);
+        if constexpr (k == 1) set_scales<kScaleC>(means, row);
+        if constexpr (k == 2) set_means<kMeansC>(means, row);
+        if constexpr (k == 3) set_means<kFirstMean>(means, row);
       }
       template <class V>
       static FASTRNN_HD V n_of_c(const BackwardIn<NormLSTMCell, V>& in) {
@@ -116,7 +116,7 @@ struct NormLSTMCell {
   template <class V>
   static FASTRNN_HD void backward(const BackwardIn<NormLSTMCell, V>& in, BackwardOut<NormLSTMCell, V>& out) {
     using Passes = Row::Backward;
-    Gates::template finish<Passes::kMeans>(in, Passes::grad_of_gates(in), out);
+    Gates::template finish<Passes::kFirstMean>(in, Passes::grad_of_gates(in), out);
     out.grad_params[kGainC] = in.work[5] * Passes::n_of_c(in);
     out.grad_params[kBiasC] = in.work[5];
     out.grad_state_prev = {{V(0), in.work[4]}};

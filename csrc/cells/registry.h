@@ -7,6 +7,7 @@
 #include "norm_gru.h"
 #include "norm_lstm.h"
 #include "peephole_lstm.h"
+#include "reset_before_gru.h"
 
 // The tests compile kernels with cells of their own, to see that a cell needs nothing but this: a header that the macro
 // names defines FASTRNN_FOR_EACH_MORE_CELL.
@@ -24,6 +25,7 @@
   X("lstm_peephole", ::fastrnn::PeepholeLSTMCell, false) \
   X("lstm_norm", ::fastrnn::NormLSTMCell, true) \
   X("gru_norm", ::fastrnn::NormGRUCell, true) \
+  X("gru_reset_before", ::fastrnn::ResetBeforeGRUCell, false) \
   FASTRNN_FOR_EACH_MORE_CELL(X)
 
 namespace fastrnn {
@@ -36,6 +38,7 @@ struct CellInfo {
   int saved;
   bool separate_gates_hh;  // backward returns grad_gates_hh as a tensor of its own
   bool saves_hidden;       // what a projection multiplies is saved (cell.h)
+  int late_gates;          // see cell.h
   bool whole_rows;         // has a Row (cell.h)
   int forward_work, backward_work;  // values of a unit that its passes leave to each other
   bool remakes;            // zoneout needs no more saved values, see remake in cell.h
@@ -44,14 +47,18 @@ struct CellInfo {
 inline constexpr CellInfo kCells[] = {
 #define FASTRNN_CELL_INFO(name, Cell, separate) \
   {name, Cell::kGates, Cell::kStates, Cell::kParams, Cell::kSaved + Cell::kStates - 1, separate, \
-   kSavesHidden<Cell>, kWholeRows<Cell>, ForwardPasses<Cell>::kWork, BackwardPasses<Cell>::kWork, kRemakes<Cell>},
+   kSavesHidden<Cell>, kLateGates<Cell>, kWholeRows<Cell>, ForwardPasses<Cell>::kWork, BackwardPasses<Cell>::kWork, \
+   kRemakes<Cell>},
     FASTRNN_FOR_EACH_CELL(FASTRNN_CELL_INFO)
 #undef FASTRNN_CELL_INFO
 };
 #define FASTRNN_CHECK_CELL(name, Cell, separate) \
+  static_assert(!kHasLate<Cell> || (Cell::kStates == 1 && !kWholeRows<Cell> && !separate), name ": late gates: see cell.h"); \
   static_assert(Cell::kStates == 1 || kRemakes<Cell> || kWholeRows<Cell>, name ": zoneout needs remake");
 FASTRNN_FOR_EACH_CELL(FASTRNN_CHECK_CELL)
 #undef FASTRNN_CHECK_CELL
+// Does it run under recurrent dropout and zoneout?
+inline constexpr bool takes_masks(const CellInfo& info) { return !info.whole_rows && info.late_gates == 0; }
 // Values per unit and step in a call's `saved`.
 inline constexpr int saved_values(const CellInfo& info, bool keep_h) { return info.saved + (keep_h && !info.remakes); }
 inline constexpr int kNumCells = sizeof(kCells) / sizeof(kCells[0]);

@@ -16,7 +16,6 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 
 template <class Cell, class S>
 class BackwardWorker {
-  static_assert(kLateGates<Cell> == 0, "a second recurrent product inside a step has no kernel yet");
   using T = typename Compute<S>::type;
   using V = Vec<T>;
   static constexpr int L = V::kLanes, G = Cell::kGates;
@@ -37,6 +36,10 @@ class BackwardWorker {
         if (p.weight_hr) {
           if (units_split) co_yield kMeet;
           w.project_gradients();
+        }
+        if constexpr (kHasLate<Cell>) {
+          if (units_split) co_yield kMeet;
+          w.multiply_late();
         }
         if constexpr (kWholeRows<Cell>) {
           if (units_split) co_yield kMeet;
@@ -111,6 +114,7 @@ class BackwardWorker {
       if (layer) {
         step.to = gradients.next_gates();
         step.to_ih = gradients.next_gates_ih();
+        if constexpr (kHasLate<Cell>) step.to_late = gradients.next_late();
       }
     const int64_t was_running = step.was_running, count = step.running > was_running ? step.running : was_running;
     for_each_panel(widths, kMaxVectors, [&](int64_t v, int vectors) {
@@ -122,13 +126,29 @@ class BackwardWorker {
       };
       const Panel<T> panel = panel_of_columns(p.weight_hh, step.group, G * p.hidden, p.width, b.panels_hh,
                                               b.gates_padded * G, v, vectors, packed);
-      for_each_deep_tile(was_running, from, b.gates_stride, panel.weights, panel.stride, b.gates_padded * G, vectors,
-                         sums, body);
+      for_each_deep_tile(was_running, from, b.gates_stride, panel.weights, panel.stride,
+                         b.gates_padded * kEarlyGates<Cell>, vectors, sums, body);
       for (int64_t i = was_running; i < count; ++i) body(i, 1, nullptr);
     });
     from = step.to;
     if constexpr (kLayers)
       if (layer) gradients.made(step.running);
+  }
+
+  // The rest of a step of a cell with late gates: the gradient of what their product was with, and the cells.
+  void multiply_late() {
+    const int64_t late = kEarlyGates<Cell> * b.gates_padded;  // where they start
+    for_each_panel(units, kMaxVectors, [&](int64_t v, int vectors) {
+      const Panel<T> panel = panel_of_columns(p.weight_hh, step.group, G * p.hidden, p.width, b.panels_hh,
+                                              b.gates_padded * G, v, vectors, packed);
+      for_each_deep_tile(step.running, static_cast<const T*>(step.to + late), b.gates_stride,
+                         panel.weights + late * panel.stride, panel.stride, b.gates_padded * kLateGates<Cell>, vectors,
+                         sums, [&](int64_t first, int rows_in_tile, const T* product) {
+                           for (int m = 0; m < rows_in_tile; ++m)
+                             for (int n = 0; n < vectors; ++n)
+                               step.late_cell(first + m, (v + n) * L, load(product + (m * vectors + n) * L));
+                         });
+    });
   }
 
   // The step's second half where h is projected: the gradients of o tanh(c), from those of h of all the width.

@@ -17,12 +17,12 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 // S: what tensors are stored in, W: what weights are.
 template <class Cell, class S, class W = S>
 class ForwardWorker {
-  static_assert(kLateGates<Cell> == 0, "a second recurrent product inside a step has no kernel yet");
   static constexpr bool kInt8 = std::is_same_v<W, int8_t>;
   using WeightHr = std::conditional_t<kInt8, S, W>;
   using T = typename Compute<S>::type;
   using V = Vec<T>;
   static constexpr int L = V::kLanes, G = Cell::kGates, kUnits = kWholeRows<Cell> ? 1 : kMaxVectors / G;
+  static constexpr int kEarly = kEarlyGates<Cell>, kLate = kLateGates<Cell>;
 
  public:
   static Paused run(const ForwardParams& p, const LayerParams* layer, const Plan& plan, char* workspace, int member) {
@@ -38,6 +38,10 @@ class ForwardWorker {
           w.project();
         }
         w.multiply(s);
+        if constexpr (kHasLate<Cell>) {
+          if (units_split) co_yield kMeet;
+          w.multiply_late(s);
+        }
         if constexpr (kWholeRows<Cell>) {
           if (units_split) co_yield kMeet;
           w.compute_cells();
@@ -99,8 +103,8 @@ class ForwardWorker {
     const int64_t h = p.hidden, R = p.width, I = layer ? layer->size : 0;
     for_each_packed_panel(units, kUnits, plan.split_rows, member, plan.team_size, [&](int64_t v, int vectors) {
       if (plan.pack_hh) {
-        pack_rows(weight_hh + v * L * R, R, h, G, vectors, h - v * L, R, b.panels_hh + v * G * L * R);
-        if (bias_hh) pack_rows(bias_hh + v * L, 1, h, G, vectors, h - v * L, 1, b.bias + v * G * L);
+        pack_gates<0, kEarly>(v, vectors);
+        if constexpr (kHasLate<Cell>) pack_gates<kEarly, kLate>(v, vectors);
       }
       if (plan.pack_ih) {
         if (!plan.pack_late) pack_ih(v, vectors, b.panels_ih + v * G * L * I);
@@ -111,6 +115,22 @@ class ForwardWorker {
     for_each_packed_panel(widths, kMaxVectors, plan.split_rows, member, plan.team_size, [&](int64_t v, int vectors) {
       pack_rows(weight_hr + v * L * h, h, 0, 1, vectors, R - v * L, h, b.panels_hr + v * L * h);
     });
+  }
+  // weight_hh and bias_hh of `count` gates, `first` being the first. All panels of the early gates stand before those of
+  // the late ones.
+  template <int first, int count>
+  void pack_gates(int64_t v, int vectors) {
+    const int64_t h = p.hidden, R = p.width, row = first * h + v * L;
+    pack_rows(weight_hh + row * R, R, h, count, vectors, h - v * L, R, panel_hh<first, count>(v));
+    if (bias_hh) pack_rows(bias_hh + row, 1, h, count, vectors, h - v * L, 1, panel_bias<first, count>(v));
+  }
+  template <int first, int count>
+  T* panel_hh(int64_t v) const {
+    return b.panels_hh + (first * b.unit_vectors + count * v) * L * p.width;
+  }
+  template <int first, int count>
+  T* panel_bias(int64_t v) const {
+    return b.bias + (first * b.unit_vectors + count * v) * L;
   }
   void pack_ih(int64_t v, int vectors, T* panel) {
     const int64_t I = layer->size;
@@ -181,11 +201,32 @@ class ForwardWorker {
 
   // ---- the steps ----
 
-  // The recurrent product of the s-th step, and the cells of its units, but for a cell that needs whole rows: then the
-  // product is kept.
+  // The recurrent product of the s-th step, and the cells of its units. Of a cell that needs whole rows the product is
+  // kept, and of one with late gates that of the others, with what they make.
   void multiply(int64_t s) {
     step.enter_step(s);
-    const int64_t first_row = step.rows->first, active = step.rows->active(step.t);
+    if (layer) chunk_at = chunk_row(s);
+    multiply_gates<0, kEarly>(s, step.multiplied, [&](int64_t i, int64_t v, const T* product, const T* gates_ih) {
+      if constexpr (kWholeRows<Cell> || kHasLate<Cell>)
+        for (int k = 0; k < kEarly; ++k) store(product_of(i) + (v * G + k) * L, load(product + k * L));
+      if constexpr (kHasLate<Cell>) step.late_input(i, v * L, product_of(i) + v * G * L, gates_ih);
+      if constexpr (!kWholeRows<Cell> && !kHasLate<Cell>) step.cell(i, v * L, product, gates_ih);
+    });
+  }
+  // The product of the late gates, and the cells.
+  void multiply_late(int64_t s) {
+    multiply_gates<kEarly, kLate>(s, step.late, [&](int64_t i, int64_t v, const T* product, const T* gates_ih) {
+      for (int k = 0; k < kLate; ++k) store(product_of(i) + (v * G + kEarly + k) * L, load(product + k * L));
+      step.cell(i, v * L, product_of(i) + v * G * L, gates_ih);
+    });
+  }
+  T* product_of(int64_t i) { return b.gates_hh + (step.rows->first + i) * b.unit_vectors * G * L; }
+
+  // The product of `count` gates, `first` being the first, with the rows x [.., stride]: body(row i, vector of units v,
+  // their product [count][L], their gates_ih [G][L] of a layer's call or null).
+  template <int first, int count, class Body>
+  FASTRNN_HD void multiply_gates(int64_t s, const T* x, Body body) {
+    const int64_t first_row = step.rows->first, active = step.rows->active(step.t), row = first * p.hidden;
     // Every member quantises all rows that it multiplies: less work than to wait for another's.
     uint8_t* quantized = nullptr;
     float* scale = nullptr;
@@ -194,32 +235,28 @@ class ForwardWorker {
       quantized = b.quantized_h + mine * b.quads_hh * kInt8Depth;
       scale = b.h_scale + mine;
       for (int64_t i = 0; i < active; ++i)
-        scale[i] = quantize_row(step.multiplied + i * b.stride, p.width, quantized + i * b.quads_hh * kInt8Depth);
+        scale[i] = quantize_row(x + i * b.stride, p.width, quantized + i * b.quads_hh * kInt8Depth);
     }
-    if (layer) chunk_at = chunk_row(s);
     for_each_panel_zigzag(units, kUnits, s, [&](int64_t v, int vectors) {
-      const int N = vectors * G;
-      const T* gates_ih = layer ? chunk_panel(v, N) + chunk_at * N * L : nullptr;
-      const auto cells = [&](int64_t first, int rows_in_tile, const T* gates_hh) {
+      const T* gates_ih = layer ? chunk_panel(v, vectors * G) + chunk_at * vectors * G * L : nullptr;
+      constexpr int kMade = kInt8 ? G : count, kSkip = kInt8 ? first : 0;  // int8 tiles have all gates
+      const auto cells = [&](int64_t first_of_tile, int rows_in_tile, const T* product) {
         for (int m = 0; m < rows_in_tile; ++m)
           for (int n = 0; n < vectors; ++n) {
-            const T* product = gates_hh + (m * vectors + n) * G * L;
-            if constexpr (kWholeRows<Cell>)
-              for (int k = 0; k < G; ++k) store(product_of(first + m) + ((v + n) * G + k) * L, load(product + k * L));
-            else
-              step.cell(first + m, (v + n) * L, product,
-                        gates_ih ? gates_ih + ((first + m) * vectors + n) * G * L : nullptr);
+            const int64_t i = first_of_tile + m;
+            body(i, v + n, product + ((m * vectors + n) * kMade + kSkip) * L,
+                 gates_ih ? gates_ih + (i * vectors + n) * G * L : nullptr);
           }
       };
       if constexpr (kInt8)
         for_each_int8_tile<G>(active, quantized, b.quads_hh * kInt8Depth, scale, int8_hh, v, vectors, bias_hh, p.hidden,
                               cells);
       else if (plan.pack_hh)
-        for_each_tile(active, step.multiplied, b.stride, b.panels_hh + v * G * L * p.width, vectors * G * L, p.width,
-                      vectors * G, bias_hh ? b.bias + v * G * L : nullptr, cells, plan.uniform);
+        for_each_tile(active, x, b.stride, static_cast<const T*>(panel_hh<first, count>(v)), vectors * count * L,
+                      p.width, vectors * count, bias_hh ? panel_bias<first, count>(v) : nullptr, cells, plan.uniform);
       else
-        for_each_dot_tile(active, step.multiplied, b.stride, weight_hh + v * L * p.width, p.width, p.hidden, G, vectors,
-                          p.hidden - v * L, p.width, bias_hh ? bias_hh + v * L : nullptr, cells);
+        for_each_dot_tile(active, x, b.stride, weight_hh + (row + v * L) * p.width, p.width, p.hidden, count, vectors,
+                          p.hidden - v * L, p.width, bias_hh ? bias_hh + row + v * L : nullptr, cells);
     });
   }
 
@@ -234,7 +271,6 @@ class ForwardWorker {
     for (int64_t i = mine.begin; i < mine.end; ++i)
       step.whole_row(i, product_of(i), gates_ih(i), b.row_scratch + member * b.row_scratch_size);
   }
-  T* product_of(int64_t i) { return b.gates_hh + (step.rows->first + i) * b.unit_vectors * G * L; }
 
   // h of the step, from o tanh(c) of all its units.
   void project_hidden(int64_t s) {

@@ -37,6 +37,7 @@ class LayerGradients {
   T* next_gates_ih() const {
     return b.grad_gates_ih ? b.grad_gates_ih + (first_row(*step.rows) + chunk_rows) * b.gates_stride : nullptr;
   }
+  T* next_late() const { return b.late + (first_row(*step.rows) + chunk_rows) * b.stride; }
   void made(int64_t running) { chunk_rows += running; }
   // Is the chunk complete with step s?
   bool complete(int64_t s) const { return s + 1 == p.steps || s + 1 == chunk_begin + plan.chunk; }
@@ -63,6 +64,7 @@ class LayerGradients {
         b.input[at + i] = input + step.offset(i, time, layer->input_stride_t, layer->input_stride_b);
         b.before[at + i] = step.h_before(i, time);
         if (b.mask) b.mask[at + i] = static_cast<const T*>(p.mask_h) + step.place(i) * p.width;
+        if constexpr (kHasLate<Cell>) b.late_row[at + i] = b.late + (at + i) * b.stride;
       }
       at += active;
     }
@@ -80,9 +82,12 @@ class LayerGradients {
       const int64_t first = first_row(x);
       const T* gates_hh = grad_gates(x) + x.size() * b.gates_stride;
       const T* gates_ih = b.grad_gates_ih ? b.grad_gates_ih + first * b.gates_stride : gates_hh;
-      add_weight_gradient(layer->grad_weight_ih, gates_ih, {b.input + first, nullptr, layer->size}, count);
+      const int64_t all = G * b.gates_padded, late = kEarlyGates<Cell> * b.gates_padded;
       const T* const* mask = b.mask ? b.mask + first : nullptr;
-      add_weight_gradient(layer->grad_weight_hh, gates_hh, {b.before + first, mask, p.width}, count);
+      add_weight_gradient(layer->grad_weight_ih, gates_ih, {0, all}, {b.input + first, nullptr, layer->size}, count);
+      add_weight_gradient(layer->grad_weight_hh, gates_hh, {0, late}, {b.before + first, mask, p.width}, count);
+      if constexpr (kHasLate<Cell>)
+        add_weight_gradient(layer->grad_weight_hh, gates_hh, {late, all}, {b.late_row + first, nullptr, p.width}, count);
       add_bias_gradient(gates_ih, gates_hh, count);
       first_product = false;
       const Range mine = !plan.split_rows  ? share(count, member, plan.team_size)
@@ -96,7 +101,7 @@ class LayerGradients {
 
   // Biases, from their sums; and sums of nothing, where no row had a step.
   void finish() {
-    const Range own = own_gates();
+    const Range own = share_of({0, G * b.gates_padded});
     const auto each_row = [&](auto body) {
       for (int64_t i = own.begin; i < own.end; ++i)
         if (row_of_weight(i) >= 0) body(i, step.group * G * p.hidden + row_of_weight(i));
@@ -141,12 +146,14 @@ class LayerGradients {
     }
   };
 
-  // grad_weight [P, G*h, size] += gates^T x: this member's rows of it, the gates' padding left out.
-  void add_weight_gradient(void* grad_weight, const T* gates, const Multiplied& x, int64_t count) {
+  // grad_weight [P, G*h, size] += gates^T x: this member's share of those of its rows that belong to the range of a row's
+  // gate gradients, the gates' padding left out.
+  void add_weight_gradient(void* grad_weight, const T* gates, Range range, const Multiplied& x, int64_t count) {
     if (!grad_weight) return;
     const int64_t size = x.size;
     T* out = static_cast<T*>(grad_weight) + step.group * G * p.hidden * size;
-    if (count <= kFewRows) return add_few_rows(out, gates, x, count);
+    const Range own = share_of(range);
+    if (count <= kFewRows) return add_few_rows(out, gates, own, x, count);
     const auto pack = [&](int64_t k0, int64_t depth, int64_t v, int n, T* panel) {
       for (int64_t k = k0; k < k0 + depth; ++k)
         for (int q = 0; q < n; ++q, panel += L)
@@ -160,7 +167,7 @@ class LayerGradients {
       if (k0 > 0 || !first_product) sum = sum + load(to, n);
       store(to, sum, n);
     };
-    multiply<T, true>(b.products, own_gates(), {0, ceil_div(size, L)}, count, gates, b.gates_stride, pack, keep);
+    multiply<T, true>(b.products, own, {0, ceil_div(size, L)}, count, gates, b.gates_stride, pack, keep);
   }
   // Which row of a weight has this place among a row's gate gradients; -1: it is padding.
   int64_t row_of_weight(int64_t i) const {
@@ -170,8 +177,7 @@ class LayerGradients {
   }
 
   static constexpr int64_t kFewRows = 4;  // of which packing would cost more than the product
-  void add_few_rows(T* out, const T* gates, const Multiplied& x, int64_t count) {
-    const Range own = own_gates();
+  void add_few_rows(T* out, const T* gates, Range own, const Multiplied& x, int64_t count) {
     const int64_t size = x.size;
     for (int64_t row = own.begin; row < own.end; ++row) {
       const int64_t weight_row = row_of_weight(row);
@@ -186,7 +192,10 @@ class LayerGradients {
       }
     }
   }
-  Range own_gates() const { return share(G * b.gates_padded, member, plan.team_size); }
+  Range share_of(Range all) const {
+    const Range own = share(all.end - all.begin, member, plan.team_size);
+    return {all.begin + own.begin, all.begin + own.end};
+  }
 
   static constexpr int64_t kBiasRows = 16;  // sums of sums, for less rounding
   void add_bias_gradient(const T* gates_ih, const T* gates_hh, int64_t count) {

@@ -71,8 +71,9 @@ FASTRNN_HD Pack<T, N> sum_over_units(int64_t units, Terms terms) {
   for (int k = 0; k < N; ++k) {
     alignas(64) T lanes[L];
     store(lanes, sums[k]);
-    total[k] = 0;
-    for (int lane = 0; lane < L; ++lane) total[k] = total[k] + lanes[lane];
+    for (int half = L / 2; half > 0; half /= 2)
+      for (int lane = 0; lane < half; ++lane) lanes[lane] = lanes[lane] + lanes[lane + half];
+    total[k] = lanes[0];
   }
   return total;
 }
@@ -83,21 +84,24 @@ FASTRNN_HD Pack<Vec<T>, N> in_every_lane(const Pack<T, N>& x) {
   return all;
 }
 
-// The passes of a cell's Row over the units of one row. load(j, row) gives what units j .. know (ForwardIn, BackwardIn)
-// where the row's numbers are `row`; keep(j, in) keeps what they leave in in.work. Returns the row's numbers.
+// The passes of a cell's Row over the units of one row. load(j, row, work) gives what units j .. know (ForwardIn,
+// BackwardIn) where the row's numbers are `row`; work, a std::bool_constant, says whether in.work was kept. keep(j, in)
+// keeps it. Returns the row's numbers.
 template <class T, class Passes, class Load, class Keep>
 FASTRNN_HD Pack<Vec<T>, Passes::kNumbers> run_passes(int64_t units, Load load, Keep keep) {
   Pack<T, Passes::kNumbers> numbers{};
+  const T each = T(1) / T(units);
   for_each_pass<Passes>([&](auto pass) FASTRNN_INLINE_BODY {
     constexpr int k = decltype(pass)::value;
     const auto row = in_every_lane(numbers);
-    const auto sums = sum_over_units<T, Passes::kSums[k]>(units, [&](int64_t j) FASTRNN_INLINE_BODY {
-      auto in = load(j, row);
+    auto means = sum_over_units<T, Passes::kMeans[k]>(units, [&](int64_t j) FASTRNN_INLINE_BODY {
+      auto in = load(j, row, std::bool_constant<finds_work<Passes, k>()>());
       const auto terms = Passes::template terms<k>(in);
-      keep(j, in);
+      if constexpr (leaves_work<Passes, k>()) keep(j, in);
       return terms;
     });
-    Passes::template numbers<k>(sums, T(units), numbers);
+    for (int m = 0; m < Passes::kMeans[k]; ++m) means[m] = means[m] * each;
+    Passes::template numbers<k>(means, numbers);
   });
   return in_every_lane(numbers);
 }

@@ -51,7 +51,8 @@ struct ForwardStep : Walk<ForwardParams> {
   const int64_t stride;  // the buffers'
   int64_t t = 0;         // the step's time
   const T *h_prev = nullptr, *multiplied = nullptr;  // state 0 before the step, and as the product reads it
-  T *h_next = nullptr, *masked_next = nullptr, *c = nullptr, *hidden = nullptr;  // of this member's rows, like h_prev
+  // Of this member's rows, like h_prev.
+  T *h_next = nullptr, *masked_next = nullptr, *c = nullptr, *hidden = nullptr, *late = nullptr;
 
   ForwardStep(const ForwardParams& params, const ForwardBuffers<Cell, T>& buffers)
       : Walk<ForwardParams>(params), b(buffers), stride(b.stride) {}
@@ -67,6 +68,7 @@ struct ForwardStep : Walk<ForwardParams> {
     masked_next = p.mask_h ? b.masked[(s + 1) & 1] + rows->first * stride : nullptr;
     c = b.c + rows->first * stride;
     hidden = b.hidden ? b.hidden + rows->first * stride : nullptr;
+    if constexpr (kHasLate<Cell>) late = b.late + rows->first * stride;
   }
 
   // The state before the first step, columns j .. of state 0. A row without a step ends where it starts.
@@ -91,6 +93,15 @@ struct ForwardStep : Walk<ForwardParams> {
     finish(i, j, out);
   }
 
+  // What the product of the late gates is with, units j .. gates_hh and gates_ih: as of cell(), where those of the late
+  // gates may hold anything.
+  void late_input(int64_t i, int64_t j, const T* gates_hh, const T* gates_ih) {
+    ForwardIn<Cell, V> in;
+    in.gates_ih = gates_ih_of(i, j, gates_ih);
+    load_unit(i, j, gates_hh, in);
+    store(late + i * stride + j, Cell::late_input(in));
+  }
+
   // The same for all units of row i, of a cell with a Row. gates_hh: [unit_vectors][G][L]; gates_ih(j): as of cell(), of
   // units j ..; scratch: [unit_vectors][G + kWork][L]. gates_ih are copied there, since in a chunk of steps a row's are
   // far apart, and every pass reads them.
@@ -98,13 +109,13 @@ struct ForwardStep : Walk<ForwardParams> {
   void whole_row(int64_t i, const T* gates_hh, GatesIh gates_ih, T* scratch) {
     constexpr int W = ForwardPasses<Cell>::kWork;
     const int64_t h = p.hidden;
-    const auto load_in = [&](int64_t j, const auto& row) FASTRNN_INLINE_BODY {
+    const auto load_in = [&](int64_t j, const auto& row, auto work) FASTRNN_INLINE_BODY {
       ForwardIn<Cell, V> in;
       const T* own = scratch + j * (G + W);
       for (int k = 0; k < G; ++k) in.gates_ih[k] = load(own + k * L);
       load_unit(i, j, gates_hh + j * G, in);
       in.row = row;
-      if constexpr (W > 0)
+      if constexpr (work)
         for (int k = 0; k < W; ++k) in.work[k] = load(own + (G + k) * L);
       return in;
     };
@@ -119,7 +130,7 @@ struct ForwardStep : Walk<ForwardParams> {
     const auto row = run_passes<T, ForwardPasses<Cell>>(h, load_in, keep);
     for (int64_t j = 0; j < h; j += L) {
       ForwardOut<Cell, V> out;
-      Cell::forward(load_in(j, row), out);
+      Cell::forward(load_in(j, row, std::bool_constant<(W > 0)>()), out);
       finish(i, j, out);
     }
   }
@@ -234,7 +245,8 @@ struct BackwardStep : Walk<BackwardParams> {
   T *carry_h = nullptr, *carry_c = nullptr, *grad_h = nullptr;
   int64_t t = 0;                         // the step's time; that of the step met before it is next_time(t)
   int64_t running = 0, was_running = 0;  // rows that have a step at t, and at next_time(t)
-  T *to = nullptr, *to_ih = nullptr;     // where the step's grad_gates_hh go, and grad_gates_ih or null
+  // Where the step's grad_gates_hh go, grad_gates_ih or null, and what the product of late gates was with, or null.
+  T *to = nullptr, *to_ih = nullptr, *to_late = nullptr;
 
   BackwardStep(const BackwardParams& params, const LayerBackwardParams* layer, const BackwardBuffers<Cell, T>& buffers)
       : Walk<BackwardParams>(params), layer(layer), b(buffers), stride(b.stride), gates_stride(b.gates_stride),
@@ -290,10 +302,19 @@ struct BackwardStep : Walk<BackwardParams> {
   }
 
   // The cell of units j .. grad_hidden: the gradient of o tanh(c), or of state 0 where nothing is projected; `kept` goes
-  // past the cell then. That of a cell with a Row waits for whole_row().
+  // past the cell then. That of a cell with a Row waits for whole_row(), and one with late gates gives their gradients and
+  // waits for late_cell().
   FASTRNN_HD void cell(int64_t i, int64_t j, V grad_hidden, V kept = V(0)) {
     if constexpr (kWholeRows<Cell>) {
       store(b.grad_hidden + (rows->first + i) * stride + j, grad_hidden);
+    } else if constexpr (kHasLate<Cell>) {
+      if (i >= running) return;
+      store(b.grad_hidden + (rows->first + i) * stride + j, grad_hidden);
+      BackwardIn<Cell, V> in;
+      in.grad_state[0] = grad_hidden;
+      load_unit(i, j, in);
+      const auto grads = Cell::late_grad(in);
+      for (int k = 0; k < kLateGates<Cell>; ++k) store(to + gate(i, kEarlyGates<Cell> + k, j), grads[k]);
     } else {
       BackwardIn<Cell, V> in;
       BackwardOut<Cell, V> out;
@@ -318,6 +339,18 @@ struct BackwardStep : Walk<BackwardParams> {
     }
   }
 
+  // The cell of units j .. of a running row, given the gradient of what the product of the late gates was with.
+  FASTRNN_HD void late_cell(int64_t i, int64_t j, V late_grad) {
+    BackwardIn<Cell, V> in;
+    BackwardOut<Cell, V> out;
+    in.grad_state[0] = load(b.grad_hidden + (rows->first + i) * stride + j);
+    in.late_grad = {{late_grad}};
+    load_unit(i, j, in);
+    Cell::backward(in, out);
+    finish(i, j, out);
+    if (to_late) store(to_late + i * stride + j, in.saved[0] * in.state_prev[0]);
+  }
+
   // All units of row i, of a cell with a Row, once cell() has been called for each. scratch: [unit_vectors][kWork][L].
   void whole_row(int64_t i, T* scratch) {
     constexpr int W = BackwardPasses<Cell>::kWork;
@@ -326,13 +359,13 @@ struct BackwardStep : Walk<BackwardParams> {
       for (int64_t j = 0; j < h; j += L) store(carry_c + i * stride + j, grad_c(i, j));
     if (i >= running) return;
     const T* grad_hidden = b.grad_hidden + (rows->first + i) * stride;
-    const auto load_in = [&](int64_t j, const auto& row) FASTRNN_INLINE_BODY {
+    const auto load_in = [&](int64_t j, const auto& row, auto work) FASTRNN_INLINE_BODY {
       BackwardIn<Cell, V> in;
       in.grad_state[0] = load(grad_hidden + j);
       if constexpr (kHasC) in.grad_state[1] = load(carry_c + i * stride + j);
       load_unit(i, j, in);
       in.row = row;
-      if constexpr (W > 0)
+      if constexpr (work)
         for (int k = 0; k < W; ++k) in.work[k] = load(scratch + j * W + k * L);
       return in;
     };
@@ -343,7 +376,7 @@ struct BackwardStep : Walk<BackwardParams> {
     const auto row = run_passes<T, BackwardPasses<Cell>>(h, load_in, keep);
     for (int64_t j = 0; j < h; j += L) {
       BackwardOut<Cell, V> out;
-      Cell::backward(load_in(j, row), out);
+      Cell::backward(load_in(j, row, std::bool_constant<(W > 0)>()), out);
       finish(i, j, out);
     }
   }
@@ -402,7 +435,7 @@ struct BackwardStep : Walk<BackwardParams> {
         T* grad_params = static_cast<T*>(p.grad_params) + place(i) * Cell::kParams * h + j;
         for (int k = 0; k < Cell::kParams; ++k) add(grad_params + k * h, out.grad_params[k], n);
       }
-    for (int k = 0; k < G; ++k) store(to + gate(i, k, j), out.grad_gates_hh[k]);
+    for (int k = 0; k < kEarlyGates<Cell>; ++k) store(to + gate(i, k, j), out.grad_gates_hh[k]);  // late ones are there
     if (to_ih)
       for (int k = 0; k < G; ++k) store(to_ih + gate(i, k, j), out.grad_gates_ih[k]);
     if (layer) return;

@@ -27,9 +27,9 @@ struct ForwardBuffers {
   T* masked[2];  // [B, stride]: the same times mask_h, for the product; null without one
   T* c;       // [B, stride]: state 1
   T* hidden;  // [B, stride]: o tanh(c), before it is projected
-  // Of a cell that looks at whole rows: a step's recurrent product, [B][unit_vectors][G][L], and each member's room for
-  // one row.
-  T *gates_hh, *row_scratch;
+  // Of a cell that looks at whole rows or has late gates: a step's recurrent product, [B][unit_vectors][G][L]. Of the
+  // first each member's room for one row, of the second [B, stride] what the late gates' product is with.
+  T *gates_hh, *row_scratch, *late;
   int64_t row_scratch_size;
 
   // The rest is of a layer's call, whose gates_ih are made here, for a chunk of steps at a time. In arrays of
@@ -54,8 +54,10 @@ struct ForwardBuffers {
     for (T*& x : masked) x = p.mask_h ? arena.take<T>(p.batch * stride) : nullptr;
     c = arena.take<T>(p.batch * stride);
     hidden = p.weight_hr ? arena.take<T>(p.batch * stride) : nullptr;
-    if constexpr (kWholeRows<Cell>) {
+    if constexpr (kWholeRows<Cell> || kHasLate<Cell>)
       gates_hh = arena.take<T>(p.batch * unit_vectors * Cell::kGates * L);
+    if constexpr (kHasLate<Cell>) late = arena.take<T>(p.batch * stride);
+    if constexpr (kWholeRows<Cell>) {
       row_scratch_size = unit_vectors * (Cell::kGates + ForwardPasses<Cell>::kWork) * L;
       row_scratch = arena.take<T>(plan.team_size * row_scratch_size);
     }
@@ -92,8 +94,8 @@ struct BackwardBuffers {
   T* grad_gates;
   T *carry_h, *carry_c;  // [B, stride]: the part of grad_state_prev that does not come through weight_hh
   T* grad_h;             // [B, stride]: the gradient of the projection's output
-  // Of a cell that looks at whole rows: [B, stride], the gradient of o tanh(c), or of state 0 where nothing is projected,
-  // and each member's room for one row.
+  // Of a cell that looks at whole rows or has late gates: [B, stride], the gradient of o tanh(c), or of state 0 where
+  // nothing is projected; of the first each member's room for one row.
   T *grad_hidden, *row_scratch;
   int64_t row_scratch_size;
   T* sums;  // [team_size][max(B, kBlockM)][kMaxVectors * L]: where deep products add up
@@ -105,6 +107,9 @@ struct BackwardBuffers {
   T* grad_gates_ih;           // [slots * B, gates_stride], or null where grad_gates serves
   const T **input, **before;  // [slots * B]: the step's input, and the state before it; null for zeros
   const T** mask;             // [slots * B]: the row of mask_h; null without one
+  // Of a cell with late gates: what their product was with, and where each row of it starts.
+  T* late;          // [slots * B, stride]
+  const T** late_row;  // [slots * B]
   int64_t* place;             // [slots * B]: the row in tensors [T, B, ..]
   T* bias;                    // [2][gates_stride]: sums of grad_gates_ih and of grad_gates_hh
   GemmBuffers<T> products;    // the member's own
@@ -121,8 +126,8 @@ struct BackwardBuffers {
     carry_h = arena.take<T>(p.batch * stride);
     carry_c = arena.take<T>(p.batch * stride);
     grad_h = p.weight_hr ? arena.take<T>(p.batch * stride) : nullptr;
+    if constexpr (kWholeRows<Cell> || kHasLate<Cell>) grad_hidden = arena.take<T>(p.batch * stride);
     if constexpr (kWholeRows<Cell>) {
-      grad_hidden = arena.take<T>(p.batch * stride);
       row_scratch_size = unit_vectors * BackwardPasses<Cell>::kWork * L;
       row_scratch = arena.take<T>(plan.team_size * row_scratch_size);
     }
@@ -135,6 +140,10 @@ struct BackwardBuffers {
     input = arena.take<const T*>(slots * p.batch);
     before = arena.take<const T*>(slots * p.batch);
     mask = p.mask_h ? arena.take<const T*>(slots * p.batch) : nullptr;
+    if constexpr (kHasLate<Cell>) {
+      late = arena.take<T>(slots * p.batch * stride);
+      late_row = arena.take<const T*>(slots * p.batch);
+    }
     place = arena.take<int64_t>(slots * p.batch);
     bias = arena.take<T>(2 * gates_stride);
     const int64_t columns = layer->size > p.width ? layer->size : p.width;

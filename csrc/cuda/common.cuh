@@ -119,23 +119,23 @@ struct Type {
 template <class F>
 int with_cell(int32_t cell, F f) {
   int32_t id = 0;
-#define FASTRNN_DISPATCH(name, Cell, separate)                                                      \
-  static_assert(kLateGates<Cell> == 0, name ": no tier has a second recurrent product inside a step"); \
+#define FASTRNN_DISPATCH(name, Cell, separate) \
   if (cell == id++) return f(Type<Cell>{});
   FASTRNN_FOR_EACH_CELL(FASTRNN_DISPATCH)
 #undef FASTRNN_DISPATCH
   return int(dev::kInvalidValue);
 }
-// The same for cells whose units do not look at each other. Those that have a Row are the per-step tier's alone: in the
-// other tiers no block sees a whole row between the product and the cells.
+// The same for cells whose units do not look at each other, after one product. Those that have a Row or late gates are
+// the per-step tier's alone: in the other tiers no block sees a whole row between the product and the cells.
 template <class F>
 int with_pointwise_cell(int32_t cell, F f) {
   return with_cell(cell, [&](auto type) {
-    if constexpr (kWholeRows<typename decltype(type)::type>) return int(dev::kInvalidValue);
+    using Cell = typename decltype(type)::type;
+    if constexpr (kWholeRows<Cell> || kHasLate<Cell>) return int(dev::kInvalidValue);
     else return f(type);
   });
 }
-inline bool is_pointwise(int32_t cell) { return !kCells[cell].whole_rows; }
+inline bool is_pointwise(int32_t cell) { return !kCells[cell].whole_rows && kCells[cell].late_gates == 0; }
 template <class F>
 int with_half(DType dtype, F f) {
   switch (dtype) {

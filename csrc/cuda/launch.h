@@ -54,10 +54,13 @@ int recurrent_backward(const BackwardParams& params, const Choice& choice, void*
 //
 // "wide": float32 where dtype is a half type, else dtype. Forward, for k = 0 .. T - 1:
 //   start_forward
-//   gates_hh = h @ weight_hh^T;  step_forward(k)
+//   gates_hh = h @ weight_hh^T
+//   of a cell with late gates: step_forward_late(k);  late_product = late @ (their weight_hh)^T
+//   step_forward(k)
 //   with weight_hr: projected = hidden @ weight_hr^T;  step_forward_projected(k)
 // Backward, for k = T - 1 .. 0:
 //   with weight_hr: step_backward_projected(k);  grad_hidden = grad_h @ weight_hr
+//   of a cell with late gates: step_backward_late(k);  late_product = late @ (their weight_hh)
 //   step_backward(k);  recurrent = grad_gates @ weight_hh
 //   finish_backward; where neither grad_h_0 nor resets are given, it and the product before it may be left out
 // Step k of the walk is time k, or length - 1 - k where a group runs in reverse. Buffers need no clearing: a row's
@@ -76,13 +79,20 @@ struct StepBuffers {
   void* grad_h;             // [P, B, R] dtype; null without weight_hr
   const void* grad_hidden;  // [P, B, h] wide; null without weight_hr
   // of a cell with a Row: [P, B, W*h] wide, what its passes leave to each other; W = CellInfo::forward_work, or states and
-  // backward_work
+  // backward_work. Of one with late gates: [P, B, h] wide, the gradient of h after the step
   void* work;
+  // of a cell with K late gates. Forward: [P, B, h] dtype, what their product is with, and [P, B, K*h] wide, the product.
+  // Backward: [P, B, K*h] dtype, their gradients, and [P, B, h] wide, the product. gates_hh and grad_gates are without
+  // them then: [P, B, (G-K)*h]
+  void* late;
+  const void* late_product;
 };
 int start_forward(const ForwardParams& params, const StepBuffers& buffers, void* stream);
+int step_forward_late(const ForwardParams& params, int64_t k, const StepBuffers& buffers, void* stream);
 int step_forward(const ForwardParams& params, int64_t k, const StepBuffers& buffers, void* stream);
 int step_forward_projected(const ForwardParams& params, int64_t k, const StepBuffers& buffers, void* stream);
 int step_backward_projected(const BackwardParams& params, int64_t k, const StepBuffers& buffers, void* stream);
+int step_backward_late(const BackwardParams& params, int64_t k, const StepBuffers& buffers, void* stream);
 int step_backward(const BackwardParams& params, int64_t k, const StepBuffers& buffers, void* stream);
 int finish_backward(const BackwardParams& params, const StepBuffers& buffers, void* stream);
 

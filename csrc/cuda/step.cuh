@@ -41,9 +41,9 @@ FASTRNN_INLINE int64_t in_buffer(const ForwardParams& p, const RowWalk& r, int64
 // ---- cells with a Row: a block takes whole rows, one after the other ----
 
 template <class Passes>
-constexpr int most_sums() {
+constexpr int most_means() {
   int most = 0;
-  for (int sums : Passes::kSums) most = sums > most ? sums : most;
+  for (int means : Passes::kMeans) most = means > most ? means : most;
   return most;
 }
 // Room for block_sum in any of the passes.
@@ -53,7 +53,7 @@ struct RowShared {
   size_t bytes;
   __host__ __device__ RowShared(char* base, int threads) {
     dev::Carver carver(base);
-    parts = carver.take<Wide<S>>(size_t(most_sums<Passes>()) * threads);
+    parts = carver.take<Wide<S>>(size_t(most_means<Passes>()) * threads);
     bytes = carver.used;
   }
 };
@@ -124,22 +124,28 @@ FASTRNN_INLINE void store_work(const ForwardParams& p, const RowWalk& r, void* w
   }
 }
 
-// The passes of a cell's Row over a row's units; all threads call it. load(j, row) gives what unit j knows (ForwardIn,
-// BackwardIn) where the row's numbers are `row`; keep(j, in) keeps what it leaves in in.work, for the thread itself.
+// The passes of a cell's Row over a row's units; all threads call it. load(j, row, work) gives what unit j knows (ForwardIn,
+// BackwardIn) where the row's numbers are `row`; work, a std::bool_constant, says whether in.work was kept. keep(j, in)
+// keeps it, for the thread itself.
 template <class V, class Passes, class Load, class Keep>
 FASTRNN_INLINE Pack<V, Passes::kNumbers> run_passes(const ForwardParams& p, V* parts, Load load, Keep keep) {
   Pack<V, Passes::kNumbers> row{};
+  const V each = V(1) / V(p.hidden);
   for_each_pass<Passes>([&](auto pass) {
     constexpr int k = decltype(pass)::value;
-    Pack<V, Passes::kSums[k]> sums{};
+    constexpr int M = Passes::kMeans[k];
+    Pack<V, M> sums{};
     for_each_unit(p, [&](int j) {
-      auto in = load(j, row);
+      auto in = load(j, row, std::bool_constant<finds_work<Passes, k>()>());
       const auto terms = Passes::template terms<k>(in);
 #pragma unroll
-      for (int i = 0; i < Passes::kSums[k]; ++i) sums[i] += terms[i];
-      keep(j, in);
+      for (int i = 0; i < M; ++i) sums[i] += terms[i];
+      if constexpr (leaves_work<Passes, k>()) keep(j, in);
     });
-    Passes::template numbers<k>(block_sum(sums, parts), V(p.hidden), row);
+    Pack<V, M> means = block_sum(sums, parts);
+#pragma unroll
+    for (int i = 0; i < M; ++i) means[i] *= each;
+    Passes::template numbers<k>(means, row);
   });
   return row;
 }

@@ -56,18 +56,18 @@ FASTRNN_INLINE Pack<Wide<S>, Cell::kStates> step_backward_states(const BackwardP
   return grads;
 }
 
-// Stores what step k's backward gave unit j < h of a running row. Buffers of gates are [P, B, G*h].
+// Stores what step k's backward gave unit j < h of a running row.
 template <class Cell, class S>
 FASTRNN_INLINE void step_backward_store(const BackwardParams& p, const StepBuffers& b, const RowWalk& r, int k, int j,
                                         const BackwardOut<Cell, Wide<S>>& out) {
-  constexpr int G = Cell::kGates;
+  constexpr int E = kEarlyGates<Cell>;
   Wide<S> carried = 0;
-  Pack<Wide<S>, G> grad_gates;
+  Pack<Wide<S>, Cell::kGates> grad_gates;
   store_backward<Cell, S>(p, r, k, j, out, carried, grad_gates);
   store<Wide<S>>(b.carried, in_buffer(p, r, p.hidden, j), carried);
 #pragma unroll
-  for (int g = 0; g < G; ++g)
-    store<S>(b.grad_gates, in_buffer(p, r, G * p.hidden, g * p.hidden + j), grad_gates[g]);
+  for (int g = 0; g < E; ++g)
+    store<S>(b.grad_gates, in_buffer(p, r, E * p.hidden, g * p.hidden + j), grad_gates[g]);
 }
 
 // One step of every unit.
@@ -92,6 +92,46 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
   });
 }
 
+// Of a cell with late gates: their gradients in step k, and in `work` that of h after the step.
+template <class Cell, class S>
+__global__ void __launch_bounds__(tiles::kStepThreads)
+    step_backward_late_kernel(LaunchParams<BackwardParams> p, StepBuffers b, int k) {
+  constexpr int K = kLateGates<Cell>;
+  for_each_row(p, [&](const RowWalk& r, int j) {
+    if (j >= p.hidden) return;
+    step_backward_start<Cell, S>(p, r, k, j);
+    Pack<Wide<S>, K> grads{};  // of a row that has no such step: something that a product can bear
+    if (r.running(k)) {
+      BackwardLoads<Cell, S> loads;
+      BackwardIn<Cell, Wide<S>> in;
+      step_backward_loads<Cell, S>(p, r, k, j, loads);
+      make_backward_in<Cell, S>(p, r, j, loads, in);
+      in.grad_state = step_backward_states<Cell, S>(p, b, r, k, j, loads.grad_output);
+      store_work(p, r, b.work, 1, 0, j, in.grad_state);
+      grads = Cell::late_grad(in);
+    }
+#pragma unroll
+    for (int g = 0; g < K; ++g) store<S>(b.late, in_buffer(p, r, K * p.hidden, g * p.hidden + j), grads[g]);
+  });
+}
+// And then the rest of the step.
+template <class Cell, class S>
+__global__ void __launch_bounds__(tiles::kStepThreads)
+    step_backward_after_late_kernel(LaunchParams<BackwardParams> p, StepBuffers b, int k) {
+  for_each_row(p, [&](const RowWalk& r, int j) {
+    if (j >= p.hidden || !r.running(k)) return;
+    BackwardLoads<Cell, S> loads;
+    BackwardIn<Cell, Wide<S>> in;
+    BackwardOut<Cell, Wide<S>> out;
+    step_backward_loads<Cell, S>(p, r, k, j, loads);
+    make_backward_in<Cell, S>(p, r, j, loads, in);
+    load_work(p, r, b.work, 1, 0, j, in.grad_state);
+    in.late_grad[0] = load<Wide<S>>(b.late_product, in_buffer(p, r, p.hidden, j));
+    Cell::backward(in, out);
+    step_backward_store<Cell, S>(p, b, r, k, j, out);
+  });
+}
+
 // The same for a cell with a Row. A thread comes back to the same units in every pass, and finds in `work` what it left
 // there: the gradients of the states after the step, then the Row's.
 template <class Cell, class S>
@@ -109,21 +149,21 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
       store_work(p, r, b.work, kValues, 0, j, step_backward_states<Cell, S>(p, b, r, k, j, grad_output));
     });
     if (!r.running(k)) return;
-    const auto load_in = [&](int j, const auto& row) {
+    const auto load_in = [&](int j, const auto& row, auto work) {
       BackwardLoads<Cell, S> loads;
       BackwardIn<Cell, V> in;
       step_backward_loads<Cell, S>(p, r, k, j, loads);
       make_backward_in<Cell, S>(p, r, j, loads, in);
       in.row = row;
       load_work(p, r, b.work, kValues, 0, j, in.grad_state);
-      load_work(p, r, b.work, kValues, kStates, j, in.work);
+      if constexpr (work) load_work(p, r, b.work, kValues, kStates, j, in.work);
       return in;
     };
     const auto keep = [&](int j, const auto& in) { store_work(p, r, b.work, kValues, kStates, j, in.work); };
     const auto row = run_passes<V, Passes>(p, shared.parts, load_in, keep);
     for_each_unit(p, [&](int j) {
       BackwardOut<Cell, V> out;
-      Cell::backward(load_in(j, row), out);
+      Cell::backward(load_in(j, row, std::bool_constant<(Passes::kWork > 0)>()), out);
       step_backward_store<Cell, S>(p, b, r, k, j, out);
     });
   });
@@ -152,6 +192,19 @@ int step_backward_projected(const BackwardParams& p, int64_t k, const StepBuffer
   });
 }
 
+int step_backward_late(const BackwardParams& p, int64_t k, const StepBuffers& b, void* stream) {
+  return with_cell(p.cell, [&](auto cell) {
+    return with_dtype(p.dtype, [&](auto storage) {
+      using Cell = typename decltype(cell)::type;
+      using S = typename decltype(storage)::type;
+      if constexpr (kHasLate<Cell>)
+        return launch_rows(step_backward_late_kernel<Cell, S>, p, p.hidden, stream, b, int(k));
+      else
+        return int(dev::kInvalidValue);
+    });
+  });
+}
+
 int step_backward(const BackwardParams& p, int64_t k, const StepBuffers& b, void* stream) {
   return with_cell(p.cell, [&](auto cell) {
     return with_dtype(p.dtype, [&](auto storage) {
@@ -159,6 +212,8 @@ int step_backward(const BackwardParams& p, int64_t k, const StepBuffers& b, void
       using S = typename decltype(storage)::type;
       if constexpr (kWholeRows<Cell>)
         return launch_whole_rows<BackwardPasses<Cell>, S>(step_backward_whole_rows_kernel<Cell, S>, p, stream, b, int(k));
+      else if constexpr (kHasLate<Cell>)
+        return launch_rows(step_backward_after_late_kernel<Cell, S>, p, p.hidden, stream, b, int(k));
       else
         return launch_rows(step_backward_kernel<Cell, S>, p, p.hidden, stream, b, int(k));
     });

@@ -20,26 +20,28 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
   });
 }
 
-// The recurrent product of unit j < h, with its bias.
-template <class Cell, class S>
+// The recurrent product of unit j < h, with its bias; of the first `gates` gates, or else of the late ones, too.
+template <class Cell, class S, int gates = Cell::kGates>
 FASTRNN_INLINE Pack<Wide<S>, Cell::kGates> load_product(const ForwardParams& p, const StepBuffers& b, const RowWalk& r,
                                                         int j) {
-  constexpr int G = Cell::kGates;
-  Pack<Wide<S>, G> gates_hh;
+  constexpr int E = kEarlyGates<Cell>;
+  Pack<Wide<S>, Cell::kGates> gates_hh;
   load_bias<Cell, S>(p, r.group, j, gates_hh);
 #pragma unroll
-  for (int g = 0; g < G; ++g)
-    gates_hh[g] += load<Wide<S>>(b.gates_hh, in_buffer(p, r, G * p.hidden, g * p.hidden + j));
+  for (int g = 0; g < gates; ++g)
+    gates_hh[g] += g < E ? load<Wide<S>>(b.gates_hh, in_buffer(p, r, E * p.hidden, g * p.hidden + j))
+                         : load<Wide<S>>(b.late_product,
+                                         in_buffer(p, r, (Cell::kGates - E) * p.hidden, (g - E) * p.hidden + j));
   return gates_hh;
 }
 
 // What the cell of unit j < h of a running row reads in step k, but for its row's numbers.
-template <class Cell, class S>
+template <class Cell, class S, int gates = Cell::kGates>
 FASTRNN_INLINE void step_forward_in(const ForwardParams& p, const StepBuffers& b, const RowWalk& r, int k, int j,
                                     ForwardIn<Cell, Wide<S>>& in) {
   Pack<S, Cell::kGates> gates_ih;
   load_gates<Cell, S>(p, r, k, j, gates_ih);
-  make_forward_in<Cell, S>(p, r, j, gates_ih, load_product<Cell, S>(p, b, r, j),
+  make_forward_in<Cell, S>(p, r, j, gates_ih, load_product<Cell, S, gates>(p, b, r, j),
                            load<Wide<S>>(b.carried, in_buffer(p, r, p.hidden, j)), in);
 }
 
@@ -67,6 +69,22 @@ FASTRNN_INLINE void step_forward_padding(const ForwardParams& p, const RowWalk& 
   pad_saved<Cell, S, true>(p, r, k, j);
 }
 
+// Of a cell with late gates: what their product in step k is with.
+template <class Cell, class S>
+__global__ void __launch_bounds__(tiles::kStepThreads)
+    step_forward_late_kernel(LaunchParams<ForwardParams> p, StepBuffers b, int k) {
+  for_each_row(p, [&](const RowWalk& r, int j) {
+    if (j >= p.hidden) return;
+    Wide<S> late = 0;  // of a row that has no such step: something that a product can bear
+    if (r.running(k)) {
+      ForwardIn<Cell, Wide<S>> in;
+      step_forward_in<Cell, S, kEarlyGates<Cell>>(p, b, r, k, j, in);
+      late = Cell::late_input(in);
+    }
+    store<S>(b.late, in_buffer(p, r, p.hidden, j), late);
+  });
+}
+
 // One step of every unit.
 template <class Cell, class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
@@ -91,18 +109,18 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
   const RowShared<Passes, S> shared(dev::dynamic_shared(), int(blockDim.x));
   for_each_whole_row(p, [&](const RowWalk& r) {
     if (!r.running(k)) return for_each_unit(p, [&](int j) { step_forward_padding<Cell, S>(p, r, k, j); });
-    const auto load_in = [&](int j, const auto& row) {
+    const auto load_in = [&](int j, const auto& row, auto work) {
       ForwardIn<Cell, V> in;
       step_forward_in<Cell, S>(p, b, r, k, j, in);
       in.row = row;
-      load_work(p, r, b.work, Passes::kWork, 0, j, in.work);
+      if constexpr (work) load_work(p, r, b.work, Passes::kWork, 0, j, in.work);
       return in;
     };
     const auto keep = [&](int j, const auto& in) { store_work(p, r, b.work, Passes::kWork, 0, j, in.work); };
     const auto row = run_passes<V, Passes>(p, shared.parts, load_in, keep);
     for_each_unit(p, [&](int j) {
       ForwardOut<Cell, V> out;
-      Cell::forward(load_in(j, row), out);
+      Cell::forward(load_in(j, row, std::bool_constant<(Passes::kWork > 0)>()), out);
       step_forward_store<Cell, S>(p, b, r, k, j, out);
     });
   });
@@ -128,6 +146,19 @@ int start_forward(const ForwardParams& p, const StepBuffers& b, void* stream) {
       using S = typename decltype(storage)::type;
       const int64_t n = p.hidden > p.width ? p.hidden : p.width;
       return launch_rows(start_forward_kernel<Cell, S>, p, n, stream, b);
+    });
+  });
+}
+
+int step_forward_late(const ForwardParams& p, int64_t k, const StepBuffers& b, void* stream) {
+  return with_cell(p.cell, [&](auto cell) {
+    return with_dtype(p.dtype, [&](auto storage) {
+      using Cell = typename decltype(cell)::type;
+      using S = typename decltype(storage)::type;
+      if constexpr (kHasLate<Cell>)
+        return launch_rows(step_forward_late_kernel<Cell, S>, p, p.hidden, stream, b, int(k));
+      else
+        return int(dev::kInvalidValue);
     });
   });
 }

@@ -104,11 +104,11 @@ Tensor without_padding(const LayerCall& call) {
 }
 
 // Have the gates of a step room where the cell's own values of the step are saved? What a cell's Row reads of those may
-// be another unit's, and weight_hr's gradient looks at them once more.
+// be another unit's; the gradients of weight_hr and of late gates look at them once more.
 bool fit_in_saved(const LayerCall& call) {
   const CellInfo& cell = kCells[known_cell(call.cell)];
   const int own = cell.saved - (cell.states - 1);
-  return call.groups() == 1 && cell.gates <= own && !cell.whole_rows && call.weights.weight_hr.empty() &&
+  return call.groups() == 1 && cell.gates <= own && !cell.whole_rows && cell.late_gates == 0 && call.weights.weight_hr.empty() &&
          !call.states.keep_h;
 }
 
@@ -320,8 +320,20 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
   if (needed[kOf_weight_hh]) {
     const int64_t R = given.output.size(2) / P;
     grads[kOf_weight_hh] = empty({P, Gh, R});
-    for (int64_t p = 0; p < P; ++p)
-      weight_hh_gradient(call, of_group(gates_hh, p), of_group(given.output, p), p, grads[kOf_weight_hh].select(0, p));
+    const CellInfo& cell = kCells[known_cell(call.cell)];
+    for (int64_t p = 0; p < P; ++p) {
+      Tensor gates = of_group(gates_hh, p), out = grads[kOf_weight_hh].select(0, p);
+      const Tensor output = of_group(given.output, p);
+      if (cell.late_gates > 0) {  // whose product was with the first saved value times h
+        const int64_t late = Gh / cell.gates * cell.late_gates, early = Gh - late;
+        const Tensor saved = given.saved.narrow(2, p * cell.saved * R, R), x =
+            saved * states_before(call, output, call.states.h_0, call.states.reset_h, p);
+        kernels.product(out.narrow(0, early, late), gates.narrow(2, early, late).flatten(0, 1).t(), x.flatten(0, 1),
+                        false, T);
+        gates = gates.narrow(2, 0, early), out = out.narrow(0, 0, early);
+      }
+      weight_hh_gradient(call, gates, output, p, out);
+    }
   }
   if (needed[kOf_bias_ih] && needed[kOf_bias_hh] && found.together.defined()) {  // both in one pass
     const Tensor sums = found.together.sum(at::IntArrayRef{1, 2});

@@ -137,7 +137,7 @@ std::vector<std::string> cell_names() {
 
 std::vector<int64_t> cell_info(c10::string_view cell) {
   const CellInfo& info = kCells[known_cell(cell)];
-  return {info.gates, info.states, info.saved, info.params, info.separate_gates_hh, info.remakes};
+  return {info.gates, info.states, info.saved, info.params, info.separate_gates_hh, info.remakes, takes_masks(info)};
 }
 
 // ---- kernels of the ops: arguments from the stack, results onto it ----
@@ -349,7 +349,8 @@ TORCH_LIBRARY(fastrnn, m) {
   // x, whose gradient is clamped to [-limit, limit]: what grad_clip means, for the composite of fastrnn/reference.py.
   m.def("clamp_gradient(Tensor x, float limit) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("cell_names() -> str[]", cell_names);
-  // gates, states, saved, params, 1 if grad_gates_hh is a tensor of its own, 1 if zoneout needs no more saved values
+  // gates, states, saved, params, 1 if grad_gates_hh is a tensor of its own, 1 if zoneout needs no more saved values,
+  // 1 if it takes mask_h, keep_h and keep_c
   m.def("cell_info(str cell) -> int[]", cell_info);
 }
 

@@ -84,16 +84,24 @@ void forward_per_step(const ForwardParams& p, const Tensor& weight_hh, const Opt
                       void* stream, const cuda::Choice& choice) {
   constexpr const char* kOp = "recurrent_forward";
   const char* kernel = choice.description;
-  const int64_t P = p.groups, B = p.batch, h = p.hidden, R = p.width, G = kCells[p.cell].gates;
+  const int64_t P = p.groups, B = p.batch, h = p.hidden, R = p.width, late = kCells[p.cell].late_gates;
+  const int64_t early = kCells[p.cell].gates - late;
   const Scratch scratch(weight_hh);
-  const Tensor weight = weight_hh.transpose(1, 2);
-  Tensor state = scratch.in_dtype({P, B, R}), gates_hh = scratch.in_wide({P, B, G * h}),
+  const Tensor weight = weight_hh.transpose(1, 2).narrow(2, 0, early * h);
+  Tensor state = scratch.in_dtype({P, B, R}), gates_hh = scratch.in_wide({P, B, early * h}),
          carried = scratch.in_wide({P, B, h});
-  Tensor hidden, projected, projection, work;
+  Tensor hidden, projected, projection, work, late_input, late_product, late_weight;
   cuda::StepBuffers b{};
   if (kCells[p.cell].whole_rows) {
     work = scratch.in_wide({P, B, kCells[p.cell].forward_work * h});
     b.work = work.mutable_data_ptr();
+  }
+  if (late > 0) {
+    late_weight = weight_hh.transpose(1, 2).narrow(2, early * h, late * h);
+    late_input = scratch.in_dtype({P, B, h});
+    late_product = scratch.in_wide({P, B, late * h});
+    b.late = late_input.mutable_data_ptr();
+    b.late_product = late_product.const_data_ptr();
   }
   b.h = state.mutable_data_ptr();
   b.gates_hh = gates_hh.const_data_ptr();
@@ -108,6 +116,10 @@ void forward_per_step(const ForwardParams& p, const Tensor& weight_hh, const Opt
   raise_if(cuda::start_forward(p, b, stream), kOp, p, kernel);
   for (int64_t k = 0; k < p.steps; ++k) {
     product(gates_hh, state, weight, choice.tf32);
+    if (late > 0) {
+      raise_if(cuda::step_forward_late(p, k, b, stream), kOp, p, kernel);
+      product(late_product, late_input, late_weight, choice.tf32);
+    }
     raise_if(cuda::step_forward(p, k, b, stream), kOp, p, kernel);
     if (!weight_hr) continue;
     product(projected, hidden, projection, choice.tf32);
@@ -119,18 +131,27 @@ void backward_per_step(const BackwardParams& p, const Tensor& weight_hh, const O
                        void* stream, const cuda::Choice& choice) {
   constexpr const char* kOp = "recurrent_backward";
   const char* kernel = choice.description;
-  const int64_t P = p.groups, B = p.batch, h = p.hidden, R = p.width, G = kCells[p.cell].gates;
+  const int64_t P = p.groups, B = p.batch, h = p.hidden, R = p.width, late = kCells[p.cell].late_gates;
+  const int64_t early = kCells[p.cell].gates - late;
   const bool finish = p.grad_h_0 || p.resets;
   const Scratch scratch(weight_hh);
-  Tensor grad_gates = scratch.in_dtype({P, B, G * h}), recurrent = scratch.in_wide({P, B, R}),
+  const Tensor early_weight = weight_hh.narrow(1, 0, early * h);
+  Tensor grad_gates = scratch.in_dtype({P, B, early * h}), recurrent = scratch.in_wide({P, B, R}),
          carried = scratch.in_wide({P, B, h});
   Tensor grad_h, grad_hidden;
   cuda::StepBuffers b{};
   b.grad_gates = grad_gates.mutable_data_ptr();
   b.recurrent = recurrent.const_data_ptr();
   b.carried = carried.mutable_data_ptr();
-  Tensor work;
-  if (kCells[p.cell].whole_rows) {
+  Tensor work, late_grads, late_product, late_weight;
+  if (late > 0) {
+    late_weight = weight_hh.narrow(1, early * h, late * h);
+    late_grads = scratch.in_dtype({P, B, late * h});
+    late_product = scratch.in_wide({P, B, h});
+    b.late = late_grads.mutable_data_ptr();
+    b.late_product = late_product.const_data_ptr();
+  }
+  if (kCells[p.cell].whole_rows || late > 0) {
     work = scratch.in_wide({P, B, (kCells[p.cell].states + kCells[p.cell].backward_work) * h});
     b.work = work.mutable_data_ptr();
   }
@@ -145,8 +166,12 @@ void backward_per_step(const BackwardParams& p, const Tensor& weight_hh, const O
       raise_if(cuda::step_backward_projected(p, k, b, stream), kOp, p, kernel);
       product(grad_hidden, grad_h, *weight_hr, choice.tf32);
     }
+    if (late > 0) {
+      raise_if(cuda::step_backward_late(p, k, b, stream), kOp, p, kernel);
+      product(late_product, late_grads, late_weight, choice.tf32);
+    }
     raise_if(cuda::step_backward(p, k, b, stream), kOp, p, kernel);
-    if (k > 0 || finish) product(recurrent, grad_gates, weight_hh, choice.tf32);
+    if (k > 0 || finish) product(recurrent, grad_gates, early_weight, choice.tf32);
   }
   if (finish) raise_if(cuda::finish_backward(p, b, stream), kOp, p, kernel);
 }

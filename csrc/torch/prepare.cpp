@@ -200,6 +200,10 @@ class Checker {
     else
       lengths(args.states, p);
     resets(args.states, p);
+    for (const auto& [name, x] : {std::pair("mask_h", &args.states.mask_h), {"keep_h", &args.states.keep_h},
+                                  {"keep_c", &args.states.keep_c}})
+      RNN_CHECK(takes_masks(info_) || !*x, op_, ": ", name, ": expected none for cell '", info_.name,
+                "', got a tensor");
     p.mask_h = read_state("mask_h", args.states.mask_h, R);
     p.keep_h = read_strided("keep_h", args.states.keep_h, P * R, p.keep_h_stride_t, p.keep_h_stride_b);
     RNN_CHECK(info_.states > 1 || !args.states.keep_c, op_, ": keep_c: expected none for cell '", info_.name,

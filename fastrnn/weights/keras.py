@@ -2,7 +2,7 @@
 
 Keras multiplies from the left, so its kernels are the transposes of torch's: kernel [I, G*H], recurrent_kernel
 [H, G*H]. Its gates are i f c o and z r h, where torch has i f g o and r z n. LSTM and SimpleRNN have one bias [G*H]
-where torch adds two; GRU has two, [2, 3*H], with ``reset_after=True``, which is torch's GRU.
+where torch adds two; GRU has two, [2, 3*H], with ``reset_after=True``, which is torch's GRU, and else one, too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import modules
 from ..records import LayerWeights
@@ -42,8 +42,8 @@ def from_keras(source: Any, *, batch_first: bool = True) -> Module:
     Raises:
         TypeError: another kind of layer.
         ValueError: what the equations of torch's modules lack: activations other than tanh and sigmoid (relu for
-            SimpleRNN), ``reset_after=False``, ``go_backwards``, a ``merge_mode`` other than 'concat'; layers that do
-            not fit on each other; a layer that is not built.
+            SimpleRNN), ``reset_after=False`` of a cell, ``go_backwards``, a ``merge_mode`` other than 'concat'; layers
+            that do not fit on each other; a layer that is not built.
     """
     layers = list(source) if isinstance(source, (list, tuple)) else [source]
     if not layers:
@@ -60,12 +60,12 @@ def from_keras(source: Any, *, batch_first: bool = True) -> Module:
                 raise ValueError(f"backward_layer: expected it to be as the forward layer {found[0]}, got {other}")
         kinds.append(found[0][0])
         options.append((*found[0][1:], bidirectional))
-    kind, (units, use_bias, activation, bidirectional) = kinds[0], options[0]
+    kind, (units, use_bias, activation, reset_after, bidirectional) = kinds[0], options[0]
     for i in range(1, len(layers)):
         if (kinds[i], options[i]) != (kind, options[0]):
             raise ValueError(
-                f"source[{i}]: expected the same kind, units, use_bias, activation and directions as in source[0], "
-                f"{(kind, *options[0])}, got {(kinds[i], *options[i])}"
+                f"source[{i}]: expected the same kind, units, use_bias, activation, reset_after and directions as in "
+                f"source[0], {(kind, *options[0])}, got {(kinds[i], *options[i])}"
             )
     arrays = [layer.get_weights() for layer in layers]
     if not arrays[0]:
@@ -76,8 +76,12 @@ def from_keras(source: Any, *, batch_first: bool = True) -> Module:
         given["nonlinearity"] = activation
     if not kind.endswith("Cell"):
         given.update(num_layers=len(layers), batch_first=batch_first, bidirectional=bidirectional)
+        if not reset_after:
+            given["reset_after"] = False
     elif len(layers) > 1:
         raise ValueError(f"source: expected one cell, got {len(layers)}")
+    elif not reset_after:
+        raise ValueError("reset_after: expected True for a cell, got False: fastrnn.GRU has it")
     module: Module = getattr(modules, kind)(**given)
     load_keras(module, arrays)
     return module
@@ -89,16 +93,17 @@ def load_keras(module: Module, source: Any) -> None:
     Args:
         module: LSTM, GRU, RNN or a cell, fastrnn's or torch.nn's; any device and dtype.
         source: a Keras layer; what its ``get_weights()`` returns: kernel [I, G*H], recurrent_kernel [H, G*H] and, if
-            the module has biases, bias ([G*H]; [2, 3*H] for GRU), then the same of the backward layer of a
-            Bidirectional; or for a module of several layers a sequence of either. ``bias_hh`` becomes zero where Keras
-            has one bias.
+            the module has biases, bias ([G*H]; [2, 3*H] for a GRU but with ``reset_after=False``), then the same of the
+            backward layer of a Bidirectional; or for a module of several layers a sequence of either. ``bias_hh``
+            becomes zero where Keras has one bias.
 
     Raises:
         TypeError: ``module`` is none of these.
         ValueError: a number of layers or arrays, or a shape, that does not fit; an option of ``module`` that torch.nn
             lacks and Keras with it. Nothing is copied then.
     """
-    kind = check_module("module", module)
+    kind = check_module("module", module, may_have=("reset_after",))
+    two_biases = _has_two_biases(module)
     layers = _by_layer(source)
     count = len(names(module))
     if len(layers) != count:
@@ -113,7 +118,10 @@ def load_keras(module: Module, source: Any) -> None:
                 f"got {len(layer)}"
             )
         weights.append(
-            [_from_arrays(kind, module.hidden_size, layer[i : i + each]) for i in range(0, len(layer), each)]
+            [
+                _from_arrays(kind, module.hidden_size, layer[i : i + each], two_biases)
+                for i in range(0, len(layer), each)
+            ]
         )
     copy_into(module, weights)
 
@@ -132,8 +140,15 @@ def to_keras(module: Module) -> list[list[Any]]:
         TypeError: ``module`` is none of these.
         ValueError: a ``proj_size`` or another option that Keras' layers lack.
     """
-    kind = check_module("module", module)
-    return [[x.cpu().numpy() for w in layer for x in _to_arrays(kind, w)] for layer in directions(module)]
+    kind = check_module("module", module, may_have=("reset_after",))
+    two_biases = _has_two_biases(module)
+    return [[x.cpu().numpy() for w in layer for x in _to_arrays(kind, w, two_biases)] for layer in directions(module)]
+
+
+def _has_two_biases(module: Module) -> bool:
+    return isinstance(module, (nn.GRU, nn.GRUCell, modules.GRU, modules.GRUCell)) and getattr(
+        module, "reset_after", True
+    )
 
 
 def _by_layer(source: Any) -> list[Sequence[Any]]:
@@ -146,7 +161,7 @@ def _by_layer(source: Any) -> list[Sequence[Any]]:
     raise ValueError(f"source: expected a Keras layer, its list of arrays, or a sequence of those, got {source!r:.80}")
 
 
-def _from_arrays(kind: Cell, H: int, arrays: Sequence[Any]) -> LayerWeights:
+def _from_arrays(kind: Cell, H: int, arrays: Sequence[Any], two_biases: bool) -> LayerWeights:
     order = _ORDERS[kind]
     kernel, recurrent_kernel, *biases = map(tensor, arrays)
     for name, x in (("kernel", kernel), ("recurrent_kernel", recurrent_kernel)):
@@ -156,21 +171,22 @@ def _from_arrays(kind: Cell, H: int, arrays: Sequence[Any]) -> LayerWeights:
     if not biases:
         return LayerWeights(weight_ih, weight_hh)
     (bias,) = biases
-    G, wanted = gates(kind), (2, 3 * H) if kind == "GRU" else (gates(kind) * H,)
+    Gh = gates(kind) * H
+    wanted = (2, Gh) if two_biases else (Gh,)
     if tuple(bias.shape) != wanted:
-        other = ": of a GRU with reset_after=False, which is another cell" if bias.shape == (G * H,) else ""
+        other = ": of a GRU with reset_after=False" if two_biases and bias.shape == (Gh,) else ""
         raise ValueError(f"bias: expected {list(wanted)}, got {list(bias.shape)}{other}")
-    bias_ih, bias_hh = bias if kind == "GRU" else (bias, torch.zeros_like(bias))
+    bias_ih, bias_hh = bias if two_biases else (bias, torch.zeros_like(bias))
     return LayerWeights(weight_ih, weight_hh, restored(bias_ih, order), restored(bias_hh, order))
 
 
-def _to_arrays(kind: Cell, weights: LayerWeights) -> list[Tensor]:
+def _to_arrays(kind: Cell, weights: LayerWeights, two_biases: bool) -> list[Tensor]:
     order = _ORDERS[kind]
     kernels = [reordered(x, order).t().contiguous() for x in weights[:2]]
     if weights.bias_ih is None or weights.bias_hh is None:
         return kernels
     biases = [reordered(x, order) for x in (weights.bias_ih, weights.bias_hh)]
-    return [*kernels, torch.stack(biases) if kind == "GRU" else biases[0] + biases[1]]
+    return [*kernels, torch.stack(biases) if two_biases else biases[0] + biases[1]]
 
 
 def _kind(layer: Any) -> str:
@@ -180,18 +196,16 @@ def _kind(layer: Any) -> str:
     return _KINDS[name]
 
 
-def _checked_config(layer: Any, *, reverse: bool) -> tuple[int, bool, str]:
-    """units, use_bias and activation."""
+def _checked_config(layer: Any, *, reverse: bool) -> tuple[int, bool, str, bool]:
+    """units, use_bias, activation and reset_after."""
     config = layer.get_config()
     kind = _kind(layer)
     allowed = ("tanh", "relu") if kind.startswith("RNN") else ("tanh",)
     expected: dict[str, tuple[Any, ...]] = {"activation": allowed, "go_backwards": (reverse,)}
     if not kind.startswith("RNN"):
         expected["recurrent_activation"] = ("sigmoid",)
-    if kind.startswith("GRU"):
-        expected["reset_after"] = (True,)
     for name, values in expected.items():
         if config.get(name, values[0]) not in values:
             wanted = " or ".join(map(repr, values))
             raise ValueError(f"{name}: expected {wanted}, got {config[name]!r}")
-    return config["units"], config["use_bias"], config["activation"]
+    return config["units"], config["use_bias"], config["activation"], config.get("reset_after", True)

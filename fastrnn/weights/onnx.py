@@ -96,7 +96,7 @@ def from_onnx(node: Any, initializers: Mapping[str, Any]) -> OnnxLayer:
     Raises:
         TypeError: another operator.
         ValueError: W, R or B is not there or has another shape; what the equations of torch's modules lack: other than
-            the default activations (Relu for an RNN), a GRU without ``linear_before_reset=1``, ``input_forget``,
+            the default activations (Relu for an RNN), ``input_forget``,
             ``clip``.
     """
     kind = getattr(node, "op_type", type(node).__name__)
@@ -110,10 +110,6 @@ def from_onnx(node: Any, initializers: Mapping[str, Any]) -> OnnxLayer:
     direction = attributes["direction"].s.decode() if "direction" in attributes else "forward"
     if direction not in _DIRECTIONS:
         raise ValueError(f"direction: expected one of {', '.join(_DIRECTIONS)}, got {direction}")
-    if kind == "GRU" and integer("linear_before_reset") == 0:
-        raise ValueError(
-            "linear_before_reset: expected 1, got 0: that is another cell, whose r comes before the product"
-        )
     if integer("input_forget"):
         raise ValueError("input_forget: expected 0, got 1")
     if "clip" in attributes:
@@ -142,6 +138,8 @@ def from_onnx(node: Any, initializers: Mapping[str, Any]) -> OnnxLayer:
     options: dict[str, Any] = {"nonlinearity": nonlinearity} if kind == "RNN" else {}
     if P is not None:
         options["peephole"] = True
+    if kind == "GRU" and not integer("linear_before_reset"):
+        options["reset_after"] = False
     module: Any = getattr(modules, kind)(
         W.shape[-1],
         H,
@@ -195,7 +193,7 @@ def to_onnx(module: Module | Reversed, *, states: bool = False, lengths: bool = 
     except ImportError as error:
         raise ImportError("to_onnx needs the package onnx (pip install onnx)") from error
     inner: Any = module.module if isinstance(module, Reversed) else module
-    kind = check_module("module", inner, may_have=("peephole", "num_heads"))
+    kind = check_module("module", inner, may_have=("peephole", "num_heads", "reset_after"))
     if not isinstance(inner, nn.RNNBase):
         raise TypeError(f"module: expected an LSTM, GRU or RNN, got {type(inner).__name__}: ONNX has no cells")
     types = {torch.float32: TensorProto.FLOAT, torch.float64: TensorProto.DOUBLE, torch.float16: TensorProto.FLOAT16}
@@ -210,7 +208,7 @@ def to_onnx(module: Module | Reversed, *, states: bool = False, lengths: bool = 
     direction = "bidirectional" if D == 2 else "reverse" if isinstance(module, Reversed) else "forward"
     attributes: dict[str, Any] = {"hidden_size": H, "direction": direction}
     if kind == "GRU":
-        attributes["linear_before_reset"] = 1
+        attributes["linear_before_reset"] = int(getattr(inner, "reset_after", True))
     if inner.mode == "RNN_RELU":
         attributes["activations"] = ["Relu"] * D
     nodes: list[Any] = []

@@ -1,6 +1,6 @@
 // Every registered cell's backward against central differences of its forward, in double, with what a Row
-// (cells/cell.h) adds to both; and the state that it makes again of its saved values. Prints one line a cell and exits
-// with 1 if any is off by more than kTolerance.
+// and late gates (cells/cell.h) add to both; and the state that it makes again of its saved values. Prints one line a cell
+// and exits with 1 if any is off by more than kTolerance.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -12,6 +12,7 @@ using namespace fastrnn;
 
 constexpr double kStep = 1e-6;
 constexpr int kUnits = 3;  // of a row
+constexpr double kLateWeight = 0.7;  // of the product of late gates, a unit's with itself alone
 // What a normalisation divides by may be small, which magnifies what differences leave out.
 template <class Cell>
 constexpr double kTolerance = kWholeRows<Cell> ? 1e-7 : 1e-8;
@@ -44,22 +45,22 @@ double compare(Pack<double, N>& pack, const Pack<double, N>& grad, Loss loss) {
 }
 
 template <int N, class Terms>
-Pack<double, N> sum(Terms terms) {
-  Pack<double, N> sums;
-  for (int k = 0; k < N; ++k) sums[k] = 0;
+Pack<double, N> mean(Terms terms) {
+  Pack<double, N> means;
+  for (int k = 0; k < N; ++k) means[k] = 0;
   for (int unit = 0; unit < kUnits; ++unit) {
     const Pack<double, N> some = terms(unit);
-    for (int k = 0; k < N; ++k) sums[k] += some[k];
+    for (int k = 0; k < N; ++k) means[k] += some[k] / kUnits;
   }
-  return sums;
+  return means;
 }
 
 template <class Passes, class In>
 void run_passes(std::vector<In>& in) {
   for_each_pass<Passes>([&](auto pass) {
     constexpr int k = decltype(pass)::value;
-    const auto sums = sum<Passes::kSums[k]>([&](int unit) { return Passes::template terms<k>(in[unit]); });
-    Passes::template numbers<k>(sums, double(kUnits), in[0].row);
+    const auto means = mean<Passes::kMeans[k]>([&](int unit) { return Passes::template terms<k>(in[unit]); });
+    Passes::template numbers<k>(means, in[0].row);
     for (auto& x : in) x.row = in[0].row;
   });
 }
@@ -67,13 +68,27 @@ void run_passes(std::vector<In>& in) {
 template <class Cell>
 void forward(std::vector<ForwardIn<Cell, double>>& in, std::vector<ForwardOut<Cell, double>>& out) {
   if constexpr (kWholeRows<Cell>) run_passes<ForwardPasses<Cell>>(in);
-  for (int unit = 0; unit < kUnits; ++unit) Cell::forward(in[unit], out[unit]);
+  for (int unit = 0; unit < kUnits; ++unit) {
+    auto x = in[unit];
+    if constexpr (kHasLate<Cell>) {
+      const double late = Cell::late_input(x);
+      for (int k = kEarlyGates<Cell>; k < Cell::kGates; ++k) x.gates_hh[k] += kLateWeight * late;
+    }
+    Cell::forward(x, out[unit]);
+  }
 }
 
 template <class Cell>
 void backward(std::vector<BackwardIn<Cell, double>>& in, std::vector<BackwardOut<Cell, double>>& out) {
   if constexpr (kWholeRows<Cell>) run_passes<BackwardPasses<Cell>>(in);
-  for (int unit = 0; unit < kUnits; ++unit) Cell::backward(in[unit], out[unit]);
+  for (int unit = 0; unit < kUnits; ++unit) {
+    if constexpr (kHasLate<Cell>) {
+      in[unit].late_grad[0] = 0;
+      const auto grads = Cell::late_grad(in[unit]);
+      for (int k = 0; k < kLateGates<Cell>; ++k) in[unit].late_grad[0] += kLateWeight * grads[k];
+    }
+    Cell::backward(in[unit], out[unit]);
+  }
 }
 
 template <class Cell>

@@ -16,10 +16,18 @@ import pytest
 import torch
 
 from fastrnn import ops, reference
-from tests.accuracy import assert_as_exact, plain_backward, plain_forward
+from tests.accuracy import assert_as_exact, magnified, plain_backward, plain_forward
 from tests.hostbuild.build import HERE, OUT, ROOT, build
 from tests.hostbuild.host import Emulator
-from tests.kernels.test_kernels import BACKWARD_NAMES, FORWARD_NAMES, NOISES, Case, backward_arguments, double
+from tests.kernels.test_kernels import (
+    BACKWARD_NAMES,
+    FORWARD_NAMES,
+    NOISES,
+    PER_STEP,
+    Case,
+    backward_arguments,
+    double,
+)
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
@@ -41,6 +49,7 @@ class CellInfo(NamedTuple):  # csrc/cells/registry.h
     params: int
     saved: int
     separate_gates_hh: bool
+    late_gates: int
     whole_rows: bool
     forward_work: int
     backward_work: int
@@ -196,7 +205,7 @@ def backward_call(cuda, cell, grad_output, grad_h_n, grad_c_n, weight_hh, weight
 class Step:
     """Per-step tier: the products between the launches are torch's. It leaves out what ops_cuda.cpp leaves out."""
 
-    START, FORWARD, PROJECT, BACK_PROJECT, BACKWARD, FINISH = range(6)
+    START, FORWARD, PROJECT, FORWARD_LATE, BACK_PROJECT, BACKWARD, BACKWARD_LATE, FINISH = range(8)
 
     def tiles(self, case, backward):
         return [None]
@@ -205,7 +214,9 @@ class Step:
         return (257,)
 
     def run(self, call, backward, tile):
-        P, B, h, R, G = call.P, call.B, call.h, call.R, call.info.gates
+        P, B, h, R, K = call.P, call.B, call.h, call.R, call.info.late_gates
+        G = call.info.gates - K  # of the product with h
+        early, late = call.weight_hh.split([G * h, K * h], 1)
         wide, projected = call.wide, call.weight_hr is not None
         work = call.info.states + call.info.backward_work if backward else call.info.forward_work
         b = {
@@ -214,6 +225,8 @@ class Step:
             "carried": call.buffer(P, B, h, dtype=wide), "grad_gates": call.buffer(P, B, G * h),
             "recurrent": call.buffer(P, B, R, dtype=wide), "grad_h": call.buffer(P, B, R),
             "grad_hidden": call.buffer(P, B, h, dtype=wide), "work": call.buffer(P, B, work * h, dtype=wide),
+            "late": call.buffer(P, B, K * h if backward else h),
+            "late_product": call.buffer(P, B, h if backward else K * h, dtype=wide),
         }  # fmt: skip
         addresses = (ctypes.c_void_p * len(b))(*(address.value for _, address in b.values()))
 
@@ -234,7 +247,10 @@ class Step:
             launch(self.START)
         for k in range(call.T):
             if not backward:
-                product("gates_hh", "h", call.weight_hh.transpose(1, 2))
+                product("gates_hh", "h", early.transpose(1, 2))
+                if K:
+                    launch(self.FORWARD_LATE, k)
+                    product("late_product", "late", late.transpose(1, 2))
                 launch(self.FORWARD, k)
                 if projected:
                     product("projected", "hidden", call.weight_hr.transpose(1, 2))
@@ -243,9 +259,12 @@ class Step:
                 if projected:
                     launch(self.BACK_PROJECT, call.T - 1 - k)
                     product("grad_hidden", "grad_h", call.weight_hr)
+                if K:
+                    launch(self.BACKWARD_LATE, call.T - 1 - k)
+                    product("late_product", "late", late)
                 launch(self.BACKWARD, call.T - 1 - k)
                 if finish or k < call.T - 1:
-                    product("recurrent", "grad_gates", call.weight_hh)
+                    product("recurrent", "grad_gates", early)
         if finish:
             launch(self.FINISH)
 
@@ -279,7 +298,7 @@ class Resident(Whole):
         most = {torch.float32: 128, torch.float64: 0}.get(case.dtype, 192)
         if backward and most == 192:  # shared memory holds no more, beside the gradients of 4 gates
             most = {"lstm": 176, "lstm_peephole": 160}.get(case.cell, most)
-        if case.projected or case.noise or case.h > most:
+        if case.projected or case.noise or case.h > most or case.cell in ("norm", *PER_STEP):
             return []
         return [(1, rows, *[0] * 6) for rows in ((8,) if case.dtype in HALF else (1, 4))]
 
@@ -292,7 +311,13 @@ class Grid(Whole):
         return (129,)
 
     def tiles(self, case, backward):
-        if case.projected or case.noise or case.dtype == torch.float64 or not case.B:
+        if (
+            case.projected
+            or case.noise
+            or case.dtype == torch.float64
+            or not case.B
+            or case.cell in ("norm", *PER_STEP)
+        ):
             return []
         half, gates, tiles = case.dtype in HALF, case.info.gates, []
         for tf32 in (False,) if half else (False, True):
@@ -345,14 +370,15 @@ class Problem:
     def check(self, cuda, tier):
         """Both passes with every tile that the tier has for the case; how many runs that were."""
         forward, backward = tier.tiles(self.case, False), tier.tiles(self.case, True)
+        more = magnified(self.case.cell)
         for tile in forward:
             got = self.run(cuda, tier, tile, False)
             plain = self.plain(is_tf32(tile))
-            assert_as_exact(got, self.want, plain, self.case.dtype, FORWARD_NAMES, (self.case, tile))
+            assert_as_exact(got, self.want, plain, self.case.dtype, FORWARD_NAMES, (self.case, tile), more)
         for tile in backward:
             got = self.run(cuda, tier, tile, True)
             plain = self.plain_back(is_tf32(tile))
-            assert_as_exact(got, self.want_back(), plain, self.case.dtype, BACKWARD_NAMES, (self.case, tile))
+            assert_as_exact(got, self.want_back(), plain, self.case.dtype, BACKWARD_NAMES, (self.case, tile), more)
         return len(forward) + len(backward)
 
 
@@ -365,12 +391,13 @@ def is_tf32(tile):
 
 def check_backward(got, back, tile, case):
     want = reference.backward(*map(double, back))
-    assert_as_exact(got, want, plain_backward(back, is_tf32(tile)), case.dtype, BACKWARD_NAMES, (case, tile))
+    plain, more = plain_backward(back, is_tf32(tile)), magnified(case.cell)
+    assert_as_exact(got, want, plain, case.dtype, BACKWARD_NAMES, (case, tile), more)
 
 
 each_tier = pytest.mark.parametrize("tier", TIERS.values(), ids=TIERS)
 each_cell = pytest.mark.parametrize(
-    ("cell", "projected"), [(c, 0) for c in CELLS] + [("lstm", 5), ("lstm_peephole", 5)]
+    ("cell", "projected"), [(c, 0) for c in CELLS] + [("lstm", 5), ("lstm_peephole", 5), ("lstm_norm", 5)]
 )
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 BACKWARD_STATES = {"h_0": 7, "c_0": 8}  # places in recurrent_backward's arguments

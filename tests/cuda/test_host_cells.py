@@ -1,10 +1,10 @@
-"""What is particular about cells with parameters of a unit, and about one that looks at a whole row. That one the
-package does not have: its kernel is made of tests/more_cells.h, its equations are in tests/more_cells.py.
+"""What is particular about cells with parameters of a unit, about those that look at a whole row, and about one with a
+second product inside a step. The kernel of "norm", which the package does not have, is made of tests/more_cells.h, its
+equations are in tests/more_cells.py.
 """
 
 import ctypes
 import shutil
-import subprocess
 from itertools import product
 
 import pytest
@@ -12,7 +12,6 @@ import torch
 
 from fastrnn import reference
 from tests.cuda import test_host as host
-from tests.hostbuild.build import HERE, ROOT
 from tests.kernels.test_kernels import Case
 from tests.more_cells import MORE_CELLS
 
@@ -47,6 +46,7 @@ each_tier = pytest.mark.parametrize(("tier", "cell", "projected"), [
     pytest.param(host.TIERS[tier], cell, projected, id=f"{tier}-{cell}{projected or ''}")
     for tier, cell, projected in [
         ("step", "lstm_peephole", 0), ("step", "lstm_peephole", 5), ("step", "norm", 0),
+        ("step", "lstm_norm", 5), ("step", "gru_norm", 0), ("step", "gru_reset_before", 0),
         ("resident", "lstm_peephole", 0), ("grid", "lstm_peephole", 0),
     ]
 ])  # fmt: skip
@@ -71,11 +71,12 @@ def test_lengths_and_resets(cuda, lengths, resets, reverse):
         assert host.Problem(case, seed).check(cuda, STEP)
 
 
-def test_more_units_than_threads(cuda):
+@pytest.mark.parametrize("cell", ["norm", "lstm_norm", "gru_norm"])
+def test_more_units_than_threads(cuda, cell):
     """A row's sums over several warps, and over several units of a thread."""
     cuda.schedule(6, 1, races=False)
     for h in (70, 300):
-        assert host.Problem(CellCase("norm", 2, 2, 1, h, dtype=F32), h).check(cuda, STEP)
+        assert host.Problem(CellCase(cell, 2, 2, 1, h, dtype=F32), h).check(cuda, STEP)
 
 
 @each_tier
@@ -109,6 +110,8 @@ def test_absent_arguments(cuda, tier, cell, projected):
         want = problem.run(cuda, tier, tile, True)
         got = host.run_backward(cuda, tier, tile, stateless)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        if not case.info.params:
+            continue
         cuda.reset()
         call = host.backward_call(cuda, *problem.back)
         call.places["grad_params"], call.results["grad_params"] = None, torch.empty(0)
@@ -117,9 +120,10 @@ def test_absent_arguments(cuda, tier, cell, projected):
         assert all(torch.equal(a, b) for a, b in zip(call.finish()[:-1], want[:-1], strict=True))
 
 
-def test_a_cell_with_a_row_has_the_per_step_tier_alone(cuda):
+@pytest.mark.parametrize("cell", ["norm", "lstm_norm", "gru_norm", "gru_reset_before"])
+def test_a_cell_with_a_row_or_two_products_has_the_per_step_tier_alone(cuda, cell):
     """Also where another tier is asked for by name, or by its tile."""
-    alone, whole = (CellCase(cell, 2, 3, 1, 16, dtype=F32) for cell in ("lstm_peephole", "norm"))
+    alone, whole = (CellCase(name, 2, 3, 1, 16, dtype=F32) for name in ("lstm_peephole", cell))
     cuda.reset()
     calls = [host.forward_call(cuda, case.arguments()) for case in (alone, whole)]
     for backward in (False, True):
@@ -136,20 +140,3 @@ def test_a_cell_with_a_row_has_the_per_step_tier_alone(cuda):
         assert cuda.library.cuda_forward(call.sizes, call.addresses, choice, None) == 1
         assert cuda.library.cuda_backward(call.sizes, call.addresses, choice, None) == 1
     assert cuda.unwritten(call.places["output"], call.results["output"].nbytes) == call.results["output"].nbytes
-
-
-def test_a_second_product_inside_a_step_does_not_compile(tmp_path):
-    """No tier takes a cell with late gates, and the compiler says so."""
-    path = tmp_path / "late.h"
-    path.write_text("""
-namespace fastrnn {
-struct LateCell : GRUCell {
-  static constexpr int kLateGates = 1;
-};
-}
-#define FASTRNN_FOR_EACH_MORE_CELL(X) X("late", ::fastrnn::LateCell, true)
-""")
-    command = ["g++", "-std=c++20", "-fsyntax-only", "-x", "c++", f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-fmax-errors=1",
-               f'-DFASTRNN_MORE_CELLS="{path}"', str(ROOT / "csrc/cuda/step_forward.cu")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode and "late: no tier has a second recurrent product inside a step" in done.stderr

@@ -13,7 +13,7 @@ FASTRNN_EXPORT const char* cuda_cell(int i, int* numbers) {
   if (i >= kNumCells) return nullptr;
   const CellInfo& c = kCells[i];
   const int values[] = {c.gates, c.states, c.params, c.saved, c.separate_gates_hh,
-                        c.whole_rows, c.forward_work, c.backward_work, c.remakes};
+                        c.late_gates, c.whole_rows, c.forward_work, c.backward_work, c.remakes};
   std::memcpy(numbers, values, sizeof values);
   return c.name;
 }
@@ -54,18 +54,20 @@ FASTRNN_EXPORT int cuda_backward(const int64_t* sizes, void* const* addresses, c
   return recurrent_backward(unpack(sizes, addresses, true), unpack_choice(choice), workspace, nullptr);
 }
 
-// which: start_forward, step_forward, step_forward_projected, step_backward_projected, step_backward,
-// finish_backward; buffers: the members of StepBuffers
+// which: start_forward, step_forward, step_forward_projected, step_forward_late, step_backward_projected, step_backward,
+// step_backward_late, finish_backward; buffers: the members of StepBuffers
 FASTRNN_EXPORT int cuda_step(const int64_t* sizes, void* const* addresses, void* const* buffers, int which,
                              int64_t k) {
   const StepBuffers b = unpack_buffers(buffers);
-  const BackwardParams p = unpack(sizes, addresses, which >= 3);
+  const BackwardParams p = unpack(sizes, addresses, which >= 4);
   switch (which) {
     case 0: return start_forward(p, b, nullptr);
     case 1: return step_forward(p, k, b, nullptr);
     case 2: return step_forward_projected(p, k, b, nullptr);
-    case 3: return step_backward_projected(p, k, b, nullptr);
-    case 4: return step_backward(p, k, b, nullptr);
+    case 3: return step_forward_late(p, k, b, nullptr);
+    case 4: return step_backward_projected(p, k, b, nullptr);
+    case 5: return step_backward(p, k, b, nullptr);
+    case 6: return step_backward_late(p, k, b, nullptr);
     default: return finish_backward(p, b, nullptr);
   }
 }

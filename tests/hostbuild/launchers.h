@@ -51,6 +51,7 @@ inline StepBuffers unpack_buffers(void* const* buffers) {
   b.h = buffers[0], b.gates_hh = buffers[1], b.hidden = buffers[2], b.projected = buffers[3];
   b.carried = buffers[4], b.grad_gates = buffers[5], b.recurrent = buffers[6];
   b.grad_h = buffers[7], b.grad_hidden = buffers[8], b.work = buffers[9];
+  b.late = buffers[10], b.late_product = buffers[11];
   return b;
 }
 

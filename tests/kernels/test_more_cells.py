@@ -95,7 +95,7 @@ class CellCase(Case):
     def info(self) -> CellInfo:
         cell = MORE_CELLS[self.cell]
         saved = cell.saved + cell.states - 1
-        return CellInfo(cell.gates, cell.states, saved, cell.params, cell.separate_gates_hh, cell.remake is not None)
+        return CellInfo(cell.gates, cell.states, saved, cell.params, cell.separate_gates_hh, False, False)
 
     def given(self, seed: int) -> dict:
         """The arguments of the forward pass but the cell."""
@@ -172,13 +172,6 @@ def test_odd_sizes(library, cell, dtype):
 def test_lengths_and_resets(library, cell, resets, lengths):
     for (T, B, P, h), dtype in itertools.product([(6, 3, 2, 17), (4, 17, 3, 7)], (torch.float64, torch.float32)):
         check(library, CellCase(cell, T, B, P, h, 0, lengths, resets, "alternate", dtype), T + B, 2)
-
-
-@pytest.mark.parametrize("noise", ["dropout", "zoneout", "all"])
-@pytest.mark.parametrize("cell", MORE_CELLS)
-def test_recurrent_dropout_and_zoneout(library, cell, noise):
-    for (T, B, P, h), dtype in itertools.product([(6, 3, 2, 17), (4, 17, 3, 7)], TOLERANCE):
-        check(library, CellCase(cell, T, B, P, h, 0, "rows", "state", "alternate", dtype, noise), T + B, 2)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])

@@ -555,7 +555,7 @@ def test_functional_weights(kind: str, name: str, change: str, which: str) -> No
 T, B, P = 3, 2, 2
 OP_CELLS = {  # gates, width; 5 hidden
     "lstm": (4, 5), "projected lstm": (4, 3), "lstm_peephole": (4, 5), "gru": (3, 5), "rnn_tanh": (1, 5),
-    "lstm_norm": (4, 5), "gru_norm": (3, 5),
+    "lstm_norm": (4, 5), "gru_norm": (3, 5), "gru_reset_before": (3, 5),
 }  # fmt: skip
 DEVICE = pytest.mark.parametrize("device", ["cpu", "meta"])
 OP_CELL = pytest.mark.parametrize("cell", OP_CELLS)

@@ -352,5 +352,11 @@ def test_what_does_not_fit() -> None:
         module.weight_ln_l0 = torch.nn.Parameter(torch.zeros(3, H, dtype=torch.float64))
         with pytest.raises(RuntimeError, match=r"weight_ln_l0: expected \[\d+, 5\], got \[3, 5\]"):
             module(randn(T, B, I))
+        with pytest.raises(ValueError, match="num_heads should be 1 with layer_norm, got 5"):
+            cls(I, H, layer_norm=True, num_heads=5)
+        with pytest.raises(ValueError, match="init sets bias_ih, which there is none of with layer_norm"):
+            cls(I, H, layer_norm=True, init=("chrono", 10))
+    with pytest.raises(ValueError, match="forget_bias sets bias_ih, which there is none of with layer_norm, got 1"):
+        fastrnn.LSTM(I, H, layer_norm=True, forget_bias=1.0)
     with pytest.raises(ValueError, match="peephole: expected False with layer_norm, got True"):
         fastrnn.LSTM(I, H, layer_norm=True, peephole=True)

@@ -82,9 +82,22 @@ def test_relu_cells_and_stacks() -> None:
     assert_near(fastrnn.from_keras(model.layers)(torch.from_numpy(x))[0], expected)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_gru_with_the_reset_before_the_product(bias: bool) -> None:
+    def make() -> Any:
+        return shaken(keras.layers.GRU(H, reset_after=False, use_bias=bias, return_sequences=True))
+
+    layer, x = make(), inputs()
+    module = fastrnn.from_keras(layer)
+    assert not module.reset_after
+    assert_near(module(torch.from_numpy(x))[0], layer(x))
+    other = make()
+    other.set_weights(fastrnn.to_keras(module)[0])
+    assert_near(module(torch.from_numpy(x))[0], other(x))
+
+
 def test_layers_of_other_equations() -> None:
     for layer, name in (
-        (keras.layers.GRU(H, reset_after=False), "reset_after"),
         (keras.layers.LSTM(H, activation="relu"), "activation"),
         (keras.layers.LSTM(H, recurrent_activation="hard_sigmoid"), "recurrent_activation"),
         (keras.layers.LSTM(H, go_backwards=True), "go_backwards"),

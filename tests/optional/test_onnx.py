@@ -37,7 +37,7 @@ def assert_near(actual: Any, expected: Any) -> None:
 
 
 def node_model(
-    kind: str, direction: str, *, lengths: bool, peepholes: bool = False
+    kind: str, direction: str, *, lengths: bool, peepholes: bool = False, linear_before_reset: int = 1
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """A model of one node with everything given, and what it is fed."""
     G, D = {"LSTM": 4, "GRU": 3}.get(kind, 1), 2 if direction == "bidirectional" else 1
@@ -52,7 +52,7 @@ def node_model(
         arrays["sequence_lens"] = np.array([6, 2, 4], "int32")
     attributes: dict[str, Any] = {"hidden_size": H, "direction": direction}
     if kind == "GRU":
-        attributes["linear_before_reset"] = 1
+        attributes["linear_before_reset"] = linear_before_reset
     if kind == "RNN_RELU":
         attributes["activations"] = ["Relu"] * D
     names = ["X", *(k if k in arrays else "" for k in ("W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P"))]
@@ -106,6 +106,23 @@ def test_to_onnx_with_peepholes(options: dict[str, Any], given: str) -> None:
 @KIND
 def test_to_onnx_with_heads(kind: str) -> None:
     check_model(build(fastrnn, kind, I, H, num_layers=2, bidirectional=True, num_heads=H), kind, True, True)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("lengths", [True, False])
+def test_from_onnx_with_the_reset_before_the_product(direction: str, lengths: bool) -> None:
+    model, feeds = node_model("GRU", direction, lengths=lengths, linear_before_reset=0)
+    Y, *states = run(model, feeds)
+    initializers = {x.name: x for x in model.graph.initializer}
+    module, hx, steps = fastrnn.from_onnx(model.graph.node[0], initializers)
+    output, finals = module(feeds["X"], hx, lengths=steps)
+    assert_near([output, *tensors(finals)], [Y.transpose(1, 2).flatten(2), *states])
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}, {"bias": False}])
+@pytest.mark.parametrize("given", ["", "both"])
+def test_to_onnx_with_the_reset_before_the_product(options: dict[str, Any], given: str) -> None:
+    check_model(fastrnn.GRU(I, H, reset_after=False, **options), "GRU", given == "both", given == "both")
 
 
 def check_model(module: nn.Module, kind: str, states: bool, lengths: bool) -> None:

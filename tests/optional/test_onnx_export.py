@@ -103,12 +103,14 @@ def test_layers(kind: str, options: dict[str, Any]) -> None:
     check(static, model, inputs, [(T, B)])
 
 
-@pytest.mark.parametrize("given", ["states", "lengths", "tokens", "learned", "peephole", "heads"])
+@pytest.mark.parametrize("given", ["states", "lengths", "tokens", "learned", "peephole", "heads", "reset_after"])
 @KIND
 def test_what_onnx_has(kind: str, given: str) -> None:
     """States, lengths, tokens and options that change no product."""
     if given == "peephole" and kind != "LSTM":
         pytest.skip("peepholes are an LSTM's")
+    if given == "reset_after" and kind != "GRU":
+        pytest.skip("the reset gate is a GRU's")
     learned = given == "learned"
     options = {"learn_initial_state": True, "state_batch_first": True, "grad_clip": 0.5} if learned else {}
     if given == "tokens":
@@ -117,6 +119,8 @@ def test_what_onnx_has(kind: str, given: str) -> None:
         options = {"peephole": True}
     if given == "heads":
         options = {"num_heads": H}
+    if given == "reset_after":
+        options = {"reset_after": False}
     model = Model(build(fastrnn, kind, I, H, 2, bidirectional=True, **options)).eval()
     if learned:
         with torch.no_grad():

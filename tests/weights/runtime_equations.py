@@ -45,6 +45,17 @@ def keras_gru(x: Array, states: list[Array], kernel: Array, recurrent: Array, bi
     return [z * h + (1 - z) * np.tanh(x_h + r * h_h)]
 
 
+def keras_gru_before(
+    x: Array, states: list[Array], kernel: Array, recurrent: Array, bias: Array | float = 0.0
+) -> list[Array]:
+    """reset_after=False"""
+    (h,) = states
+    x_z, x_r, x_h = np.split(x @ kernel + bias, 3, axis=1)
+    u_z, u_r, u_h = np.split(recurrent, 3, axis=1)
+    z, r = sigmoid(x_z + h @ u_z), sigmoid(x_r + h @ u_r)
+    return [z * h + (1 - z) * np.tanh(x_h + (r * h) @ u_h)]
+
+
 def keras_simple_rnn(
     x: Array, states: list[Array], kernel: Array, recurrent: Array, bias: Array | float = 0.0
 ) -> list[Array]:
@@ -76,6 +87,17 @@ def onnx_gru(x: Array, states: list[Array], W: Array, R: Array, B: Array) -> lis
     z = sigmoid(x @ Wz.T + h @ Rz.T + Rbz + Wbz)
     r = sigmoid(x @ Wr.T + h @ Rr.T + Rbr + Wbr)
     return [(1 - z) * np.tanh(x @ Wh.T + r * (h @ Rh.T + Rbh) + Wbh) + z * h]
+
+
+def onnx_gru_before(x: Array, states: list[Array], W: Array, R: Array, B: Array) -> list[Array]:
+    """linear_before_reset = 0"""
+    (h,) = states
+    Wz, Wr, Wh = np.split(W, 3)
+    Rz, Rr, Rh = np.split(R, 3)
+    Wbz, Wbr, Wbh, Rbz, Rbr, Rbh = np.split(B, 6)
+    z = sigmoid(x @ Wz.T + h @ Rz.T + Rbz + Wbz)
+    r = sigmoid(x @ Wr.T + h @ Rr.T + Rbr + Wbr)
+    return [(1 - z) * np.tanh(x @ Wh.T + (r * h) @ Rh.T + Rbh + Wbh) + z * h]
 
 
 def onnx_rnn(x: Array, states: list[Array], W: Array, R: Array, B: Array) -> list[Array]:

@@ -147,6 +147,31 @@ def test_keras_cells(kind: str) -> None:
     np.testing.assert_array_equal(fastrnn.to_keras(cell)[0][1], arrays[1])
 
 
+@BIAS
+@pytest.mark.parametrize("directions", [1, 2])
+def test_keras_gru_with_the_reset_before_the_product(directions: int, bias: bool) -> None:
+    """reset_after=False, whose bias is one: there, back, and what it computes."""
+    halves = []
+    for d in range(directions):
+        kernels = keras_arrays("GRU", I, bias=False, seed=3 * d)
+        halves.append([*kernels, random(3 * H, seed=5 + d)] if bias else kernels)
+    config = {"use_bias": bias, "reset_after": False}
+    layers = [keras_layer("GRU", a, go_backwards=d == 1, **config) for d, a in enumerate(halves)]
+    module = fastrnn.from_keras(bidirectional(*layers) if directions == 2 else layers[0], batch_first=False)
+    assert type(module) is fastrnn.GRU and not module.reset_after
+    x, zeros = random(T, B, I, seed=9), [np.zeros((B, H))]
+    runs = [equations.run(equations.keras_gru_before, x, zeros, a, reverse=d == 1)[0] for d, a in enumerate(halves)]
+    assert_near(module(torch.from_numpy(x))[0], np.concatenate(runs, axis=2))
+    (back,) = fastrnn.to_keras(module)
+    for a, b in zip(back, [a for half in halves for a in half], strict=True):
+        np.testing.assert_array_equal(a, b)
+    if bias:
+        with pytest.raises(ValueError, match=r"bias: expected \[18\], got \[2, 18\]"):
+            fastrnn.load_keras(module, [x for _ in halves for x in keras_arrays("GRU", I)])
+    with pytest.raises(ValueError, match=r"reset_after: expected True for a cell, got False"):
+        fastrnn.from_keras(keras_layer("GRU", halves[0], name="GRUCell", **config))
+
+
 def test_keras_relu_dtypes_and_layers_as_sources() -> None:
     arrays = [x.astype(np.float16) for x in keras_arrays("RNN", I)]
     layer = keras_layer("RNN", arrays, activation="relu")
@@ -166,7 +191,6 @@ def test_keras_relu_dtypes_and_layers_as_sources() -> None:
         ("LSTM", {"activation": "relu"}, "activation: expected 'tanh', got 'relu'"),
         ("RNN", {"activation": "gelu"}, "activation: expected 'tanh' or 'relu', got 'gelu'"),
         ("LSTM", {"recurrent_activation": "hard_sigmoid"}, "recurrent_activation: expected 'sigmoid', got 'hard_sig"),
-        ("GRU", {"reset_after": False}, "reset_after: expected True, got False"),
         ("GRU", {"go_backwards": True}, "go_backwards: expected False, got True"),
     ],
 )
@@ -323,6 +347,26 @@ def test_from_onnx(kind: str, direction: str, given: str) -> None:
         assert_near(a, b)
 
 
+@pytest.mark.parametrize("given", ["BLS", "", "B"])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("attributes", [{"linear_before_reset": 0}, {}], ids=["0", "default"])
+def test_onnx_gru_with_the_reset_before_the_product(
+    attributes: dict[str, int], direction: str, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """linear_before_reset=0, which is ONNX' default."""
+    layer, arrays = onnx_case("GRU", direction, given=given)
+    layer = node("GRU", layer.input, hidden_size=H, direction=direction, **attributes)
+    module, hx, lengths = fastrnn.from_onnx(layer, arrays)
+    inner = module.module if isinstance(module, Reversed) else module
+    assert not inner.reset_after
+    monkeypatch.setitem(ONNX_STEPS, "GRU", equations.onnx_gru_before)
+    x = random(T, B, I, seed=9)
+    output, finals = module(torch.from_numpy(x), hx, lengths=lengths)
+    expected, states = onnx_run("GRU", direction, arrays, x)
+    assert_near(output, expected)
+    assert_near(finals, states[0])
+
+
 @pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
 @KIND
 def test_onnx_layout(kind: str, direction: str) -> None:
@@ -356,7 +400,6 @@ def test_onnx_inputs_that_the_graph_computes() -> None:
     ("kind", "attributes", "error", "message"),
     [
         ("LSTM", {"direction": "sideways"}, ValueError, "direction: expected one of forward, .*, got sideways"),
-        ("GRU", {"linear_before_reset": 0}, ValueError, "linear_before_reset: expected 1, got 0"),
         ("LSTM", {"input_forget": 1}, ValueError, "input_forget: expected 0, got 1"),
         ("LSTM", {"clip": 3.0}, ValueError, "clip: expected none, got 3.0"),
         ("LSTM", {"activations": ["Sigmoid", "Relu", "Tanh"]}, ValueError, r"activations: expected \['Sigmoid', 'Tanh"),
