@@ -57,7 +57,11 @@ def read(path: Path) -> tuple[str, list[dict[str, Any]]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TiersError(f"{path}: expected JSON with machine and rows: {type(error).__name__}: {error}") from error
     for i, row in enumerate(rows):
+        if not any(name in row for name in PASSES):
+            raise TiersError(f"{path}: rows[{i}]: expected {' or '.join(PASSES)}, got neither")
         for key, kind in KEYS.items():
+            if key in PASSES and key not in row:
+                continue  # the tier has no such pass
             value = row.get(key)
             fits = isinstance(value, (int, float)) and value > 0 if kind is not str else isinstance(value, str)
             if not fits:
@@ -79,7 +83,7 @@ def entries(rows: Iterable[dict[str, Any]]) -> list[Entry]:
         lambda: defaultdict(dict)
     )
     for row in rows:
-        for name in PASSES:
+        for name in filter(row.__contains__, PASSES):
             measured[row["cell"], row["dtype"], name == "bwd"][row["B"], row["h"]][row["tier"]] = row[name]
     found: list[Entry] = []
     for kind, sizes in measured.items():
@@ -111,7 +115,7 @@ def gains(rows: Sequence[dict[str, Any]], table: Sequence[Entry]) -> list[str]:
     """By how much the table's choice misses the fastest tier, where it does: ties, and nothing else."""
     times: dict[tuple[str, str, bool, int, int], dict[str, float]] = defaultdict(dict)
     for row in rows:
-        for name in PASSES:
+        for name in filter(row.__contains__, PASSES):
             times[row["cell"], row["dtype"], name == "bwd", row["B"], row["h"]][row["tier"]] = row[name]
     lines = []
     for call, us in times.items():

@@ -26,7 +26,14 @@ from benchmarks.gpu.steps import prepare
 
 Call = Callable[[], object]
 SAMPLES, QUEUED = 5, 8  # of host time: calls one behind the other, few enough that no queue fills up
-LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync", "cudaGraphLaunch")
+LAUNCHES = (
+    "cudaLaunchKernel",
+    "cudaLaunchCooperativeKernel",
+    "cuLaunchKernel",
+    "cudaMemcpyAsync",
+    "cudaMemsetAsync",
+    "cudaGraphLaunch",
+)
 
 ROWS: tuple[GpuRow, ...] = (
     *rows("calls", "LSTM", (8, 4, 64), (25, 16, 512), dtypes=(BF16,)),

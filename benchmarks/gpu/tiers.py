@@ -8,6 +8,7 @@ makes the table of it. What the time does not suffice for is left out, the last 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -95,18 +96,19 @@ def calls(
 def run(device: torch.device, budget_s: float, tiny: bool) -> Iterator[dict[str, Any]]:
     begin, steps = time.perf_counter(), 3 if tiny else STEPS
     for cell, dtype, h, B in sizes(tiny):
+        both = calls(cell, dtype, h, B, steps, device)
         for tier in TIERS:
             if time.perf_counter() - begin > budget_s:
                 return
+            us: dict[str, float] = {}
             os.environ["FASTRNN_CUDA_TIER"] = tier
-            try:
-                forward, backward = calls(cell, dtype, h, B, steps, device)
-                us = [round(shortest_us(call, device) / steps, 3) for call in (forward, backward)]
-            except (NotImplementedError, ValueError):  # the tier has no such call, or this build no such tier
-                continue
-            finally:
-                del os.environ["FASTRNN_CUDA_TIER"]
-            yield {"cell": cell, "dtype": dtype, "h": h, "B": B, "tier": tier, "fwd": us[0], "bwd": us[1]}
+            for name, call in zip(("fwd", "bwd"), both, strict=True):
+                # The tier may have no such pass, or this build no such tier.
+                with contextlib.suppress(NotImplementedError, ValueError):
+                    us[name] = round(shortest_us(call, device) / steps, 3)
+            del os.environ["FASTRNN_CUDA_TIER"]
+            if us:
+                yield {"cell": cell, "dtype": dtype, "h": h, "B": B, "tier": tier, **us}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,6 +43,16 @@ def test_neighbours_with_one_tier_are_one_entry():
     assert table == [(8, 128, "resident"), (8, 512, "grid")]
 
 
+def test_a_tier_of_one_pass(tmp_path, capsys):
+    forward, neither = row("cluster", 1.0, 1.0), row("step", 1.0, 1.0)
+    del forward["bwd"], neither["fwd"], neither["bwd"]
+    rows = [forward, row("grid", 2.0, 2.0)]
+    assert {(e.backward, e.tier) for e in tiers.entries(rows)} == {(False, "cluster"), (True, "grid")}
+    assert tiers.main([str(written(tmp_path, rows))]) == 0
+    assert tiers.main([str(written(tmp_path, [*rows, neither]))]) == 2
+    assert "rows[2]: expected fwd or bwd, got neither" in capsys.readouterr().err
+
+
 def test_a_tie_changes_no_tier():
     rows = [row("resident", 1.0, 1.0), row("grid", 2.0, 2.0)]
     rows += [row("resident", 1.04, 1.06, h=128), row("grid", 1.0, 1.0, h=128)]
@@ -100,6 +110,7 @@ def test_the_command(tmp_path, capsys):
         ({"fwd": "fast"}, "rows[1]: fwd: expected float, got 'fast'"),
         ({"h": 0}, "rows[1]: h: expected int, got 0"),
         ({"tier": None}, "rows[1]: tier: expected str, got None"),
+        ({"fwd": 0.0}, "rows[1]: fwd: expected float, got 0.0"),
         ({"dtype": "int8"}, "rows[1]: dtype: expected one of float32, float64, bfloat16, float16, got 'int8'"),
     ],
     ids=str,

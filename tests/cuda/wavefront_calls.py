@@ -19,7 +19,7 @@ from torch import Tensor
 import fastrnn
 from fastrnn import wavefront
 from tests.cuda import pretend_cuda
-from tests.cuda.calls import leaves, put_module, same, state_of, worst
+from tests.cuda.calls import leaves, packed, put_module, same, state_of, worst
 from tests.cuda.pretend_streams import Streams, Watch
 from tests.helpers import build
 
@@ -59,6 +59,12 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[..., Any]]] = {
     "tokens": ("GRU", {"token_input": True}, lambda m, p: m(p(tokens()))),
     "bfloat16": ("LSTM", {"dtype": torch.bfloat16}, lambda m, p: m(p(inputs().detach().bfloat16()))),
     "finals alone": ("LSTM", {}, lambda m, p: m(p(inputs()))[1]),
+    "packed": ("LSTM", {}, lambda m, p: m(packed(p, inputs()[:4], False))),  # on CUDA it is padded
+    # What goes the way of layers one after the other.
+    "apart: two directions": ("GRU", {"bidirectional": True}, lambda m, p: m(p(inputs()))),
+    "apart: residual": ("LSTM", {"num_layers": 3, "residual": True}, lambda m, p: m(p(inputs()))),
+    "apart: recompute": ("LSTM", {"recompute": 3}, lambda m, p: m(p(inputs()))),
+    "apart: one chunk": ("GRU", {}, lambda m, p: m(p(inputs()[:3]))),
 }
 TWICE = ("LSTM", "dropout", "resets")
 
