@@ -15,6 +15,7 @@ from itertools import product
 import torch
 
 from fastrnn import ops
+from fastrnn.records import LayerStates
 
 TIERS = ("step", "resident", "grid")
 # (T, B, P, h): one tile and less, several tiles and groups, more units than one multiprocessor holds, odd sizes
@@ -33,8 +34,7 @@ def run(device: torch.device, cell: str, dtype: torch.dtype, size: tuple[int, in
     h_0, c_0 = normal(B, P * h), normal(B, P * h) if states > 1 else None
     weight_hh = normal(P, gates * h, h)
     params = normal(P, ops.CELLS[cell].params, h) if ops.CELLS[cell].params else None
-    none = (None,) * 5  # neither states after resets nor masks
-    shared = (None, params, h_0, c_0, lengths, resets, *none, [p % 2 == 1 for p in range(P)])
+    shared = (None, params, *LayerStates(h_0, c_0, lengths, resets), [p % 2 == 1 for p in range(P)])
     output, h_n, c_n, saved = ops.recurrent_forward(
         cell, normal(T, B, P * gates * h), weight_hh, normal(P, gates * h), *shared, True
     )

@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.gpu.report import machine
 from fastrnn import ops
+from fastrnn.records import LayerStates
 
 STEPS, CALLS = 100, 5
 TIERS = ("resident", "grid", "cluster", "step")
@@ -77,7 +78,7 @@ def calls(
     weight = normal(1, facts.gates * h, h, scale=h**-0.5)
     zeros = [torch.zeros(B, h, **options) for _ in range(facts.states)]
     params = normal(1, facts.params, h) if facts.params else None
-    shared = (None, params, zeros[0], zeros[1] if len(zeros) > 1 else None, None, None, None, None, [False])
+    shared = (None, params, *LayerStates(*zeros), [False])
     bias = normal(1, facts.gates * h)
 
     def forward() -> tuple[torch.Tensor, ...]:

@@ -61,10 +61,10 @@ class Library:
         lib.call_run.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int]
         assert lib.instruction_set() == isa.encode()
         self.cells: dict[str, CellInfo] = {}
-        numbers = (ctypes.c_int64 * 6)()
+        numbers = (ctypes.c_int64 * 7)()
         while name := lib.cell_info(len(self.cells), numbers):
-            *sizes, separate, remakes = numbers
-            self.cells[name.decode()] = CellInfo(*sizes, bool(separate), bool(remakes))
+            *sizes, separate, remakes, masks = numbers
+            self.cells[name.decode()] = CellInfo(*sizes, bool(separate), bool(remakes), bool(masks))
 
     def run(self, what: str, case: "CellCase", tensors: dict[str, torch.Tensor | None], threads: int, size: int = 0):
         call = self.lib.call_new()
