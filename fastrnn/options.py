@@ -146,8 +146,8 @@ F = TypeVar("F", bound=Callable[..., None])
 
 
 def checked(options: dict[str, Any], with_bias: bool, states: int = 1) -> dict[str, Any]:
-    """Those of SWITCHES and VALUES that were given, beside the argument ``bias``; what is kept of them. states: how many
-    a cell has."""
+    """Those of SWITCHES and VALUES that were given, beside the argument ``bias``; what is kept of them. states: how
+    many a cell has."""
     for name in SWITCHES:
         if not isinstance(options.get(name, False), bool):  # of what is not given, False as good as any
             raise TypeError(f"{name} should be of type bool, got: {type(options[name]).__name__}")

@@ -51,9 +51,7 @@ class PlainCellPeer(ModulePeer):
 
     def supports(self, case: Case, mode: str) -> str | None:
         other = case.peephole or case.layer_norm or case.recurrent_dropout or case.zoneout
-        return (
-            super().supports(case, mode) if other else "it leaves peepholes, layer norm and masks away, here are none"
-        )
+        return super().supports(case, mode) if other else "there is nothing that it leaves away"
 
     def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
         plain = replace(case, peephole=False, layer_norm=False, recurrent_dropout=0.0, zoneout=0.0)
