@@ -35,14 +35,17 @@ REGISTER_SLACK = 8  # what another point release of ptxas may well change; one a
 WAITS = ("in a turn of the loop that waits", "in the loop over steps")
 # A shuffle in a loop that ptxas cannot prove convergent is emitted twice, the second time lane by lane.
 MOST_COLLECTIVES = 8
+CLUSTER_ARCHS = r"sm_(90|10\d)"  # where dev::kClusters is true; kernels of the cluster tier are empty elsewhere
 
 
-def promised(name: str) -> dict[str, bool]:
+def promised(name: str, arch: str = "sm_90a") -> dict[str, bool]:
     """Opcode patterns that must (True) or must not (False) be there, by the kernel's name and template arguments.
 
     "mma" in it: matrix units, of the format of the template argument (TF32 for float). "ffma": exact float32 products,
     and none of those. Neither: no product.
     """
+    if name.startswith("cluster_") and not re.match(CLUSTER_ARCHS, arch):
+        return {r"HMMA|FFMA|SYNCS": False}
     name = name.lower()
     if "ffma" in name:
         return {r"HMMA": False, r"FFMA": True}
@@ -55,7 +58,7 @@ def promised(name: str) -> dict[str, bool]:
     return {r"HMMA\.1688\.F32\.TF32": True, r"HMMA.*BF16": False}
 
 
-def problems_of(kernel: Kernel, allowed: dict[str, Any]) -> list[str]:
+def problems_of(kernel: Kernel, allowed: dict[str, Any], arch: str = "sm_90a") -> list[str]:
     """What is wrong with a kernel by itself. allowed: {"stack": bytes, "spill": bytes, "collective": count}."""
     found = []
     if kernel.stack > allowed.get("stack", 0):
@@ -68,7 +71,7 @@ def problems_of(kernel: Kernel, allowed: dict[str, Any]) -> list[str]:
         found.append(f"{local} accesses of local memory (LDL, STL)")
     if (collectives := kernel.count(r"WARPSYNC\.COLLECTIVE")) > allowed.get("collective", MOST_COLLECTIVES):
         found.append(f"{collectives} WARPSYNC.COLLECTIVE: shuffles in a loop that may diverge are emitted twice")
-    for pattern, wanted in promised(kernel.name).items():
+    for pattern, wanted in promised(kernel.name, arch).items():
         if bool(kernel.count(pattern)) != wanted:
             has = Counter({k: n for k, n in kernel.opcodes.items() if k.startswith(("HMMA", "FFMA", "HGMMA"))})
             found.append(f"{'no' if wanted else 'unexpected'} {pattern}; has {dict(has) or 'no product'}")
@@ -95,7 +98,9 @@ def compare(objects: Sequence[Object], table: dict[str, Any], version: str) -> l
                 problems.append(f"{obj.source} {obj.arch}: {line.strip()}")
         for kernel in obj.kernels:
             where = f"{obj.source} {obj.arch} {kernel.name}"
-            problems += [f"{where}: {p}" for p in problems_of(kernel, allowance(table, kernel.name, obj.arch))]
+            problems += [
+                f"{where}: {p}" for p in problems_of(kernel, allowance(table, kernel.name, obj.arch), obj.arch)
+            ]
             row = known.get(kernel.name, {}).get(obj.arch)
             if row is None:
                 problems.append(f"{where}: not in the table (accept with --update)")

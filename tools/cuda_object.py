@@ -114,21 +114,24 @@ def parse_sass(lines: Iterable[str]) -> dict[str, list[Instruction]]:
 
 
 def waiting_loops(code: Sequence[Instruction]) -> tuple[int, int]:
-    """Instructions of the longest innermost and of the longest loop with a load that other blocks are waited for by.
+    """Instructions of the longest innermost and of the longest loop with a load, or a look at an mbarrier, that other
+    blocks are waited for by.
 
     A loop reaches from where a branch goes back to, to the last branch that does; what stands between counts, also
-    where a branch leads past it. What stands behind the last EXIT are detours (lanes that a barrier of the warp has to
-    bring together), whose way back is no loop.
+    where a branch leads past it. What stands behind the last EXIT are detours, whose way back is no loop: of lanes that
+    a barrier of the warp has to bring together, or of a wait for an mbarrier, which may have its turns there.
     """
     loops: dict[int, int] = {}
     end = max((at for at, opcode, _ in code if opcode == "EXIT"), default=0)
     for at, _, target in code:
-        if target is not None and target <= at < end:
+        if target is not None and target <= at and (at < end or target > end):
             loops[target] = max(at, loops.get(target, 0))
-    looks = [at for at, opcode, _ in code if re.match(r"LD.*\.STRONG\.", opcode)]
+    looks = [at for at, opcode, _ in code if re.match(r"LD.*\.STRONG\.|SYNCS\.PHASECHK\..*TRYWAIT", opcode)]
     waits = [(first, last) for first, last in loops.items() if any(first <= at <= last for at in looks)]
     lengths = {loop: sum(loop[0] <= at <= loop[1] for at, _, _ in code) for loop in waits}
-    inner = [a for a in waits if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in waits)]
+    inner = [
+        a for a in waits if not any(a != b and ((a[0] <= b[0] and b[1] <= a[1]) or a[1] < end < b[0]) for b in waits)
+    ]
     return max((lengths[loop] for loop in inner), default=0), max(lengths.values(), default=0)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -88,7 +89,8 @@ def choices(row: GpuRow, device: torch.device) -> dict[str, Any]:
     )  # fmt: skip
     gpu = info.present_gpu(device.index) if device.type == "cuda" else info.GPUS["h100"]
     assert gpu is not None
-    return {name: info.cuda_choice(call, gpu, name == "backward", row.tf32) for name in passes}
+    tier = os.environ.get("FASTRNN_CUDA_TIER", "")
+    return {name: info.cuda_choice(call, gpu, name == "backward", row.tf32, tier) for name in passes}
 
 
 def graphs(contest: Contest, device: torch.device) -> tuple[Call, Call]:

@@ -193,6 +193,13 @@ template <int kPending> FASTRNN_DEV void copy_async_wait() {
 
 // ---- thread-block clusters (sm_90): blocks of one cluster are neighbours in x ----
 
+// Is this pass for a target whose clusters our kernels are made for, 9.0 or 10.x? Others compile none of their bodies.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1100)
+constexpr bool kClusters = false;
+#else
+constexpr bool kClusters = true;
+#endif
+
 FASTRNN_DEV unsigned cluster_rank() {
   unsigned r = 0;
   FASTRNN_SM90(asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)));
@@ -238,8 +245,8 @@ FASTRNN_DEV void mbarrier_wait(uint64_t* bar, unsigned parity) {
 
 FASTRNN_DEV unsigned peer_address(const void* p, unsigned rank) {
   unsigned r = 0;
-  FASTRNN_SM90(asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                            : "=r"(r) : "r"(shared_address(p)), "r"(rank)));
+  FASTRNN_SM90(asm("mapa.shared::cluster.u32 %0, %1, %2;"
+                   : "=r"(r) : "r"(shared_address(p)), "r"(rank)));
   return r;
 }
 // Writes v behind dst's twin in block `rank` of the cluster (itself allowed) and counts its bytes on the twin
@@ -251,6 +258,12 @@ FASTRNN_DEV void push_async(uint32_t* dst, uint32_t v, uint64_t* bar, unsigned r
 FASTRNN_DEV void push_async(uint64_t* dst, uint64_t v, uint64_t* bar, unsigned rank) {
   FASTRNN_SM90(asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];"
                             ::"r"(peer_address(dst, rank)), "l"(v), "r"(peer_address(bar, rank)) : "memory"));
+}
+// 16 bytes, aligned to as many
+FASTRNN_DEV void push_async(uint4* dst, uint4 v, uint64_t* bar, unsigned rank) {
+  FASTRNN_SM90(asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];"
+                            ::"r"(peer_address(dst, rank)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w),
+                              "r"(peer_address(bar, rank)) : "memory"));
 }
 FASTRNN_DEV void push_async(float* dst, float v, uint64_t* bar, unsigned rank) {
   push_async(reinterpret_cast<uint32_t*>(dst), float_to_bits(v), bar, rank);

@@ -1,5 +1,6 @@
 // How the blocks of the grid tier hand each other the results of a step, through L2. There are two ways; grid_tiles.h
-// chooses by the bytes that a block reads in a step (kGridWordBytes).
+// chooses by the bytes that a block reads in a step (kGridWordBytes). The third, pushes within a cluster, is in
+// cluster.cuh.
 //
 // Words. A word of 64 bits holds one result (a float or two halves) and the tag of the step that made it. Readers look
 // at the words themselves: one trip through L2, no fence, no flag and no second trip for the payload, but twice the
@@ -89,20 +90,29 @@ FASTRNN_INLINE void take(At at, int count, uint32_t, bool, uint32_t (&value)[N][
 
 struct ByWords {
   using Word = uint64_t;
+  static constexpr bool kPushes = false;
 };
 struct ByFlags {
   using Word = uint32_t;
+  static constexpr bool kPushes = false;
+};
+struct ByPushes {
+  using Word = uint32_t;
+  static constexpr bool kPushes = true;
 };
 
-// The exchange of one group and tile of rows, as one thread of a block sees it.
-template <class Way>
+struct GridShared;
+
+// The exchange of one group and tile of rows, as one thread of a block sees it. kGates, kTileWords: of K, and of a tile
+// of it (GridShape).
+template <class Way, int kGates, int kTileWords>
 class Exchange {
   static constexpr bool kFlags = std::is_same<Way, ByFlags>::value;
   using Word = typename Way::Word;
 
  public:
   // word: where the thread's own result goes in a buffer (GridShape::word_of).
-  FASTRNN_INLINE Exchange(void* workspace, const GridShape& s, int word)
+  FASTRNN_INLINE Exchange(void* workspace, const GridShape& s, const GridShared&, int word)
       : base(static_cast<Word*>(workspace)), odd(int(s.words())), own(word), own_flag(-1) {
     const int place = int(blockIdx.z) * s.row_tiles() + int(blockIdx.y), warp = int(threadIdx.x) / 32;
     even = place * 2 * odd;
@@ -113,13 +123,14 @@ class Exchange {
   // The buffer of step k. Steps may count up or down.
   FASTRNN_INLINE Word* words(int k) const { return base + (k & 1 ? even + odd : even); }
 
-  // The thread's result of step k, `offset` words behind its own word.
-  FASTRNN_INLINE void store(int k, uint32_t tag, int offset, uint32_t value) const {
-    if constexpr (kFlags) words(k)[own + offset] = value;
-    else dev::store_relaxed(words(k) + own + offset, tagged(tag, value));
+  // The thread's result of step k, for a gate of K.
+  FASTRNN_INLINE void store(int k, uint32_t tag, int gate, uint32_t value) const {
+    if constexpr (kFlags) words(k)[own + gate * kTileWords] = value;
+    else dev::store_relaxed(words(k) + own + gate * kTileWords, tagged(tag, value));
   }
-  // All threads of a warp, behind their last store of the step. No lane waits for others before its own warp's are out.
-  FASTRNN_INLINE void publish(uint32_t tag) const {
+  // All threads of a warp, behind their last store of step k. No lane waits for others before its own warp's are out.
+  // wanted: does anybody wait for them? The same in all blocks.
+  FASTRNN_INLINE void publish(int, uint32_t tag, bool) const {
     dev::sync_warp();
     if constexpr (kFlags) {
       if (own_flag >= 0) dev::store_release(base + first_flag + own_flag, tag);
@@ -127,7 +138,7 @@ class Exchange {
   }
   // All threads of a warp, before they take words: waits until flags first .. first + count - 1 say `tag` or later. All
   // that their owners' warps stored before is then there for every lane. Words say for themselves what they are.
-  FASTRNN_INLINE void await(int first, int count, uint32_t tag) const {
+  FASTRNN_INLINE void await(int, uint32_t tag, int first, int count) const {
     if constexpr (kFlags) {
       int turn = 0;
       for (int i = int(threadIdx.x) % 32; i < count; i += 32)

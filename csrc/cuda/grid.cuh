@@ -32,6 +32,8 @@ namespace fastrnn::cuda {
 struct GridShared {
   uint4* weights;
   float *staged, *sums_even, *sums_odd;  // sums [parts, padded rows, stride]
+  uint32_t *pushed_even = nullptr, *pushed_odd = nullptr;    // a cluster's exchange: one buffer of words each
+  uint64_t *barrier_even = nullptr, *barrier_odd = nullptr;  // and the mbarriers that count what arrives there
   int *row, *length, *all_lengths;       // [rows] of the tile, longest first; [batch]
   size_t bytes;
 
@@ -41,6 +43,12 @@ struct GridShared {
     staged = carver.take<float>(size_t(s.staged_floats()));
     sums_even = carver.take<float>(size_t(s.sums_floats()));
     sums_odd = carver.take<float>(size_t(s.sums_floats()));
+    if (s.cluster) {
+      pushed_even = carver.take<uint32_t>(size_t(s.pushed_words()));
+      pushed_odd = carver.take<uint32_t>(size_t(s.pushed_words()));
+      barrier_even = carver.take<uint64_t>(1);
+      barrier_odd = carver.take<uint64_t>(1);
+    }
     row = carver.take<int>(size_t(s.rows));
     length = carver.take<int>(size_t(s.rows));
     all_lengths = carver.take<int>(size_t(s.batch));
@@ -102,14 +110,34 @@ FASTRNN_INLINE const uint4* grid_packed(const void* workspace, const GridShape& 
          (int64_t(blockIdx.z) * s.unit_blocks() + blockIdx.x) * s.packed_quads();
 }
 
-// What a row's columns column + n of each of kM gates of M end with: the sums over all parts of K, in their order.
-// A row has kStride floats, a gate `gate_columns` of them.
-template <int kStride, int kM, int N>
-FASTRNN_INLINE void grid_sums(const float* sums, const GridShape& s, int position, int column, int gate_columns,
-                              float (&z)[kM][N]) {
+// A cluster's sums for a thread's word. They stand in parts of K, [unit tiles, padded rows, kStride]: where in one, how
+// long one is, how many there are. The grid tier has one tile of units, and then these are cheap.
+struct PushedSums {
+  int place = 0, part = 0, parts = 0;
+};
+// unit: counted in the block.
+template <class Product>
+FASTRNN_INLINE PushedSums pushed_sums(const GridShape& s, int position, int unit) {
+  PushedSums sums;
+  if constexpr (Product::Way::kPushes) {
+    const int tile = unit / Product::tile_units(s), column = unit % Product::tile_units(s);
+    sums.place = (tile * s.padded_rows() + position) * Product::kStride + column;
+    sums.part = s.unit_tiles() * s.padded_rows() * Product::kStride;
+    sums.parts = s.parts();
+  }
+  return sums;
+}
+
+// What a row's columns column + n of each of kM gates of M end with: the sums over all parts of K, in their order. A
+// gate has `gate_columns` of a row's floats.
+template <class Product, int kM, int N>
+FASTRNN_INLINE void grid_sums(const float* sums, const GridShape& s, const PushedSums& pushed, int position, int column,
+                              int gate_columns, float (&z)[kM][N]) {
   constexpr int kAtOnce = 4;
-  const float* from = sums + position * kStride + column;
-  const int part = s.padded_rows() * kStride, parts = s.parts();
+  constexpr bool kPushes = Product::Way::kPushes;
+  const float* from = sums + (kPushes ? pushed.place : position * Product::kStride + column);
+  const int part = kPushes ? pushed.part : s.padded_rows() * Product::kStride;
+  const int parts = kPushes ? pushed.parts : s.warps() * (s.mma ? 1 : 32 / s.columns());
 #pragma unroll
   for (int i = 0; i < kM * N; ++i) z[i / N][i % N] = 0.f;
 #pragma unroll 1
@@ -147,7 +175,8 @@ constexpr int kGridWords = 0, kGridFlags = 1;
 inline GridShape grid_shape(const ForwardParams& p, const Choice& choice, bool backward) {
   const bool half = tiles::is_half(p.dtype);
   return {kCells[p.cell].gates, int32_t(p.hidden), int32_t(p.batch), choice.units, choice.rows, choice.threads,
-          backward, half || choice.tf32, half, choice.variant == kGridFlags};
+          backward, half || choice.tf32, half, choice.tier == Tier::kGrid && choice.variant == kGridFlags,
+          choice.tier == Tier::kCluster};
 }
 
 // Clears the exchange and packs weights; grid_prepare.cu.
@@ -160,7 +189,8 @@ int launch_grid(Kernel kernel, const LaunchParams<Params>& call, const GridShape
   const int error = prepare_grid(call, call.first_group, call.groups_here, s, workspace, on);
   if (error != int(dev::kSuccess)) return error;
   const GridShared shared(nullptr, s);
-  dev::Launch launch{grid_blocks(s, call.groups_here), unsigned(s.threads), shared.bytes, 1, true, on};
+  dev::Launch launch{grid_blocks(s, call.groups_here), unsigned(s.threads), shared.bytes,
+                     s.cluster ? unsigned(s.unit_blocks()) : 1u, !s.cluster, on};
   return int(dev::launch(kernel, launch, call, s, workspace));
 }
 

@@ -8,13 +8,16 @@ namespace {
 
 constexpr int kThreads = 256, kMostBlocks = 2048;
 
-// Where element e of quad `index` of a block's packed weights comes from: unit and gate of M and of K.
+// Where element e of quad `index` of a block's packed weights, [tiles of units, ...], comes from: unit and gate of M
+// and of K.
 struct Element {
   int m_unit, m_gate, k_unit, k_gate;
 };
 FASTRNN_INLINE Element element(const GridShape& s, int index, int e) {
   Element x;
   int tile, k;
+  const int unit_tile = s.cluster ? index / int(s.tile_quads()) : 0;
+  index -= unit_tile * int(s.tile_quads());
   if (s.mma) {  // [tile, gate of M, lane]: a's registers, with s.values() elements each
     const int lane = index % 32, reg = e / s.values();
     tile = index / 32 / s.gates_in_m();
@@ -25,9 +28,10 @@ FASTRNN_INLINE Element element(const GridShape& s, int index, int e) {
     const int column = index % s.columns(), at = index / s.columns() * 4 + e;
     tile = at / s.k_tile();
     k = at % s.k_tile();
-    x.m_gate = column / s.units;
-    x.m_unit = column % s.units;
+    x.m_gate = column / s.tile_units();
+    x.m_unit = column % s.tile_units();
   }
+  x.m_unit += unit_tile * s.most_units();
   x.k_unit = tile / s.gates_in_k() * s.k_tile() + k;
   x.k_gate = tile % s.gates_in_k();
   return x;
@@ -103,7 +107,8 @@ bool grid_choice(const ForwardParams& p, bool backward, const Device& device, bo
     return false;
   if (p.groups > kGroupsPerLaunch || p.batch > tiles::kGridBatch || device.compute_capability < 80) return false;
   const bool half = tiles::is_half(p.dtype), tf32 = allow_tf32 && p.dtype == DType::kFloat32;
-  GridShape s{kCells[p.cell].gates, int32_t(p.hidden), int32_t(p.batch), 0, 0, 0, backward, half || tf32, half, false};
+  GridShape s{kCells[p.cell].gates, int32_t(p.hidden), int32_t(p.batch), 0, 0, 0, backward, half || tf32, half, false,
+              false};
   if (!tiles::grid_fit(s, p.groups, device.multiprocessors, device.shared_per_block)) return false;
   // One step has nothing to exchange, and a product of cuBLAS is spread as well.
   if (!forced && (p.steps < 2 || s.exchanged_bytes() > tiles::kGridExchangeBytes)) return false;

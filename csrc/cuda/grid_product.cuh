@@ -21,10 +21,10 @@ struct Range {
 };
 // Through a shuffle, by which the compiler sees that it is the same in all lanes.
 FASTRNN_INLINE int warp_of_block() { return dev::shuffle(int(threadIdx.x) / 32, 0); }
-// Of this warp, in tiles of K.
-FASTRNN_INLINE Range k_range(const GridShape& s) {
-  const int warp = warp_of_block(), warps = s.warps(), n = s.k_tiles();
-  return {n * warp / warps, n * (warp + 1) / warps};
+// Of one of so many parts, in tiles of K.
+FASTRNN_INLINE Range k_range(const GridShape& s, int part, int parts) {
+  const int n = s.k_tiles();
+  return {n * part / parts, n * (part + 1) / parts};
 }
 
 // The flags of the blocks that own the units of these tiles.
@@ -45,11 +45,12 @@ class FfmaProduct {
 
  public:
   using Way = W;
+  using Exchange = cuda::Exchange<Way, kGates, 8 * 32>;
   static constexpr int kTile = 32, kTileWords = 8 * kTile, kValues = 1, kStride = kColumns + 4;
   static FASTRNN_INLINE int gate_columns(const GridShape& s) { return s.units; }
 
   FASTRNN_INLINE FfmaProduct(const GridShape& s, const GridShared& shared)
-      : lane(int(threadIdx.x) % 32), warp(warp_of_block()), range(k_range(s)),
+      : lane(int(threadIdx.x) % 32), warp(warp_of_block()), range(k_range(s, warp, s.warps())),
         flags(flag_range(s, range, kTile, kGates)), group_words(ceil_div(s.hidden, kTile) * kGates * kTileWords),
         padded_rows(s.padded_rows()), weights(shared.weights), staged(shared.staged + warp * 8 * kStage) {}
 
@@ -61,8 +62,8 @@ class FfmaProduct {
     for (int i = range.begin * 8 * kColumns + lane; i < end; i += 32) weights[i] = packed[i];
   }
 
-  FASTRNN_INLINE void multiply(const Exchange<Way>& exchange, int k, uint32_t tag, int rows, float* sums) {
-    exchange.await(flags.begin, flags.end - flags.begin, tag);
+  FASTRNN_INLINE void multiply(const Exchange& exchange, int k, uint32_t tag, int rows, float* sums) {
+    exchange.await(k, tag, flags.begin, flags.end - flags.begin);
     const Word* words = exchange.words(k) + range.begin * kTileWords;
     for (int row = 0; row < rows; row += 8, words += group_words) {  // rows is the same in all threads
       const int left = rows - row;
@@ -142,21 +143,26 @@ class MmaProduct {
   static constexpr bool kHalf = sizeof(S) == 2;
   static constexpr int kHeld = tiles::kGridFragments / kM;  // k tiles of a warp in registers
   // k tiles whose words are in flight at once: as many as there are registers for, of which tags take half
-  static constexpr int kAhead = kM == 3 ? 9 : kM == 1 && std::is_same<W, ByFlags>::value ? 14 : 7;
+  static constexpr int kAhead = kM == 3 ? 9 : kM == 1 && !std::is_same<W, ByWords>::value ? 14 : 7;
   static constexpr int kAheadSpilled = 4;
   static_assert(kHeld % kAhead == 0, "whole batches");
 
  public:
   using Way = W;
+  using Exchange = cuda::Exchange<Way, kGates, 64>;
   static constexpr int kValues = kHalf ? 2 : 1, kTile = 8 * kValues, kTileWords = 64, kStride = 16 * kM + 4;
+  static FASTRNN_INLINE int tile_units(const GridShape&) { return 16; }
   static FASTRNN_INLINE int gate_columns(const GridShape&) { return 16; }
 
+  // Warps are [parts of K, tiles of units].
   FASTRNN_INLINE MmaProduct(const GridShape& s, const GridShared& shared)
-      : lane(int(threadIdx.x) % 32), warp(warp_of_block()), range(k_range(s)),
+      : lane(int(threadIdx.x) % 32), warp(warp_of_block()), unit_tiles(Way::kPushes ? s.unit_tiles() : 1),
+        range(k_range(s, warp / unit_tiles, s.warps() / unit_tiles)),
         flags(flag_range(s, range, kTile, kGates)), tiles(range.end - range.begin),
         group_words(ceil_div(s.hidden, kTile) * kGates * kTileWords), padded_rows(s.padded_rows()) {
     const int more = s.k_tiles_of_warp() - kHeld;
     spilled = shared.weights + (more > 0 ? more : 0) * warp * kM * 32 + lane;
+    first_quad = (warp % unit_tiles * s.k_tiles() + range.begin) * kM * 32 + lane;
   }
 
   static FASTRNN_INLINE uint32_t encode(const float (&value)[kValues]) {
@@ -165,7 +171,7 @@ class MmaProduct {
   }
 
   FASTRNN_INLINE void load(const uint4* packed) {
-    const uint4* from = packed + range.begin * kM * 32 + lane;
+    const uint4* from = packed + first_quad;
 #pragma unroll
     for (int t = 0; t < kHeld; ++t)
 #pragma unroll
@@ -178,8 +184,8 @@ class MmaProduct {
     for (int i = 0; i < more; ++i) spilled[i * 32] = from[(kHeld * kM + i) * 32];
   }
 
-  FASTRNN_INLINE void multiply(const Exchange<Way>& exchange, int k, uint32_t tag, int rows, float* sums) const {
-    exchange.await(flags.begin, flags.end - flags.begin, tag);
+  FASTRNN_INLINE void multiply(const Exchange& exchange, int k, uint32_t tag, int rows, float* sums) const {
+    exchange.await(k, tag, flags.begin, flags.end - flags.begin);
     const Word* words = exchange.words(k) + range.begin * kTileWords + lane % 4 * 2;
     for (int row = 0; row < rows; row += 8, words += group_words) {
       const Word* from = words + (row + lane / 4 < rows ? lane / 4 : rows - 1 - row) * 8;
@@ -242,9 +248,10 @@ class MmaProduct {
     else dev::mma_1688_tf32(d, a, b);
   }
 
-  const int lane, warp;
+  const int lane, warp, unit_tiles;
   const Range range, flags;
   const int tiles, group_words, padded_rows;  // k tiles of the warp; words of 8 rows
+  int first_quad;  // the lane's, of the packed weights
   uint4* spilled;  // [k tiles beyond kHeld, kM, 32] of the warp
   uint32_t held[kHeld][kM][4];
 };

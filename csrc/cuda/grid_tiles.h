@@ -1,5 +1,5 @@
-// The grid tier's numbers: tiles, what fits on a multiprocessor, which call takes which. Host and device, no CUDA
-// header. Not measured on a GPU yet: the reasons are counts of registers, bytes and cycles.
+// The grid and cluster tiers' numbers: tiles, what fits on a multiprocessor, which call takes which. Host and device,
+// no CUDA header. Not measured on a GPU yet: the reasons are counts of registers, bytes and cycles.
 //
 // A block's weights are its share of W_hh, G * units * h elements in either pass. They may take 227 KB of shared
 // memory less what sums and stages need and, for mma, 112 KB of registers. Blocks, ceil(h / units) * row tiles *
@@ -42,13 +42,22 @@ constexpr int64_t kGridWordBytes = 8 << 10;
 // good.
 constexpr int64_t kGridExchangeBytes = 256 << 10;
 
+// The cluster tier: blocks of a cluster, at most. More than 8 have to be asked for (device_cuda.cuh).
+constexpr int kClusterBlocks = 16;
+// FFMA there: groups of 4 weights that a lane keeps in registers, 96 of 255.
+constexpr int kClusterQuads = 24;
+// Bytes that an mbarrier can count.
+constexpr int64_t kClusterBytes = (1 << 20) - 1;
+
 constexpr FASTRNN_HD int grid_max(int a, int b) { return a > b ? a : b; }
+constexpr FASTRNN_HD int grid_min(int a, int b) { return a < b ? a : b; }
 
 // What a launch is made of: all that kernels, launchers and the choice need to agree on.
 struct GridShape {
   int32_t gates, hidden, batch, units, rows, threads;
   bool backward, mma, half;
-  bool flags;  // blocks exchange results beside flags, not in words that carry tags; exchange.cuh
+  bool flags;    // blocks exchange results beside flags, not in words that carry tags; exchange.cuh
+  bool cluster;  // the blocks of a tile of rows are a cluster and push results to each other; cluster.cuh
 
   // K: what the product sums over. Forward the units of state 0, backward the gate gradients of all units.
   // M: what a block computes of it. Forward all gates of its units, backward its units' gradient of state 0.
@@ -56,21 +65,29 @@ struct GridShape {
   constexpr FASTRNN_HD int gates_in_m() const { return backward ? 1 : gates; }
   constexpr FASTRNN_HD int warps() const { return threads / 32; }
   constexpr FASTRNN_HD int values() const { return half ? 2 : 1; }  // elements in a word of the exchange
-  constexpr FASTRNN_HD int most_units() const { return mma ? 16 : backward ? 8 : 32 / gates; }
+  // Units whose columns of M fill a warp: the most of a block in the grid tier. A cluster's blocks have several such
+  // tiles of units, the last of which may be narrower, and whole groups of the words that are pushed at a time.
+  constexpr FASTRNN_HD int most_units() const {
+    return mma ? 16 : backward ? 8 : cluster ? 32 / gates / 4 * 4 : 32 / gates;
+  }
+  constexpr FASTRNN_HD int tile_units() const { return cluster ? grid_min(units, most_units()) : units; }
+  constexpr FASTRNN_HD int unit_tiles() const { return cluster ? ceil_div(units, most_units()) : 1; }
+  constexpr FASTRNN_HD int unit_step() const { return cluster ? (mma ? 16 : 4) : values(); }
   constexpr FASTRNN_HD int unit_blocks() const { return ceil_div(hidden, units); }
   constexpr FASTRNN_HD int row_tiles() const { return ceil_div(batch, rows); }
   constexpr FASTRNN_HD int words_per_row() const { return ceil_div(units, values()); }
 
   // FFMA: `columns` of M stand side by side in a warp's lanes, as often as they fit; mma: 16 for every gate.
   constexpr FASTRNN_HD int columns() const { return mma ? 16 * gates_in_m() : backward ? 8 : 32; }
-  constexpr FASTRNN_HD int gate_columns() const { return mma ? 16 : units; }
+  constexpr FASTRNN_HD int gate_columns() const { return mma ? 16 : tile_units(); }
   // Sums over parts of K, added up through shared memory. 4 mod 16: mma's stores of them meet no bank twice.
-  constexpr FASTRNN_HD int parts() const { return warps() * (mma ? 1 : 32 / columns()); }
+  constexpr FASTRNN_HD int warp_parts() const { return warps() / unit_tiles(); }
+  constexpr FASTRNN_HD int parts() const { return warp_parts() * (mma ? 1 : 32 / columns()); }
   constexpr FASTRNN_HD int sums_stride() const { return columns() + 4; }
   // K in tiles, each gate padded to whole ones; a warp has at most k_tiles_of_warp, mma's first few in registers.
   constexpr FASTRNN_HD int k_tile() const { return mma ? 8 * values() : 32; }
   constexpr FASTRNN_HD int k_tiles() const { return ceil_div(hidden, k_tile()) * gates_in_k(); }
-  constexpr FASTRNN_HD int k_tiles_of_warp() const { return ceil_div(k_tiles(), warps()); }
+  constexpr FASTRNN_HD int k_tiles_of_warp() const { return ceil_div(k_tiles(), warp_parts()); }
   constexpr FASTRNN_HD int held_tiles() const { return kGridFragments / gates_in_m(); }
   constexpr FASTRNN_HD int padded_rows() const { return round_up(rows, 8); }
 
@@ -89,7 +106,9 @@ struct GridShape {
     const int tile = word / tile_words() % k_tiles(), k = mma ? word % 2 * 4 + word / 2 % 4 : word % 32;
     return tile / gates_in_k() * k_tile() + k * values();
   }
-  constexpr FASTRNN_HD int64_t all_words(int64_t groups) const { return groups * row_tiles() * 2 * words(); }
+  constexpr FASTRNN_HD int64_t all_words(int64_t groups) const {
+    return cluster ? 0 : groups * row_tiles() * 2 * words();
+  }
   // A flag for each warp of a block that owns results.
   constexpr FASTRNN_HD int owner_warps() const { return ceil_div(rows * words_per_row(), 32); }
   constexpr FASTRNN_HD int flags_of_tile() const { return unit_blocks() * owner_warps(); }
@@ -99,6 +118,13 @@ struct GridShape {
   constexpr FASTRNN_HD int64_t exchange_bytes(int64_t groups) const {
     return round_up(all_words(groups) * word_bytes() + all_flags(groups) * 4, int64_t(16));
   }
+  // Units whose results a cluster's blocks push, of the padded K; and the bytes of a step's that arrive in each.
+  constexpr FASTRNN_HD int pushed_units() const {
+    return grid_min(unit_blocks() * units, ceil_div(hidden, k_tile()) * k_tile());
+  }
+  constexpr FASTRNN_HD int64_t pushed_bytes() const {
+    return int64_t(pushed_units() / values()) * gates_in_k() * rows * 4;
+  }
   // Read by a block in a step whose rows are all running: results, and what they take.
   constexpr FASTRNN_HD int64_t result_bytes() const {
     return int64_t(k_tiles()) * (k_tile() / values()) * (rows < batch ? rows : batch) * 4;
@@ -106,25 +132,34 @@ struct GridShape {
   constexpr FASTRNN_HD int64_t exchanged_bytes() const { return result_bytes() / 4 * word_bytes(); }
 
   // A block's weights in quads of 16 bytes: all of them, as they are packed, and those in shared memory.
-  constexpr FASTRNN_HD int64_t packed_quads() const {
+  constexpr FASTRNN_HD int64_t tile_quads() const {  // of a tile of units
     return int64_t(k_tiles()) * (mma ? 32 * gates_in_m() : 8 * columns());
   }
+  constexpr FASTRNN_HD int64_t packed_quads() const { return unit_tiles() * tile_quads(); }
   constexpr FASTRNN_HD int64_t weight_quads() const {
+    if (!mma && cluster) return int64_t(threads) * grid_max(0, k_tiles_of_warp() * columns() / 4 - kClusterQuads);
     if (!mma) return packed_quads();
     return int64_t(warps()) * grid_max(0, k_tiles_of_warp() - held_tiles()) * gates_in_m() * 32;
   }
   // Other pieces of shared memory, in elements.
-  constexpr FASTRNN_HD int64_t staged_floats() const { return mma ? 0 : int64_t(warps()) * 8 * kGridStage; }
-  constexpr FASTRNN_HD int64_t sums_floats() const { return int64_t(parts()) * padded_rows() * sums_stride(); }
+  constexpr FASTRNN_HD int64_t staged_floats() const { return mma || cluster ? 0 : int64_t(warps()) * 8 * kGridStage; }
+  constexpr FASTRNN_HD int64_t sums_floats() const {
+    return int64_t(parts()) * unit_tiles() * padded_rows() * sums_stride();
+  }
+  constexpr FASTRNN_HD int64_t pushed_words() const { return cluster ? words() : 0; }  // one of the two buffers
+  constexpr FASTRNN_HD int barriers() const { return cluster ? 2 : 0; }
   constexpr FASTRNN_HD int64_t shared_bytes() const {
-    return 16 * weight_quads() + 4 * staged_floats() + 8 * sums_floats() + 4 * (2 * rows + batch) + 5 * 16;
+    return 16 * weight_quads() + 4 * staged_floats() + 8 * sums_floats() + 8 * pushed_words() + 8 * barriers() +
+           4 * (2 * rows + batch) + (cluster ? 8 : 5) * 16;
   }
 
   // Can a kernel run it at all, whatever the device?
   constexpr FASTRNN_HD bool valid() const {
     return hidden > 0 && hidden <= kGridHidden && batch > 0 && batch <= kGridBatch && units > 0 &&
-           units <= most_units() && units % values() == 0 && rows > 0 && threads > 0 && threads % 32 == 0 &&
-           threads <= kGridThreads && rows * words_per_row() <= threads;
+           units % unit_step() == 0 && rows > 0 && threads > 0 && threads % 32 == 0 &&
+           threads <= kGridThreads && rows * words_per_row() <= threads &&
+           (cluster ? unit_blocks() <= kClusterBlocks && warps() % unit_tiles() == 0 && pushed_bytes() <= kClusterBytes
+                    : units <= most_units());
   }
 };
 
@@ -141,6 +176,37 @@ constexpr bool grid_fit(GridShape& s, int64_t groups, int multiprocessors, int64
   s.rows = round_up(ceil_div(s.batch, tiles), step);
   s.flags = s.result_bytes() > kGridWordBytes;
   return s.rows <= kGridRows && s.valid() && s.shared_bytes() <= shared_per_block;
+}
+
+// The same for a cluster: the fewest blocks whose registers hold all weights, or else as many as there may be, with the
+// rest of them in shared memory. Clusters do not wait for each other, so there may be more than fit at once; rows are
+// as few as let all run at once, if any do, on seven of eight multiprocessors: a cluster has to find its own within one
+// part of the device, and those that are left over there have no use.
+constexpr bool cluster_fit(GridShape& s, int64_t groups, int multiprocessors, int64_t shared_per_block) {
+  if (s.batch < 1 || s.hidden < 1) return false;
+  const int step = s.mma ? 8 : 4;
+  GridShape best = s;
+  bool found = false;
+  for (int blocks = 1; blocks <= kClusterBlocks; ++blocks) {
+    GridShape x = s;
+    x.units = round_up(ceil_div(s.hidden, blocks), x.unit_step());
+    if (x.unit_blocks() != blocks || x.unit_tiles() > kGridThreads / 32) continue;
+    x.threads = kGridThreads / 32 / x.unit_tiles() * x.unit_tiles() * 32;
+    int most = grid_min(kGridRows, x.threads / x.words_per_row());
+    if (most >= step) most = most / step * step;
+    if (most < grid_min(x.batch, step)) continue;
+    const int64_t free = int64_t(multiprocessors) * 7 / 8 / (blocks * groups);
+    const int tiles = free < 1 ? 1 : free < x.batch ? int(free) : x.batch;
+    const int rows = ceil_div(x.batch, tiles);
+    x.rows = grid_min(most, rows == 1 && !x.mma ? 1 : round_up(rows, step));  // FFMA has a product of a single row
+    while (x.rows > step && x.shared_bytes() > shared_per_block) x.rows -= step;
+    if (!x.valid() || x.shared_bytes() > shared_per_block) continue;
+    best = x;
+    found = true;
+    if (x.weight_quads() == 0) break;
+  }
+  s = best;
+  return found;
 }
 
 }  // namespace fastrnn::cuda::tiles

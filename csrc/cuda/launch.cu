@@ -9,7 +9,7 @@ namespace fastrnn::cuda {
 
 Tier find_tier(const char* name) {
   int tier = 0;
-  while (tier < int(Tier::kCluster) && std::strcmp(name, kTierNames[tier]) != 0) ++tier;
+  while (tier < int(Tier::kUnknown) && std::strcmp(name, kTierNames[tier]) != 0) ++tier;
   return Tier(tier);
 }
 
@@ -37,12 +37,14 @@ bool choose_from(Tier tier, const ForwardParams& params, bool backward, const De
     case Tier::kStep: return *choice = step_choice(params, allow_tf32), true;
     case Tier::kResident: return resident_choice(params, backward, device, choice);
     case Tier::kGrid: return grid_choice(params, backward, device, allow_tf32, true, choice);
+    case Tier::kCluster: return cluster_choice(params, backward, device, allow_tf32, choice);
     default: return false;
   }
 }
 
 int64_t workspace_bytes(const ForwardParams& params, const Choice& choice, bool backward) {
-  return choice.tier == Tier::kGrid ? grid_workspace_bytes(params, choice, backward) : 0;
+  const bool has = choice.tier == Tier::kGrid || choice.tier == Tier::kCluster;
+  return has ? grid_workspace_bytes(params, choice, backward) : 0;
 }
 
 int recurrent_forward(const ForwardParams& params, const Choice& choice, void* workspace, void* stream) {
@@ -50,6 +52,7 @@ int recurrent_forward(const ForwardParams& params, const Choice& choice, void* w
   switch (choice.tier) {
     case Tier::kResident: return resident_forward(params, choice, stream);
     case Tier::kGrid: return grid_forward(params, choice, workspace, stream);
+    case Tier::kCluster: return cluster_forward(params, choice, workspace, stream);
     default: return int(dev::kInvalidValue);
   }
 }
@@ -59,6 +62,7 @@ int recurrent_backward(const BackwardParams& params, const Choice& choice, void*
   switch (choice.tier) {
     case Tier::kResident: return resident_backward(params, choice, stream);
     case Tier::kGrid: return grid_backward(params, choice, workspace, stream);
+    case Tier::kCluster: return cluster_backward(params, choice, workspace, stream);
     default: return int(dev::kInvalidValue);
   }
 }

@@ -15,9 +15,9 @@ struct Device {
   int64_t shared_per_block;  // opt-in limit, bytes
 };
 
-enum class Tier : int32_t { kStep, kResident, kGrid, kCluster };
+enum class Tier : int32_t { kStep, kResident, kGrid, kCluster, kUnknown };
 inline constexpr const char* kTierNames[] = {"step", "resident", "grid", "cluster"};
-Tier find_tier(const char* name);  // kCluster, which runs nothing yet, for any other name
+Tier find_tier(const char* name);  // kUnknown, which runs nothing, for any other name
 
 // What runs one call. Only `tier`, `rows`, `units`, `variant` and `tf32` steer a launcher; the rest is what
 // follows from them, for people to read.
@@ -109,5 +109,10 @@ bool grid_choice(const ForwardParams& params, bool backward, const Device& devic
 int64_t grid_workspace_bytes(const ForwardParams& params, const Choice& choice, bool backward);
 int grid_forward(const ForwardParams& params, const Choice& choice, void* workspace, void* stream);
 int grid_backward(const BackwardParams& params, const Choice& choice, void* workspace, void* stream);
+
+// Never worth it as yet: choose() does not ask. Its workspace is as the grid tier's.
+bool cluster_choice(const ForwardParams& params, bool backward, const Device& device, bool allow_tf32, Choice* choice);
+int cluster_forward(const ForwardParams& params, const Choice& choice, void* workspace, void* stream);
+int cluster_backward(const BackwardParams& params, const Choice& choice, void* workspace, void* stream);
 
 }  // namespace fastrnn::cuda

@@ -47,8 +47,8 @@ cuda::Choice choose(const char* op, const ForwardParams& p, bool backward) {
   const bool tf32 = allow_tf32(p.steps);
   if (!name || !*name) return cuda::choose(p, backward, current_device(), tf32);
   const cuda::Tier tier = cuda::find_tier(name);
-  RNN_CHECK_VALUE(tier != cuda::Tier::kCluster, "FASTRNN_CUDA_TIER: expected step, resident or grid, got '", name,
-                  "'");
+  RNN_CHECK_VALUE(tier != cuda::Tier::kUnknown,
+                  "FASTRNN_CUDA_TIER: expected step, resident, grid or cluster, got '", name, "'");
   cuda::Choice choice{};
   RNN_CHECK_NOT_IMPLEMENTED(cuda::choose_from(tier, p, backward, current_device(), tf32, &choice), op,
                             ": FASTRNN_CUDA_TIER=", name, " cannot run ", described(p), " on this device");

@@ -231,7 +231,9 @@ def test_means_and_losses():
 
 def test_small_sizes(capsys):
     assert small.main(["--device", "cpu"]) == 0
-    assert capsys.readouterr().out == "small sizes: 30 calls of step, 30 calls of resident, 30 calls of grid\n"
+    assert capsys.readouterr().out == (
+        "small sizes: 30 calls of step, 30 calls of resident, 30 calls of grid, 30 calls of cluster\n"
+    )
 
 
 def test_architecture_of_a_gpu(monkeypatch):

@@ -97,6 +97,20 @@ WAITS = """\
         /*0110*/                   BRA 0x40 ;                          /* 0x0 */
 """
 
+# A kernel that waits for an mbarrier: the second look and its turns stand behind the end.
+WAITS_ON_MBARRIER = """\
+		Function : _Z1dPf
+        /*0000*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P6, [R153+URZ], R152 ;  /* 0x0 */
+        /*0010*/              @!P6 BRA 0x50 ;                          /* 0x0 */
+        /*0020*/                   FADD R2, R2, R2 ;                   /* 0x0 */
+        /*0030*/               @P3 BRA 0x0 ;                           /* 0x0 */
+        /*0040*/                   EXIT ;                              /* 0x0 */
+        /*0050*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P6, [R153+URZ], R152 ;  /* 0x0 */
+        /*0060*/               @P6 CCTL.IVALL ;                        /* 0x0 */
+        /*0070*/              @!P6 BRA 0x50 ;                          /* 0x0 */
+        /*0080*/                   BRA 0x20 ;                          /* 0x0 */
+"""
+
 
 def test_disassembly_is_read():
     functions = {name: Counter(i.opcode for i in code) for name, code in parse_sass(SASS.splitlines()).items()}
@@ -110,6 +124,8 @@ def test_loops_that_wait_are_read():
     assert waiting_loops(code) == (5, 11)
     assert waiting_loops(code[:5]) == (0, 0), "a loop without a look at another block's word"
     assert all(waiting_loops(code) == (0, 0) for code in parse_sass(SASS.splitlines()).values())
+    (code,) = parse_sass(WAITS_ON_MBARRIER.splitlines()).values()
+    assert waiting_loops(code) == (3, 4)
 
 
 def test_names_are_short():
@@ -142,6 +158,11 @@ def test_what_is_meant_is_no_fault():
     assert not problems_of(Kernel("grid_ffma_kernel<LSTMCell>", opcodes=Counter({"FFMA": 9})), {})
     assert not problems_of(Kernel("k", stack=8, opcodes=Counter({"LDL": 1})), {"stack": 8, "reason": "stated"})
     assert promised("step_kernel<double>") == {"HMMA": False}
+    empty = Kernel(
+        "cluster_forward_kernel<LSTMCell, float, PushedFfmaProduct<32, 1>, true>", opcodes=Counter({"EXIT": 1})
+    )
+    assert not problems_of(empty, {}, "sm_89") and not problems_of(empty, {}, "sm_120")
+    assert all("no FFMA" in problems_of(empty, {}, arch)[0] for arch in ("sm_90a", "sm_100"))
     assert promised("grid_kernel<float, FfmaProduct<32, 1> >")["FFMA"]
     assert promised("grid_kernel<float, MmaProduct<float, 4, 1> >")[r"HMMA\.1688\.F32\.TF32"]
 

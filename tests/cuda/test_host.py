@@ -331,7 +331,39 @@ class Grid(Whole):
         return tiles
 
 
-TIERS = {"step": Step(), "resident": Resident(), "grid": Grid()}
+class Cluster(Whole):
+    """Clusters of some three blocks, and two tiles of rows. What else is its own stands in test_host_cluster.py."""
+
+    def full_sizes(self, dtype):
+        return (129,)
+
+    def tiles(self, case, backward):
+        if case.projected or case.dtype == torch.float64 or not case.B:
+            return []
+        if case.P > 100:  # the launch that packs so many groups' weights is too large for the emulator
+            return []
+        half, tiles = case.dtype in HALF, []
+        for tf32 in (False,) if half else (False, True):
+            step = 16 if half or tf32 else 4
+            units = -(-case.h // (3 * step)) * step
+            tiles.append(cluster_tile(case, backward, units, -(-case.B // 2), tf32))
+        return tiles
+
+
+def cluster_tile(case, backward, units, rows, tf32=False, most=256):
+    """The choice of that many units a block and, if so many threads can have them, rows a tile."""
+    mma = tf32 or case.dtype in HALF
+    width = 16 if mma else 8 if backward else 32 // case.info.gates // 4 * 4
+    unit_tiles, words = -(-units // width), units // (2 if case.dtype in HALF else 1)
+    warps = max(most // 32 // unit_tiles, 1) * unit_tiles
+    rows = max(1, min(rows, 32, warps * 32 // words))
+    warps = max(warps, -(-rows * words // 32 // unit_tiles) * unit_tiles)
+    while warps > unit_tiles and (warps - unit_tiles) * 32 >= max(64, rows * words):
+        warps -= unit_tiles
+    return (3, rows, units, 0, tf32, 0, warps * 32, 0)
+
+
+TIERS = {"step": Step(), "resident": Resident(), "grid": Grid(), "cluster": Cluster()}
 
 
 def run_forward(cuda, tier, tile, arguments, save=True):
@@ -419,7 +451,7 @@ def test_odd_sizes(cuda, tier, cell, projected, dtype):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_calls(cuda, seed):
-    """Any sizes, masks and schedule; for the grid tier any tile, also ones that no table holds."""
+    """Any sizes, masks and schedule; for the grid and cluster tiers any tile, also ones that no table holds."""
     random = Random(seed)
     tier = random.choice(list(TIERS))
     cell, dtype = random.choice(CELLS), random.choice(DTYPES)
@@ -430,7 +462,8 @@ def test_random_calls(cuda, seed):
     noise = random.choice(NOISES) if tier == "step" else ""
     case = Case(cell, T, B, P, h, projected, *masks, dtype, noise)
     cuda.schedule(random.randrange(8), seed, races=B * h < 300)
-    Problem(case, seed).check(cuda, AnyTile(random) if tier == "grid" else TIERS[tier])
+    any_tile = {"grid": AnyTile, "cluster": AnyClusterTile}.get(tier)
+    Problem(case, seed).check(cuda, any_tile(random) if any_tile else TIERS[tier])
 
 
 class AnyTile(Grid):
@@ -447,6 +480,21 @@ class AnyTile(Grid):
             blocks = -(-case.h // units) * -(-case.B // rows) * case.P
             if blocks <= 60 and blocks * threads <= 40 * 64:  # as above
                 tiles.append((2, rows, units, 0, tf32, 0, threads, 0))
+        return tiles
+
+
+class AnyClusterTile(Cluster):
+    def __init__(self, random):
+        self.random = random
+
+    def tiles(self, case, backward):
+        random, tiles = self.random, []
+        for _, _, _, _, tf32, *_ in super().tiles(case, backward):
+            units = random.choice((16, 32, 48) if tf32 or case.dtype in HALF else (4, 8, 12, 20, 36))
+            tile = cluster_tile(case, backward, units, random.randint(1, 32), tf32, random.choice((32, 64, 192, 256)))
+            blocks = -(-case.h // units)
+            if blocks <= 16 and blocks * -(-case.B // tile[1]) * case.P <= 60:
+                tiles.append(tile)
         return tiles
 
 
@@ -569,7 +617,7 @@ def test_grad_clip(cuda, tier, cell, projected):
         assert not torch.allclose(got[3], run_backward(cuda, tier, tile, problem.back)[3])
 
 
-@pytest.mark.parametrize("tier", ["resident", "grid"])
+@pytest.mark.parametrize("tier", ["resident", "grid", "cluster"])
 def test_the_last_product_is_saved(cuda, tier):
     """Where nobody wants the initial state's gradient, backward ends with step 0 (params.h)."""
     case, tier = Case("lstm", 2, 3, 1, 9, dtype=torch.float32), TIERS[tier]
@@ -706,7 +754,13 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
     ("grid", False, False, Case("lstm", 2, 3, 1, 8, dtype=F64)),
     ("grid", False, False, Case("lstm", 2, 3, 1, 8, 5, dtype=F32)),
     ("grid", False, False, Case("lstm", 2, 3, 1, 8, dtype=F32, noise="zoneout")),
-    ("cluster", False, False, Case("lstm", 2, 3, 1, 8, dtype=F32)),
+    ("cluster", True, True, Case("lstm", 1, 3, 2, 1, dtype=F32)),
+    ("cluster", True, True, Case("gru", 0, 600, 3, 768, dtype=BF16)),
+    ("cluster", True, False, Case("lstm", 2, 3, 1, 640, dtype=BF16)),  # gate gradients of all units are 4 times h
+    ("cluster", False, False, Case("gru", 2, 3, 1, 1024, dtype=BF16)),
+    ("cluster", False, False, Case("lstm", 2, 3, 1, 8, dtype=F64)),
+    ("cluster", False, False, Case("lstm", 2, 3, 1, 8, 5, dtype=F32)),
+    ("cluster", False, False, Case("lstm", 2, 3, 1, 8, dtype=F32, noise="zoneout")),
     ("no such tier", False, False, Case("lstm", 2, 3, 1, 8, dtype=F32)),
 ], ids=str)  # fmt: skip
 def test_a_tier_by_name(cuda, tier, forward, backward, case):

@@ -47,7 +47,7 @@ each_tier = pytest.mark.parametrize(("tier", "cell", "projected"), [
     for tier, cell, projected in [
         ("step", "lstm_peephole", 0), ("step", "lstm_peephole", 5), ("step", "norm", 0),
         ("step", "lstm_norm", 5), ("step", "gru_norm", 0), ("step", "gru_reset_before", 0),
-        ("resident", "lstm_peephole", 0), ("grid", "lstm_peephole", 0),
+        ("resident", "lstm_peephole", 0), ("grid", "lstm_peephole", 0), ("cluster", "lstm_peephole", 0),
     ]
 ])  # fmt: skip
 STEP = host.TIERS["step"]

@@ -40,6 +40,10 @@ def flags(*rest, launches=1):
     return Fault("grid", *rest, launches, True)
 
 
+def cluster(*rest, launches=1):
+    return Fault("cluster", *rest, launches)
+
+
 def resident(*rest):
     return Fault("resident", *rest)
 
@@ -50,9 +54,10 @@ def step(which, product, text, instead, says=None):
 
 GRID_BARRIER = "dev::sync_block();\n    const bool own ="
 CLEARED = "tagged_words[i] = s.unit_of_word(int(i % s.words())) < s.hidden ? 0 : kNoUnit;"
-AWAIT = "exchange.await(flags.begin, flags.end - flags.begin, tag);"
+AWAIT = "exchange.await(k, tag, flags.begin, flags.end - flags.begin);"
 OF_LANE = " + range.begin * kTileWords + lane"
 BUFFER = "return base + (k & 1 ? even + odd : even);"
+EXPECT = "if (threadIdx.x == 0) dev::mbarrier_arrive_expect(barrier, bytes);"
 BACKWARD_BARRIER = "before, sums);\n    dev::sync_block();"
 FAULTS = {
     "grid_ffma": grid("forward", "ffma", "", "", ""),
@@ -87,9 +92,9 @@ FAULTS = {
     "published_to_wrong_buffer": grid(
         "forward", "half", "store(k + 1, uint32_t(k) + 2", "store(k, uint32_t(k) + 2", "deadlock"),
     "published_before_its_value": grid(
-        "forward", "half", "else dev::store_relaxed(words(k) + own + offset, tagged(tag, value));",
-        "else dev::store_relaxed(words(k) + own + offset, tagged(tag, 0)), "
-        "dev::store_relaxed(words(k) + own + offset, tagged(tag, value));", None),
+        "forward", "half", "else dev::store_relaxed(words(k) + own + gate * kTileWords, tagged(tag, value));",
+        "else dev::store_relaxed(words(k) + own + gate * kTileWords, tagged(tag, 0)), "
+        "dev::store_relaxed(words(k) + own + gate * kTileWords, tagged(tag, value));", None),
     "row_not_published": grid(
         "forward", "half", "if (o.row.running(k + 1)) exchange", "if (o.position) exchange", "deadlock"),
     "new_rows_awaited": grid(
@@ -128,12 +133,14 @@ FAULTS = {
     "flag_of_last_step": flags(
         "backward", "ffma", "uint32_t(steps - k) - 1, before", "uint32_t(steps - k) - 2, before", "race"),
     "flag_set_too_early": flags(
-        "forward", "half", "exchange.publish(uint32_t(k) + 2)", "exchange.publish(uint32_t(k) + 3)", "race"),
+        "forward", "half", "exchange.publish(k + 1, uint32_t(k) + 2,", "exchange.publish(k + 1, uint32_t(k) + 3,",
+        "race"),
     "flags_of_last_launch": flags("forward", "half", "results[i] = 0;", ";", "race", launches=2),
     "flags_not_cleared": flags("backward", "ffma", "results[i] = 0;", ";", "uninitialised"),
     "one_buffer_of_results": flags("forward", "half", BUFFER, "return base + even;", "race"),
     "flag_before_results": flags(
-        "forward", "half", "const bool own =", "exchange.publish(uint32_t(k) + 2);\n    const bool own =", "race"),
+        "forward", "half", "const bool own =", "exchange.publish(k + 1, uint32_t(k) + 2, true);\n    const bool own =",
+        "race"),
     "results_in_wrong_buffer": flags(
         "forward", "half", "store(k + 1, uint32_t(k) + 2", "store(k, uint32_t(k) + 2", "race"),
     "no_barrier_with_flags": flags(
@@ -154,6 +161,71 @@ FAULTS = {
         "backward", "ffma", "if (n < o.units) pad_backward", "if (false) pad_backward", None),
     "grid_sums_not_cleared": grid(
         "backward", "half", "if (n < o.units) clear_sums", "if (false) clear_sums", "uninitialised"),
+
+    # pushes
+    "cluster_half": cluster("forward", "half", "", "", ""),
+    "cluster_ffma": cluster("forward", "ffma", "", "", ""),
+    "cluster_backward_half": cluster("backward", "half", "", "", ""),
+    "cluster_backward_ffma": cluster("backward", "ffma", "", "", ""),
+    "cluster_two_launches": cluster("forward", "half", "", "", "", launches=2),
+    "phase_of_other_parity": cluster("forward", "half", "(tag - 1) / 2 % 2", "(tag + 1) / 2 % 2", "race"),
+    "phase_parity_of_step": cluster("backward", "ffma", "(tag - 1) / 2 % 2", "(tag - 1) % 2", "race|deadlock"),
+    "bytes_not_expected": cluster("forward", "half", EXPECT, "", "deadlock"),
+    "bytes_expected_twice": cluster("forward", "half", "if (threadIdx.x == 0) dev::mbarrier_arrive",
+                                    "if (threadIdx.x <= 1) dev::mbarrier_arrive", "arrivals|deadlock"),
+    "too_few_bytes_expected": cluster(
+        "forward", "half", "bytes(unsigned(s.pushed_bytes()))", "bytes(unsigned(s.pushed_bytes()) - 16)",
+        "race|deadlock"),
+    "too_many_bytes_expected": cluster(
+        "backward", "ffma", "bytes(unsigned(s.pushed_bytes()))", "bytes(unsigned(s.pushed_bytes()) + 16)", "deadlock"),
+    "bytes_of_rows_that_do_not_run": cluster(
+        "forward", "half", "if (n < pushes) dev::push", "if (n < pushes && four.x) dev::push",
+        "deadlock"),
+    "phase_not_awaited": cluster("forward", "half", "dev::mbarrier_wait(barrier_of(k), parity);", "", "race"),
+    "phase_awaited_by_one_lane": cluster(
+        "forward", "half", "dev::mbarrier_wait(barrier_of(k), parity);",
+        "if (threadIdx.x % 32 == 0) dev::mbarrier_wait(barrier_of(k), parity);", "race"),
+    "one_pushed_buffer": cluster("forward", "half", "return k & 1 ? odd : even;", "return even;", "race"),
+    "one_pushed_buffer_backward": cluster("backward", "ffma", "return k & 1 ? odd : even;", "return even;", "race"),
+    "one_barrier_for_both_buffers": cluster(
+        "forward", "ffma", "return k & 1 ? barrier_odd : barrier_even;", "return barrier_even;",
+        "deadlock|race|arrivals"),
+    "pushed_before_others_have_read": cluster(
+        "forward", "half", GRID_BARRIER, GRID_BARRIER.replace("dev::sync_block();", ""), "race|uninitialised"),
+    "pushed_before_others_have_read_backward": cluster(
+        "backward", "ffma", BACKWARD_BARRIER, "before, sums);", "race|uninitialised"),
+    "pushed_in_last_step": cluster(
+        "forward", "half", "uint32_t(k) + 2, k + 1 < steps);", "uint32_t(k) + 2, true);",
+        "which has ended|beyond its count|below its count"),
+    "pushed_where_nothing_is_finished": cluster(
+        "backward", "ffma", "exchange.publish(k, uint32_t(steps - k), k > end);",
+        "exchange.publish(k, uint32_t(steps - k), true);", "which has ended|beyond its count|below its count"),
+    "last_block_not_pushed_to": cluster(
+        "forward", "half", "ceil_div(blocks - in_four, 4)", "ceil_div(blocks - 1 - in_four, 4)", "deadlock"),
+    "words_in_other_order": cluster(
+        "forward", "half", "low(s.mma ? 4 : 1), high(s.mma ? 1 : 2)", "low(1), high(2)", "race"),
+    "pair_of_four_swapped": cluster(
+        "forward", "ffma", "a = second ? other : own, b = second ? own : other;", "a = own, b = other;", None),
+    "pushed_to_wrong_buffer": cluster(
+        "forward", "half", "words(k) + first + g * kTileWords", "words(k + 1) + first + g * kTileWords", "race"),
+    "pushed_beside_its_place": cluster("forward", "half", "first(word / 4 * 4)", "first(word)", "align"),
+    "buffers_not_cleared": cluster("forward", "ffma", "even[i] = odd[i] = 0;", ";", "uninitialised"),
+    "no_fence_after_init": cluster("forward", "half", "dev::mbarrier_init_fence();", "", "without mbarrier_init_fence"),
+    "no_barrier_of_the_cluster": cluster(
+        "forward", "half", "dev::sync_cluster();", "dev::sync_block();",
+        "before its mbarrier's init|without mbarrier_init"),
+    "tile_of_units_with_anothers_sums": cluster(
+        "forward", "ffma", "(tile * s.padded_rows() + position)", "((tile ^ 1) * s.padded_rows() + position)",
+        None),
+    "weights_of_another_tile": cluster("forward", "ffma", "x.m_unit += unit_tile * s.most_units();", "", None),
+    "cluster_tail_of_weights": cluster(
+        "backward", "ffma", "x.m_unit < s.units && unit < s.hidden &&", "x.m_unit < s.units &&", "out of bounds"),
+    "cluster_sums_too_short": cluster(
+        "forward", "ffma", "sums_odd = carver.take<float>(size_t(s.sums_floats()));",
+        "sums_odd = carver.take<float>(size_t(s.sums_floats()) / 2);", "out of bounds"),
+    "masks_left_out": cluster(
+        "forward", "half", "p.lengths || p.resets ? f(cell", "false ? f(cell", "race|out of bounds"),
+    "cluster_bounded_spins_that_run_out": cluster("forward", "half", "kMostTurns = 0;", "kMostTurns = 1;", ": trap"),
 
     "resident_ffma": resident("forward", "ffma", "", "", ""),
     "resident_half": resident("forward", "half", "", "", ""),
@@ -254,13 +326,26 @@ FILES = {
         "grid_product.cuh",
         "grid_prepare.cu",
         "unit_{}.cuh",
+        "grid_{}.cuh",
         "grid_{}.cu",
+    ),
+    "cluster": (
+        "common.cuh",
+        "exchange.cuh",
+        "grid.cuh",
+        "grid_product.cuh",
+        "cluster.cuh",
+        "grid_prepare.cu",
+        "unit_{}.cuh",
+        "grid_{}.cuh",
+        "cluster_{}.cu",
     ),
     "resident": ("common.cuh", "unit_forward.cuh", "unit_backward.cuh", "resident.cuh", "resident_{}.cu"),
     "step": ("common.cuh", "step.cuh", "unit_{}.cuh", "step_{}.cu"),
 }
 CALLS = {
     "grid": "grid_WHICH(p, unpack_choice(choice), workspace, nullptr)",
+    "cluster": "cluster_WHICH(p, unpack_choice(choice), workspace, nullptr)",
     "resident": "resident_WHICH(p, unpack_choice(choice), nullptr)",
 }
 WHOLE_LAUNCHER = """
@@ -315,6 +400,15 @@ def faulty_source(name):
             text = text[:half] + text[half:mma].replace("if (s.half)", "") + text[end:]
         both = "s.flags ? f(Type<ByFlags>{}, type) : f(Type<ByWords>{}, type)"
         text = once(text, both, "f(Type<ByFlags>{}, type)" if fault.flags else "f(Type<ByWords>{}, type)")
+    elif fault.tier == "cluster":
+        half = text.index("    if (s.half)\n      return with_half(p.dtype")
+        mma = text.index("    if (s.mma) return with_masks", half)
+        ffma = text.index("    return with_masks(Type<float>{}, Type<PushedFfmaProduct", mma)
+        end = text.index(";\n", ffma) + 2
+        if fault.product == "ffma":
+            text = text[:half] + text[ffma:]
+        else:
+            text = text[:half] + text[half:mma].replace("if (s.half)", "") + text[end:]
     elif fault.tier == "resident":
         cut = r"(int with_{}_tile\(const ForwardParams&) p, int rows, F f\) {{\n.*?\n}}\n"
         other = "mma" if fault.product == "ffma" else "ffma"
@@ -324,6 +418,7 @@ def faulty_source(name):
             text, "return tiles::resident_warps(p.hidden) == 8 ? f(cell, storage, Constant<8>{})\n"
             "                                                  : f(cell, storage, Constant<12>{});",
             "return f(cell, storage, Constant<8>{});")  # fmt: skip
+    text = text.replace("cuda::Exchange<", f"cuda::{space}::Exchange<")
     text = text.replace("namespace fastrnn::cuda {", f"namespace fastrnn::cuda::{space} {{")
     if fault.tier == "step":
         edge = {"forward": "start_forward", "backward": "finish_backward"}[fault.which]
@@ -375,8 +470,10 @@ def results(faulty, fault, problems, tile):
 def test_fault_is_noticed(faulty, name, monkeypatch):
     fault = FAULTS[name]
     dtype = torch.float32 if fault.product == "ffma" else torch.bfloat16
-    case = Case("lstm", 4, 10, 1, 9, 0, "rows", "state", "all", dtype)
-    tile = {"grid": (2, 10, 4, int(fault.flags), 0, 0, 64, 0), "step": None,
+    h = 20 if fault.tier == "cluster" else 9  # two blocks either way
+    case = Case("lstm", 4, 10, 1, h, 0, "rows", "state", "all", dtype)
+    cluster = (3, 5, 12 if fault.product == "ffma" else 16, 0, 0, 0, 64, 0)
+    tile = {"grid": (2, 10, 4, int(fault.flags), 0, 0, 64, 0), "step": None, "cluster": cluster,
             "resident": (1, 4 if fault.product == "ffma" else 8, *[0] * 6)}[fault.tier]  # fmt: skip
     entry = {"step": "cuda_step"}.get(fault.tier, f"cuda_{fault.which}")
     monkeypatch.setattr(faulty.library, entry, getattr(faulty.library, f"run_{symbol(name)}"))

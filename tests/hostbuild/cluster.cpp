@@ -69,7 +69,7 @@ void deliver(size_t index) {
     bar->gathering[bar->agent] = std::max(bar->gathering[bar->agent], who.now);
   }
   if (ok) {
-    std::memcpy(arena + push.to, &push.value, push.bytes);
+    std::memcpy(arena + push.to, push.value, push.bytes);
     mark_written(push.to, push.bytes);
   }
   machine.current = running;
@@ -99,7 +99,7 @@ void check_block_end(Block& block) {
                     std::abs(bar.bytes), bar.bytes > 0 ? "below" : "beyond"));
 }
 
-void push_async(void* dst, uint64_t v, size_t bytes, uint64_t* bar, unsigned rank) {
+void push_async(void* dst, const void* v, size_t bytes, uint64_t* bar, unsigned rank) {
   Pc pc = FASTRNN_PC;
   preempt_perhaps();
   Thread& t = *machine.current;
@@ -123,7 +123,8 @@ void push_async(void* dst, uint64_t v, size_t bytes, uint64_t* bar, unsigned ran
     report_at(pc, "invisible",
               "push to an mbarrier without mbarrier_init_fence and sync_cluster since its init");
   size_t window = window_of(target.slot);
-  Push push{window + (to - own), window + (at_bar - own), target.index, v, bytes, t.id, {}, pc};
+  Push push{window + (to - own), window + (at_bar - own), target.index, {}, bytes, t.id, {}, pc};
+  std::memcpy(push.value, v, bytes);
   if (schedule.races) {
     push.clock.assign(t.clock, t.clock + machine.columns);
     ++own_clock(t);

@@ -89,7 +89,7 @@ void warp_sum(float* z, int n);
 enum class Mma { kBf16, kF16, kTf32 };
 void mma(Mma kind, float* d, const uint32_t* a, const uint32_t* b);
 void copy_async_wait(int pending);
-void push_async(void* dst, uint64_t v, size_t bytes, uint64_t* bar, unsigned rank);
+void push_async(void* dst, const void* v, size_t bytes, uint64_t* bar, unsigned rank);
 
 // what the occupancy and attribute queries answer; tests set them
 struct Device {
@@ -235,6 +235,7 @@ template <int kPending> inline void copy_async_wait() { emu::copy_async_wait(kPe
 
 // ---- clusters, mbarriers, pushes ----
 
+constexpr bool kClusters = true;
 unsigned cluster_rank();
 unsigned cluster_size();
 void sync_cluster();
@@ -244,13 +245,16 @@ void mbarrier_arrive_expect(uint64_t* bar, unsigned bytes);
 bool mbarrier_test(uint64_t* bar, unsigned parity);
 void mbarrier_wait(uint64_t* bar, unsigned parity);
 inline void push_async(uint32_t* dst, uint32_t v, uint64_t* bar, unsigned rank) {
-  emu::push_async(dst, v, 4, bar, rank);
+  emu::push_async(dst, &v, 4, bar, rank);
 }
 inline void push_async(uint64_t* dst, uint64_t v, uint64_t* bar, unsigned rank) {
-  emu::push_async(dst, v, 8, bar, rank);
+  emu::push_async(dst, &v, 8, bar, rank);
+}
+inline void push_async(uint4* dst, uint4 v, uint64_t* bar, unsigned rank) {
+  emu::push_async(dst, &v, 16, bar, rank);
 }
 inline void push_async(float* dst, float v, uint64_t* bar, unsigned rank) {
-  emu::push_async(dst, float_to_bits(v), 4, bar, rank);
+  emu::push_async(dst, &v, 4, bar, rank);
 }
 
 // ---- host side: errors carry CUDA's numbers ----

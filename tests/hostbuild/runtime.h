@@ -135,7 +135,7 @@ struct Cluster {
 struct Push {
   size_t to, bar;  // arena offsets
   uint32_t block;  // index of the target
-  uint64_t value;
+  uint8_t value[16];
   size_t bytes;
   uint32_t from;  // thread id
   Clocks clock;
