@@ -55,6 +55,10 @@ class CellInfo(NamedTuple):  # csrc/cells/registry.h
     backward_work: int
     remakes: int
 
+    @property
+    def masks(self):
+        return not (self.whole_rows or self.late_gates)
+
     def saved_values(self, keep_h):
         return self.saved + (keep_h is not None and not self.remakes)
 
@@ -72,7 +76,7 @@ class Cuda(Emulator):
             ctypes.c_int, ctypes.c_void_p]  # fmt: skip
         self.library.cuda_workspace.restype = ctypes.c_int64
         self.library.cuda_cell.restype = ctypes.c_char_p
-        numbers, self.cells = (ctypes.c_int * 9)(), {}
+        numbers, self.cells = (ctypes.c_int * 10)(), {}
         while name := self.library.cuda_cell(len(self.cells), numbers):
             self.cells[name.decode()] = CellInfo(*numbers)
 
@@ -290,6 +294,11 @@ class Whole:
         return call.cuda.empty(size, "workspace") if size else ctypes.c_void_p()
 
 
+def per_step_alone(case):
+    """Is it a call of the per-step tier's alone?"""
+    return bool(case.projected or case.noise or case.cell in ("norm", *PER_STEP))
+
+
 class Resident(Whole):
     def full_sizes(self, dtype):
         return (129, 176, 192) if dtype in HALF else (97, 128)
@@ -298,7 +307,7 @@ class Resident(Whole):
         most = {torch.float32: 128, torch.float64: 0}.get(case.dtype, 192)
         if backward and most == 192:  # shared memory holds no more, beside the gradients of 4 gates
             most = {"lstm": 176, "lstm_peephole": 160}.get(case.cell, most)
-        if case.projected or case.noise or case.h > most or case.cell in ("norm", *PER_STEP):
+        if per_step_alone(case) or case.h > most:
             return []
         return [(1, rows, *[0] * 6) for rows in ((8,) if case.dtype in HALF else (1, 4))]
 
@@ -311,13 +320,7 @@ class Grid(Whole):
         return (129,)
 
     def tiles(self, case, backward):
-        if (
-            case.projected
-            or case.noise
-            or case.dtype == torch.float64
-            or not case.B
-            or case.cell in ("norm", *PER_STEP)
-        ):
+        if per_step_alone(case) or case.dtype == torch.float64 or not case.B:
             return []
         half, gates, tiles = case.dtype in HALF, case.info.gates, []
         for tf32 in (False,) if half else (False, True):
@@ -338,7 +341,7 @@ class Cluster(Whole):
         return (129,)
 
     def tiles(self, case, backward):
-        if case.projected or case.dtype == torch.float64 or not case.B:
+        if per_step_alone(case) or case.dtype == torch.float64 or not case.B:
             return []
         if case.P > 100:  # the launch that packs so many groups' weights is too large for the emulator
             return []

@@ -293,8 +293,8 @@ FAULTS = {
         "forward", "ffma", "if (!r.running(k)) return step_forward_padding",
         "if (!r.present()) return step_forward_padding", "race|out of bounds"),
     "step_padding_left": step(
-        "forward", "ffma", "return step_forward_padding<Cell, S>(p, r, k, j);\n    step_forward_unit",
-        "return;\n    step_forward_unit"),
+        "forward", "ffma", "return step_forward_padding<Cell, S>(p, r, k, j);\n    ForwardIn",
+        "return;\n    ForwardIn"),
     "step_backward_padding_left": step(
         "backward", "ffma", "if (!r.running(k)) pad_grad_gates<Cell, S>(p, r, k, j);", ""),
     "step_sums_not_cleared": step("backward", "ffma", "if (k + 1 == p.steps) {", "if (false) {", "uninitialised"),
@@ -304,7 +304,7 @@ FAULTS = {
     "step_reset_late": step("forward", "ffma", "const bool reset_next = reset_before(p, r, k + 1);",
                             "const bool reset_next = reset_before(p, r, k);"),
     "step_carries_what_nobody_wrote": step(
-        "backward", "ffma", "V now = r.last(k) ? V(0) : load<V>(b.carried, at);", "V now = load<V>(b.carried, at);",
+        "backward", "ffma", "V carried = r.last(k) ? V(0) : load<V>(b.carried, at);", "V carried = load<V>(b.carried, at);",
         "uninitialised"),
     "step_product_that_was_not": step(
         "backward", "ffma", "const V recurrent = r.last(k) ? V(0) : handed_on", "const V recurrent = handed_on",

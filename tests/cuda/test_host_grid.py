@@ -13,7 +13,7 @@ from fastrnn import ops, reference
 from tests.accuracy import assert_as_exact, plain_backward, plain_forward
 from tests.hostbuild.build import HERE, OUT, ROOT, build
 from tests.hostbuild.host import Emulator
-from tests.kernels.test_kernels import BACKWARD_NAMES, FORWARD_NAMES, Case, backward_arguments, double
+from tests.kernels.test_kernels import BACKWARD_NAMES, FORWARD_NAMES, PER_STEP, Case, backward_arguments, double
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
@@ -228,7 +228,7 @@ by_words_and_by_flags = pytest.mark.parametrize("flags", [False, True], ids=["wo
 
 @by_words_and_by_flags
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cell", ops.CELLS)
+@pytest.mark.parametrize("cell", [cell for cell in ops.CELLS if cell not in PER_STEP])
 def test_every_schedule(grid, cell, kind, flags):
     """Three blocks of two warps: whoever starves, the numbers stay, and they stay the same."""
     case = Case(cell, 4, 3, 1, 5, 0, "rows", "state", dtype=KINDS[kind][0])
