@@ -82,7 +82,7 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
         given = {name: kwargs.pop(name) for name in (*SWITCHES, *VALUES) if name in kwargs}
         options = checked(given, bias, states=2 if mode == "LSTM" else 1)
         norm = options.get("layer_norm", False)
-        super().__init__(mode, input_size, hidden_size, num_layers, bias and not norm, *args, **kwargs)
+        super().__init__(mode, input_size, hidden_size, num_layers, False if norm else bias, *args, **kwargs)
         if norm:
             self.bias = True  # there are biases: those of the normalizations
         if "init" in options:

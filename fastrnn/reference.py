@@ -678,6 +678,8 @@ def _previous(
     """A state before each step, in time's order [T, B, P, n], from those after [T, B, P*n]; start, fresh [B, P*n]."""
     T, B, _ = after.shape
     P = len(reverse)
+    if T == 0:
+        return after.reshape(T, B, P, start.shape[1] // P)
     walk = _Walk(T, B, P, lengths, resets, reverse, after.device)
     start = start.reshape(B, P, start.shape[1] // P)
     fresh = torch.zeros_like(start) if fresh is None else fresh.reshape(start.shape)

@@ -95,6 +95,7 @@ class EmbeddingPeer:
 
     def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
         from fastrnn.ops import CELLS
+        from fastrnn.records import LayerStates
 
         cell = {"RNN": "rnn_tanh"}.get(case.cell, case.cell.lower())
         weights = {name: w.detach().requires_grad_(mode == "train") for name, w in data.weights.items()}
@@ -107,10 +108,8 @@ class EmbeddingPeer:
         def forward() -> tuple[Tensor, ...]:
             gates = embedding(data.input, table.weight) + weights["bias_ih_l0"]
             hh = (weights[name].unsqueeze(0) for name in ("weight_hh_l0", "bias_hh_l0"))
-            rest, masks = (None,) * 2, (None,) * 4  # neither weight_hr nor params
-            found: tuple[Tensor, ...] = recurrence(
-                cell, gates, *hh, *rest, zeros, c_0, *masks, [False], mode == "train"
-            )
+            rest = (None, None, *LayerStates(zeros, c_0))  # neither weight_hr nor params
+            found: tuple[Tensor, ...] = recurrence(cell, gates, *hh, *rest, [False], mode == "train")
             return found
 
         def named(found: tuple[Tensor, ...]) -> dict[str, Tensor]:

@@ -716,6 +716,8 @@ def test_choice(cuda, backward):
         return choose(cuda, case, backward, **device)[1][:2]
 
     for cell in CELLS:
+        if per_step_alone(Case(cell, 2, 3, 1, 64)):
+            continue
         assert chosen(Case(cell, 2, 3, 1, 64, dtype=torch.float32)) == [RESIDENT, 1]
         assert chosen(Case(cell, 2, 67, 2, 64, dtype=torch.float32)) == [RESIDENT, 4]
         assert chosen(Case(cell, 2, 9, 1, 128, dtype=torch.float32), multiprocessors=4) == [RESIDENT, 4]

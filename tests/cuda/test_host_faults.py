@@ -362,7 +362,7 @@ FASTRNN_EXPORT int run_NAME(const int64_t* sizes, void* const* addresses, void* 
   using namespace fastrnn::cuda;
   const StepBuffers b = unpack_buffers(buffers);
   const fastrnn::BackwardParams p = unpack(sizes, addresses, BACKWARD);
-  if (which == 0 || which == 5) return NAME::EDGE(p, b, nullptr);
+  if (which == 0 || which == 7) return NAME::EDGE(p, b, nullptr);
   return NAME::step_WHICH(p, k, b, nullptr);
 }
 """

@@ -570,6 +570,7 @@ def forward_arguments(cell: str) -> dict[str, Any]:
     """Everything given that the cell can take."""
     gates, width = OP_CELLS[cell]
     name, lstm = cell.split()[-1], "lstm" in cell
+    masks = CELLS[name].masks
     return {
         "cell": name,
         "gates_ih": random(T, B, P * gates * 5),
@@ -583,9 +584,9 @@ def forward_arguments(cell: str) -> dict[str, Any]:
         "resets": torch.zeros(T, B, dtype=torch.bool),
         "reset_h": random(B, P * width),
         "reset_c": random(B, P * 5) if lstm else None,
-        "mask_h": random(B, P * width),
-        "keep_h": random(T, B, P * width),
-        "keep_c": random(T, B, P * 5) if lstm else None,
+        "mask_h": random(B, P * width) if masks else None,
+        "keep_h": random(T, B, P * width) if masks else None,
+        "keep_c": random(T, B, P * 5) if lstm and masks else None,
         "reverse": [False, True],
         "save": True,
     }
@@ -876,9 +877,9 @@ def op_calls(draw: Any) -> tuple[str, dict[str, Any]]:
         ),
         "reset_h": maybe(lambda: numbers(batch, groups * R), has_resets),
         "reset_c": maybe(lambda: numbers(batch, states), has_resets and lstm),
-        "mask_h": maybe(lambda: numbers(batch, groups * R)),
-        "keep_h": maybe(lambda: numbers(steps, batch, groups * R)),
-        "keep_c": maybe(lambda: numbers(steps, batch, states), lstm),
+        "mask_h": maybe(lambda: numbers(batch, groups * R), info.masks),
+        "keep_h": maybe(lambda: numbers(steps, batch, groups * R), info.masks),
+        "keep_c": maybe(lambda: numbers(steps, batch, states), lstm and info.masks),
         "reverse": [draw(st.booleans()) for _ in range(groups)],
     }
     weight_hh = numbers(groups, info.gates * hidden, R)
@@ -932,6 +933,8 @@ def test_random_calls(call: tuple[str, dict[str, Any]]) -> None:
         assert re.match(rf"(recurrent_{which}: )?(\w+): expected", str(error)), error
         return
     assert not any(isinstance(x, Tensor) and x.is_meta for x in arguments.values()), "results that nothing wrote"
+    if which == "backward" and "norm" in arguments["cell"]:
+        return  # its formulas hold for what forward saves, deviations from a mean, and not for any numbers
     keep = arguments.pop("save", True)
     expected = getattr(reference, which)(**arguments)
     if not keep:

@@ -147,7 +147,7 @@ def test_sizes_and_threads(sizes: tuple[int, int, int, int], count: int) -> None
     gates = torch.nn.functional.linear(x, w["weight_ih_l0"], w["bias_ih_l0"])
     start = x.new_zeros(batch, hidden)
     weights = w["weight_hh_l0"][None], w["bias_hh_l0"][None]
-    by_reference = reference.forward("gru_reset_before", gates, *weights, *[None] * 2, start, *[None] * 5, [False])
+    by_reference = reference.forward("gru_reset_before", gates, *weights, *[None] * 2, start, *[None] * 8, [False])
     for a, b in zip(got, torch.autograd.grad(weighted([by_reference[0]]), leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * (1 + b.abs().max().item()))
 

@@ -67,7 +67,7 @@ def test_offsets_are_64_bit() -> None:
     gates = far.as_strided((T, 1, H), (apart, H, 1))
     gates.copy_(torch.randn(T, 1, H))
     weight, h_0 = torch.randn(1, H, H), torch.zeros(1, H)
-    args = (weight, None, None, None, h_0, None, None, None, None, None, [False], False)
+    args = (weight, None, None, None, h_0, *[None] * 8, [False], False)
     near = recurrent_forward("rnn_tanh", gates.contiguous(), *args)
     assert torch.equal(recurrent_forward("rnn_tanh", gates, *args)[0], near[0])
     module = fastrnn.RNN(H, H)

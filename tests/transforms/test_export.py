@@ -158,9 +158,9 @@ def _samples() -> dict[str, tuple[Any, ...]]:
     zeros = (torch.zeros(3, 4), torch.zeros(3, 4))
     module = fastrnn.quantize(fastrnn.LSTM(3, 4), torch.bfloat16)
     narrow = (module.weight_ih_l0, None, None, module.bias_ih_l0, module.weight_hh_l0, None, None, module.bias_hh_l0)
-    rest = (None, None, *zeros, None, None, None, None, [False])
+    rest = (None, None, *zeros, *[None] * 7, [False])
     weights = ([torch.randn(16, 3)], [torch.randn(16, 4)], [], [torch.randn(16)], [], [])
-    states = (torch.zeros(1, 3, 4), None, None, None, None, None, None, [False])  # then batch_sizes and reverse
+    states = (torch.zeros(1, 3, 4), *[None] * 9, [False])  # then batch_sizes and reverse
     x = torch.randn(5, 3, 3)
     output, _, _, _, saved = torch.ops.fastrnn.layer_forward.default("lstm", x, *weights, *states, True)
     grads, needed = (

@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
+from fastrnn.ops import CELLS
 from tests.transform_cases import (
     FUSED,
     Case,
@@ -147,7 +148,7 @@ def test_vmap_over_lengths_and_resets(cell: str, masks: str):
             _check_vmap(case, lengths | resets | others)
 
 
-@every_cell
+@pytest.mark.parametrize("cell", [cell for cell, info in CELLS.items() if info.masks])
 def test_vmap_over_masks(cell: str):
     """What is drawn for every member of a vmap, or for all of them; with and without batched gates and weights."""
     case = make_case(cell, requires_grad=False, noise=True, lengths="rows")
