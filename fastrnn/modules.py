@@ -97,7 +97,6 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
                 stacklevel=3,
             )
         weight = getattr(self, self._all_weights[0][0])
-        bound = self.hidden_size**-0.5 if self.hidden_size else 0.0  # as torch.nn has it
         if self.num_heads > 1:
             N, H = self.num_heads, self.hidden_size
             if self.proj_size:
@@ -106,7 +105,7 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
                 raise ValueError(f"num_heads should divide hidden_size, got {N} for {H}")
             blocks = (N, CELLS[self._cell].gates * (H // N), H // N)
             for names in self._all_weights:
-                setattr(self, names[1], nn.Parameter(weight.new_empty(blocks).uniform_(-bound, bound)))
+                setattr(self, names[1], nn.Parameter(self._drawn(weight.new_empty(blocks))))
         if self._cell in PARAMS:
             for names in self._all_weights:
                 name = names[0].replace("weight_ih", PARAMS[self._cell])
@@ -128,13 +127,18 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
         variants = {"_peephole": self.peephole, "_norm": self.layer_norm, "_reset_before": not self.reset_after}
         return self.mode.lower() + next((variant for variant, on in variants.items() if on), "")
 
+    @torch.no_grad()
+    def _drawn(self, weight: Tensor) -> Tensor:
+        """A weight filled as torch.nn fills its."""
+        bound = self.hidden_size**-0.5 if self.hidden_size else 0.0
+        return weight.uniform_(-bound, bound)
+
     def _reset_params(self) -> None:
         """Peepholes as torch.nn has its weights; gains are 1, biases 0."""
-        bound = self.hidden_size**-0.5 if self.hidden_size else 0.0
         for names in self._all_weights:
             params = getattr(self, names[-1])
             if self.peephole:
-                nn.init.uniform_(params, -bound, bound)
+                self._drawn(params)
             else:  # gains of W_ih x and W_hh h, their biases, and of an LSTM gain and bias of c
                 gates = CELLS[self._cell].gates
                 with torch.no_grad():

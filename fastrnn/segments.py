@@ -203,14 +203,14 @@ def _by_segments(call: LayerCall, every: int, entries: Sequence[Tensor], needs: 
                 to.copy_(of["input"]) if direction == 0 else to.add_(of["input"])
             for name in totals:
                 if needed[name] and of[name].numel():
-                    totals[name] = _sum(totals[name], of[name])
+                    totals[name] = add_gradient(totals[name], of[name])
             for i, (name, reset) in enumerate((("h_0", "reset_h"), ("c_0", "reset_c"))[:count]):
                 before = of[name][0]
                 if walk.fresh is not None and needed[reset]:
-                    fresh[i] = _sum(fresh[i], of[reset][0])
+                    fresh[i] = add_gradient(fresh[i], of[reset][0])
                 if s.crossed is not None:
                     if walk.fresh is not None and needed[reset]:
-                        fresh[i] = _sum(fresh[i], torch.where(s.crossed, before, 0))
+                        fresh[i] = add_gradient(fresh[i], torch.where(s.crossed, before, 0))
                     before = torch.where(s.crossed, 0, before)
                 later[i][: s.batch].copy_(before)
 
@@ -233,8 +233,8 @@ def _by_segments(call: LayerCall, every: int, entries: Sequence[Tensor], needs: 
     return tuple(x if need else None for x, need in zip(found, needs, strict=True))
 
 
-def _sum(total: Tensor | None, x: Tensor) -> Tensor:
-    """Of half types in float32: with many segments their own sum would stop growing."""
+def add_gradient(total: Tensor | None, x: Tensor) -> Tensor:
+    """total, None at first, and x. Of half types in float32: with many parts their own sum would stop growing."""
     if total is not None:
         return total.add_(x)
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -247,7 +247,15 @@ def _differentiable(options: LayerCall, arguments: Sequence[Any], needs: Sequenc
         # Views, so that nothing goes on from them: one argument may be made of another.
         given = [x.view_as(x) if need else x for x, need in zip(arguments, needs, strict=True)]
         results = fused(_call(options, given))[:3]
-    pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
+    return pull(results, grads, given, needs, create_graph)
+
+
+def pull(
+    results: Sequence[Tensor], grads: Grads, given: Sequence[Any], needs: Sequence[bool], create_graph: bool
+) -> Grads:
+    """The gradients of those of `given` that need one; grads: of the results, None or of another rank for one that does
+    not count."""
+    pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None and g.dim() == y.dim()]
     leaves = [x for x, need in zip(given, needs, strict=True) if need]
     found = iter(
         torch.autograd.grad(

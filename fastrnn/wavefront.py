@@ -28,6 +28,7 @@ from .autograd import Grads, keep, kept
 from .layer import fused
 from .ops import CELLS, layer_backward
 from .records import GRADIENTS, LayerCall, LayerResults, LayerStates, LayerWeights
+from .segments import add_gradient, pull
 from .transforms import is_transformed, is_unbatched
 
 _STATES, _WEIGHTS = len(LayerStates._fields), len(LayerWeights._fields)
@@ -325,7 +326,7 @@ def _backward(
         of = dict(zip(GRADIENTS, found, strict=True))
         for name in (*LayerWeights._fields, "reset_h", "reset_c"):
             if needed[name] and of[name].numel():
-                totals[i][name] = _sum(totals[i].get(name), of[name])
+                totals[i][name] = add_gradient(totals[i].get(name), of[name])
         later[i] = [of[name] if needed[name] else None for name in ("h_0", "c_0")]
         if i > 0:
             found_inputs[i, k] = of["input"], streams.record(i)
@@ -348,12 +349,6 @@ def _backward(
     return tuple(x if need else None for x, need in zip(grad_of, needs, strict=True))
 
 
-def _sum(total: Tensor | None, x: Tensor) -> Tensor:
-    if total is not None:
-        return total.add_(x)
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
 def _differentiable(options: Any, arguments: Sequence[Any], needs: Sequence[bool], grads: Grads) -> Grads:
     """The same where it is to be differentiated itself, or sees batched gradients: by the layers' own nodes, whole."""
     create_graph = torch.is_grad_enabled()
@@ -366,11 +361,4 @@ def _differentiable(options: Any, arguments: Sequence[Any], needs: Sequence[bool
             x = call.input if i == 0 else results[-1].output
             results.append(fused(call._replace(input=_masked(x, masks[i - 1], options[2]) if i and masks else x)))
     made = [results[-1].output, results[-1].cells, *(x for each in results for x in (each.h_n, each.c_n))]
-    pairs = [(y, g) for y, g in zip(made, grads, strict=True) if g is not None and g.dim() == y.dim()]
-    leaves = [x for x, need in zip(given, needs, strict=True) if need]
-    found = iter(
-        torch.autograd.grad(
-            [y for y, _ in pairs], leaves, [g for _, g in pairs], create_graph=create_graph, allow_unused=True
-        )
-    )
-    return tuple(next(found) if need else None for need in needs)
+    return pull(made, grads, given, needs, create_graph)

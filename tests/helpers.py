@@ -166,3 +166,49 @@ def assert_equal(actual: Results, expected: Results, tolerance: float | None = N
         error = (got - want).abs().max().item()
         bound = limit * max(1.0, want.abs().max().item())
         assert error <= bound, f"{name}: error {error:.3g} is above {bound:.3g}"  # so NaN fails
+
+
+def check_vmap(modules: Sequence[nn.Module], batched: str, x: Tensor) -> None:
+    """Gradients under vmap against each call's alone, x [T, modules, I]: of the ensemble of the modules ("members"), a
+    row of x and batched weights for each; or of the first one ("samples"), for every row with the same weights."""
+    assert len(modules) == x.shape[1]
+    counts = randn(len(x), 1, modules[0](x)[0].shape[2], seed=5)
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (torch.func.functional_call(modules[0], weights, (x.unsqueeze(1),))[0] * counts).sum()
+
+    if batched == "members":
+        stacked = {n: torch.stack([dict(m.named_parameters())[n] for m in modules]) for n in modules[0].state_dict()}
+        got = torch.func.vmap(torch.func.grad(loss), (0, 1))({n: w.detach() for n, w in stacked.items()}, x)
+        own = list(modules)
+    else:
+        weights = {n: w.detach() for n, w in modules[0].named_parameters()}
+        got = torch.func.vmap(torch.func.grad(loss), (None, 1))(weights, x)
+        own = [modules[0]] * len(modules)
+    for k, module in enumerate(own):
+        output, _ = module(x[:, k : k + 1])
+        names, leaves = zip(*module.named_parameters(), strict=True)
+        for name, g in zip(names, torch.autograd.grad((output * counts).sum(), leaves), strict=True):
+            torch.testing.assert_close(got[name][k], g)
+
+
+def check_compile(module: nn.Module, backend: str, x: Tensor, **options: Any) -> None:
+    """Output and parameters' gradients of a call, compiled whole, against the eager one's."""
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    results = [run(x, **options)[0] for run in (module, compiled)]
+    torch.testing.assert_close(*results)
+    gradients = [torch.autograd.grad(weighted([y]), list(module.parameters())) for y in results]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def check_steps_add_up(module: Any, x: Tensor) -> None:
+    """``step`` by step, outputs and the state after the last are the sequence's, x [T, B, I]."""
+    state, rows = None, []
+    for row in x:
+        output, state = module.step(row, state)
+        rows.append(output)
+    want, finals = module(x)
+    torch.testing.assert_close(torch.stack(rows), want)
+    for a, b in zip(tensors(state), tensors(finals), strict=True):
+        torch.testing.assert_close(a, b)

@@ -75,7 +75,7 @@ def make_case(
     *,
     T: int = 3,
     B: int = 2,
-    h: int = 2,
+    h: int = 0,
     reverse: tuple[bool, ...] = (False, True),
     bias: bool = True,
     projection: int = 0,
@@ -85,8 +85,10 @@ def make_case(
     noise: bool = False,
     requires_grad: bool = True,
 ) -> Case:
-    """Random arguments in float64. `lengths` and `resets` are "", or "rows" or "groups": what has its own values.
+    """Random arguments in float64. h: 2, or 3 where units are normalised, of which two are hardly more than 1 and -1.
+    `lengths` and `resets` are "", or "rows" or "groups": what has its own values.
     noise: recurrent dropout, and zoneout with any probabilities."""
+    h = h or (3 if cell.endswith("_norm") else 2)
     P, G, R = len(reverse), CELLS[cell].gates, projection or h
     generator = torch.Generator().manual_seed(1)
 

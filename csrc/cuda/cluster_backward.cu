@@ -5,10 +5,10 @@
 namespace fastrnn::cuda {
 namespace {
 
-template <class Cell, class S, class Product, bool kMasks>
+template <class Cell, class S, class Product, bool kRagged>
 __global__ void __launch_bounds__(tiles::kGridThreads, 1)
     cluster_backward_kernel(LaunchParams<BackwardParams> p, GridShape s, void* workspace) {
-  if constexpr (dev::kClusters) run_backward<Cell, S, Product, kMasks>(p, s, workspace);
+  if constexpr (dev::kClusters) run_backward<Cell, S, Product, kRagged>(p, s, workspace);
 }
 
 }  // namespace
@@ -22,8 +22,8 @@ int cluster_backward(const BackwardParams& params, const Choice& choice, void* w
       using Cell = typename decltype(cell)::type;
       using S = typename decltype(storage)::type;
       using Product = typename decltype(product)::type;
-      constexpr bool kMasks = decltype(masks)::value;
-      return launch_grid(cluster_backward_kernel<Cell, S, Product, kMasks>, call, s, workspace, stream);
+      constexpr bool kRagged = decltype(masks)::value;
+      return launch_grid(cluster_backward_kernel<Cell, S, Product, kRagged>, call, s, workspace, stream);
     });
   });
 }

@@ -7,8 +7,8 @@
 
 namespace fastrnn::cuda {
 
-// kMasks: the call may have lengths or resets.
-template <class Cell, class S, class Product, bool kMasks = true>
+// kRagged: may rows differ, by lengths or resets?
+template <class Cell, class S, class Product, bool kRagged = true>
 FASTRNN_INLINE void run_backward(const LaunchParams<BackwardParams>& p, const GridShape& s, void* workspace) {
   constexpr int G = Cell::kGates, N = Product::kValues;
   const int group = p.first_group + int(blockIdx.z), first_unit = int(blockIdx.x) * s.units;
@@ -30,14 +30,14 @@ FASTRNN_INLINE void run_backward(const LaunchParams<BackwardParams>& p, const Gr
   typename Product::Exchange exchange(workspace, s, shared, s.word_of(o.position, 0, o.unit));
   const PushedSums pushed = pushed_sums<Product>(s, o.position, o.unit - first_unit);
 
-  const auto reset_at = [&](int k) -> uint8_t { return kMasks ? reset_before(p, o.row, k) : 0; };
+  const auto reset_at = [&](int k) -> uint8_t { return kRagged ? reset_before(p, o.row, k) : 0; };
   // Step -1 finishes: its product, over the gate gradients of step 0, goes to grad_h_0.
   const int steps = shared.length[0], end = finish_wanted(p) ? -1 : 0;
   int running = 0;  // rows with a step k + 1, then with a step k
   uint8_t crossed = 0, reset = reset_at(steps - 1);  // on entering steps k + 1 and k
   for (int k = steps - 1; k >= end; --k) {
     const int before = running;
-    if (kMasks || k == steps - 1)
+    if (kRagged || k == steps - 1)
       while (running < s.rows && shared.length[running] > k) ++running;
     BackwardLoads<Cell, S> loads[N];
 #pragma unroll
@@ -47,7 +47,7 @@ FASTRNN_INLINE void run_backward(const LaunchParams<BackwardParams>& p, const Gr
     const uint8_t reset_ahead = reset_at(k - 1);
     if (before > 0) product.multiply(exchange, k + 1, uint32_t(steps - k) - 1, before, sums);
     dev::sync_block();
-    if (o.units && (!kMasks || k < 0 || o.row.running(k))) {
+    if (o.units && (!kRagged || k < 0 || o.row.running(k))) {
       float recurrent[1][N], grad_gates[G][N];
 #pragma unroll
       for (int n = 0; n < N; ++n) recurrent[0][n] = 0.f;

@@ -7,8 +7,8 @@
 
 namespace fastrnn::cuda {
 
-// kMasks: the call may have lengths or resets.
-template <class Cell, class S, class Product, bool kMasks = true>
+// kRagged: may rows differ, by lengths or resets?
+template <class Cell, class S, class Product, bool kRagged = true>
 FASTRNN_INLINE void run_forward(const LaunchParams<ForwardParams>& p, const GridShape& s, void* workspace) {
   constexpr int G = Cell::kGates, N = Product::kValues;
   const int group = p.first_group + int(blockIdx.z), first_unit = int(blockIdx.x) * s.units;
@@ -22,7 +22,7 @@ FASTRNN_INLINE void run_forward(const LaunchParams<ForwardParams>& p, const Grid
   const GridOwner o = grid_owner(p, s, shared);
   typename Product::Exchange exchange(workspace, s, shared, s.word_of(o.position, 0, o.unit));
   const PushedSums pushed = pushed_sums<Product>(s, o.position, o.unit - first_unit);
-  const auto reset_at = [&](int k) -> uint8_t { return kMasks ? reset_before(p, o.row, k) : 0; };
+  const auto reset_at = [&](int k) -> uint8_t { return kRagged ? reset_before(p, o.row, k) : 0; };
   float carried[N], start[N];
   Pack<S, G> gates[N];
   Pack<float, G> of_unit[N];
@@ -50,7 +50,7 @@ FASTRNN_INLINE void run_forward(const LaunchParams<ForwardParams>& p, const Grid
 
   int running = s.rows;
   for (int k = 0; k < steps; ++k) {
-    if (kMasks || k == 0)
+    if (kRagged || k == 0)
       while (shared.length[running - 1] <= k) --running;
     const uint8_t reset_next = reset_at(k + 1);
     float* sums = k & 1 ? shared.sums_odd : shared.sums_even;
@@ -60,7 +60,7 @@ FASTRNN_INLINE void run_forward(const LaunchParams<ForwardParams>& p, const Grid
     for (int n = 0; n < N; ++n)
       load_gates<Cell, S>(p, o.row, k + 1, n < o.units ? o.unit + n : s.hidden, gates_next[n]);
     dev::sync_block();
-    const bool own = o.units && (!kMasks || o.row.running(k));
+    const bool own = o.units && (!kRagged || o.row.running(k));
     ForwardOut<Cell, float> out[N];
     if (own) {
       float z[G][N], next[N];

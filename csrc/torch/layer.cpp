@@ -108,8 +108,8 @@ Tensor without_padding(const LayerCall& call) {
 bool fit_in_saved(const LayerCall& call) {
   const CellInfo& cell = kCells[known_cell(call.cell)];
   const int own = cell.saved - (cell.states - 1);
-  return call.groups() == 1 && cell.gates <= own && !cell.whole_rows && cell.late_gates == 0 && call.weights.weight_hr.empty() &&
-         !call.states.keep_h;
+  return call.groups() == 1 && cell.gates <= own && !cell.whole_rows && cell.late_gates == 0 &&
+         call.weights.weight_hr.empty() && !call.states.keep_h;
 }
 
 // ---- forward ----
@@ -326,8 +326,8 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
       const Tensor output = of_group(given.output, p);
       if (cell.late_gates > 0) {  // whose product was with the first saved value times h
         const int64_t late = Gh / cell.gates * cell.late_gates, early = Gh - late;
-        const Tensor saved = given.saved.narrow(2, p * cell.saved * R, R), x =
-            saved * states_before(call, output, call.states.h_0, call.states.reset_h, p);
+        const Tensor saved = given.saved.narrow(2, p * cell.saved * R, R);
+        const Tensor x = saved * states_before(call, output, call.states.h_0, call.states.reset_h, p);
         kernels.product(out.narrow(0, early, late), gates.narrow(2, early, late).flatten(0, 1).t(), x.flatten(0, 1),
                         false, T);
         gates = gates.narrow(2, 0, early), out = out.narrow(0, 0, early);

@@ -126,6 +126,16 @@ CALLS: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
     "grad_clip": ({"grad_clip": 0.01, "bidirectional": True}, lambda m, k, p: m(p(inputs()), resets=p(RESETS))),
     "recompute": ({"recompute": 2, "bidirectional": True}, lambda m, k, p: m(p(inputs()), resets=p(RESETS))),
     "recompute, lengths": ({"recompute": 2}, lambda m, k, p: m(p(inputs()), lengths=p(LENGTHS))),
+    "num_heads": ({"num_heads": 2, "bidirectional": True}, lambda m, k, p: m(p(inputs()), state_of(k, p, 2))),
+    "residual, return_all_layers": (
+        {"num_layers": 3, "residual": True, "return_all_layers": True}, lambda m, k, p: m(p(inputs()))
+    ),
+    "weight_dropout": ({"weight_dropout": 1.0}, lambda m, k, p: m(p(inputs()))),
+    "locked_dropout": ({"num_layers": 2, "locked_dropout": 1.0}, lambda m, k, p: m(packed(p, inputs(), False))),
+    "recurrent_dropout": ({"recurrent_dropout": 1.0, "bidirectional": True}, lambda m, k, p: m(p(inputs()))),
+    "zoneout": ({"zoneout": 1.0, "bidirectional": True}, lambda m, k, p: m(p(inputs()), lengths=p(LENGTHS))),
+    "zoneout, packed": ({"zoneout": 1.0}, lambda m, k, p: m(packed(p, inputs(), False), state_of(k, p))),
+    "expected zoneout": ({"zoneout": 0.3}, lambda m, k, p: m.eval()(p(inputs()), resets=p(RESETS))),
     "pool last": (
         {"bidirectional": True},
         lambda m, k, p: fastrnn.pool(m(p(inputs()), lengths=p(LENGTHS))[0], p(LENGTHS), bidirectional=True),
@@ -135,10 +145,16 @@ CALLS: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
     "step": ({}, lambda m, k, p: m.step(p(inputs()[0].detach()), state_of(k, p), resets=p(RESETS[0]))),
     "detach": ({}, lambda m, k, p: m(p(inputs()), fastrnn.detach(m(p(inputs()))[1]))),
 }  # fmt: skip
+GRU_CALLS: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
+    "layer_norm": ({"layer_norm": True, "bidirectional": True}, lambda m, k, p: m(p(inputs()), lengths=p(LENGTHS))),
+    "reset_after": ({"reset_after": False, "bidirectional": True}, lambda m, k, p: m(p(inputs()), resets=p(RESETS))),
+}  # fmt: skip
 LSTM_CALLS: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
     "proj_size": ({"proj_size": 2, "bidirectional": True}, lambda m, k, p: m(p(inputs()), state_of(k, p, 2, 2))),
     "proj_size, resets": ({"proj_size": 2}, lambda m, k, p: m(p(inputs()), resets=p(RESETS))),
     "return_all_states": ({"return_all_states": True}, lambda m, k, p: m(p(inputs()), lengths=p(LENGTHS))),
+    "peephole": ({"peephole": True, "bidirectional": True}, lambda m, k, p: m(p(inputs()), resets=p(RESETS))),
+    "layer_norm": ({"layer_norm": True, "bidirectional": True}, lambda m, k, p: m(p(inputs()), lengths=p(LENGTHS))),
     "return_all_states, packed": ({"return_all_states": True}, lambda m, k, p: m(packed(p, inputs(), False))),
 }  # fmt: skip
 
@@ -190,7 +206,7 @@ def mapped(kind: str, put: Put) -> list[Tensor]:
 def cases() -> dict[str, Case]:
     found: dict[str, Case] = {"functional": functional_call}
     for kind in KINDS:
-        calls = CALLS | (LSTM_CALLS if kind == "LSTM" else {})
+        calls = CALLS | {"LSTM": LSTM_CALLS, "GRU": GRU_CALLS}.get(kind, {})
         for name, (options, call) in calls.items():
 
             def train(put: Put, kind: str = kind, options: Any = options, call: Any = call) -> list[Tensor]:

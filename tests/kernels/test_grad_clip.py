@@ -158,7 +158,8 @@ def test_the_op_is_its_reference(cell, options):
     for clip in (0.1, 1e-3):
         assert_close(recurrent_backward(*args, clip), reference.backward(*args, clip))
     changed = not torch.allclose(recurrent_backward(*args, 1e-3)[3], recurrent_backward(*args)[3])
-    assert changed or cell in ("rnn_relu", "lstm_norm")  # all units may be off, and two normalised ones hardly move
+    constant = cell == "lstm_norm" and options.get("h") == 1  # a vector of one unit, normalised
+    assert changed or constant or cell == "rnn_relu"  # whose units may all be off
 
 
 @variants()

@@ -13,7 +13,18 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn import functional
-from tests.helpers import KINDS, Results, assert_equal, evaluate, leaf, make_state, randn, tensors, weighted
+from tests.helpers import (
+    KINDS,
+    Results,
+    assert_equal,
+    check_steps_add_up,
+    evaluate,
+    leaf,
+    make_state,
+    randn,
+    tensors,
+    weighted,
+)
 
 T, B, I = 6, 3, 4  # noqa: E741
 CASES = [(H, N) for N in (1, 2, 3) for H in (3 * N, 12)] + [(129, 3), (17, 17)]
@@ -104,14 +115,7 @@ def test_packed_and_tokens(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_add_up(kind: str) -> None:
     module, x = make(kind, 12, 3, num_layers=2), randn(T, B, I)
-    state, outputs = None, []
-    for row in x:
-        output, state = module.step(row, state)
-        outputs.append(output)
-    want, finals = module(x)
-    torch.testing.assert_close(torch.stack(outputs), want)
-    for a, b in zip(tensors(state), tensors(finals), strict=True):
-        torch.testing.assert_close(a, b)
+    check_steps_add_up(module, x)
 
 
 def test_other_options() -> None:

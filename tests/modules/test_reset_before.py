@@ -14,7 +14,18 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import fastrnn
 from fastrnn import functional, reference
 from fastrnn.records import LayerWeights
-from tests.helpers import assert_equal, collect, evaluate, leaf, randn, threads, weighted
+from tests.helpers import (
+    assert_equal,
+    check_compile,
+    check_steps_add_up,
+    check_vmap,
+    collect,
+    evaluate,
+    leaf,
+    randn,
+    threads,
+    weighted,
+)
 
 T, B, I, H = 6, 3, 4, 5  # noqa: E741
 LENGTHS = torch.tensor([6, 2, 4])
@@ -172,46 +183,20 @@ def test_vmap(batched: str) -> None:
     for k, module in enumerate(modules):
         with torch.no_grad():
             module.weight_hh_l0.add_(k / 10)
-    x, counts = randn(T, 3, I), randn(T, 1, H, seed=5)
-
-    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        return (torch.func.functional_call(modules[0], weights, (x.unsqueeze(1),))[0] * counts).sum()
-
-    if batched == "members":
-        stacked = {n: torch.stack([dict(m.named_parameters())[n] for m in modules]) for n in modules[0].state_dict()}
-        got = torch.func.vmap(torch.func.grad(loss), (0, 1))({n: w.detach() for n, w in stacked.items()}, x)
-        own = modules
-    else:
-        weights = {n: w.detach() for n, w in modules[0].named_parameters()}
-        got = torch.func.vmap(torch.func.grad(loss), (None, 1))(weights, x)
-        own = [modules[0]] * 3
-    for k, module in enumerate(own):
-        output, _ = module(x[:, k : k + 1])
-        names, leaves = zip(*module.named_parameters(), strict=True)
-        for name, g in zip(names, torch.autograd.grad((output * counts).sum(), leaves), strict=True):
-            torch.testing.assert_close(got[name][k], g)
+    check_vmap(modules, batched, randn(T, 3, I))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend: str) -> None:
     module, x = make(num_layers=2, bidirectional=True), randn(T, B, I)
-    compiled = torch.compile(module, backend=backend, fullgraph=True)
-    results = [run(x, lengths=LENGTHS)[0] for run in (module, compiled)]
-    torch.testing.assert_close(*results)
-    gradients = [torch.autograd.grad(weighted([y]), list(module.parameters())) for y in results]
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b)
+    check_compile(module, backend, x, lengths=LENGTHS)
 
 
 def test_export_step_tokens_streaming_and_copies() -> None:
     module, x = make(), randn(T, B, I)
     want = module(x)[0]
     torch.testing.assert_close(torch.export.export(module, (x,)).module()(x)[0], want)
-    state, rows = None, []
-    for t in range(T):
-        output, state = module.step(x[t], state)
-        rows.append(output)
-    torch.testing.assert_close(torch.stack(rows), want)
+    check_steps_add_up(module, x)
     with torch.no_grad(), fastrnn.streaming():
         whole, (first, state) = module(x)[0], module(x[:2])
         assert torch.equal(torch.cat([first, module(x[2:], state)[0]]), whole)

@@ -85,16 +85,17 @@ def test_double_backward_where_arguments_depend_on_each_other(cell: str):
     """[r02c] Partial derivatives, not total ones: all arguments are functions of the same two tensors."""
     case = make_case(cell, reverse=(False,), resets="rows", reset_state=True)
     gates, weight = case.inputs[:2]
+    h = case.tensors["h_0"].shape[1]
 
     def chained(run: Function) -> tuple[Tensor, ...]:
         def function(gates: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             tied = {
                 "gates_ih": gates.sin(),
                 "weight_hh": weight * gates.tanh().mean(),
-                "h_0": gates[0, :, :2].tanh(),
-                "c_0": gates[1, :, :2] * weight.sum(),
-                "reset_h": gates[2, :, :2].cos(),
-                "reset_c": gates[0, :, :2] * weight.mean(),
+                "h_0": gates[0, :, :h].tanh(),
+                "c_0": gates[1, :, :h] * weight.sum(),
+                "reset_h": gates[2, :, :h].cos(),
+                "reset_c": gates[0, :, :h] * weight.mean(),
             }
             return run(*(tied.get(name, x) for name, x in case.tensors.items()))
 
