@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 MODES = ("fwd", "train")  # fwd: inference_mode; train: forward + backward to input and all parameters
 PER_SAMPLE = ("persample",)  # the gradients of each sample's own loss by all parameters
 DTYPE_SUFFIX = {"float32": "", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
+
+PLAIN: dict[str, Any] = {  # options of Case as torch.nn's layers are
+    "peephole": False, "layer_norm": False, "num_heads": 1, "reset_after": True,
+    "recurrent_dropout": 0.0, "zoneout": 0.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +40,11 @@ class Case:
     tokens: bool = False  # the input is integers [T, B] in [0, I), stored by token where a layer knows how
     recompute: int = 0  # > 0: training keeps the states of every such step and makes the rest again
     peephole: bool = False
+    layer_norm: bool = False
+    num_heads: int = 1
+    reset_after: bool = True
     recurrent_dropout: float = 0.0
     zoneout: float = 0.0  # of h and of c
-    layer_norm: bool = False
     frozen: bool = False  # training asks for no gradient of the input
 
     @property
@@ -44,10 +52,13 @@ class Case:
         """What torch.nn's layers have not got."""
         options = {
             "resets": self.resets, "lengths=": self.padded, "tokens": self.tokens, "recompute": self.recompute,
-            "peephole": self.peephole, "layer_norm": self.layer_norm, "recurrent_dropout": self.recurrent_dropout,
-            "zoneout": self.zoneout,
         }  # fmt: skip
-        return [name for name, there in options.items() if there]
+        return [name for name, there in options.items() if there] + list(self.variant)
+
+    @property
+    def variant(self) -> dict[str, Any]:
+        """The options that make it another layer than any of torch.nn's, as fastrnn's constructors take them."""
+        return {name: getattr(self, name) for name, plain in PLAIN.items() if getattr(self, name) != plain}
 
     @property
     def is_cell(self) -> bool:
@@ -70,6 +81,8 @@ class Case:
             "tokens" if self.tokens else "",
             f"recompute{self.recompute}" if self.recompute else "",
             "peephole" if self.peephole else "",
+            f"heads{self.num_heads}" if self.num_heads > 1 else "",
+            "" if self.reset_after else "resetbefore",
             f"recurrentdropout{self.recurrent_dropout:.0%}".rstrip("%") if self.recurrent_dropout else "",
             f"zoneout{self.zoneout:.0%}".rstrip("%") if self.zoneout else "",
             "layernorm" if self.layer_norm else "",

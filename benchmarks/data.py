@@ -77,6 +77,10 @@ def make_data(case: Case, seed: int = 0) -> Data:
         params[gates : 2 * gates] += 0.2
         params[4 * gates : 4 * gates + 1] += 1
         weights["weight_ln_l0"] = params
+    if case.num_heads > 1:  # one block a head: the dense matrix's first h columns
+        rows = weights["weight_hh_l0"].shape[0] // case.num_heads
+        columns = weights["weight_hh_l0"][:, : case.H // case.num_heads]
+        weights["weight_hh_l0"] = columns.reshape(case.num_heads, rows, -1)
     directions = 2 if case.bidirectional else 1
     leading = (case.B,) if case.is_cell else (case.T, case.B)
     lengths = valid = None

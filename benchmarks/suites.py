@@ -205,6 +205,9 @@ CELLS = [  # cells that torch.nn has not got
     ),
     *entries("recurrent dropout", "LSTM", (512, 16, 128, 128), modes=TRAIN, recurrent_dropout=0.25),
     *entries("zoneout", "LSTM", (512, 16, 128, 128), zoneout=0.1),
+    *entries("reset before", "GRU", *CELL_SIZES, reset_after=False),
+    *entries("heads", "LSTM", *CELL_SIZES, num_heads=4),
+    *entries("projection", "LSTM", (100, 16, 64, 128), (128, 32, 256, 512), (512, 16, 128, 256), proj=64),
 ]
 
 MEMORY = [

@@ -30,6 +30,7 @@ class Prepared:
     synchronize: Callable[[], None] = lambda: None  # waits for the device; ends every sample
     kernel: Callable[[], str] = lambda: ""  # what runs inside, in words; asked once, outside of any timing
     tolerance: float | None = None  # of the check, where the contestant rounds its weights by design
+    another_layer: bool = False  # by design: its results are not compared
 
 
 class Peer(Protocol):

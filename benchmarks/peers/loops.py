@@ -66,6 +66,10 @@ class HandLoop(torch.nn.Module):
             self.bias_ih_l0 = self.bias_hh_l0 = None
             rows = 18 if case.cell == "LSTM" else 12
             self.weight_ln_l0 = torch.nn.Parameter(self.weight_hh_l0.new_empty(rows, case.H))
+        if case.num_heads > 1:
+            h = case.H // case.num_heads
+            rows = self.weight_hh_l0.shape[0] // case.num_heads
+            self.weight_hh_l0 = torch.nn.Parameter(self.weight_hh_l0.new_empty(case.num_heads, rows, h))
 
     def start(self, input: Tensor, state: Any) -> tuple[Tensor, ...]:
         if state is None:
@@ -98,13 +102,36 @@ class HandLoop(torch.nn.Module):
             if keep is not None:
                 states = tuple(s * keep[t] for s in states)
             multiplied = states[0] if mask is None else states[0] * mask
-            gates_hh = self.normalised(linear(multiplied, self.weight_hh_l0, self.bias_hh_l0), 1)
-            made = next_states(self.case.cell, gates, gates_hh, states, relu, peepholes, of_c)
+            if self.case.reset_after:
+                gates_hh = self.normalised(self.product(multiplied), 1)
+                made = next_states(self.case.cell, gates, gates_hh, states, relu, peepholes, of_c)
+            else:
+                made = self.reset_before(gates, states[0])
             states = (
                 tuple(x[t] * s + (1 - x[t]) * m for x, s, m in zip(keeps, states, made, strict=True)) if keeps else made
             )
             outputs.append(states[0])
         return self.finish(outputs, states)
+
+    def product(self, h: Tensor) -> Tensor:
+        """W_hh h + b_hh, [B, G*H]; of heads every block [G*H/N, H/N] with its own part of h."""
+        N = self.case.num_heads
+        if N == 1:
+            return linear(h, self.weight_hh_l0, self.bias_hh_l0)
+        by_head = torch.einsum("bnk,nrk->bnr", h.unflatten(1, (N, -1)), self.weight_hh_l0)
+        gates = by_head.unflatten(2, (-1, self.case.H // N)).transpose(1, 2).flatten(1)
+        return gates if self.bias_hh_l0 is None else gates + self.bias_hh_l0
+
+    def reset_before(self, gates_ih: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        """A step of Cho's GRU: the candidate's product is with r h."""
+        cut = [2 * self.case.H, self.case.H]
+        weights, biases = self.weight_hh_l0.split(cut), (None, None)
+        if self.bias_hh_l0 is not None:
+            biases = self.bias_hh_l0.split(cut)
+        early, late = gates_ih.split(cut, 1)
+        r, z = torch.sigmoid(early + linear(h, weights[0], biases[0])).chunk(2, 1)
+        n = torch.tanh(late + linear(r * h, weights[1], biases[1]))
+        return (n + z * (h - n),)
 
     def draw(self, input: Tensor, count: int) -> tuple[Tensor | None, list[Tensor]]:
         """Recurrent dropout's mask of h [B, H], and zoneout's of each state [T, B, H]: in the order of fastrnn's."""
@@ -180,10 +207,6 @@ class LoopPeer:
         self.key, self.title = key, title
         self._module, self._kernel = module, kernel
 
-    @property
-    def _draws(self) -> bool:
-        return self._module is HandLoop
-
     def missing(self) -> str | None:
         return None
 
@@ -195,12 +218,10 @@ class LoopPeer:
             "cells": case.is_cell, "PackedSequence": case.shortest, "proj_size": case.proj, "layers": case.layers > 1,
             "directions": case.bidirectional, "bias=False": not case.bias, "batch_first": case.batch_first,
             "tokens": case.tokens, "recompute": case.recompute,
-            "peephole": case.peephole and self._module is not HandLoop,
-            "recurrent_dropout": case.recurrent_dropout and not self._draws,
-            "zoneout": case.zoneout and not self._draws,
-            "layer_norm": case.layer_norm and self._module is not HandLoop,
         }  # fmt: skip
         refused = [name for name, there in options.items() if there]
+        if self._module is not HandLoop:
+            refused += case.variant
         return f"the loop is written without {', '.join(refused)}" if refused else None
 
     def prepare(self, case: Case, mode: str, data: Data) -> Prepared:

@@ -63,10 +63,7 @@ class ModulePeer:
         options: dict[str, Any] = {"recompute": case.recompute} if case.recompute else {}
         if case.tokens:
             options["token_input"] = True
-        for name in ("peephole", "layer_norm", "recurrent_dropout", "zoneout"):
-            if getattr(case, name):
-                options[name] = getattr(case, name)
-        module = getattr(self.namespace, case.cell)(**module_arguments(case), **options)
+        module = getattr(self.namespace, case.cell)(**module_arguments(case), **case.variant, **options)
         module.load_state_dict(data.weights)
         if case.tokens and self.by_token:
             module.store_by_token()

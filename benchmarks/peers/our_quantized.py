@@ -23,7 +23,7 @@ class QuantizedPeer(ModulePeer):
     def supports(self, case: Case, mode: str) -> str | None:
         if mode == "train":
             return "inference only"
-        if case.tokens or case.recompute or case.peephole or case.layer_norm or case.recurrent_dropout or case.zoneout:
+        if case.tokens or case.recompute or case.variant:
             return "neither tokens nor recompute nor other cells"
         return "only float32 layers" if case.dtype != "float32" or case.is_cell else None
 
