@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -166,6 +166,13 @@ def assert_equal(actual: Results, expected: Results, tolerance: float | None = N
         error = (got - want).abs().max().item()
         bound = limit * max(1.0, want.abs().max().item())
         assert error <= bound, f"{name}: error {error:.3g} is above {bound:.3g}"  # so NaN fails
+
+
+def check_derivatives(run: Callable[..., Any], *leaves: Tensor) -> None:
+    """Every number of reverse mode; of forward mode and of second order, which take longer, random directions."""
+    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradcheck(run, leaves, check_forward_ad=True, check_backward_ad=False, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
 
 
 def check_vmap(modules: Sequence[nn.Module], batched: str, x: Tensor) -> None:

@@ -28,7 +28,6 @@ EMULATOR = [
         "words.cpp",
         "collectives.cpp",
         "cluster.cpp",
-        "undefined.cpp",
         "report.cpp",
         "c_api.cpp",
     )
@@ -47,7 +46,10 @@ KERNEL = [
     "-fsanitize=thread",
     "--param",
     "tsan-instrument-func-entry-exit=0",
-    "-fsanitize=bounds,shift,signed-integer-overflow,integer-divide-by-zero,alignment,null",
+    # These end the process with SIGILL: calls that report them would take twice as long to compile. Null and misaligned
+    # addresses are memory.cpp's to find.
+    "-fsanitize=bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+    "-fsanitize-undefined-trap-on-error",
 ]
 
 

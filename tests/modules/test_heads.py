@@ -17,6 +17,7 @@ from tests.helpers import (
     KINDS,
     Results,
     assert_equal,
+    check_derivatives,
     check_steps_add_up,
     evaluate,
     leaf,
@@ -141,8 +142,7 @@ def test_derivatives(kind: str) -> None:
     def run(x: Tensor, *weights: Tensor) -> Tensor:
         return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x,))[0]
 
-    torch.autograd.gradcheck(run, (x, *weights), check_forward_ad=True, check_batched_grad=True)
-    torch.autograd.gradgradcheck(run, (x, *weights))
+    check_derivatives(run, x, *weights)
 
 
 @pytest.mark.parametrize("kind", KINDS)

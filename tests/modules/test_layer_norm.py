@@ -20,6 +20,7 @@ from fastrnn.records import LayerWeights
 from tests.helpers import (
     assert_equal,
     check_compile,
+    check_derivatives,
     check_steps_add_up,
     check_vmap,
     collect,
@@ -197,10 +198,7 @@ def test_second_order(kind: str, name: str) -> None:
         output, states = torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x,))
         return output, *(states if kind == "LSTM" else (states,))
 
-    leaves = (x, *module.parameters())
-    assert torch.autograd.gradcheck(run, leaves)
-    assert torch.autograd.gradgradcheck(run, leaves)
-    assert torch.autograd.gradcheck(run, leaves, check_forward_ad=True, check_backward_ad=False)
+    check_derivatives(run, x, *module.parameters())
 
 
 def test_every_c() -> None:

@@ -17,6 +17,7 @@ from fastrnn.records import LayerWeights
 from tests.helpers import (
     assert_equal,
     check_compile,
+    check_derivatives,
     check_steps_add_up,
     check_vmap,
     collect,
@@ -163,10 +164,7 @@ def test_second_order(name: str) -> None:
         output, states = torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x,))
         return output, *states
 
-    leaves = (x, *module.parameters())
-    assert torch.autograd.gradcheck(run, leaves)
-    assert torch.autograd.gradgradcheck(run, leaves)
-    assert torch.autograd.gradcheck(run, leaves, check_forward_ad=True, check_backward_ad=False)
+    check_derivatives(run, x, *module.parameters())
 
 
 def test_every_c() -> None:

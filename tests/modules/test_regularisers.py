@@ -20,7 +20,18 @@ import fastrnn
 from fastrnn import heads, ops
 from fastrnn.masks import Noise
 from fastrnn.records import Masks
-from tests.helpers import KINDS, assert_equal, build, collect, evaluate, leaf, randn, tensors, threads
+from tests.helpers import (
+    KINDS,
+    assert_equal,
+    build,
+    check_derivatives,
+    collect,
+    evaluate,
+    leaf,
+    randn,
+    tensors,
+    threads,
+)
 from tests.kernels.test_kernels import Case
 
 T, B, I, H = 6, 3, 4, 5  # noqa: E741
@@ -341,9 +352,7 @@ def test_both_orders_of_derivatives(kind: str, noise: str) -> None:
         output, state = torch.func.functional_call(module, named, (x,))
         return output, *tensors(state)
 
-    inputs = (x, *module.parameters())
-    torch.autograd.gradcheck(run, inputs, check_forward_ad=True)
-    torch.autograd.gradgradcheck(run, inputs)
+    check_derivatives(run, x, *module.parameters())
 
 
 @every_noise

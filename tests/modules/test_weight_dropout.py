@@ -19,7 +19,18 @@ from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
-from tests.helpers import KINDS, assert_equal, build, collect, leaf, make_state, map_state, randn, tensors
+from tests.helpers import (
+    KINDS,
+    assert_equal,
+    build,
+    check_derivatives,
+    collect,
+    leaf,
+    make_state,
+    map_state,
+    randn,
+    tensors,
+)
 
 T, B, I, H, P = 6, 3, 4, 5, 0.4  # noqa: E741
 KIND = pytest.mark.parametrize("kind", KINDS)
@@ -191,10 +202,7 @@ def test_second_order_and_forward_mode() -> None:
         torch.manual_seed(5)
         return functional_call(module, dict(zip(names, weights, strict=True)), (x,))[0]
 
-    leaves = (x, *module.parameters())
-    assert torch.autograd.gradcheck(run, leaves)
-    assert torch.autograd.gradgradcheck(run, leaves)
-    assert torch.autograd.gradcheck(run, leaves, check_forward_ad=True, check_backward_ad=False)
+    check_derivatives(run, x, *module.parameters())
 
 
 @pytest.mark.parametrize("randomness", ["same", "different"])

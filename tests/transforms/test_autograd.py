@@ -63,7 +63,7 @@ _SMALL = {"T": 2, "h": 1}
 def test_gradgradcheck(cell: str, options: dict):
     """[r02] Double backward against finite differences of backward."""
     case = make_case(cell, **(options | _SMALL))
-    assert gradgradcheck(case.fused, case.inputs)
+    assert gradgradcheck(case.fused, case.inputs, fast_mode=True)
 
 
 @variants("plain", "everything", "projection-everything")
@@ -117,7 +117,7 @@ def test_gradient_of_saved(cell: str):
         return reference.forward(*case.arguments(*inputs))
 
     assert_close(gradients(all_results, case.inputs), gradients(all_of_reference, case.inputs))
-    assert gradgradcheck(lambda *inputs: all_results(*inputs)[-1].sum(), case.inputs)
+    assert gradgradcheck(lambda *inputs: all_results(*inputs)[-1].sum(), case.inputs, fast_mode=True)
 
 
 # ---- forward mode ----
@@ -176,7 +176,7 @@ def test_gradcheck_of_forward_and_batched_modes(cell: str, options: dict):
 def test_gradgradcheck_of_forward_over_reverse(cell: str, options: dict):
     """[r03f] Forward over reverse and reverse over reverse against finite differences."""
     case = make_case(cell, **(options | _SMALL))
-    assert gradgradcheck(case.fused, case.inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
+    assert gradgradcheck(case.fused, case.inputs, check_fwd_over_rev=True, check_rev_over_rev=True, fast_mode=True)
 
 
 # ---- which inputs, which results ----
