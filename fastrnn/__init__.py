@@ -8,7 +8,7 @@ with binary.checked():  # everything below imports it, too
 from . import autograd as _autograd  # noqa: F401  (gives the ops their derivatives)
 from . import flops as _flops  # noqa: F401  (tells FlopCounterMode about the ops)
 from . import functional
-from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .modules import GRU, LSTM, RNN, GRUCell, LiGRU, LSTMCell, RNNCell
 from .quantized import quantize
 from .sequences import detach, pool, streaming
 from .swap import convert, patch, to_torch, unconverted
@@ -21,6 +21,7 @@ __all__ = [
     "RNN",
     "GRUCell",
     "LSTMCell",
+    "LiGRU",
     "RNNCell",
     "build_info",
     "convert",

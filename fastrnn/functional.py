@@ -7,7 +7,7 @@ D directions, L layers, G gates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -120,6 +120,37 @@ def rnn(
     cell = _elman(nonlinearity)
     output, states = _checked(cell, input, state, weights, dropout, training, lengths, resets, reset_state, token_input)
     return output, states[0]
+
+
+def _of_cell(cell: str, title: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function of a cell with one state that takes no argument of its own."""
+
+    def function(
+        input: Tensor,
+        state: Tensor | None,
+        weights: Sequence[Sequence[LayerWeights]],
+        *,
+        dropout: float = 0.0,
+        training: bool = False,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Tensor | None = None,
+        token_input: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        output, states = _checked(
+            cell, input, state, weights, dropout, training, lengths, resets, reset_state, token_input
+        )
+        return output, states[0]
+
+    function.__name__ = function.__qualname__ = cell
+    function.__doc__ = f"""Multi-layer, uni- or bidirectional {title}.
+
+    Arguments, result and errors as in :func:`lstm`, with the state a single tensor [L*D, B, H].
+    """
+    return function
+
+
+ligru = _of_cell("ligru", "light GRU (Ravanelli et al. 2018; equations of :class:`fastrnn.LiGRU`)")
 
 
 def lstm_cell(input: Tensor, state: tuple[Tensor, Tensor], weights: LayerWeights) -> tuple[Tensor, Tensor]:

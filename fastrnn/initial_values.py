@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+# By mode, the gates that say how long a state is kept, and whether a positive bias makes that longer or shorter.
+_KEEPING = {"LSTM": {0: -1, 1: 1}, "GRU": {1: 1}, "LiGRU": {0: 1}}
 Init = str | tuple[str, float]  # 'torch', 'orthogonal', 'identity' or ('chrono', T_max)
 
 
@@ -25,8 +27,9 @@ def check_init(mode: str, bias: bool, init: Any, forget_bias: float | None) -> I
         longest = init[1]
         if isinstance(longest, bool) or not isinstance(longest, (int, float)) or not 2 <= longest < math.inf:
             raise ValueError(f"T_max of init=('chrono', T_max) should be a number of steps, 2 or more, got {longest!r}")
-        if mode not in ("LSTM", "GRU"):
-            raise ValueError("init=('chrono', T_max) is only supported for LSTM and GRU: an RNN has no gates")
+        if mode not in _KEEPING:
+            kinds = ", ".join(_KEEPING)
+            raise ValueError(f"init=('chrono', T_max) is only supported for {kinds}: an RNN has no gates")
     elif init not in ("torch", "orthogonal", "identity"):
         raise ValueError(f"init should be {expected}, got {init!r}")
     if init == "identity" and mode != "RNN_RELU":
@@ -42,11 +45,10 @@ def check_init(mode: str, bias: bool, init: Any, forget_bias: float | None) -> I
 
 
 @torch.no_grad()
-def initialize(module: nn.RNNBase, init: Init, forget_bias: float | None) -> None:
-    """Fills what ``init`` and ``forget_bias`` speak of. Everything else stays as it is."""
+def initialize(module: nn.RNNBase, gates: int, init: Init, forget_bias: float | None) -> None:
+    """Fills what ``init`` and ``forget_bias`` speak of. Everything else stays as it is. gates: of the module's cell."""
     if init == "torch" and forget_bias is None:
         return
-    gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
     for names in module._all_weights:
         by_stem = {name.rsplit("_l", 1)[0]: name for name in names}
 
@@ -68,7 +70,7 @@ def initialize(module: nn.RNNBase, init: Init, forget_bias: float | None) -> Non
         if bias is not None and not isinstance(init, str):
             keeping = torch.empty(module.hidden_size, dtype=_wide(bias), device=bias.device)
             keeping.uniform_(1, init[1] - 1).log_()
-            of_ih = {0: -keeping, 1: keeping} if module.mode == "LSTM" else {1: keeping}
+            of_ih = {gate: sign * keeping for gate, sign in _KEEPING[module.mode].items()}
         elif bias is not None and forget_bias is not None:
             of_ih = {1: torch.full((module.hidden_size,), forget_bias, dtype=bias.dtype, device=bias.device)}
         if of_ih:

@@ -38,7 +38,8 @@ from .records import PARAMS, LayerWeights, States, name_of
 from .regularizers import with_weight_dropout
 from .transforms import in_autocast_dtype, is_plain_call
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]  # cells, too: where older pickles look for them
+# Cells, too: where older pickles look for them.
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "LiGRU", "RNNCell"]
 
 # What _C.module_forward knows nothing of, in eval mode and in training.
 _UNKNOWN_TO_C = (
@@ -50,7 +51,7 @@ _FIELDS = {field: field for field in LayerWeights._fields} | dict.fromkeys(PARAM
 
 
 class _Recurrent(per_sample.Hooked, ChecksCalls):
-    """What LSTM, GRU and RNN share. States are tuples here: (h,) or (h, c)."""
+    """What all layers share. States are tuples here: (h,) or (h, c)."""
 
     # Options of the constructors. An instance has only those that differ from these, so a plain one holds what torch's
     # holds.
@@ -80,9 +81,24 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
         self, mode: str, input_size: int, hidden_size: int, num_layers: int, bias: bool, *args: Any, **kwargs: Any
     ) -> None:
         given = {name: kwargs.pop(name) for name in (*SWITCHES, *VALUES) if name in kwargs}
-        options = checked(given, bias, states=2 if mode == "LSTM" else 1)
+        options = checked(given, mode, bias)
         norm = options.get("layer_norm", False)
-        super().__init__(mode, input_size, hidden_size, num_layers, False if norm else bias, *args, **kwargs)
+        has_twin = hasattr(rnn, mode.partition("_")[0])
+        super().__init__(
+            mode if has_twin else "RNN_TANH",
+            input_size,
+            hidden_size,
+            num_layers,
+            False if norm else bias,
+            *args,
+            **kwargs,
+        )
+        if not has_twin:  # torch.nn's base made the parameters of an Elman unit, which has one gate
+            self.mode = mode
+            for name in self._flat_weights_names:
+                gate = getattr(self, name)
+                gates = gate.new_empty(CELLS[self._cell].gates * len(gate), *gate.shape[1:])
+                setattr(self, name, nn.Parameter(self._drawn(gates)))
         if norm:
             self.bias = True  # there are biases: those of the normalizations
         if "init" in options:
@@ -119,7 +135,7 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
             for names, width in zip(self._initial_names(), self._state_widths(), strict=True):
                 for name in names:
                     self.register_parameter(name, nn.Parameter(weight.new_zeros(width)))
-        initialize(self, self.init, self.forget_bias)
+        initialize(self, CELLS[self._cell].gates, self.init, self.forget_bias)
 
     @property
     def _cell(self) -> str:
@@ -159,7 +175,7 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
             for names in self._initial_names():
                 for name in names:
                     nn.init.zeros_(getattr(self, name))
-        initialize(self, self.init, self.forget_bias)
+        initialize(self, CELLS[self._cell].gates, self.init, self.forget_bias)
 
     def extra_repr(self) -> str:
         options = ((name, getattr(self, name)) for name in (*SWITCHES, *VALUES))
@@ -344,7 +360,7 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
 
     def _is_for_torch(self, input: Any, hx: Any) -> bool:
         """Of a call without masks: see the function of this name."""
-        if any(option in self.__dict__ for option in CHANGE_RESULTS):
+        if not hasattr(rnn, self._kind()) or any(option in self.__dict__ for option in CHANGE_RESULTS):
             return False
         written = self._named_weights()
         weights = (self._parameters if written is None else written).values()
@@ -727,6 +743,75 @@ class GRU(_SingleState):
             recurrent_dropout=recurrent_dropout,
             zoneout=zoneout,
         )
+
+
+class _LightUnit(_SingleState):
+    """What units that torch.nn lacks have in common, a GRU's arguments. A class of them names its cell (``mode``)."""
+
+    @without_lstm_only
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        learn_initial_state: bool = False,
+        state_batch_first: bool = False,
+        token_input: bool = False,
+        residual: bool = False,
+        return_all_layers: bool = False,
+        num_heads: int = 1,
+        grad_clip: float | None = None,
+        recompute: int = 0,
+        weight_dropout: float = 0.0,
+        locked_dropout: float = 0.0,
+        init: Init = "torch",
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+    ) -> None:
+        super().__init__(
+            self.mode,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+            learn_initial_state=learn_initial_state,
+            state_batch_first=state_batch_first,
+            token_input=token_input,
+            residual=residual,
+            return_all_layers=return_all_layers,
+            num_heads=num_heads,
+            grad_clip=grad_clip,
+            recompute=recompute,
+            weight_dropout=weight_dropout,
+            locked_dropout=locked_dropout,
+            init=init,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+        )
+
+
+@documented
+class LiGRU(_LightUnit):
+    """Light gated recurrent unit (Ravanelli et al. 2018), which torch.nn lacks; ``output, h_n = ligru(input, hx)``.
+
+    A GRU without a reset gate, with relu: ``z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)``,
+    ``n = relu(W_in x + b_in + W_hn h + b_hn)``, ``h' = z h + (1 - z) n``. The batch normalization of the paper's
+    ``W x`` is not in it. Parameters are named as a GRU's and have 2*H rows: z's, then n's.
+    """
+
+    mode = "LiGRU"
 
 
 @documented

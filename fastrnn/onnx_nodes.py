@@ -21,9 +21,9 @@ _DTYPES = (torch.float32, torch.float64, torch.float16)
 
 
 def has_nodes(cell: str, weights: Sequence[Sequence[LayerWeights]]) -> bool:
-    """Are there operators for such a network? None has a projection or layer normalization."""
-    first = weights[0][0]
-    return first.weight_hr is None and not cell.endswith("_norm") and first.weight_hh.dtype in _DTYPES
+    """Are there operators for such a network? None has a projection or layer normalization, or is another unit."""
+    first, has_operator = weights[0][0], cell.startswith(("lstm", "gru", "rnn")) and not cell.endswith("_norm")
+    return has_operator and first.weight_hr is None and first.weight_hh.dtype in _DTYPES
 
 
 def of_gates(gates: Tensor, weights: Sequence[LayerWeights]) -> tuple[Tensor, list[LayerWeights]]:

@@ -1,4 +1,4 @@
-"""The arguments of LSTM, GRU and RNN: what torch.nn lacks is checked here, and all of them are told here.
+"""The arguments of LSTM, GRU, RNN and their like: what torch.nn lacks is checked here, and all of them are told here.
 
 A class's docstring is composed of its own signature and one text an argument, so that ``help`` shows each argument with
 its default and no fact stands twice.
@@ -13,6 +13,8 @@ import re
 import textwrap
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+from .ops import CELLS
 
 SWITCHES = (
     "learn_initial_state",
@@ -112,8 +114,8 @@ init: what parameters are filled with, by the constructor and by ``reset_paramet
   but gate by gate. 'identity', for an RNN with relu: ``weight_hh`` is the identity, biases are 0 (IRNN, Le et al. 2015,
   whose ``weight_ih`` is drawn from N(0, 0.001^2): here it is torch's). ``('chrono', T_max)``, for dependencies over
   1 to T_max steps: of an LSTM ``b_f = log(u)`` and ``b_i = -b_f``, u uniform in [1, T_max - 1] for each unit (Tallec
-  and Ollivier 2018); of a GRU ``b_z = log(u)``, for there z keeps h. They are in ``bias_ih``; those gates' part of
-  ``bias_hh`` is 0. T_max is 2 or more.
+  and Ollivier 2018); of a GRU and a LiGRU ``b_z = log(u)``, for there z keeps h. They are in ``bias_ih``; those
+  gates' part of ``bias_hh`` is 0. T_max is 2 or more.
 forget_bias: a number that an LSTM's forget gate has for its bias at first and after ``reset_parameters()``: it is
   in ``bias_ih``, and that gate's part of ``bias_hh`` is 0, so that the sum of both is it (1: Gers et al. 2000,
   Jozefowicz et al. 2015). Beside init='torch' and 'orthogonal'.
@@ -146,18 +148,20 @@ C = TypeVar("C", bound=type)
 F = TypeVar("F", bound=Callable[..., None])
 
 
-def checked(options: dict[str, Any], with_bias: bool, states: int = 1) -> dict[str, Any]:
-    """Those of SWITCHES and VALUES that were given, beside the argument ``bias``; what is kept of them. states: how
-    many a cell has."""
+def checked(options: dict[str, Any], mode: str, with_bias: bool) -> dict[str, Any]:
+    """Those of SWITCHES and VALUES that were given to a module of this mode, beside the argument ``bias``; what is kept
+    of them."""
     for name in SWITCHES:
         if not isinstance(options.get(name, False), bool):  # of what is not given, False as good as any
             raise TypeError(f"{name} should be of type bool, got: {type(options[name]).__name__}")
     if options.get("layer_norm"):
         _check_layer_norm(options, with_bias)
+    maskless = [] if CELLS[mode.lower()].masks else [f"for {mode}"]
     for name, plain in (("layer_norm", False), ("reset_after", True)):
-        for mask in ("recurrent_dropout", "zoneout") if options.get(name, plain) != plain else ():
-            if options.get(mask):
-                raise ValueError(f"{mask} should be 0 with {name}={not plain}, got {options[mask]}")
+        maskless += [f"with {name}={not plain}"] if options.get(name, plain) != plain else []
+    for mask in ("recurrent_dropout", "zoneout") if maskless else ():
+        if options.get(mask):
+            raise ValueError(f"{mask} should be 0 {maskless[0]}, got {options[mask]}")
     clip = options.get("grad_clip")
     if clip is not None:
         if isinstance(clip, bool) or not isinstance(clip, (int, float)):
@@ -188,7 +192,7 @@ def checked(options: dict[str, Any], with_bias: bool, states: int = 1) -> dict[s
         _check_probability("recurrent_dropout", options["recurrent_dropout"])
     zoneout = options.get("zoneout", 0.0)
     if isinstance(zoneout, (tuple, list)):
-        if states == 1:
+        if mode != "LSTM":
             raise TypeError("zoneout should be a number: a pair (of h, of c) is only supported for LSTM")
         if len(zoneout) != 2:
             raise ValueError(f"zoneout should be a number or a pair (of h, of c), got {len(zoneout)} values")
@@ -222,8 +226,15 @@ def _check_probability(name: str, value: Any, of: str = "an element being zeroed
         )
 
 
+_LSTM_ONLY = {
+    "peephole": "no other has a c that gates could see",
+    "forget_bias": "no other has a gate that keeps c",
+    "return_all_states": "the output of any other holds every state",
+}
+
+
 def without_lstm_only(init: F) -> F:
-    """For ``__init__`` of GRU and RNN: says in words which arguments are an LSTM's alone, and what an RNN lacks.
+    """For ``__init__`` of all but LSTM: says in words which arguments are an LSTM's alone, and what else is lacking.
 
     torch.nn's take proj_size behind bidirectional where all is given by position, before device: so it is taken, as 0.
     """
@@ -234,16 +245,14 @@ def without_lstm_only(init: F) -> F:
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs or (len(args) > place and args[place] != 0):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        if kwargs.pop("peephole", False):
-            raise ValueError("peephole argument is only supported for LSTM: RNN and GRU have no c that gates could see")
-        if kwargs.pop("forget_bias", None) is not None:
-            raise ValueError("forget_bias argument is only supported for LSTM: RNN and GRU have no forget gate")
+        for name, reason in _LSTM_ONLY.items():
+            given = kwargs.pop(name, None)
+            if given is not None and given is not False:
+                raise ValueError(f"{name} argument is only supported for LSTM: {reason}")
         if "layer_norm" not in names and kwargs.pop("layer_norm", False):
             raise ValueError("layer_norm argument is only supported for LSTM and GRU")
-        if kwargs.pop("return_all_states", False):
-            raise ValueError(
-                "return_all_states argument is only supported for LSTM: the output of RNN or GRU holds every state"
-            )
+        for name in kwargs.keys() - set(names):  # an __init__ that classes share would speak in its own name
+            raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}")
         init(self, *args[:place], *args[place + 1 :], **kwargs)
 
     return checked_init  # type: ignore[return-value]

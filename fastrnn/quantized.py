@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import fallback, heads
 from .composed import fold, unfold
-from .modules import GRU, LSTM, RNN, _Recurrent
+from .modules import GRU, LSTM, RNN, LiGRU, _Recurrent
 from .ops import CELLS
 from .records import LayerWeights, States, name_of
 from .swap import check_module
@@ -34,7 +34,7 @@ _FIELDS = (  # of a layer's weights, by name and suffix, in the order of csrc/to
 
 
 def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
-    """A copy for inference, with every :class:`fastrnn.LSTM`, ``GRU`` and ``RNN`` in it on narrower weights.
+    """A copy for inference, with every :class:`fastrnn.LSTM`, ``GRU``, ``RNN`` and ``LiGRU`` in it on narrower weights.
 
     Args:
         module: one of them, or a module that holds some anywhere; float32 on the CPU. Left as it is. Cells and other
@@ -157,7 +157,7 @@ def int8_blocks(weight: Tensor, gates: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Quantized(_Recurrent):
-    """What the three share."""
+    """What the quantized modules share."""
 
     dtype: torch.dtype
     qconfig = None  # torch.ao.quantization has nothing left to do
@@ -274,11 +274,20 @@ class QuantizedGRU(_Quantized, GRU):
     """What :func:`quantize` makes of a GRU. Called like it; not to be constructed."""
 
 
+class QuantizedLiGRU(_Quantized, LiGRU):
+    """What :func:`quantize` makes of a LiGRU. Called like it; not to be constructed."""
+
+
 class QuantizedRNN(_Quantized, RNN):
     """What :func:`quantize` makes of an RNN. Called like it; not to be constructed."""
 
 
-_KINDS: dict[type[_Recurrent], type[_Quantized]] = {LSTM: QuantizedLSTM, GRU: QuantizedGRU, RNN: QuantizedRNN}
+_KINDS: dict[type[_Recurrent], type[_Quantized]] = {
+    LSTM: QuantizedLSTM,
+    GRU: QuantizedGRU,
+    LiGRU: QuantizedLiGRU,
+    RNN: QuantizedRNN,
+}
 
 
 @torch.library.register_fake("fastrnn::quantized_forward")

@@ -149,6 +149,32 @@ def _gru_reset_before_backward(
     return gates, gates, (grads[0] * z + grad_rh * r,), ()
 
 
+def _ligru_forward(gates_ih: States, gates_hh: States, states: States, params: States) -> tuple[States, States]:
+    z, n = (a + b for a, b in zip(gates_ih, gates_hh, strict=True))
+    saved = z.sigmoid(), n.relu()
+    return (_ligru_remake(saved, states),), saved
+
+
+def _ligru_remake(saved: States, states_prev: States) -> Tensor:
+    z, n = saved
+    return n + z * (states_prev[0] - n)
+
+
+def _ligru_backward(
+    saved: States, states_prev: States, states: States, grads: States, grad_saved: States | None, params: States
+) -> tuple[States, States, States, States]:
+    z, n = saved
+    extra = grad_saved if grad_saved is not None else (0, 0)
+    grad_z = (grads[0] * (states_prev[0] - n) + extra[0]) * z * (1 - z)
+    grad_n = (grads[0] * (1 - z) + extra[1]) * (~(n <= 0)).to(n.dtype)
+    return (grad_z, grad_n), (grad_z, grad_n), (grads[0] * z,), ()
+
+
+def _first_gate_times_h(gates_ih: States, gates_hh: States, h: Tensor) -> Tensor:
+    """``Cell.late_input`` of a cell whose first gate multiplies h before the product."""
+    return (gates_ih[0] + gates_hh[0]).sigmoid() * h
+
+
 EPSILON = 1e-5  # of layer normalization, as of torch.nn.LayerNorm
 
 
@@ -268,8 +294,9 @@ CELLS = {
         _gru_reset_before_forward,
         _gru_reset_before_backward,
         late=1,
-        late_input=lambda gates_ih, gates_hh, h: (gates_ih[0] + gates_hh[0]).sigmoid() * h,
+        late_input=_first_gate_times_h,
     ),
+    "ligru": Cell(2, 2, 1, _ligru_forward, _ligru_backward, remake=_ligru_remake),
     "gru_norm": Cell(3, 6, 1, _gru_norm_forward, _gru_norm_backward, params=12, separate_gates_hh=True),
 }
 

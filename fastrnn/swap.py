@@ -165,7 +165,7 @@ def _no_twin(module: nn.Module, may_have: Sequence[str] = ()) -> str:
     """Why a recurrent module of ours has no twin in torch.nn; "" for others. may_have: options that are no reason."""
     cls = _plain_type(module)
     if cls not in _TORCHS:
-        return f"is a {_full_name(cls)}" if isinstance(module, tuple(_TORCHS)) else ""
+        return f"is a {_full_name(cls)}" if isinstance(module, (modules._Recurrent, *_TORCHS)) else ""
     if "forward" in vars(module):
         return "has a forward of its own, set on the instance"
     options = set(CHANGE_RESULTS).difference(may_have)

@@ -95,7 +95,7 @@ def make_case(
     def normal(*shape: int, scale: float = 0.7) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
 
-    relu = cell == "rnn_relu"  # small recurrent weights and large gates keep its argument off the kink
+    relu = cell in ("rnn_relu", "ligru")  # small recurrent weights and large gates keep its argument off the kink
     scale = 0.1 if relu else 0.7
     gates = normal(T, B, P * G * h)
     tensors = {"gates_ih": gates.sign() * (1 + gates.abs().clamp(max=1)) if relu else gates}

@@ -3,6 +3,7 @@
 #pragma once
 #include "elman.h"
 #include "gru.h"
+#include "ligru.h"
 #include "lstm.h"
 #include "norm_gru.h"
 #include "norm_lstm.h"
@@ -26,6 +27,7 @@
   X("lstm_norm", ::fastrnn::NormLSTMCell, true) \
   X("gru_norm", ::fastrnn::NormGRUCell, true) \
   X("gru_reset_before", ::fastrnn::ResetBeforeGRUCell, false) \
+  X("ligru", ::fastrnn::LiGRUCell, false) \
   FASTRNN_FOR_EACH_MORE_CELL(X)
 
 namespace fastrnn {

@@ -60,6 +60,7 @@ constexpr int resident_register_tiles(int gates, int params, int warps, bool bac
   if (warps == 8) return (backward && gates == 4 ? 5 : 8) - without;
   if (gates == 4) return 3 - without;
   if (gates == 3) return (backward ? 4 : 6) - without;
+  if (gates == 2 && backward) return 10 - without;
   return 12 - without;  // all, at h = 192
 }
 

@@ -105,7 +105,8 @@ double check() {
       fill(x.state);
       fill(x.params);
       // A relu has no derivative at its kink: stay away from it by more than the step.
-      if (Cell::kGates == 1 && std::abs(x.gates_ih[0] + x.gates_hh[0]) < 1e-3) x.gates_ih[0] += 0.1;
+      for (int gate = 0; gate < Cell::kGates; ++gate)
+        if (std::abs(x.gates_ih[gate] + x.gates_hh[gate]) < 1e-3) x.gates_ih[gate] += 0.1;
     }
     forward<Cell>(in, out);
     for (int unit = 0; unit < kUnits; ++unit) {

@@ -1,6 +1,6 @@
-"""What is particular about cells with parameters of a unit, about those that look at a whole row, and about one with a
-second product inside a step. The kernel of "norm", which the package does not have, is made of tests/more_cells.h, its
-equations are in tests/more_cells.py.
+"""What is particular about cells with parameters of a unit, about those that look at a whole row, and about those with
+a second product inside a step. The kernel of "norm", which the package does not have, is made of tests/more_cells.h,
+its equations are in tests/more_cells.py.
 """
 
 import ctypes

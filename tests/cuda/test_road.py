@@ -13,9 +13,11 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 import fastrnn
+from tests.cuda.calls import LIKE_GRU
 from tests.helpers import KINDS, build
 
 ROOT = Path(__file__).resolve().parents[2]
+STARTS = ("functional", "LSTMCell", "GRUCell", "RNNCell", *(f"{kind}," for kind in (*KINDS, *LIKE_GRU)))
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +33,14 @@ def of_kind(road, kind):
     return found
 
 
-@pytest.mark.parametrize("kind", ["functional", "LSTMCell", "GRUCell", "RNNCell", *(f"{kind}," for kind in KINDS)])
+@pytest.mark.parametrize("kind", STARTS)
 def test_every_call_runs_and_is_right(road, kind):
     for name, record in of_kind(road, kind).items():
         assert not record["error"], f"{name}:\n{record['error']}"
         assert record["off"] < 1e-5, f"{name}: off by {record['off']}"
 
 
-@pytest.mark.parametrize("kind", ["functional", "LSTMCell", "GRUCell", "RNNCell", *(f"{kind}," for kind in KINDS)])
+@pytest.mark.parametrize("kind", STARTS)
 def test_nothing_waits_or_copies_from_the_host(road, kind):
     """So all of it can be captured. What is left are copies that wait for nothing: of lengths that the user has on the
     host, and under vmap of a packed sequence's lengths and its rows' places."""

@@ -109,30 +109,33 @@ def test_forget_bias(value: float, init: str) -> None:
             m.reset_parameters()
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+# By kind, how many gates there are, and of each whose bias is set the sign of log(u).
+CHRONO = {"LSTM": (4, {1: 1, 0: -1}), "GRU": (3, {1: 1}), "LiGRU": (2, {0: 1})}
+
+
+@pytest.mark.parametrize("kind", CHRONO)
 @pytest.mark.parametrize("longest", [784, 50.5])
 def test_chrono(kind: str, longest: float) -> None:
     module = make(kind, init=("chrono", longest), **DEEP)
     plain = make(kind, **DEEP)
+    gates, signs = CHRONO[kind]
     for _ in range(2):
         drawn = []
         for ih, hh in zip(named(module, "bias_ih"), named(module, "bias_hh"), strict=True):
-            kept = (ih + hh)[H : 2 * H]  # f of an LSTM, z of a GRU
-            drawn.append(kept.exp())
-            assert (hh[H : 2 * H] == 0).all()
-            if kind == "LSTM":
-                assert torch.equal((ih + hh)[:H], -kept) and (hh[:H] == 0).all()
+            of_both = (ih + hh).unflatten(0, (gates, H))
+            first, *others = (sign * of_both[gate] for gate, sign in signs.items())
+            drawn.append(first.exp())
+            assert all(torch.equal(x, first) for x in others)
+            assert (hh.unflatten(0, (gates, H))[list(signs)] == 0).all()
         assert is_uniform(torch.cat(drawn), 1, longest - 1)
         assert not torch.equal(drawn[0], drawn[1])
         with torch.no_grad():
             for b in module.parameters():
                 b.zero_()
         module.reset_parameters()
-    free = torch.arange(plain.bias_ih_l0.numel()) // H > 1
-    if kind == "GRU":
-        free |= torch.arange(plain.bias_ih_l0.numel()) // H == 0
+    free = [gate for gate in range(gates) if gate not in signs]
     for name, a in make(kind, init=("chrono", longest), **DEEP).named_parameters():
-        b = getattr(plain, name)
+        a, b = (x.unflatten(0, (gates, -1)) for x in (a, getattr(plain, name)))
         assert torch.equal(a[free], b[free]) if name.startswith("bias") else torch.equal(a, b)
 
 
@@ -225,7 +228,7 @@ def test_copies_repr_and_conversion(case: str) -> None:
         ("LSTM", {"init": ("chrono", 1)}, ValueError, r"T_max of .* should be a number of steps, 2 or more, got 1"),
         ("LSTM", {"init": ("chrono", "9")}, ValueError, "T_max of .*, got '9'"),
         ("LSTM", {"init": ("chrono", math.nan)}, ValueError, "T_max of .*, got nan"),
-        ("RNN_TANH", {"init": ("chrono", 9)}, ValueError, "only supported for LSTM and GRU"),
+        ("RNN_TANH", {"init": ("chrono", 9)}, ValueError, "only supported for LSTM, GRU, LiGRU"),
         ("RNN_TANH", {"init": "identity"}, ValueError, "only supported for RNN with .*'relu'.*, got RNN with 'tanh'"),
         ("GRU", {"init": "identity"}, ValueError, "only supported for RNN with .*'relu'.*, got GRU"),
         ("GRU", {"forget_bias": 1.0}, ValueError, "forget_bias argument is only supported for LSTM"),

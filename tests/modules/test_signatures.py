@@ -17,7 +17,7 @@ import fastrnn
 from fastrnn.options import SWITCHES, VALUES
 from tests.helpers import build
 
-LAYERS = pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+LAYERS = pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LiGRU"])
 X = torch.zeros(3, 2, 4)
 
 
@@ -30,8 +30,8 @@ def test_options(name: str) -> None:
     """Each is a keyword, and an instance without it reads the default from its class."""
     options = {k: p.default for k, p in parameters(getattr(fastrnn, name)).items() if p.kind is p.KEYWORD_ONLY}
     lstms = {"return_all_states", "peephole", "forget_bias"}
-    lacking = {"LSTM": {"reset_after"}, "GRU": lstms, "RNN": lstms | {"layer_norm", "reset_after"}}
-    assert set(options) == {*SWITCHES, *VALUES} - lacking[name]
+    lacking = {"LSTM": {"reset_after"}, "GRU": lstms}.get(name, lstms | {"layer_norm", "reset_after"})
+    assert set(options) == {*SWITCHES, *VALUES} - lacking
     for option, default in options.items():
         assert default == getattr(getattr(fastrnn, name), option)
 
@@ -51,7 +51,7 @@ def test_help_tells_every_argument(name: str) -> None:
     assert ("return_all_states (default" in head) == ("peephole (default" in head) == (name == "LSTM")
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LiGRU", "LSTMCell", "GRUCell", "RNNCell"])
 def test_an_unknown_argument_is_named(name: str) -> None:
     with pytest.raises(TypeError, match=rf"^{name}.__init__\(\) got an unexpected keyword argument 'batchfirst'"):
         getattr(fastrnn, name)(3, 4, batchfirst=True)
@@ -65,7 +65,7 @@ def test_a_projection_of_gru_by_position() -> None:
         fastrnn.GRU(4, 6, 1, True, False, 0.0, False, 3)
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN_RELU"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN_RELU", "LiGRU"])
 def test_subclasses_pass_arguments_on(kind: str) -> None:
     class Own(getattr(fastrnn, kind.partition("_")[0])):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -83,7 +83,7 @@ def test_quantized_classes_are_not_constructed() -> None:
         type(made)(4, 6)
 
 
-@pytest.mark.parametrize("kind", ["RNN_TANH", "RNN_RELU", "GRU", "LSTM"])
+@pytest.mark.parametrize("kind", ["RNN_TANH", "RNN_RELU", "GRU", "LSTM", "LiGRU"])
 def test_made_in_a_compiled_function(kind: str) -> None:
     def function(x: torch.Tensor) -> torch.Tensor:
         return build(fastrnn, kind, 4, 6)(x)[0]
@@ -106,6 +106,7 @@ def check(x: torch.Tensor, packed: PackedSequence) -> None:
     fastrnn.LSTM(3, 4, batchfirst=True)  # "batchfirst"
     fastrnn.GRU(3, 4, batchfirst=True)  # "batchfirst"
     fastrnn.RNN(3, 4, dropuot=0.1)  # "dropuot"
+    fastrnn.LiGRU(3, 4, layer_norm=True)  # "layer_norm"
     fastrnn.GRU(3, 4, return_all_states=True)  # "return_all_states"
     fastrnn.RNN(3, 4, 1, False)  # Argument 4
     lstm(x, length=x)  # "length"
