@@ -8,7 +8,7 @@ with binary.checked():  # everything below imports it, too
 from . import autograd as _autograd  # noqa: F401  (gives the ops their derivatives)
 from . import flops as _flops  # noqa: F401  (tells FlopCounterMode about the ops)
 from . import functional
-from .modules import GRU, LSTM, RNN, GRUCell, LiGRU, LSTMCell, RNNCell
+from .modules import GRU, LSTM, MGU, RNN, GRUCell, LiGRU, LSTMCell, RNNCell
 from .quantized import quantize
 from .sequences import detach, pool, streaming
 from .swap import convert, patch, to_torch, unconverted
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GRU",
     "LSTM",
+    "MGU",
     "RNN",
     "GRUCell",
     "LSTMCell",

@@ -151,6 +151,7 @@ def _of_cell(cell: str, title: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 ligru = _of_cell("ligru", "light GRU (Ravanelli et al. 2018; equations of :class:`fastrnn.LiGRU`)")
+mgu = _of_cell("mgu", "minimal gated unit (Zhou et al. 2016; equations of :class:`fastrnn.MGU`)")
 
 
 def lstm_cell(input: Tensor, state: tuple[Tensor, Tensor], weights: LayerWeights) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 # By mode, the gates that say how long a state is kept, and whether a positive bias makes that longer or shorter.
-_KEEPING = {"LSTM": {0: -1, 1: 1}, "GRU": {1: 1}, "LiGRU": {0: 1}}
+_KEEPING = {"LSTM": {0: -1, 1: 1}, "GRU": {1: 1}, "LiGRU": {0: 1}, "MGU": {0: -1}}
 Init = str | tuple[str, float]  # 'torch', 'orthogonal', 'identity' or ('chrono', T_max)
 
 

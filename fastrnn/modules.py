@@ -39,7 +39,7 @@ from .regularizers import with_weight_dropout
 from .transforms import in_autocast_dtype, is_plain_call
 
 # Cells, too: where older pickles look for them.
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "LiGRU", "RNNCell"]
+__all__ = ["GRU", "LSTM", "MGU", "RNN", "GRUCell", "LSTMCell", "LiGRU", "RNNCell"]
 
 # What _C.module_forward knows nothing of, in eval mode and in training.
 _UNKNOWN_TO_C = (
@@ -812,6 +812,18 @@ class LiGRU(_LightUnit):
     """
 
     mode = "LiGRU"
+
+
+@documented
+class MGU(_LightUnit):
+    """Minimal gated unit (Zhou et al. 2016), which torch.nn lacks; ``output, h_n = mgu(input, hx)``.
+
+    A GRU whose one gate both resets and updates: ``f = sigmoid(W_if x + b_if + W_hf h + b_hf)``,
+    ``n = tanh(W_in x + b_in + W_hn (f h) + b_hn)``, ``h' = (1 - f) h + f n``. Such a step is two products, one after
+    the other. Parameters are named as a GRU's and have 2*H rows: f's, then n's.
+    """
+
+    mode = "MGU"
 
 
 @documented

@@ -114,8 +114,8 @@ init: what parameters are filled with, by the constructor and by ``reset_paramet
   but gate by gate. 'identity', for an RNN with relu: ``weight_hh`` is the identity, biases are 0 (IRNN, Le et al. 2015,
   whose ``weight_ih`` is drawn from N(0, 0.001^2): here it is torch's). ``('chrono', T_max)``, for dependencies over
   1 to T_max steps: of an LSTM ``b_f = log(u)`` and ``b_i = -b_f``, u uniform in [1, T_max - 1] for each unit (Tallec
-  and Ollivier 2018); of a GRU and a LiGRU ``b_z = log(u)``, for there z keeps h. They are in ``bias_ih``; those
-  gates' part of ``bias_hh`` is 0. T_max is 2 or more.
+  and Ollivier 2018); of a GRU and a LiGRU ``b_z = log(u)``, for there z keeps h; of an MGU ``b_f = -log(u)``, for its f
+  lets h go. They are in ``bias_ih``; those gates' part of ``bias_hh`` is 0. T_max is 2 or more.
 forget_bias: a number that an LSTM's forget gate has for its bias at first and after ``reset_parameters()``: it is
   in ``bias_ih``, and that gate's part of ``bias_hh`` is 0, so that the sum of both is it (1: Gers et al. 2000,
   Jozefowicz et al. 2015). Beside init='torch' and 'orthogonal'.
@@ -123,8 +123,8 @@ recurrent_dropout: in training, the h that a step multiplies with ``weight_hh`` 
   probability and 1/(1-p) else, and the same in every step of a call: drawn for every call, row, unit, layer and
   direction (Gal and Ghahramani 2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks").
   The state itself is not masked: it is the output, what ``reset_state`` replaces, and what a GRU's ``z * h`` takes. A
-  call of :meth:`step` is a call: in training it draws a mask of its own. Not with ``layer_norm`` or
-  ``reset_after=False``, and neither is ``zoneout``.
+  call of :meth:`step` is a call: in training it draws a mask of its own. Not with ``layer_norm``, with
+  ``reset_after=False`` or in an MGU, and neither is ``zoneout``.
 zoneout: probability p that a unit keeps its state in a step of training, h and (of an LSTM) c with draws of their own
   for every step, row, unit, layer and direction; else the state is the one that the cell makes. In eval mode it is the
   expectation, ``p * h + (1 - p) * h'`` (Krueger et al. 2016, "Zoneout: Regularizing RNNs by Randomly Preserving Hidden

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import fallback, heads
 from .composed import fold, unfold
-from .modules import GRU, LSTM, RNN, LiGRU, _Recurrent
+from .modules import GRU, LSTM, MGU, RNN, LiGRU, _Recurrent
 from .ops import CELLS
 from .records import LayerWeights, States, name_of
 from .swap import check_module
@@ -34,7 +34,8 @@ _FIELDS = (  # of a layer's weights, by name and suffix, in the order of csrc/to
 
 
 def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
-    """A copy for inference, with every :class:`fastrnn.LSTM`, ``GRU``, ``RNN`` and ``LiGRU`` in it on narrower weights.
+    """A copy for inference, with every :class:`fastrnn.LSTM`, ``GRU``, ``RNN``, ``LiGRU`` and ``MGU`` in it on narrower
+    weights.
 
     Args:
         module: one of them, or a module that holds some anywhere; float32 on the CPU. Left as it is. Cells and other
@@ -278,6 +279,10 @@ class QuantizedLiGRU(_Quantized, LiGRU):
     """What :func:`quantize` makes of a LiGRU. Called like it; not to be constructed."""
 
 
+class QuantizedMGU(_Quantized, MGU):
+    """What :func:`quantize` makes of an MGU. Called like it; not to be constructed."""
+
+
 class QuantizedRNN(_Quantized, RNN):
     """What :func:`quantize` makes of an RNN. Called like it; not to be constructed."""
 
@@ -286,6 +291,7 @@ _KINDS: dict[type[_Recurrent], type[_Quantized]] = {
     LSTM: QuantizedLSTM,
     GRU: QuantizedGRU,
     LiGRU: QuantizedLiGRU,
+    MGU: QuantizedMGU,
     RNN: QuantizedRNN,
 }
 

@@ -170,6 +170,29 @@ def _ligru_backward(
     return (grad_z, grad_n), (grad_z, grad_n), (grads[0] * z,), ()
 
 
+def _mgu_forward(gates_ih: States, gates_hh: States, states: States, params: States) -> tuple[States, States]:
+    f, n = (a + b for a, b in zip(gates_ih, gates_hh, strict=True))
+    f, n = f.sigmoid(), n.tanh()
+    return (states[0] + f * (n - states[0]),), (f, n)
+
+
+def _mgu_backward(
+    saved: States,
+    states_prev: States,
+    states: States,
+    grads: States,
+    grad_saved: States | None,
+    params: States,
+    through_late: Callable[[States], Tensor],
+) -> tuple[States, States, States, States]:
+    (f, n), (h,) = saved, states_prev
+    extra = grad_saved if grad_saved is not None else (0, 0)
+    grad_n = (grads[0] * f + extra[1]) * (1 - n * n)
+    grad_fh = through_late((grad_n,))
+    grad_f = (grads[0] * (n - h) + grad_fh * h + extra[0]) * f * (1 - f)
+    return (grad_f, grad_n), (grad_f, grad_n), (grads[0] * (1 - f) + grad_fh * f,), ()
+
+
 def _first_gate_times_h(gates_ih: States, gates_hh: States, h: Tensor) -> Tensor:
     """``Cell.late_input`` of a cell whose first gate multiplies h before the product."""
     return (gates_ih[0] + gates_hh[0]).sigmoid() * h
@@ -297,6 +320,7 @@ CELLS = {
         late_input=_first_gate_times_h,
     ),
     "ligru": Cell(2, 2, 1, _ligru_forward, _ligru_backward, remake=_ligru_remake),
+    "mgu": Cell(2, 2, 1, _mgu_forward, _mgu_backward, late=1, late_input=_first_gate_times_h),
     "gru_norm": Cell(3, 6, 1, _gru_norm_forward, _gru_norm_backward, params=12, separate_gates_hh=True),
 }
 

@@ -5,6 +5,7 @@
 #include "gru.h"
 #include "ligru.h"
 #include "lstm.h"
+#include "mgu.h"
 #include "norm_gru.h"
 #include "norm_lstm.h"
 #include "peephole_lstm.h"
@@ -28,6 +29,7 @@
   X("gru_norm", ::fastrnn::NormGRUCell, true) \
   X("gru_reset_before", ::fastrnn::ResetBeforeGRUCell, false) \
   X("ligru", ::fastrnn::LiGRUCell, false) \
+  X("mgu", ::fastrnn::MGUCell, false) \
   FASTRNN_FOR_EACH_MORE_CELL(X)
 
 namespace fastrnn {

@@ -204,7 +204,7 @@ def mapped(kind: str, put: Put) -> list[Tensor]:
 
 
 # Kinds that go the way of a GRU, but for what the ops make of their cells: some calls are enough.
-LIKE_GRU = ("LiGRU",)
+LIKE_GRU = ("LiGRU", "MGU")
 FEW = ("layers", "lengths", "resets and lengths", "packed", "tokens, lengths", "recompute", "num_heads")
 
 

@@ -120,7 +120,7 @@ def test_absent_arguments(cuda, tier, cell, projected):
         assert all(torch.equal(a, b) for a, b in zip(call.finish()[:-1], want[:-1], strict=True))
 
 
-@pytest.mark.parametrize("cell", ["norm", "lstm_norm", "gru_norm", "gru_reset_before"])
+@pytest.mark.parametrize("cell", ["norm", "lstm_norm", "gru_norm", "gru_reset_before", "mgu"])
 def test_a_cell_with_a_row_or_two_products_has_the_per_step_tier_alone(cuda, cell):
     """Also where another tier is asked for by name, or by its tile."""
     alone, whole = (CellCase(name, 2, 3, 1, 16, dtype=F32) for name in ("lstm_peephole", cell))

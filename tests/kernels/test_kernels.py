@@ -142,7 +142,7 @@ def check(case: Case, seed: int = 0) -> None:
 
 
 # On CUDA the per-step tier's alone: cells that look at whole rows or have two products in a step.
-PER_STEP = ("lstm_norm", "gru_norm", "gru_reset_before")
+PER_STEP = ("lstm_norm", "gru_norm", "gru_reset_before", "mgu")
 
 
 def cells_with_projection():

@@ -1,4 +1,4 @@
-"""Units between GRU and RNN, ``GRU(.., reset_after=False)`` and ``LiGRU``, against their papers' equations,
+"""Units between GRU and RNN, ``GRU(.., reset_after=False)``, ``LiGRU`` and ``MGU``, against their papers' equations,
 written here once more: every option and transform."""
 
 from __future__ import annotations
@@ -52,13 +52,20 @@ def ligru(a: list[Tensor], h: Tensor, U: list[Tensor]) -> Tensor:
     return z * h + (1 - z) * torch.relu(a[1] + U[1] @ h)
 
 
+def mgu(a: list[Tensor], h: Tensor, U: list[Tensor]) -> Tensor:
+    """Zhou et al. 2016."""
+    f = torch.sigmoid(a[0] + U[0] @ h)
+    return (1 - f) * h + f * torch.tanh(a[1] + U[1] @ (f * h))
+
+
 # name: (class, options, the cell's name, its gates, its step)
 UNITS: dict[str, tuple[Any, dict[str, Any], str, int, Callable[..., Tensor]]] = {
     "GRU": (fastrnn.GRU, {"reset_after": False}, "gru_reset_before", 3, gru),
     "LiGRU": (fastrnn.LiGRU, {}, "ligru", 2, ligru),
+    "MGU": (fastrnn.MGU, {}, "mgu", 2, mgu),
 }
 unit = pytest.mark.parametrize("unit", UNITS)
-light = pytest.mark.parametrize("unit", ["LiGRU"])
+light = pytest.mark.parametrize("unit", ["LiGRU", "MGU"])
 
 
 def make(unit: str, *sizes: int, **options: Any) -> Any:
@@ -379,6 +386,10 @@ def test_what_does_not_fit_a_light_unit(unit: str) -> None:
         cls(I, H, init="identity")
     with pytest.raises(TypeError, match=rf"^{unit}.__init__\(\) got an unexpected keyword argument 'reset_after'"):
         cls(I, H, reset_after=False)
+    if unit == "MGU":
+        for option in ("recurrent_dropout", "zoneout"):
+            with pytest.raises(ValueError, match=f"{option} should be 0 for MGU, got 0.5"):
+                cls(I, H, **{option: 0.5})
     with pytest.raises(ValueError, match=rf"{unit}: Expected input to be 2D or 3D, got 1D instead"):
         module(torch.zeros(I))
     with pytest.raises(RuntimeError, match=rf"{I}, got {I + 1}"):

@@ -110,7 +110,7 @@ def test_forget_bias(value: float, init: str) -> None:
 
 
 # By kind, how many gates there are, and of each whose bias is set the sign of log(u).
-CHRONO = {"LSTM": (4, {1: 1, 0: -1}), "GRU": (3, {1: 1}), "LiGRU": (2, {0: 1})}
+CHRONO = {"LSTM": (4, {1: 1, 0: -1}), "GRU": (3, {1: 1}), "LiGRU": (2, {0: 1}), "MGU": (2, {0: -1})}
 
 
 @pytest.mark.parametrize("kind", CHRONO)
@@ -228,7 +228,7 @@ def test_copies_repr_and_conversion(case: str) -> None:
         ("LSTM", {"init": ("chrono", 1)}, ValueError, r"T_max of .* should be a number of steps, 2 or more, got 1"),
         ("LSTM", {"init": ("chrono", "9")}, ValueError, "T_max of .*, got '9'"),
         ("LSTM", {"init": ("chrono", math.nan)}, ValueError, "T_max of .*, got nan"),
-        ("RNN_TANH", {"init": ("chrono", 9)}, ValueError, "only supported for LSTM, GRU, LiGRU"),
+        ("RNN_TANH", {"init": ("chrono", 9)}, ValueError, "only supported for LSTM, GRU, LiGRU, MGU"),
         ("RNN_TANH", {"init": "identity"}, ValueError, "only supported for RNN with .*'relu'.*, got RNN with 'tanh'"),
         ("GRU", {"init": "identity"}, ValueError, "only supported for RNN with .*'relu'.*, got GRU"),
         ("GRU", {"forget_bias": 1.0}, ValueError, "forget_bias argument is only supported for LSTM"),

@@ -17,7 +17,7 @@ import fastrnn
 from fastrnn.options import SWITCHES, VALUES
 from tests.helpers import build
 
-LAYERS = pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LiGRU"])
+LAYERS = pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LiGRU", "MGU"])
 X = torch.zeros(3, 2, 4)
 
 
@@ -51,7 +51,7 @@ def test_help_tells_every_argument(name: str) -> None:
     assert ("return_all_states (default" in head) == ("peephole (default" in head) == (name == "LSTM")
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LiGRU", "LSTMCell", "GRUCell", "RNNCell"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LiGRU", "MGU", "LSTMCell", "GRUCell", "RNNCell"])
 def test_an_unknown_argument_is_named(name: str) -> None:
     with pytest.raises(TypeError, match=rf"^{name}.__init__\(\) got an unexpected keyword argument 'batchfirst'"):
         getattr(fastrnn, name)(3, 4, batchfirst=True)
@@ -65,7 +65,7 @@ def test_a_projection_of_gru_by_position() -> None:
         fastrnn.GRU(4, 6, 1, True, False, 0.0, False, 3)
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN_RELU", "LiGRU"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN_RELU", "MGU"])
 def test_subclasses_pass_arguments_on(kind: str) -> None:
     class Own(getattr(fastrnn, kind.partition("_")[0])):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -106,7 +106,7 @@ def check(x: torch.Tensor, packed: PackedSequence) -> None:
     fastrnn.LSTM(3, 4, batchfirst=True)  # "batchfirst"
     fastrnn.GRU(3, 4, batchfirst=True)  # "batchfirst"
     fastrnn.RNN(3, 4, dropuot=0.1)  # "dropuot"
-    fastrnn.LiGRU(3, 4, layer_norm=True)  # "layer_norm"
+    fastrnn.MGU(3, 4, layer_norm=True)  # "layer_norm"
     fastrnn.GRU(3, 4, return_all_states=True)  # "return_all_states"
     fastrnn.RNN(3, 4, 1, False)  # Argument 4
     lstm(x, length=x)  # "length"
