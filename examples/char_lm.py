@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import importlib
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import sysconfig
@@ -32,8 +30,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common import BACKENDS, library_of, machine_facts, number, streams
+
 PROGRAM, SCHEMA = "fastrnn char_lm", 1  # stand in every checkpoint and results file
-BACKENDS = {"fastrnn": "fastrnn", "torch": "torch.nn"}  # option -> the module that holds LSTM, GRU and RNN
 
 # What a run's numbers depend on besides text, backend, device and threads: options that a checkpoint fixes.
 MODEL_OPTIONS = ("cell", "embed", "hidden", "layers", "dropout", "dtype", "seed")
@@ -123,12 +122,6 @@ def make_corpus(text: str, config: argparse.Namespace) -> Corpus:
     return Corpus(ids[:size], ids[size:], vocabulary, sha256)
 
 
-def streams(ids: Tensor, batch: int) -> Tensor:
-    """[characters] -> [characters // batch, batch]: column b is the b-th contiguous part of the text."""
-    length = len(ids) // batch
-    return ids[: length * batch].view(batch, length).t().contiguous()
-
-
 # ---- model and training ----
 
 
@@ -157,13 +150,6 @@ def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
     if isinstance(state, tuple):
         return function(state[0]), function(state[1])
     return None if state is None else function(state)
-
-
-def library_of(backend: str) -> Any:
-    try:
-        return importlib.import_module(BACKENDS[backend])
-    except ImportError as error:
-        fail("--backend", "an installed fastrnn, or --backend torch", f"{backend} ({error})")
 
 
 class Trainer:
@@ -300,17 +286,6 @@ def load_checkpoint(trainer: Trainer, path: Path) -> None:
     trainer.load_state_dict(saved)
 
 
-def machine_facts(device: torch.device) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    facts = {"cpu": cpu, "threads": torch.get_num_threads(), "python": platform.python_version()}
-    facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    facts["fastrnn"] = getattr(sys.modules.get("fastrnn"), "__version__", None)
-    return facts | {"torch": torch.__version__}
-
-
 # ---- the two commands: each returns the exit status and the results ----
 
 
@@ -395,22 +370,6 @@ def compare(args: argparse.Namespace, trainers: dict[str, Trainer]) -> tuple[int
 
 
 # ---- options ----
-
-
-def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite int or float >= low (> low with above) and <= high."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or math.isinf(value) or (above and value == low):
-            limits = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"expected {kind.__name__} {limits}, got {text!r}")
-        return value
-
-    return parse
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:

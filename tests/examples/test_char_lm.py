@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -17,23 +16,12 @@ from typing import Any
 import pytest
 import torch
 
+import char_lm
 import fastrnn
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "char_lm.py"
 SMALL = "--embed 8 --hidden 16 --batch 4 --seq-len 16 --steps 12 --lr 0.01 --sample 20 --threads 1"
 COMPARE = "--compare --steps 20 --block 5 --warmup 5"
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("char_lm", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["char_lm"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-char_lm = load_script()
 
 
 @pytest.fixture(autouse=True)
