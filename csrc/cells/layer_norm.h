@@ -17,18 +17,18 @@ FASTRNN_HD X norm_scale(X mean_of_squares) {
 // row[first ..] = the means
 template <int first, class X, int M, int R>
 FASTRNN_HD void set_means(const Pack<X, M>& means, Pack<X, R>& row) {
-  for (int k = 0; k < M; ++k) row[first + k] = means[k];
+  FASTRNN_UNROLL for (int k = 0; k < M; ++k) row[first + k] = means[k];
 }
 // row[first ..] = the scales of the vectors whose squares have these means
 template <int first, class X, int M, int R>
 FASTRNN_HD void set_scales(const Pack<X, M>& means, Pack<X, R>& row) {
-  for (int k = 0; k < M; ++k) row[first + k] = norm_scale(means[k]);
+  FASTRNN_UNROLL for (int k = 0; k < M; ++k) row[first + k] = norm_scale(means[k]);
 }
 
 template <class V, int M>
 FASTRNN_HD Pack<V, M> squares(const Pack<V, M>& x) {
   Pack<V, M> y;
-  for (int k = 0; k < M; ++k) y[k] = x[k] * x[k];
+  FASTRNN_UNROLL for (int k = 0; k < M; ++k) y[k] = x[k] * x[k];
   return y;
 }
 
@@ -41,19 +41,19 @@ struct NormGates {
   template <class Cell, class V>
   static FASTRNN_HD Pack<V, N> both(const ForwardIn<Cell, V>& in) {
     Pack<V, N> a;
-    for (int k = 0; k < G; ++k) a[k] = in.gates_ih[k], a[G + k] = in.gates_hh[k];
+    FASTRNN_UNROLL for (int k = 0; k < G; ++k) a[k] = in.gates_ih[k], a[G + k] = in.gates_hh[k];
     return a;
   }
   template <class Cell, class V>
   static FASTRNN_HD Pack<V, N> deviations(const ForwardIn<Cell, V>& in) {
     Pack<V, N> a = both(in);
-    for (int k = 0; k < N; ++k) a[k] = a[k] - in.row[k];
+    FASTRNN_UNROLL for (int k = 0; k < N; ++k) a[k] = a[k] - in.row[k];
     return a;
   }
   template <class Cell, class V>
   static FASTRNN_HD Pack<V, N> normalised(const ForwardIn<Cell, V>& in) {
     Pack<V, N> y = deviations(in);
-    for (int k = 0; k < N; ++k) y[k] = y[k] * in.row[N + k] * in.params[k] + in.params[N + k];
+    FASTRNN_UNROLL for (int k = 0; k < N; ++k) y[k] = y[k] * in.row[N + k] * in.params[k] + in.params[N + k];
     return y;
   }
 
@@ -71,7 +71,7 @@ struct NormGates {
   template <class Cell, class V>
   static FASTRNN_HD Pack<V, 2 * N> gradient_terms(const BackwardIn<Cell, V>& in, const Pack<V, N>& grad) {
     Pack<V, 2 * N> terms;
-    for (int k = 0; k < N; ++k) {
+    FASTRNN_UNROLL for (int k = 0; k < N; ++k) {
       terms[k] = grad[k] * in.params[k];
       terms[N + k] = terms[k] * n(in, k);
     }
@@ -81,7 +81,7 @@ struct NormGates {
   //   grad a = scale (grad n - mean(grad n) - n mean(n grad n))
   template <int first, class Cell, class V>
   static FASTRNN_HD void finish(const BackwardIn<Cell, V>& in, const Pack<V, N>& grad, BackwardOut<Cell, V>& out) {
-    for (int k = 0; k < N; ++k) {
+    FASTRNN_UNROLL for (int k = 0; k < N; ++k) {
       const V grad_a = in.row[k] * (grad[k] * in.params[k] - in.row[first + k] - n(in, k) * in.row[first + N + k]);
       (k < G ? out.grad_gates_ih[k] : out.grad_gates_hh[k - G]) = grad_a;
       out.grad_params[k] = grad[k] * n(in, k);

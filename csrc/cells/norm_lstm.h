@@ -53,7 +53,7 @@ struct NormLSTMCell {
       static FASTRNN_HD Pack<V, kMeans[k]> terms(BackwardIn<NormLSTMCell, V>& in) {
         if constexpr (k == 0) {
           Pack<V, 9> terms;
-          for (int m = 0; m < Gates::N; ++m) terms[m] = in.saved[m] * in.saved[m];
+          FASTRNN_UNROLL for (int m = 0; m < Gates::N; ++m) terms[m] = in.saved[m] * in.saved[m];
           terms[Gates::N] = in.state[1];
           return terms;
         }
@@ -82,7 +82,7 @@ struct NormLSTMCell {
       template <int k, class X>
       static FASTRNN_HD void numbers(const Pack<X, kMeans[k]>& means, Pack<X, kNumbers>& row) {
         if constexpr (k == 0) {
-          for (int m = 0; m < Gates::N; ++m) row[m] = norm_scale(means[m]);
+          FASTRNN_UNROLL for (int m = 0; m < Gates::N; ++m) row[m] = norm_scale(means[m]);
           row[kMeanC] = means[Gates::N];
         }
         if constexpr (k == 1) set_scales<kScaleC>(means, row);
@@ -97,7 +97,7 @@ struct NormLSTMCell {
       template <class V>
       static FASTRNN_HD Pack<V, Gates::N> grad_of_gates(const BackwardIn<NormLSTMCell, V>& in) {
         Pack<V, Gates::N> grad;
-        for (int k = 0; k < Gates::N; ++k) grad[k] = in.work[k % kGates];
+        FASTRNN_UNROLL for (int k = 0; k < Gates::N; ++k) grad[k] = in.work[k % kGates];
         return grad;
       }
     };
@@ -109,7 +109,7 @@ struct NormLSTMCell {
     const V o = in.work[0], c = in.work[1], n = (c - in.row[Passes::kMeanC]) * in.row[Passes::kScaleC];
     out.state = {{o * tanh(n * in.params[kGainC] + in.params[kBiasC]), c}};
     const Pack<V, Gates::N> of_gates = Gates::deviations(in);
-    for (int k = 0; k < Gates::N; ++k) out.saved[k] = of_gates[k];
+    FASTRNN_UNROLL for (int k = 0; k < Gates::N; ++k) out.saved[k] = of_gates[k];
     out.saved[Gates::N] = out.state[0];
   }
 

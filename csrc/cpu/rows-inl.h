@@ -50,23 +50,32 @@ FASTRNN_HD int valid_lanes(int64_t size, int64_t j) {
   return int(size - j < Vec<T>::kLanes ? size - j : Vec<T>::kLanes);
 }
 
-// terms(j) gives N terms for each of units j .. j + L - 1; returns their N sums over all units, which depend on nothing
+// body(j, n) for each vector of units, j .. j + n - 1: all but the last are whole, and what is compiled for those knows it.
+template <class T, class Body>
+FASTRNN_HD void for_each_vector(int64_t units, Body body) {
+  constexpr int L = Vec<T>::kLanes;
+  int64_t j = 0;
+  for (; j + L <= units; j += L) body(j, L);
+  if (j < units) body(j, int(units - j));
+}
+
+// terms(j, n) gives N terms for each of units j .. j + n - 1; returns their N sums over all units, which depend on nothing
 // but the terms: one member adds up all of a row, in the order of its units.
 template <class T, int N, class Terms>
 FASTRNN_HD Pack<T, N> sum_over_units(int64_t units, Terms terms) {
   constexpr int L = Vec<T>::kLanes;
   Pack<Vec<T>, N> sums;
-  for (int k = 0; k < N; ++k) sums[k] = Vec<T>(0);
-  for (int64_t j = 0; j < units; j += L) {
-    Pack<Vec<T>, N> some = terms(j);
-    if (units - j < L)
+  FASTRNN_UNROLL for (int k = 0; k < N; ++k) sums[k] = Vec<T>(0);
+  for_each_vector<T>(units, [&](int64_t j, int n) FASTRNN_INLINE_BODY {
+    Pack<Vec<T>, N> some = terms(j, n);
+    if (n < L)
       for (int k = 0; k < N; ++k) {
         alignas(64) T lanes[L];
         store(lanes, some[k]);  // what the lanes beyond the last unit hold is no term
-        some[k] = load(lanes, valid_lanes<T>(units, j));
+        some[k] = load(lanes, n);
       }
-    for (int k = 0; k < N; ++k) sums[k] = sums[k] + some[k];
-  }
+    FASTRNN_UNROLL for (int k = 0; k < N; ++k) sums[k] = sums[k] + some[k];
+  });
   Pack<T, N> total;
   for (int k = 0; k < N; ++k) {
     alignas(64) T lanes[L];
@@ -80,13 +89,13 @@ FASTRNN_HD Pack<T, N> sum_over_units(int64_t units, Terms terms) {
 template <class T, int N>
 FASTRNN_HD Pack<Vec<T>, N> in_every_lane(const Pack<T, N>& x) {
   Pack<Vec<T>, N> all;
-  for (int k = 0; k < N; ++k) all[k] = Vec<T>(x[k]);
+  FASTRNN_UNROLL for (int k = 0; k < N; ++k) all[k] = Vec<T>(x[k]);
   return all;
 }
 
-// The passes of a cell's Row over the units of one row. load(j, row, work) gives what units j .. know (ForwardIn,
-// BackwardIn) where the row's numbers are `row`; work, a std::bool_constant, says whether in.work was kept. keep(j, in)
-// keeps it. Returns the row's numbers.
+// The passes of a cell's Row over the units of one row. load(j, n, row, work) gives what units j .. j + n - 1 know
+// (ForwardIn, BackwardIn) where the row's numbers are `row`; work, a std::bool_constant, says whether in.work was kept.
+// keep(j, in) keeps it. Returns the row's numbers.
 template <class T, class Passes, class Load, class Keep>
 FASTRNN_HD Pack<Vec<T>, Passes::kNumbers> run_passes(int64_t units, Load load, Keep keep) {
   Pack<T, Passes::kNumbers> numbers{};
@@ -94,8 +103,8 @@ FASTRNN_HD Pack<Vec<T>, Passes::kNumbers> run_passes(int64_t units, Load load, K
   for_each_pass<Passes>([&](auto pass) FASTRNN_INLINE_BODY {
     constexpr int k = decltype(pass)::value;
     const auto row = in_every_lane(numbers);
-    auto means = sum_over_units<T, Passes::kMeans[k]>(units, [&](int64_t j) FASTRNN_INLINE_BODY {
-      auto in = load(j, row, std::bool_constant<finds_work<Passes, k>()>());
+    auto means = sum_over_units<T, Passes::kMeans[k]>(units, [&](int64_t j, int n) FASTRNN_INLINE_BODY {
+      auto in = load(j, n, row, std::bool_constant<finds_work<Passes, k>()>());
       const auto terms = Passes::template terms<k>(in);
       if constexpr (leaves_work<Passes, k>()) keep(j, in);
       return terms;

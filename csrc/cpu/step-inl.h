@@ -25,7 +25,7 @@ template <class Cell, class S>
 FASTRNN_HD auto load_params(const ForwardParams& p, int64_t group, int64_t j, int valid) {
   Pack<Vec<typename Compute<S>::type>, Cell::kParams> params;
   if constexpr (Cell::kParams > 0)
-    for (int k = 0; k < Cell::kParams; ++k)
+    FASTRNN_UNROLL for (int k = 0; k < Cell::kParams; ++k)
       params[k] = load(static_cast<const S*>(p.params) + (group * Cell::kParams + k) * p.hidden + j, valid);
   return params;
 }
@@ -88,9 +88,10 @@ struct ForwardStep : Walk<ForwardParams> {
     ForwardIn<Cell, V> in;
     ForwardOut<Cell, V> out;
     in.gates_ih = gates_ih_of(i, j, gates_ih);
-    load_unit(i, j, gates_hh, in);
+    const int n = valid_lanes<T>(p.hidden, j);
+    load_unit(i, j, n, gates_hh, in);
     Cell::forward(in, out);
-    finish(i, j, out);
+    finish(i, j, n, out);
   }
 
   // What the product of the late gates is with, units j .. gates_hh and gates_ih: as of cell(), where those of the late
@@ -98,7 +99,7 @@ struct ForwardStep : Walk<ForwardParams> {
   void late_input(int64_t i, int64_t j, const T* gates_hh, const T* gates_ih) {
     ForwardIn<Cell, V> in;
     in.gates_ih = gates_ih_of(i, j, gates_ih);
-    load_unit(i, j, gates_hh, in);
+    load_unit(i, j, valid_lanes<T>(p.hidden, j), gates_hh, in);
     store(late + i * stride + j, Cell::late_input(in));
   }
 
@@ -109,43 +110,34 @@ struct ForwardStep : Walk<ForwardParams> {
   void whole_row(int64_t i, const T* gates_hh, GatesIh gates_ih, T* scratch) {
     constexpr int W = ForwardPasses<Cell>::kWork;
     const int64_t h = p.hidden;
-    const auto load_in = [&](int64_t j, const auto& row, auto work) FASTRNN_INLINE_BODY {
+    const auto load_in = [&](int64_t j, int n, const auto& row, auto work) FASTRNN_INLINE_BODY {
       ForwardIn<Cell, V> in;
       const T* own = scratch + j * (G + W);
-      for (int k = 0; k < G; ++k) in.gates_ih[k] = load(own + k * L);
-      load_unit(i, j, gates_hh + j * G, in);
+      FASTRNN_UNROLL for (int k = 0; k < G; ++k) in.gates_ih[k] = load(own + k * L);
+      load_unit(i, j, n, gates_hh + j * G, in);
       in.row = row;
       if constexpr (work)
-        for (int k = 0; k < W; ++k) in.work[k] = load(own + (G + k) * L);
+        FASTRNN_UNROLL for (int k = 0; k < W; ++k) in.work[k] = load(own + (G + k) * L);
       return in;
     };
     const auto keep = [&](int64_t j, const ForwardIn<Cell, V>& in) FASTRNN_INLINE_BODY {
       if constexpr (W > 0)
-        for (int k = 0; k < W; ++k) store(scratch + (j * (G + W)) + (G + k) * L, in.work[k]);
+        FASTRNN_UNROLL for (int k = 0; k < W; ++k) store(scratch + (j * (G + W)) + (G + k) * L, in.work[k]);
     };
     for (int64_t j = 0; j < h; j += L) {
       const Pack<V, G> gates = gates_ih_of(i, j, gates_ih(j));
       for (int k = 0; k < G; ++k) store(scratch + j * (G + W) + k * L, gates[k]);
     }
     const auto row = run_passes<T, ForwardPasses<Cell>>(h, load_in, keep);
-    for (int64_t j = 0; j < h; j += L) {
+    for_each_vector<T>(h, [&](int64_t j, int n) FASTRNN_INLINE_BODY {
       ForwardOut<Cell, V> out;
-      Cell::forward(load_in(j, row, std::bool_constant<(W > 0)>()), out);
-      finish(i, j, out);
-    }
+      Cell::forward(load_in(j, n, row, std::bool_constant<(W > 0)>()), out);
+      finish(i, j, n, out);
+    });
   }
 
   // State 0 after the step, columns j .., as the cell or the projection made it.
-  void store_h(int64_t i, int64_t j, V h) {
-    const int n = valid_lanes<T>(p.width, j);
-    if (p.keep_h)
-      h = zoned_out(load_step(p.keep_h, i, t, p.keep_h_stride_t, p.keep_h_stride_b, p.width, j, n),
-                    V(load(h_prev + i * stride + j)), h);
-    store(static_cast<S*>(p.output) + place(i, t) * p.width + j, h, n);
-    const V next = carry(i, place(i) * p.width + j, h, p.h_n, p.reset_h, n);
-    store(h_next + i * stride + j, next);
-    if (p.mask_h) store(masked_next + i * stride + j, masked(i, j, next));
-  }
+  void store_h(int64_t i, int64_t j, V h) { store_h(i, j, valid_lanes<T>(p.width, j), h); }
 
  private:
   FASTRNN_HD Pack<V, G> gates_ih_of(int64_t i, int64_t j, const T* made) const {
@@ -161,17 +153,17 @@ struct ForwardStep : Walk<ForwardParams> {
     return gates;
   }
 
-  FASTRNN_HD void load_unit(int64_t i, int64_t j, const T* gates_hh, ForwardIn<Cell, V>& in) const {
+  // n: how many of units j .. there are; likewise below.
+  FASTRNN_HD void load_unit(int64_t i, int64_t j, int n, const T* gates_hh, ForwardIn<Cell, V>& in) const {
     for (int k = 0; k < G; ++k) in.gates_hh[k] = load(gates_hh + k * L);
     in.state[0] = load(h_prev + i * stride + j);
     if constexpr (kHasC) in.state[1] = load(c + i * stride + j);
-    in.params = load_params<Cell, S>(p, group, j, valid_lanes<T>(p.hidden, j));
+    in.params = load_params<Cell, S>(p, group, j, n);
   }
 
   // Stores what a step gave units j ..
-  FASTRNN_HD void finish(int64_t i, int64_t j, const ForwardOut<Cell, V>& out) {
+  FASTRNN_HD void finish(int64_t i, int64_t j, int n, const ForwardOut<Cell, V>& out) {
     const int64_t h = p.hidden;
-    const int n = valid_lanes<T>(h, j);
     V c_after(0);
     if constexpr (kHasC) {
       c_after = out.state[1];
@@ -182,7 +174,7 @@ struct ForwardStep : Walk<ForwardParams> {
     if (p.saved) {
       S* saved = static_cast<S*>(p.saved) + place(i, t) * saved_values<Cell>(p) * h + j;
       if constexpr (Cell::kSaved > 0)
-        for (int k = 0; k < Cell::kSaved; ++k) store(saved + k * h, out.saved[k], n);
+        FASTRNN_UNROLL for (int k = 0; k < Cell::kSaved; ++k) store(saved + k * h, out.saved[k], n);
       if constexpr (kHasC) store(saved + Cell::kSaved * h, c_after, n);
       if constexpr (!kHasC && !kRemakes<Cell>)
         if (p.keep_h) store(saved + Cell::kSaved * h, out.state[0], n);
@@ -192,7 +184,16 @@ struct ForwardStep : Walk<ForwardParams> {
     if (p.weight_hr)
       store(hidden + i * stride + j, out.state[0]);
     else
-      store_h(i, j, out.state[0]);
+      store_h(i, j, n, out.state[0]);
+  }
+  FASTRNN_HD void store_h(int64_t i, int64_t j, int n, V h) {
+    if (p.keep_h)
+      h = zoned_out(load_step(p.keep_h, i, t, p.keep_h_stride_t, p.keep_h_stride_b, p.width, j, n),
+                    V(load(h_prev + i * stride + j)), h);
+    store(static_cast<S*>(p.output) + place(i, t) * p.width + j, h, n);
+    const V next = carry(i, place(i) * p.width + j, h, p.h_n, p.reset_h, n);
+    store(h_next + i * stride + j, next);
+    if (p.mask_h) store(masked_next + i * stride + j, masked(i, j, next));
   }
 
   // State 0, columns j .., as the product reads it.
@@ -312,7 +313,7 @@ struct BackwardStep : Walk<BackwardParams> {
       store(b.grad_hidden + (rows->first + i) * stride + j, grad_hidden);
       BackwardIn<Cell, V> in;
       in.grad_state[0] = grad_hidden;
-      load_unit(i, j, in);
+      load_unit(i, j, valid_lanes<T>(p.hidden, j), in);
       const auto grads = Cell::late_grad(in);
       for (int k = 0; k < kLateGates<Cell>; ++k) store(to + gate(i, kEarlyGates<Cell> + k, j), grads[k]);
     } else {
@@ -321,11 +322,11 @@ struct BackwardStep : Walk<BackwardParams> {
       in.grad_state[0] = grad_hidden;
       if constexpr (kHasC) in.grad_state[1] = grad_c(i, j);
       if (i >= running) return;
-      load_unit(i, j, in);
+      const int n = valid_lanes<T>(p.hidden, j);
+      load_unit(i, j, n, in);
       [[maybe_unused]] V kept_c(0);
       if constexpr (kHasC)
         if (p.keep_c) {
-          const int n = valid_lanes<T>(p.hidden, j);
           const int64_t from = offset(i, t, p.keep_c_stride_t, p.keep_c_stride_b) + group * p.hidden + j;
           const V keep = load(static_cast<const S*>(p.keep_c) + from, n);
           kept_c = keep * in.grad_state[1];
@@ -335,7 +336,7 @@ struct BackwardStep : Walk<BackwardParams> {
       if (p.keep_h) out.grad_state_prev[0] = out.grad_state_prev[0] + kept;
       if constexpr (kHasC)
         if (p.keep_c) out.grad_state_prev[1] = out.grad_state_prev[1] + kept_c;
-      finish(i, j, out);
+      finish(i, j, n, out);
     }
   }
 
@@ -345,9 +346,10 @@ struct BackwardStep : Walk<BackwardParams> {
     BackwardOut<Cell, V> out;
     in.grad_state[0] = load(b.grad_hidden + (rows->first + i) * stride + j);
     in.late_grad = {{late_grad}};
-    load_unit(i, j, in);
+    const int n = valid_lanes<T>(p.hidden, j);
+    load_unit(i, j, n, in);
     Cell::backward(in, out);
-    finish(i, j, out);
+    finish(i, j, n, out);
     if (to_late) store(to_late + i * stride + j, in.saved[0] * in.state_prev[0]);
   }
 
@@ -359,26 +361,26 @@ struct BackwardStep : Walk<BackwardParams> {
       for (int64_t j = 0; j < h; j += L) store(carry_c + i * stride + j, grad_c(i, j));
     if (i >= running) return;
     const T* grad_hidden = b.grad_hidden + (rows->first + i) * stride;
-    const auto load_in = [&](int64_t j, const auto& row, auto work) FASTRNN_INLINE_BODY {
+    const auto load_in = [&](int64_t j, int n, const auto& row, auto work) FASTRNN_INLINE_BODY {
       BackwardIn<Cell, V> in;
       in.grad_state[0] = load(grad_hidden + j);
       if constexpr (kHasC) in.grad_state[1] = load(carry_c + i * stride + j);
-      load_unit(i, j, in);
+      load_unit(i, j, n, in);
       in.row = row;
       if constexpr (work)
-        for (int k = 0; k < W; ++k) in.work[k] = load(scratch + j * W + k * L);
+        FASTRNN_UNROLL for (int k = 0; k < W; ++k) in.work[k] = load(scratch + j * W + k * L);
       return in;
     };
     const auto keep = [&](int64_t j, const BackwardIn<Cell, V>& in) FASTRNN_INLINE_BODY {
       if constexpr (W > 0)
-        for (int k = 0; k < W; ++k) store(scratch + j * W + k * L, in.work[k]);
+        FASTRNN_UNROLL for (int k = 0; k < W; ++k) store(scratch + j * W + k * L, in.work[k]);
     };
     const auto row = run_passes<T, BackwardPasses<Cell>>(h, load_in, keep);
-    for (int64_t j = 0; j < h; j += L) {
+    for_each_vector<T>(h, [&](int64_t j, int n) FASTRNN_INLINE_BODY {
       BackwardOut<Cell, V> out;
-      Cell::backward(load_in(j, row, std::bool_constant<(W > 0)>()), out);
-      finish(i, j, out);
-    }
+      Cell::backward(load_in(j, n, row, std::bool_constant<(W > 0)>()), out);
+      finish(i, j, n, out);
+    });
   }
 
   // State 0 before row i's step at `time`, [R]; null for zeros.
@@ -401,13 +403,12 @@ struct BackwardStep : Walk<BackwardParams> {
     return grad;
   }
 
-  // What backward of units j .. reads, but for the gradients that arrive.
-  FASTRNN_HD void load_unit(int64_t i, int64_t j, BackwardIn<Cell, V>& in) const {
+  // What backward of units j .. reads, but for the gradients that arrive. n: how many of them there are.
+  FASTRNN_HD void load_unit(int64_t i, int64_t j, int n, BackwardIn<Cell, V>& in) const {
     const int64_t h = p.hidden, here = place(i, t), values = saved_values<Cell>(p);
-    const int n = valid_lanes<T>(h, j);
     const S* saved = static_cast<const S*>(p.saved) + here * values * h + j;
     if constexpr (Cell::kSaved > 0)
-      for (int k = 0; k < Cell::kSaved; ++k) in.saved[k] = load(saved + k * h, n);
+      FASTRNN_UNROLL for (int k = 0; k < Cell::kSaved; ++k) in.saved[k] = load(saved + k * h, n);
     if constexpr (Cell::kStates == 1) {  // width == hidden
       in.state_prev[0] = load_or_zero<T>(h_before(i, t), j, n);
       if (!p.keep_h) in.state[0] = load(static_cast<const S*>(p.output) + here * h + j, n);
@@ -425,15 +426,14 @@ struct BackwardStep : Walk<BackwardParams> {
   }
 
   // Stores what a step's backward gave units j ..
-  FASTRNN_HD void finish(int64_t i, int64_t j, const BackwardOut<Cell, V>& out) const {
+  FASTRNN_HD void finish(int64_t i, int64_t j, int n, const BackwardOut<Cell, V>& out) const {
     const int64_t h = p.hidden, here = place(i, t);
-    const int n = valid_lanes<T>(h, j);
     if (!p.weight_hr) store(carry_h + i * stride + j, out.grad_state_prev[0]);
     if constexpr (kHasC) store(carry_c + i * stride + j, out.grad_state_prev[1]);
     if constexpr (Cell::kParams > 0)
       if (p.grad_params) {
         T* grad_params = static_cast<T*>(p.grad_params) + place(i) * Cell::kParams * h + j;
-        for (int k = 0; k < Cell::kParams; ++k) add(grad_params + k * h, out.grad_params[k], n);
+        FASTRNN_UNROLL for (int k = 0; k < Cell::kParams; ++k) add(grad_params + k * h, out.grad_params[k], n);
       }
     for (int k = 0; k < kEarlyGates<Cell>; ++k) store(to + gate(i, k, j), out.grad_gates_hh[k]);  // late ones are there
     if (to_ih)

@@ -167,7 +167,7 @@ template <class T>
 void row_sums(const char* name) {
   double wrong = 0;
   for (int units = 1; units <= 40; ++units)
-    wrong += sum_over_units<T, 1>(units, [](int64_t) { return Pack<Vec<T>, 1>{{Vec<T>(1)}}; })[0] != T(units);
+    wrong += sum_over_units<T, 1>(units, [](int64_t, int) { return Pack<Vec<T>, 1>{{Vec<T>(1)}}; })[0] != T(units);
   report(name, wrong, 0);
 }
 
