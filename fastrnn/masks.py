@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import fallback
+from .layer import road
+from .ops import bernoulli
 from .records import Masks
 
 
@@ -44,7 +47,12 @@ class Noise(NamedTuple):
                 return None
             if not self.training:  # the expectation: one row for all
                 return torch.full((width,), probability, **options).expand(*steps, width)
-            return torch.bernoulli(torch.empty(*steps, width, **options), probability)
+            if like.device.type != "cpu" or road(fallback.has_kernels(torch.empty(0, **options))) == "reference":
+                return torch.bernoulli(torch.empty(*steps, width, **options), probability)
+            # The generator draws one number, of which a kernel makes the elements. Each would take it 6 ns, and all
+            # of them 10 to 20% of a training step.
+            seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
+            return bernoulli(seed, (*steps, width), probability, like.dtype)
 
         return Masks(mask_h, *(keep(p, directions * width) for p, width in zip(self.zoneout, widths, strict=False)))
 

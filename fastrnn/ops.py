@@ -23,6 +23,7 @@ library = torch.library.Library("fastrnn", "FRAGMENT")
 recurrent_forward = torch.ops.fastrnn.recurrent_forward.default
 recurrent_backward = torch.ops.fastrnn.recurrent_backward.default
 clamp_gradient = torch.ops.fastrnn.clamp_gradient.default
+bernoulli = torch.ops.fastrnn.bernoulli.default
 _MODULE_OPS = ("recurrent_forward", "recurrent_backward", "layer_forward", "layer_backward", "quantized_forward")
 
 
@@ -293,6 +294,11 @@ def _(x, limit):
     return torch.empty_like(x)
 
 
+@torch.library.register_fake("fastrnn::bernoulli", lib=library)
+def _(seed, size, p, dtype):
+    return seed.new_empty((*seed.shape, *size), dtype=dtype)
+
+
 # ---- vmap: a batched call is one call with a larger batch, or, where weights are batched, with more groups ----
 
 # What arguments and results are: a sequence [T, B, P*n], a state [B, P*n], a weight [P, ...], lengths [B] or [B, P],
@@ -372,6 +378,11 @@ def _(info, in_dims, x, limit):
     return clamp_gradient(x, limit), in_dims[0]
 
 
+@torch.library.register_vmap("fastrnn::bernoulli", lib=library)
+def _(info, in_dims, seed, size, p, dtype):
+    return bernoulli(seed.movedim(in_dims[0], 0), size, p, dtype), 0
+
+
 # ---- autocast: the recurrence runs in the autocast dtype, as torch's matrix products do ----
 
 
@@ -400,7 +411,9 @@ for _device_type in ("cpu", "cuda"):
 
 when_imported(
     "torch._inductor.lowering",
-    lambda lowering: lowering.FALLBACK_ALLOW_LIST.update(f"fastrnn::{op}" for op in (*_MODULE_OPS, "clamp_gradient")),
+    lambda lowering: lowering.FALLBACK_ALLOW_LIST.update(
+        f"fastrnn::{op}" for op in (*_MODULE_OPS, "clamp_gradient", "bernoulli")
+    ),
 )
 
 

@@ -44,6 +44,50 @@ Tensor gemm_cpu(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bo
   return call.out;
 }
 
+// The i-th number of SplitMix64 (Steele, Lea & Flood 2014) from a seed, without those before it.
+uint64_t random_bits(uint64_t seed, uint64_t i) {
+  uint64_t z = seed + (i + 1) * 0x9e3779b97f4a7c15;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+  return z ^ (z >> 31);
+}
+
+// 1 with probability below / 2^32, else 0. Each half of a number decides one element, whoever writes it.
+template <class S>
+void draw(S* to, int64_t count, uint64_t seed, uint64_t below) {
+  const S values[] = {S(0.0f), S(1.0f)};  // read, for a branch would be guessed wrong as often as the rarer one comes
+  at::parallel_for(0, (count + 1) / 2, 1 << 14, [&](int64_t begin, int64_t end) {
+    const int64_t pairs = std::min(end, count / 2);
+    for (int64_t i = begin; i < pairs; ++i) {
+      const uint64_t bits = random_bits(seed, i);
+      to[2 * i] = values[(bits & 0xffffffff) < below];
+      to[2 * i + 1] = values[(bits >> 32) < below];
+    }
+    if (end > pairs) to[2 * pairs] = values[(random_bits(seed, pairs) & 0xffffffff) < below];
+  });
+}
+
+Tensor bernoulli_cpu(const Tensor& seed, at::IntArrayRef size, double p, at::ScalarType dtype) {
+  RNN_CHECK_TYPE(seed.scalar_type() == at::kLong, "bernoulli: seed: expected dtype int64, got ", seed.scalar_type());
+  RNN_CHECK_VALUE(p >= 0 && p <= 1, "bernoulli: p: expected a probability, 0 to 1, got ", p);
+  std::vector<int64_t> sizes = seed.sizes().vec();
+  sizes.insert(sizes.end(), size.begin(), size.end());
+  const Tensor out = at::empty(sizes, seed.options().dtype(dtype)), seeds = seed.contiguous();
+  const int64_t each = seed.numel() > 0 ? out.numel() / seed.numel() : 0;
+  const auto all = [&](auto* to) {
+    for (int64_t n = 0; n < seed.numel(); ++n)
+      draw(to + n * each, each, static_cast<uint64_t>(seeds.const_data_ptr<int64_t>()[n]), uint64_t(p * 0x1p32));
+  };
+  switch (dtype) {
+    case at::kFloat: all(out.mutable_data_ptr<float>()); break;
+    case at::kDouble: all(out.mutable_data_ptr<double>()); break;
+    case at::kBFloat16: all(out.mutable_data_ptr<at::BFloat16>()); break;
+    case at::kHalf: all(out.mutable_data_ptr<at::Half>()); break;
+    default: RNN_CHECK_TYPE(false, "bernoulli: dtype: expected float32, float64, bfloat16 or float16, got ", dtype);
+  }
+  return out;
+}
+
 bool has_gemm(const Tensor& x) { return x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble; }
 
 // Below this many products of a row with a column the time goes into packing the other matrix.
@@ -348,6 +392,8 @@ TORCH_LIBRARY(fastrnn, m) {
   m.def("grouped_outer(Tensor a, Tensor b) -> Tensor", {at::Tag::pt2_compliant_tag});
   // x, whose gradient is clamped to [-limit, limit]: what grad_clip means, for the composite of fastrnn/reference.py.
   m.def("clamp_gradient(Tensor x, float limit) -> Tensor", {at::Tag::pt2_compliant_tag});
+  // A number of a device's generator in, each element of [*seed.shape, *size] 1 with probability p and else 0.
+  m.def("bernoulli(Tensor seed, SymInt[] size, float p, ScalarType dtype) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("cell_names() -> str[]", cell_names);
   // gates, states, saved, params, 1 if grad_gates_hh is a tensor of its own, 1 if zoneout needs no more saved values,
   // 1 if it takes mask_h, keep_h and keep_c
@@ -367,6 +413,7 @@ TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("gemm", gemm_cpu);
   m.impl("grouped_linear", grouped_linear_cpu);
   m.impl("grouped_outer", grouped_outer_cpu);
+  m.impl("bernoulli", bernoulli_cpu);
 }
 
 TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {

@@ -252,6 +252,36 @@ def test_rates(dtype: torch.dtype) -> None:
     assert all(near(both, p) for p, both in independent.items())
 
 
+def test_draws_of_a_seed() -> None:
+    """They are the seed's alone: the same for every dtype and number of threads, by themselves and among others."""
+    seeds, size, floats = torch.tensor([[3, -3, 4], [2**62, 0, 1]]), (7, 40961), (torch.float64, torch.float16)
+    draws = ops.bernoulli(seeds, size, 0.3, torch.float32)
+    assert draws.shape == (2, 3, *size) and draws.unique().tolist() == [0.0, 1.0]
+    apart = draws.flatten(0, 1).flatten(1)
+    assert all(near(x, 0.3) for x in apart)
+    assert all(near(a * b, 0.09) for i, a in enumerate(apart) for b in apart[:i])
+    for count in (1, 3):
+        with threads(count):
+            assert torch.equal(ops.bernoulli(seeds, size, 0.3, torch.float32), draws)
+    for dtype in floats:
+        assert torch.equal(ops.bernoulli(seeds, size, 0.3, dtype), draws.to(dtype))
+    odd = ops.bernoulli(seeds[1, 2], (5,), 0.3, torch.float32)
+    assert torch.equal(odd, draws[1, 2, 0, :5])
+
+    def one(seed: Tensor) -> Tensor:
+        return ops.bernoulli(seed, size, 0.3, torch.float32)
+
+    assert torch.equal(torch.vmap(torch.vmap(one), in_dims=1)(seeds), draws.transpose(0, 1))
+    for p in (0.0, 1.0):
+        assert (ops.bernoulli(seeds[0, 0], size, p, torch.float32) == p).all()
+    with pytest.raises(TypeError, match="seed: expected dtype int64, got Float"):
+        ops.bernoulli(seeds.float(), size, 0.3, torch.float32)
+    with pytest.raises(TypeError, match="dtype: expected float32, float64, bfloat16 or float16, got Int"):
+        ops.bernoulli(seeds, size, 0.3, torch.int32)
+    with pytest.raises(ValueError, match=r"p: expected a probability, 0 to 1, got 1\.5"):
+        ops.bernoulli(seeds, size, 1.5, torch.float32)
+
+
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_never_and_always(probability: float) -> None:
     x, hx = randn(T, B, I), state_of(make("LSTM"), 3)

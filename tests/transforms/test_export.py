@@ -178,6 +178,7 @@ def _samples() -> dict[str, tuple[Any, ...]]:
         "clamp_gradient": (torch.randn(3, 4, requires_grad=True), 0.5),
         "grouped_linear": (groups, torch.randn(2, 30, 40), torch.randn(2, 30)),
         "grouped_outer": (groups, groups[..., :30]),
+        "bernoulli": (torch.tensor([5, 6]), (3, 5), 0.3, torch.float32),
     }
 
 
