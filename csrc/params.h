@@ -1,7 +1,8 @@
 // What one call of a recurrence works on: plain data, no torch. Shapes stand behind each pointer:
 //   T steps, B batch, P groups (independent recurrences that share the call: directions, heads, members of an
 //   ensemble), G gates and S saved values of the cell, h hidden units of a group, R width of a group's state 0
-//   (R = h, or the projected size where weight_hr is given).
+//   (R = h, or the projected size where weight_hr is given), C states of a unit besides h, which stand side by side in
+//   what is named c here: [C, h] of a group, and C = 1 but for cells with more than two states.
 // All tensors are row-major and contiguous but for the strides given, which count elements.
 // Elements have type `dtype`; lengths are int64 and resets are bytes.
 #pragma once
@@ -23,7 +24,7 @@ struct ForwardParams {
   const void* weight_hr;  // [P, R, h] or null: h' = weight_hr (o tanh(c))
   const void* params;     // [P, kParams, h], null for cells without such
   const void* h_0;        // [B, P*R] or null for zeros
-  const void* c_0;        // [B, P*h] or null for zeros, and for cells with one state
+  const void* c_0;        // [B, P*C*h] or null for zeros, and for cells with one state
 
   // A row's valid steps: row b of group p at lengths[b * stride_b + p * stride_p]; null means T for all.
   const int64_t* lengths;
@@ -33,7 +34,7 @@ struct ForwardParams {
   const uint8_t* resets;
   int64_t resets_stride_t, resets_stride_b, resets_stride_p;
   const void* reset_h;  // [B, P*R] or null
-  const void* reset_c;  // [B, P*h] or null
+  const void* reset_c;  // [B, P*C*h] or null
 
   // Recurrent dropout: what h is multiplied with where it enters the recurrent product, and only there, in every step.
   const void* mask_h;  // [B, P*R] or null for ones
@@ -55,7 +56,7 @@ struct ForwardParams {
   // CPU's kernels find them zeroed; CUDA's write the zeros themselves.
   void* output;  // [T, B, P*R]
   void* h_n;     // [B, P*R]
-  void* c_n;     // [B, P*h] or null
+  void* c_n;     // [B, P*C*h] or null
   void* saved;   // [T, B, P*S*h], S = saved_values (registry.h), or null: backward will not follow
 };
 
@@ -83,8 +84,8 @@ struct BackwardParams : ForwardParams {
   const void* grad_output;  // [T, B, P*R], last dimension contiguous, or null for zeros
   int64_t grad_output_stride_t, grad_output_stride_b;
   const void* grad_h_n;  // [B, P*R] or null
-  const void* grad_c_n;  // [B, P*h] or null
-  const void* grad_cells;  // [T, B, P*h], last dimension contiguous: gradient of c after every step, or null
+  const void* grad_c_n;  // [B, P*C*h] or null
+  const void* grad_cells;  // [T, B, P*C*h], last dimension contiguous: gradient of c after every step, or null
   int64_t grad_cells_stride_t, grad_cells_stride_b;
 
   // [T, B, P, ..], of one unit's group G*h, and grad_gates_stride elements from that of a group to the next: G*h, or S*h
@@ -94,11 +95,11 @@ struct BackwardParams : ForwardParams {
   void* grad_gates_hh;   // [T, B, P*G*h], or null where the cell's is equal to grad_gates_ih
   void* grad_projected;  // [T, B, P*R]: the whole gradient of weight_hr's product; null without weight_hr
   void* grad_h_0;        // [B, P*R], or null: neither it nor grad_c_0 is wanted, and the last product is saved
-  void* grad_c_0;        // [B, P*h] or null
+  void* grad_c_0;        // [B, P*C*h] or null
   // Sums over a row's steps, in float32 where dtype is a half type; null where not wanted. The CPU's kernels find them
   // zeroed; CUDA's clear them where there is a step.
   void* grad_reset_h;  // [B, P*R]
-  void* grad_reset_c;  // [B, P*h]
+  void* grad_reset_c;  // [B, P*C*h]
   // A part for every row, which the caller adds up: nobody else then writes where a row does.
   void* grad_params;  // [B, P*kParams*h]
   // Scratch of CUDA's kernels where keep_h is given, else null, in float32 where dtype is a half type: the part of h's gradient that

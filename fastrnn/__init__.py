@@ -11,6 +11,7 @@ from . import functional
 from .modules import GRU, LSTM, MGU, RNN, GRUCell, LiGRU, LSTMCell, RNNCell
 from .quantized import quantize
 from .sequences import detach, pool, streaming
+from .slstm import SLSTM
 from .swap import convert, patch, to_torch, unconverted
 from .weights import from_keras, from_onnx, load_keras, to_keras, to_onnx
 
@@ -20,6 +21,7 @@ __all__ = [
     "LSTM",
     "MGU",
     "RNN",
+    "SLSTM",
     "GRUCell",
     "LSTMCell",
     "LiGRU",

@@ -21,12 +21,13 @@ def is_tensor_like(x: Any) -> bool:
 
 
 def given_states(cell: str, name: str, state: Any) -> States:
-    """A state as callers pass it, a tensor or for an LSTM a pair, as a tuple."""
+    """A state as callers pass it, a tensor or of a cell with several states a tuple, as a tuple."""
     count = CELLS[cell].states
     states = (state,) if count == 1 else state
     if isinstance(states, (tuple, list)) and len(states) == count and all(map(is_tensor_like, states)):
         return tuple(states)
-    wanted = "a tensor" if count == 1 else "a pair of tensors (h, c)"
+    names = ", ".join("hcnm"[:count])
+    wanted = "a tensor" if count == 1 else f"{'a pair' if count == 2 else 'a tuple'} of tensors ({names})"
     raise TypeError(f"{name}: expected {wanted}, got {kind_of(state)}")
 
 
@@ -146,7 +147,7 @@ def check_weights(
             got = list(x.shape) if is_tensor_like(x) else type(x).__name__  # type: ignore[union-attr]
             wanted = "2 dimensions" + (", or 3 with heads" if len(dims) > 1 else "")
             raise RuntimeError(f"{name_of(0, 0, field)}: expected a tensor of {wanted}, got {got}")
-    if first.weight_hr is not None and info.states == 1:
+    if first.weight_hr is not None and info.states != 2:
         raise RuntimeError(f"{name_of(0, 0, 'weight_hr')}: expected None, for only an LSTM has it, got a tensor")
     if first.params is not None and not info.params:
         raise RuntimeError(f"{name_of(0, 0, 'params')}: expected None for cell '{cell}', got a tensor")

@@ -115,24 +115,25 @@ def folded(states: LayerStates, cell: str, weight_hh: Tensor, batch: int) -> Lay
     for name in ("h_0", "c_0", "reset_h", "reset_c", "mask_h"):
         x = getattr(states, name)
         found[name] = None if x is None else fold(x)
-    for name, width in (("h_0", R), ("c_0", Gh // CELLS[cell].gates))[: CELLS[cell].states]:
+    for name, width in zip(("h_0", "c_0"), CELLS[cell].widths(R, Gh // CELLS[cell].gates), strict=False):
         if found[name] is None:
             found[name] = weight_hh.new_zeros(batch, D * width)
     return states._replace(**found)
 
 
 def every_c(cell: str, saved: Tensor, directions: int) -> Tensor:
-    """[.., D*H] of saved [.., D*S*H]: the last of each direction's S values."""
-    S = CELLS[cell].saved
-    return torch.cat(saved.chunk(directions * S, -1)[S - 1 :: S], -1)
+    """[.., D*C*H] of saved [.., D*S*H]: the last C of each direction's S values."""
+    S, C = CELLS[cell].saved, CELLS[cell].in_c
+    values = saved.chunk(directions * S, -1)
+    return torch.cat([x for k, x in enumerate(values) if k % S >= S - C], -1)
 
 
 def in_saved(cell: str, grad: Tensor, directions: int, others: Tensor | None) -> Tensor:
     """The gradient of every c as one of saved, added to the others of that."""
-    S, (*steps, width) = CELLS[cell].saved, grad.shape
-    H = width // directions
+    S, C, (*steps, width) = CELLS[cell].saved, CELLS[cell].in_c, grad.shape
+    H = width // (directions * C)
     # reshape, for legacy vmap (is_grads_batched=True) has no rule for flatten and unflatten
-    placed = F.pad(grad.reshape(*steps, directions, H), ((S - 1) * H, 0)).reshape(*steps, directions * S * H)
+    placed = F.pad(grad.reshape(*steps, directions, C * H), ((S - C) * H, 0)).reshape(*steps, directions * S * H)
     return placed if others is None else placed + others
 
 

@@ -72,7 +72,7 @@ def has_op(cell: str, input: Tensor, all_states: bool, grad_clip: float) -> bool
 def of_fixed_steps(x: Tensor) -> Tensor:
     """x [T, ..], for a loop over time in what is recorded: a warning says so, and a trace refuses another T."""
     warnings.warn(
-        "torch's own ops and ONNX' have no LiGRU and MGU, resets, return_all_states, layer_norm, grad_clip, "
+        "torch's own ops and ONNX' have no LiGRU, MGU and SLSTM, resets, return_all_states, layer_norm, grad_clip, "
         "recurrent_dropout or zoneout, and some no lengths, tokens, proj_size, peephole or reset_after: a loop over a "
         "fixed number of steps is recorded, which fails for another",
         stacklevel=2,

@@ -27,7 +27,7 @@ from .checks import (
 )
 from .network import network, own, step
 from .ops import CELLS
-from .records import PARAMS, LayerWeights, States
+from .records import PARAMS, LayerWeights, States, joined, split
 
 
 def lstm(
@@ -154,6 +154,30 @@ ligru = _of_cell("ligru", "light GRU (Ravanelli et al. 2018; equations of :class
 mgu = _of_cell("mgu", "minimal gated unit (Zhou et al. 2016; equations of :class:`fastrnn.MGU`)")
 
 
+def slstm(
+    input: Tensor,
+    state: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    weights: Sequence[Sequence[LayerWeights]],
+    *,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    token_input: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Multi-layer, uni- or bidirectional sLSTM (Beck et al. 2024; equations of :class:`fastrnn.SLSTM`).
+
+    Arguments, result and errors as in :func:`lstm`, with the state ``(h, c, n, m)`` of [L*D, B, H] each and no
+    ``weight_hr`` and ``params`` among the weights.
+    """
+    output, states = _checked(
+        "slstm", input, state, weights, dropout, training, lengths, resets, reset_state, token_input
+    )
+    h, c, n, m = states
+    return output, (h, c, n, m)
+
+
 def lstm_cell(input: Tensor, state: tuple[Tensor, Tensor], weights: LayerWeights) -> tuple[Tensor, Tensor]:
     """One step of an LSTM: input [B, I], state ``(h, c)`` of [B, H] each; returns the state after the step."""
     h, c = _checked_cell("lstm", input, state, weights)
@@ -193,18 +217,18 @@ def _checked(
     check_weights(cell, input, weights, tokens, may_have_heads=True)
     check_resets(resets, reset_state, (T, B), input.device)
     w = weights[0][0]
-    L, sizes = len(weights) * len(weights[0]), w.widths
+    L, (R, H), count = len(weights) * len(weights[0]), w.widths, CELLS[cell].states
 
     def states(name: str, state: Any) -> States | None:
         if state is None:
             return None
         found = given_states(cell, name, state)
-        for (part, x), size in zip(parts_of(name, found), sizes, strict=False):
+        for (part, x), size in zip(parts_of(name, found), (R, *[H] * (count - 1)), strict=True):
             if list(x.shape) != [L, B, size]:
                 expected = f"{[L, B, size]} (layers * directions, batch, width)"
                 raise RuntimeError(f"{part}: expected {expected}, got {list(x.shape)}")
             check_fits(part, x, *((w.weight_ih, "weights[0][0].weight_ih") if tokens else (input, "input")))
-        return found
+        return joined(found)
 
     start, fresh = states("state", state), states("reset_state", reset_state)
     if lengths is not None:
@@ -213,7 +237,7 @@ def _checked(
         cell, input, weights, start, fresh, lengths=lengths, resets=resets, dropout=dropout, training=training,
         num_heads=heads.count(w),
     )  # fmt: skip
-    return own(output), tuple(map(own, finals))
+    return own(output), tuple(map(own, split(finals, count)))
 
 
 def _checked_cell(cell: str, input: Tensor, state: Any, weights: Any) -> States:

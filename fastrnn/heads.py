@@ -44,13 +44,13 @@ def dense(weights: LayerWeights) -> LayerWeights:
 
 def grouped(call: LayerCall) -> LayerCall:
     """The call of the directions' heads, [D*N, B, h] in states; results go back through :func:`joined`."""
-    N, D = count(call.weights[0]), len(call.weights)
+    N, D, (_, H) = count(call.weights[0]), len(call.weights), call.weights[0].widths
 
     def split(state: Tensor | None) -> Tensor | None:
         if state is None:
             return None
-        B, H = state.shape[1:]
-        return state.reshape(D, B, N, H // N).transpose(1, 2).reshape(D * N, B, H // N)
+        B, n = state.shape[1:]  # n: H, or of c that for every state in it
+        return state.reshape(D, B, n // H, N, H // N).permute(0, 3, 1, 2, 4).reshape(D * N, B, n // N)
 
     given = call.states
     states = {name: split(getattr(given, name)) for name in ("h_0", "c_0", "reset_h", "reset_c", "mask_h")}
@@ -62,12 +62,19 @@ def grouped(call: LayerCall) -> LayerCall:
 
 
 def joined(results: LayerResults, heads: int) -> LayerResults:
-    """What a call of :func:`grouped` gave, as the layer's: the final states [D, B, H]."""
+    """What a call of :func:`grouped` gave, as the layer's: the final states [D, B, n], and c [T, B, D*n] of every
+    step."""
+    P, B, h = results.h_n.shape
+    D = P // heads
 
     def join(state: Tensor) -> Tensor:
         if state.dim() != 3:  # there is none
             return state
-        P, B, h = state.shape
-        return state.reshape(P // heads, heads, B, h).transpose(1, 2).reshape(P // heads, B, heads * h)
+        n = state.shape[2]
+        return state.reshape(D, heads, B, n // h, h).permute(0, 2, 3, 1, 4).reshape(D, B, heads * n)
 
-    return results._replace(h_n=join(results.h_n), c_n=join(results.c_n))
+    cells = results.cells
+    if cells.dim() > 1 and cells.shape[-1] > P * h:  # of more states than one
+        *steps, n = cells.shape
+        cells = cells.reshape(*steps, D, heads, n // (P * h), h).transpose(-3, -2).reshape(*steps, n)
+    return results._replace(h_n=join(results.h_n), c_n=join(results.c_n), cells=cells)

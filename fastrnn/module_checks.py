@@ -31,7 +31,7 @@ class ChecksCalls(HasFlatWeights):
         raise NotImplementedError
 
     def _state_widths(self) -> tuple[int, ...]:
-        """Of h and, for an LSTM, c."""
+        """Of h and of the states besides."""
         raise NotImplementedError
 
     def _kind(self) -> str:

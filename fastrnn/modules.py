@@ -51,7 +51,7 @@ _FIELDS = {field: field for field in LayerWeights._fields} | dict.fromkeys(PARAM
 
 
 class _Recurrent(per_sample.Hooked, ChecksCalls):
-    """What all layers share. States are tuples here: (h,) or (h, c)."""
+    """What all layers share. States are tuples here: (h,), (h, c) or (h, c, n, m)."""
 
     # Options of the constructors. An instance has only those that differ from these, so a plain one holds what torch's
     # holds.
@@ -183,14 +183,15 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
         return ", ".join([super().extra_repr(), *told])
 
     def _state_widths(self) -> tuple[int, ...]:
-        """Of h and, for an LSTM, c."""
-        return (self.proj_size or self.hidden_size, self.hidden_size)[: CELLS[self._cell].states]
+        """Of h and of the states besides."""
+        return (self.proj_size or self.hidden_size, *[self.hidden_size] * CELLS[self._cell].in_c)
 
     def _initial_names(self) -> list[list[str]]:
-        """Parameters of the initial state: of every layer and direction for h, then for c."""
+        """Parameters of the initial state: of every layer and direction for h, then for c, .."""
         suffixes = [names[0].removeprefix("weight_ih") for names in self._all_weights]
         return [
-            [f"{state}_0{suffix}" for suffix in suffixes] for state, _ in zip("hc", self._state_widths(), strict=False)
+            [f"{state}_0{suffix}" for suffix in suffixes]
+            for state, _ in zip("hcnm", self._state_widths(), strict=False)
         ]
 
     def _initial_states(self, batch: int) -> States:
@@ -421,12 +422,12 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
         output, finals, cells = self._layers(input, states, lengths, resets, reset_states)
         if self.batch_first:
             output = of_layers(lambda x: x.transpose(0, 1), output)
-            cells = None if cells is None else cells.transpose(0, 1)
+            cells = of_layers(lambda x: x.transpose(0, 1), cells)
         if not batched:
             output = of_layers(lambda x: x.squeeze(batch_dim), output)
-            cells = None if cells is None else cells.squeeze(batch_dim)
+            cells = of_layers(lambda x: x.squeeze(batch_dim), cells)
             finals = tuple(x.squeeze(state_dim) for x in finals)
-        return of_layers(own, output), tuple(map(own, finals)), own(cells)
+        return of_layers(own, output), tuple(map(own, finals)), of_layers(own, cells)
 
     def _run_packed(self, input: PackedSequence, states: States | None) -> tuple[Any, States, PackedSequence | None]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -459,25 +460,26 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
             )
             finals = tuple(permute(x, sorted_indices, state_dim) for x in finals)
             output = of_layers(lambda x: pack(permute(x, sorted_indices), lengths), output)
-            cells = None if cells is None else pack(permute(cells, sorted_indices), lengths)
+            cells = of_layers(lambda x: pack(permute(x, sorted_indices), lengths), cells)
         elif is_plain_call():
             padded, lengths = pad(data, batch_sizes)
             output, finals, cells = self._layers(padded, states, on_device(lengths, data.device))
             output = of_layers(lambda x: pack(x, lengths), output)
-            cells = None if cells is None else pack(cells, lengths)
+            cells = of_layers(lambda x: pack(x, lengths), cells)
         else:  # torch's routines have neither a forward derivative nor a rule for vmap
             lengths, places = (x.to(data.device, non_blocking=True) for x in packed_layout(batch_sizes))
             T, B = len(batch_sizes), len(lengths)
             padded = data.new_zeros(T * B, *data.shape[1:]).index_copy(0, places, data)
             output, finals, cells = self._layers(padded.reshape(T, B, *data.shape[1:]), states, lengths)
-            output = of_layers(lambda x: x.flatten(0, 1).index_select(0, places), output)
-            cells = None if cells is None else cells.flatten(0, 1).index_select(0, places)
+            output, cells = (
+                of_layers(lambda x: x.flatten(0, 1).index_select(0, places), each) for each in (output, cells)
+            )
 
         def packed(x: Tensor) -> PackedSequence:
             return PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices)
 
         finals = tuple(own(permute(x, unsorted_indices, state_dim)) for x in finals)
-        return of_layers(packed, output), finals, None if cells is None else packed(cells)
+        return of_layers(packed, output), finals, of_layers(packed, cells)
 
     def _run_nested(self, input: Tensor, hx: Any) -> tuple[Any, States, Any]:
         states = None if hx is None else checks.given_states(self._cell, "hx", hx)
@@ -501,7 +503,7 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
                 self._check_states("hx", padded, states, None)
             output, finals, cells = self._layers(padded, states, rows.lengths)
             finals = tuple(map(own, finals))
-        return of_layers(back, output), finals, None if cells is None else back(cells)
+        return of_layers(back, output), finals, of_layers(back, cells)
 
 
 class _SingleState(_Recurrent):

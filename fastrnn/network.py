@@ -26,7 +26,9 @@ def own(x: Any) -> Any:
 
 
 def of_layers(function: Callable[[Any], Any], output: Any) -> Any:
-    """Of an output, a tensor or a PackedSequence, or of all layers' outputs one by one."""
+    """Of an output, a tensor or a PackedSequence, or of a tuple of such one by one; None of None."""
+    if output is None:
+        return None
     return tuple(map(function, output)) if type(output) is tuple else function(output)
 
 
@@ -60,9 +62,10 @@ def network(
     num_heads: int = 0,
     noise: Noise = NO_NOISE,
 ) -> tuple[Any, States, Tensor | None]:
-    """output, the final states and, for an LSTM with ``all_states``, every c of the last layer [T, B, D*H].
+    """output, the final states and, with ``all_states``, every c of the last layer [T, B, D*H].
 
-    input [T, B, I] or tokens [T, B], or with batch_sizes packed [N, I]; states and reset_states [L*D, B, n] each.
+    input [T, B, I] or tokens [T, B], or with batch_sizes packed [N, I]; states and reset_states [L*D, B, n] each, one
+    or two (records.joined).
     dropout, locked_dropout: between layers, in training (regularizers.py).
     residual: from the second layer on, the output of the layer below is added to a layer's own.
     all_layers: output is a tuple of every layer's.
@@ -107,7 +110,7 @@ def network(
     def of_layer(states: States | None, i: int) -> States | None:
         return states if states is None or L == 1 else tuple(s[i * D : (i + 1) * D] for s in states)
 
-    count = CELLS[cell].states
+    count = CELLS[cell].tensors
     others = (
         marked,
         by_segments,
@@ -164,7 +167,7 @@ def _masks(
     N = of_heads[0] if of_heads else 1
     steps = input.shape[: 2 if batch_sizes is None else 1]
     batch = steps[1] if batch_sizes is None else int(batch_sizes[0])
-    widths = (N * R, N * (Gh // CELLS[cell].gates))[: CELLS[cell].states]
+    widths = CELLS[cell].widths(N * R, N * (Gh // CELLS[cell].gates))
     return noise.masks(weights[0].weight_hh, len(weights), steps, batch, widths)
 
 

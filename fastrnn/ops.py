@@ -62,6 +62,21 @@ class CellInfo(NamedTuple):
     remakes: bool  # zoneout needs no more saved values: the saved ones give again what the cell made
     masks: bool  # it runs under recurrent dropout and zoneout
 
+    @property
+    def in_c(self) -> int:
+        """How many states there are besides h. Calls have them side by side as one tensor that they name c, of H
+        values a state: [.., in_c * H], of a group or direction."""
+        return self.states - 1
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors a call has its states as: h, or h and c."""
+        return min(self.states, 2)
+
+    def widths(self, R: Any, H: Any) -> tuple[Any, ...]:
+        """Of h and, where there is one, c."""
+        return (R, self.in_c * H)[: self.tensors]
+
     def saved_values(self, keep_h: Any) -> int:
         """Values of a unit and step in a call's ``saved``."""
         return self.saved + (keep_h is not None and not self.remakes)
@@ -99,7 +114,7 @@ class _Checker:
         if not args.get("grad_clip", 0.0) >= 0:
             raise ValueError(f"{op}: grad_clip: expected 0 (none) or a number above, got {args['grad_clip']}")
         self.sized(name, reference, reference.dim() == 3, "3 dimensions")
-        gates, second = self.info.gates, self.info.states > 1
+        gates, second, in_c = self.info.gates, self.info.states > 1, self.info.in_c
         self.sized("weight_hh", weight_hh, weight_hh.dim() == 3, "3 dimensions (groups, gates * hidden, width)")
         self.T, self.B, _ = reference.shape
         self.P, self.Gh, self.R = weight_hh.shape
@@ -107,10 +122,11 @@ class _Checker:
         whole = self.P > 0 and self.h > 0 and self.R > 0 and self.Gh == gates * self.h
         self.sized("weight_hh", weight_hh, whole, f"(groups, {gates} * hidden, width) with every size above 0")
         given = {k for k, x in args.items() if x is not None}
-        second_states = set() if second else {"weight_hr", "c_0", "reset_c", "grad_c_n", "keep_c"}
+        second_states = set() if second else {"c_0", "reset_c", "grad_c_n", "keep_c"}
         params = {"params"} if self.info.params else set()
         masks = set() if self.info.masks else {"mask_h", "keep_h", "keep_c"}
-        for unwanted in (second_states | masks | ({"params"} - params)) & given:
+        projection = set() if self.info.states == 2 else {"weight_hr"}
+        for unwanted in (second_states | projection | masks | ({"params"} - params)) & given:
             raise RuntimeError(f"{op}: {unwanted}: expected none for cell '{cell}', got a tensor")
         for unwanted in {"reset_h", "reset_c"} & given if "resets" not in given else ():
             raise RuntimeError(f"{op}: {unwanted}: expected none without resets, got a tensor")
@@ -126,7 +142,7 @@ class _Checker:
         B, P, Gh, h, R = self.B, self.P, self.Gh, self.h, self.R
         sizes = {name: (P, *size) for name, size in weight_sizes(cell, h, R).items()}
         sizes |= dict.fromkeys(("h_0", "reset_h", "grad_h_n", "mask_h"), (B, P * R))
-        sizes |= dict.fromkeys(("c_0", "reset_c", "grad_c_n"), (B, P * h))
+        sizes |= dict.fromkeys(("c_0", "reset_c", "grad_c_n"), (B, P * in_c * h))
         sizes |= dict.fromkeys(("output", "grad_output", "keep_h"), (self.T, B, P * R))
         sizes |= {
             "gates_ih": (self.T, B, P * Gh),
@@ -181,7 +197,7 @@ def _(*args, **kwargs):
     return (
         empty(c.T, c.B, c.P * c.R),
         empty(c.B, c.P * c.R),
-        empty(c.B, c.P * c.h) if c.info.states > 1 else empty(0),
+        empty(c.B, c.P * c.info.in_c * c.h) if c.info.states > 1 else empty(0),
         empty(c.T, c.B, c.P * c.saved * c.h) if given["save"] else empty(0),
     )
 
@@ -197,9 +213,9 @@ def _(*args, **kwargs):
         empty(c.T, c.B, c.P * c.Gh) if c.info.separate_gates_hh else empty(0),
         empty(c.T, c.B, c.P * c.R) if given["weight_hr"] is not None else empty(0),
         empty(c.B, c.P * c.R) if initial else empty(0),
-        empty(c.B, c.P * c.h) if initial and c.info.states > 1 else empty(0),
+        empty(c.B, c.P * c.info.in_c * c.h) if initial and c.info.states > 1 else empty(0),
         empty(c.B, c.P * c.R) if given["reset_h"] is not None else empty(0),
-        empty(c.B, c.P * c.h) if given["reset_c"] is not None else empty(0),
+        empty(c.B, c.P * c.info.in_c * c.h) if given["reset_c"] is not None else empty(0),
         empty(c.B, c.P * c.info.params * c.h, dtype=wide) if given["params"] is not None else empty(0),
     )
 
@@ -222,7 +238,8 @@ def _check_layer(given: dict[str, Any], B: int) -> None:
     first, whose = (input, "input") if dense else (given["weight_ih"][0], "weight_ih")
     I = input.shape[-1] if dense else first.shape[1]  # noqa: E741
     sizes = weight_sizes(given["cell"], h, R, I)
-    sizes |= dict.fromkeys(("h_0", "reset_h", "mask_h"), (P, B, R)) | dict.fromkeys(("c_0", "reset_c"), (P, B, h))
+    sizes |= dict.fromkeys(("h_0", "reset_h", "mask_h"), (P, B, R))
+    sizes |= dict.fromkeys(("c_0", "reset_c"), (P, B, CELLS[given["cell"]].in_c * h))
     steps = input.shape[:-1] if dense else input.shape
     sizes |= {"keep_h": (*steps, P * R), "keep_c": (*steps, P * h)}
 
@@ -260,8 +277,8 @@ def _(*args, **kwargs):
     return (
         empty(*steps, P * R),
         empty(P, B, R),
-        empty(P, B, h) if info.states > 1 else empty(0),
-        empty(*steps, P * h) if given["all_states"] else empty(0),
+        empty(P, B, info.in_c * h) if info.states > 1 else empty(0),
+        empty(*steps, P * info.in_c * h) if given["all_states"] else empty(0),
         empty(*steps, P * info.saved_values(given["keep_h"]) * h) if given["save"] else empty(0),
     )
 
@@ -275,10 +292,11 @@ def _(*args, **kwargs):
     I = input.shape[-1] if dense else weight_ih[0].shape[1] if weight_ih else 0  # noqa: E741
     B = output.shape[1] if given["batch_sizes"] is None else int(given["batch_sizes"][0])
     info = CELLS[given["cell"]]
+    of_c = (P, B, info.in_c * h)
     sizes = {
         "input": (*output.shape[:-1], I),
         **{name: (P, *size) for name, size in weight_sizes(given["cell"], h, R, I).items()},
-        "h_0": (P, B, R), "c_0": (P, B, h) if info.states > 1 else 0, "reset_h": (P, B, R), "reset_c": (P, B, h),
+        "h_0": (P, B, R), "c_0": of_c if info.states > 1 else 0, "reset_h": (P, B, R), "reset_c": of_c,
     }  # fmt: skip
     found = []
     for (name, size), needed in zip(sizes.items(), given["needed"], strict=True):

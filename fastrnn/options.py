@@ -55,13 +55,14 @@ bidirectional: a second direction (D = 2) runs from the last step to the first; 
 proj_size: where it is above 0, ``weight_hr`` projects h to this width R; else R is H.
 device: of the parameters.
 dtype: of the parameters.
-learn_initial_state: parameters ``h_0_l0`` [R] and, of an LSTM, ``c_0_l0`` [H] for every layer and direction, named as
-  the weights are and zero at first. They are the state where none is passed, and the ``reset_state``.
+learn_initial_state: parameters ``h_0_l0`` [R] and, of an LSTM, ``c_0_l0`` [H] (of an SLSTM ``n_0_l0`` and ``m_0_l0``
+  besides) for every layer and direction, named as the weights are and zero at first. They are the state where none is
+  passed, and the ``reset_state``.
 state_batch_first: states come and go as [B, L*D, n] (unbatched ones are [L*D, n] as ever).
 return_all_states: a call returns a third result, the last layer's c after every step [T, B, D*H], laid out and padded
-  like the output. A gradient that reaches it is part of the fused backward in plain float32 and float64 calls on the
-  CPU without ``proj_size``; elsewhere, and in double backward, it makes backward the composite of
-  fastrnn/reference.py. Type checkers see the two results of the default.
+  like the output; of an SLSTM a tuple of c, n and m. A gradient that reaches it is part of the fused backward in plain
+  float32 and float64 calls on the CPU without ``proj_size``; elsewhere, and in double backward, it makes backward the
+  composite of fastrnn/reference.py. Type checkers see the two results of the default.
 token_input: integer input is tokens in [0, input_size): [T, B] ([B, T] with ``batch_first``, [T] unbatched, or
   packed) stands for the one-hot input, which is never made; dense input is taken as ever. Without it integer input
   raises as in torch.nn. Where the vocabulary is large, see :meth:`store_by_token`. May be set at any time, as an
@@ -89,10 +90,10 @@ return_all_layers: the output of a call is a tuple of every layer's output (afte
 num_heads: N heads of H/N units whose recurrences do not see each other (block-diagonal W_hh, as in xLSTM, Beck et al.
   2024): ``weight_hh_l0`` is [N, G*H/N, H/N], a block a head; all else has the shapes and the order of the plain layer.
   It must divide ``hidden_size``, and does not go with ``proj_size``.
-grad_clip: a number above 0: in backward, the gradient of h and of c is clamped to [-grad_clip, grad_clip] wherever a
-  step hands it to the step before, or to the state that it started from; what the output's own gradient brings is
-  added after. NaN stays NaN. Forward-mode AD has nothing to clamp. Double backward differentiates the clamps, and
-  clamps again what it takes back through the forward pass.
+grad_clip: a number above 0: in backward, the gradient of h and of c (n, m) is clamped to [-grad_clip, grad_clip]
+  wherever a step hands it to the step before, or to the state that it started from; what the output's own gradient
+  brings is added after. NaN stays NaN. Forward-mode AD has nothing to clamp. Double backward differentiates the
+  clamps, and clamps again what it takes back through the forward pass.
 recompute: a number of steps (0: off): training keeps the states at every ``recompute``-th step alone, and backward
   makes the rest again from there, so many steps at a time. The square root of T takes about the least memory. Results
   are equal up to rounding, and in every bit from run to run. Double backward needs the memory of the default, and so
@@ -116,9 +117,9 @@ init: what parameters are filled with, by the constructor and by ``reset_paramet
   1 to T_max steps: of an LSTM ``b_f = log(u)`` and ``b_i = -b_f``, u uniform in [1, T_max - 1] for each unit (Tallec
   and Ollivier 2018); of a GRU and a LiGRU ``b_z = log(u)``, for there z keeps h; of an MGU ``b_f = -log(u)``, for its f
   lets h go. They are in ``bias_ih``; those gates' part of ``bias_hh`` is 0. T_max is 2 or more.
-forget_bias: a number that an LSTM's forget gate has for its bias at first and after ``reset_parameters()``: it is
-  in ``bias_ih``, and that gate's part of ``bias_hh`` is 0, so that the sum of both is it (1: Gers et al. 2000,
-  Jozefowicz et al. 2015). Beside init='torch' and 'orthogonal'.
+forget_bias: a number that the forget gate of an LSTM or SLSTM has for its bias at first and after
+  ``reset_parameters()``: it is in ``bias_ih``, and that gate's part of ``bias_hh`` is 0, so that the sum of both is it
+  (1: Gers et al. 2000, Jozefowicz et al. 2015). Beside init='torch' and 'orthogonal'.
 recurrent_dropout: in training, the h that a step multiplies with ``weight_hh`` is m * h, where m is 0 with this
   probability and 1/(1-p) else, and the same in every step of a call: drawn for every call, row, unit, layer and
   direction (Gal and Ghahramani 2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks").
@@ -227,9 +228,9 @@ def _check_probability(name: str, value: Any, of: str = "an element being zeroed
 
 
 _LSTM_ONLY = {
-    "peephole": "no other has a c that gates could see",
-    "forget_bias": "no other has a gate that keeps c",
-    "return_all_states": "the output of any other holds every state",
+    "peephole": "LSTM: no other has a c that gates could see",
+    "forget_bias": "LSTM and SLSTM: no other has a gate that keeps c",
+    "return_all_states": "LSTM and SLSTM: the output of any other holds every state",
 }
 
 
@@ -245,10 +246,10 @@ def without_lstm_only(init: F) -> F:
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs or (len(args) > place and args[place] != 0):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        for name, reason in _LSTM_ONLY.items():
+        for name, which in _LSTM_ONLY.items():
             given = kwargs.pop(name, None)
             if given is not None and given is not False:
-                raise ValueError(f"{name} argument is only supported for LSTM: {reason}")
+                raise ValueError(f"{name} argument is only supported for {which}")
         if "layer_norm" not in names and kwargs.pop("layer_norm", False):
             raise ValueError("layer_norm argument is only supported for LSTM and GRU")
         for name in kwargs.keys() - set(names):  # an __init__ that classes share would speak in its own name
@@ -267,7 +268,7 @@ def documented(cls: C) -> C:
         default = "" if p.default is p.empty else f" (default {p.default!r})"
         (ours if p.kind is p.KEYWORD_ONLY else by_position).append(_item(p.name + default, texts[p.name]))
     lstm = "proj_size" in inspect.signature(cls).parameters
-    state = "``(h_0, c_0)`` of [L*D, B, R] and [L*D, B, H]" if lstm else "[L*D, B, H]"
+    state = "``(h_0, c_0)`` of [L*D, B, R] and [L*D, B, H]" if lstm else getattr(cls, "_STATE", "[L*D, B, H]")
     parts = {
         "Args:": by_position,
         "Keyword-only arguments, which torch.nn does not have:": ours,

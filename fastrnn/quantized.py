@@ -65,6 +65,8 @@ def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
     for m in found:
         if isinstance(m, _Quantized):
             raise TypeError(f"module: expected weights of float32, got {_name(m)}, which is quantized already")
+        if not isinstance(m, tuple(_KINDS)):
+            raise TypeError(f"module: expected layers that can have narrow weights, got {_name(m)}, which cannot")
         if m.return_all_states:
             raise ValueError(f"module: expected return_all_states=False, got {_name(m)} with True: only h is kept")
         if m.token_input:
@@ -83,7 +85,9 @@ def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
 def _name(module: nn.Module) -> str:
     """As users import it: torch.nn's and ours by their public names."""
     cls = type(module)
-    public = {"torch.nn.modules": "torch.nn"} | {f"fastrnn.{x}": "fastrnn" for x in ("cells", "modules", "quantized")}
+    public = {"torch.nn.modules": "torch.nn"} | {
+        f"fastrnn.{x}": "fastrnn" for x in ("cells", "modules", "quantized", "slstm")
+    }
     package = next((short for long, short in public.items() if cls.__module__.startswith(long)), cls.__module__)
     return f"{package}.{cls.__qualname__}"
 

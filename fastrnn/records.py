@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -39,18 +40,29 @@ def name_of(field: str, cell: str) -> str:
     return PARAMS.get(cell, field) if field == "params" else field
 
 
-States = tuple[Tensor, ...]  # (h,) or (h, c)
+# (h,) or (h, c). Users have (h, c, n, m) of a cell with four states; all below has those but h side by side as its c:
+# joined and split change one into the other.
+States = tuple[Tensor, ...]
+
+
+def joined(states: States) -> States:
+    return states if len(states) <= 2 else (states[0], torch.cat(states[1:], -1))
+
+
+def split(states: States, count: int) -> States:
+    """count: of the cell's states."""
+    return states if count <= 2 else (states[0], *(x.contiguous() for x in states[1].chunk(count - 1, -1)))
 
 
 class LayerStates(NamedTuple):
     """What a layer starts from, how long its rows are, and where it starts anew."""
 
     h_0: Tensor | None = None  # [D, B, R]; None for zeros
-    c_0: Tensor | None = None  # [D, B, H], LSTM only; None for zeros
+    c_0: Tensor | None = None  # [D, B, C*H], of cells with C states besides h (an LSTM: 1); None for zeros
     lengths: Tensor | None = None  # integer [B]
     resets: Tensor | None = None  # bool [T, B]
     reset_h: Tensor | None = None  # [D, B, R]; None for zeros
-    reset_c: Tensor | None = None  # [D, B, H]
+    reset_c: Tensor | None = None  # [D, B, C*H]
     # Constants, without gradients. Recurrent dropout: what h is multiplied with where it enters the recurrent product,
     # and only there, in every step. Zoneout: a state after a step is keep times the one before it and (1 - keep) times
     # what the cell made.
@@ -113,8 +125,8 @@ class LayerResults(NamedTuple):
 
     output: Tensor  # [T, B, D*R]
     h_n: Tensor  # [D, B, R]
-    c_n: Tensor  # [D, B, H], LSTM only
-    cells: Tensor  # [T, B, D*H]: c after every step, where all_states
+    c_n: Tensor  # [D, B, C*H]
+    cells: Tensor  # [T, B, D*C*H]: c after every step, where all_states
     saved: Tensor  # [T, B, D*S*H]: where backward may follow; S: CellInfo.saved_values
 
 

@@ -4,7 +4,8 @@ This is the readable oracle that every kernel is tested against, and what forwar
 is the one deliberate second copy of the formulas in ``csrc/cells``. Half types are computed in float32.
 
 Letters: T steps, B batch, P groups, G gates, h hidden units of a group, R width of a group's state 0 (h, or the
-projected size), S saved values. Results that do not apply have size 0.
+projected size), S saved values, C states besides h, which a call has side by side as one tensor named c. Results that
+do not apply have size 0.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Cell(NamedTuple):
     params: int = 0  # vectors of one number per unit, beside the weights
     separate_gates_hh: bool = False  # grad_gates_hh differs from grad_gates_ih
     # (saved, states before) -> the last of the states, as forward made it: what zoneout leaves of it is another. None:
-    # it is kept beside the saved values. A cell with two states has it.
+    # it is kept beside the saved values. A cell with two states has it; one with more has no zoneout.
     remake: Callable[[States, States], Tensor] | None = None
     saves_hidden: bool = False  # the last saved value is what a projection multiplies, and not o of o tanh(c)
     # The recurrent product of so many of the last gates is not with h, but with a vector that the other gates make of
@@ -198,6 +199,42 @@ def _first_gate_times_h(gates_ih: States, gates_hh: States, h: Tensor) -> Tensor
     return (gates_ih[0] + gates_hh[0]).sigmoid() * h
 
 
+def _slstm_forward(gates_ih: States, gates_hh: States, states: States, params: States) -> tuple[States, States]:
+    i, f, z, o = (a + b for a, b in zip(gates_ih, gates_hh, strict=True))
+    _, c, n, m = states
+    z, o = z.tanh(), o.sigmoid()
+    past = torch.nn.functional.logsigmoid(f) + m
+    after_m = torch.where(n == 0, i, torch.maximum(past, i))
+    of_past, of_new = (past - after_m).clamp(max=0).exp(), (i - after_m).exp()
+    c, n = of_past * c + of_new * z, of_past * n + of_new
+    return (o * (c / n), c, n, after_m), (past - i, (-f).sigmoid(), z, o)
+
+
+def _slstm_backward(
+    saved: States, states_prev: States, states: States, grads: States, grad_saved: States | None, params: States
+) -> tuple[States, States, States, States]:
+    distance, slope, z, o = saved
+    (_, c, n, _), (_, after_c, after_n, _) = states_prev, states
+    extra = grad_saved if grad_saved is not None else (0, 0, 0, 0)
+    unseen, above = n == 0, distance > 0
+    of_past, of_new = distance.clamp(max=0).exp(), torch.where(unseen, 0, -distance.clamp(min=0)).exp()
+    divisor = torch.where(after_n == 0, 1, after_n)  # it is 0 behind a row's end, where all else is, too
+    ratio, grad_ratio = after_c / divisor, grads[0] * o / divisor
+    grad_c, grad_n = grads[1] + grad_ratio, grads[2] - grad_ratio * ratio
+    grad_of_past = torch.where(unseen & above, 0, of_past * (grad_c * c + grad_n * n))
+    grad_of_new = of_new * (grad_c * z + grad_n)
+    part = torch.where(unseen, 0, (1 + distance.sign()) / 2)  # of m' that is the past's; at equality a half
+    grad_past = (1 - part) * grad_of_past + part * (grads[3] - grad_of_new) + extra[0]
+    grad_i = part * grad_of_new + (1 - part) * (grads[3] - grad_of_past) - extra[0]
+    gates = (
+        grad_i,
+        grad_past * slope - extra[1] * slope * (1 - slope),
+        (grad_c * of_new + extra[2]) * (1 - z * z),
+        (grads[0] * ratio + extra[3]) * o * (1 - o),
+    )
+    return gates, gates, (torch.zeros_like(grads[0]), grad_c * of_past, grad_n * of_past, grad_past), ()
+
+
 EPSILON = 1e-5  # of layer normalization, as of torch.nn.LayerNorm
 
 
@@ -321,6 +358,7 @@ CELLS = {
     ),
     "ligru": Cell(2, 2, 1, _ligru_forward, _ligru_backward, remake=_ligru_remake),
     "mgu": Cell(2, 2, 1, _mgu_forward, _mgu_backward, late=1, late_input=_first_gate_times_h),
+    "slstm": Cell(4, 4, 4, _slstm_forward, _slstm_backward),
     "gru_norm": Cell(3, 6, 1, _gru_norm_forward, _gru_norm_backward, params=12, separate_gates_hh=True),
 }
 
@@ -404,18 +442,27 @@ def _absent(x: Tensor) -> Tensor:
     return x.new_zeros(0)
 
 
-def _states(dtype: torch.dtype, P: int, h: Tensor, c: Tensor | None) -> States:
-    return tuple(x.to(dtype).reshape(x.shape[0], P, x.shape[1] // P) for x in (h, c) if x is not None)
+def _states(rule: Cell, dtype: torch.dtype, P: int, h: Tensor, c: Tensor | None) -> States:
+    """[B, P, n] each, of h [B, P*R] and c [B, P*C*h]."""
+    split = [x.to(dtype).reshape(x.shape[0], P, x.shape[1] // P) for x in (h, c) if x is not None]
+    return (split[0], *split[1].chunk(rule.states - 1, -1)) if rule.states > 2 else tuple(split)
+
+
+def _joined(states: Sequence[Tensor]) -> Tensor:
+    """c [.., P, C*h], of states [.., P, h]."""
+    return states[0] if len(states) == 1 else torch.cat(list(states), -1)
 
 
 def _params(params: Tensor | None, dtype: torch.dtype) -> States:
     return () if params is None else params.to(dtype).unbind(1)
 
 
-def _keeps(walk: _Walk, dtype: torch.dtype, keep_h: Tensor | None, keep_c: Tensor | None) -> list[Tensor | None]:
-    """[T, B, P, n] in the walk's order, of h and of c."""
+def _keeps(
+    rule: Cell, walk: _Walk, dtype: torch.dtype, keep_h: Tensor | None, keep_c: Tensor | None
+) -> list[Tensor | None]:
+    """[T, B, P, n] in the walk's order, of each state."""
     found: list[Tensor | None] = []
-    for x in (keep_h, keep_c):
+    for x in (keep_h, keep_c, *(None,) * rule.states)[: rule.states]:
         if x is not None:
             T, B, n = x.shape
             x = x.to(dtype).reshape(T, B, walk.groups, n // walk.groups)
@@ -432,12 +479,14 @@ def _zoned_out(keep: Tensor | None, k: int, before: Tensor, made: Tensor) -> Ten
     return made if keep is None else keep[k] * before + (1 - keep[k]) * made
 
 
-def _fresh(states: States, reset_h: Tensor | None, reset_c: Tensor | None) -> States:
-    given = (reset_h, reset_c)
-    return tuple(
-        torch.zeros_like(s) if r is None else r.to(s.dtype).reshape(s.shape)
-        for s, r in zip(states, given, strict=False)
-    )
+def _or_zeros(rule: Cell, states: States, h: Tensor | None, c: Tensor | None) -> States:
+    """Others of the states' shapes, of h [B, P*R] and c [B, P*C*h], each of which may be absent for zeros."""
+    like_h, like_c = states[0], states[1:]
+    of_h = torch.zeros_like(like_h) if h is None else h.to(like_h.dtype).reshape(like_h.shape)
+    if c is None or not like_c:
+        return (of_h, *map(torch.zeros_like, like_c))
+    B, P = like_h.shape[:2]
+    return of_h, *c.to(like_h.dtype).reshape(B, P, c.shape[1] // P).chunk(rule.states - 1, -1)
 
 
 def forward(
@@ -462,9 +511,9 @@ def forward(
     """``recurrent_forward`` without its ``save``.
 
     gates_ih [T, B, P*G*h]; weight_hh [P, G*h, R]; bias_hh [P, G*h]; weight_hr [P, R, h]; params [P, K, h], of a cell
-    with parameters; h_0, reset_h and mask_h [B, P*R]; c_0 and reset_c [B, P*h]; lengths [B] or [B, P]; resets [T, B] or
-    [T, B, P]; keep_h [T, B, P*R] and keep_c [T, B, P*h]; reverse: P flags.
-    Returns output [T, B, P*R], h_n [B, P*R], c_n [B, P*h], saved [T, B, P*S*h].
+    with parameters; h_0, reset_h and mask_h [B, P*R]; c_0 and reset_c [B, P*C*h]; lengths [B] or [B, P]; resets [T, B]
+    or [T, B, P]; keep_h [T, B, P*R] and keep_c [T, B, P*h]; reverse: P flags.
+    Returns output [T, B, P*R], h_n [B, P*R], c_n [B, P*C*h], saved [T, B, P*S*h].
     """
     dtype, wide = gates_ih.dtype, torch.promote_types(gates_ih.dtype, torch.float32)
     T, B, _ = gates_ih.shape
@@ -476,10 +525,10 @@ def forward(
         gates = torch.where(walk.valid[..., None], gates, 0)
     gates = walk(gates)
     weight = weight_hh.to(wide)
-    states = _states(wide, P, h_0, c_0)
-    fresh = _fresh(states, reset_h, reset_c)
+    states = _states(rule, wide, P, h_0, c_0)
+    fresh = _or_zeros(rule, states, reset_h, reset_c)
     units = _params(params, wide)
-    keeps, mask = _keeps(walk, wide, keep_h, keep_c), _mask(mask_h, P, wide)
+    keeps, mask = _keeps(rule, walk, wide, keep_h, keep_c), _mask(mask_h, P, wide)
     early, h = rule.gates - rule.late, Gh // rule.gates
 
     def recurrent(x: Tensor, first: int, count: int) -> States:
@@ -504,7 +553,7 @@ def forward(
         if weight_hr is not None:
             after = (_product(after[0], weight_hr.to(wide).transpose(1, 2)), *after[1:])
         made = after[0] if keep_h is not None and rule.remake is None else after[0][..., :0]
-        after = tuple(_zoned_out(x, k, *pair) for x, *pair in zip(keeps, states, after, strict=False))
+        after = tuple(_zoned_out(x, k, *pair) for x, *pair in zip(keeps, states, after, strict=True))
         record = torch.cat([*values, *after[1:], made], -1)
         output = after[0]
         if walk.valid is not None:
@@ -517,7 +566,7 @@ def forward(
     R, width = weight_hh.shape[2], _saved_values(rule, keep_h) * (Gh // rule.gates)
     output = walk(_stack(outputs, gates, (B, P, R))).reshape(T, B, P * R)
     saved = walk(_stack(kept, gates, (B, P, width))).reshape(T, B, P * width)
-    c_n = states[1].flatten(1) if len(states) > 1 else _absent(gates)
+    c_n = _joined(states[1:]).flatten(1) if len(states) > 1 else _absent(gates)
     return output.to(dtype), states[0].flatten(1).to(dtype), c_n.to(dtype), saved.to(dtype)
 
 
@@ -559,8 +608,8 @@ def backward(
     h = Gh // rule.gates
     walk = _Walk(T, B, P, lengths, resets, reverse, output.device)
     weight = weight_hh.to(wide)
-    start = _states(wide, P, h_0, c_0)
-    fresh = _fresh(start, reset_h, reset_c)
+    start = _states(rule, wide, P, h_0, c_0)
+    fresh = _or_zeros(rule, start, reset_h, reset_c)
 
     def sequence(x: Tensor) -> Tensor:
         return walk(x.to(wide).reshape(T, B, P, x.shape[-1] // P))
@@ -582,15 +631,12 @@ def backward(
             grad_saved = torch.where(walk.valid[..., None], grad_saved, 0)
         grad_values, grad_states, grad_made = split(grad_saved)
     before = [walk.previous(*x) for x in zip(after, start, fresh, strict=True)]
-    keeps, mask = _keeps(walk, wide, keep_h, keep_c), _mask(mask_h, P, wide)
+    keeps, mask = _keeps(rule, walk, wide, keep_h, keep_c), _mask(mask_h, P, wide)
     if keeps[rule.states - 1] is not None:  # the cell's backward asks for what it made
         after[-1] = made_h[0] if rule.remake is None else rule.remake(tuple(values), tuple(before))
     grad_outputs = None if grad_output is None else sequence(grad_output)
 
-    grads = tuple(
-        torch.zeros_like(s) if g is None else g.to(wide).reshape(s.shape)
-        for s, g in zip(start, (grad_h_n, grad_c_n), strict=False)
-    )
+    grads = _or_zeros(rule, start, grad_h_n, grad_c_n)
     grad_fresh = tuple(torch.zeros_like(s) for s in start)
     units = _params(params, wide)
     grad_units = tuple(weight.new_zeros(B, P, h) for _ in units)
@@ -608,8 +654,8 @@ def backward(
             here = tuple(torch.where(valid, g, 0) for g in here)
         if grad_states:
             here = (here[0], *(g + e[k] for g, e in zip(here[1:], grad_states, strict=True)))
-        kept = tuple(None if x is None else x[k] * g for x, g in zip(keeps, here, strict=False))
-        here = tuple(g if x is None else (1 - x[k]) * g for x, g in zip(keeps, here, strict=False))
+        kept = tuple(None if x is None else x[k] * g for x, g in zip(keeps, here, strict=True))
+        here = tuple(g if x is None else (1 - x[k]) * g for x, g in zip(keeps, here, strict=True))
         if grad_made:
             here = (here[0] + grad_made[0][k],)
         if weight_hr is not None:
@@ -645,20 +691,20 @@ def backward(
     def collect(steps: list[Tensor], width: int) -> Tensor:
         return walk(_stack(steps[::-1], after[0], (B, P, width))).reshape(T, B, P * width).to(dtype)
 
-    def state(grads: States, which: int, wanted: bool = True) -> Tensor:
-        if not wanted or which >= len(grads):
+    def state(grads: States, wanted: bool = True) -> Tensor:
+        if not wanted or not grads:
             return _absent(output)
-        x = grads[which]  # reshape, for legacy vmap (is_grads_batched=True) has no rule for flatten
+        x = _joined(grads)  # reshape, for legacy vmap (is_grads_batched=True) has no rule for flatten
         return x.reshape(B, P * x.shape[2]).to(dtype)
 
     return (
         collect(gates_ih, Gh),
         collect(gates_hh, Gh) if rule.separate_gates_hh else _absent(output),
         collect(projected, R) if weight_hr is not None else _absent(output),
-        state(grads, 0, initial),
-        state(grads, 1, initial),
-        state(grad_fresh, 0, reset_h is not None),
-        state(grad_fresh, 1, reset_c is not None),
+        state(grads[:1], initial),
+        state(grads[1:], initial),
+        state(grad_fresh[:1], reset_h is not None),
+        state(grad_fresh[1:], reset_c is not None),
         torch.stack(grad_units, 2).reshape(B, P * len(units) * h) if units else _absent(output),
     )
 

@@ -106,7 +106,7 @@ def layer(call: LayerCall, every: int) -> LayerResults:
     started = call.states
     if started.h_0 is None:
         w, D = call.weights[0], len(call.weights)
-        widths = w.widths[: CELLS[call.cell].states]
+        widths = CELLS[call.cell].widths(*w.widths)
         zeros = layer_states(tuple(w.weight_hh.new_zeros(D, call.batch, n) for n in widths))
         started = started._replace(h_0=zeros.h_0, c_0=zeros.c_0)
     options = call._replace(input=None, weights=[], states=None), every  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
+from fastrnn.ops import CELLS
 
 KINDS = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")
 CELL_KINDS = ("LSTMCell", "GRUCell", "RNNCell_TANH", "RNNCell_RELU")
@@ -79,6 +80,14 @@ def make_state(kind: str, *leading: int, hidden: int, proj: int = 0, seed: int =
     return tuple(states) if len(states) == 2 else states[0]
 
 
+def as_c(cell: str, x: Tensor, groups: int = 1) -> Tensor:
+    """x [.., groups * n] as the cell's c may be: the n of an sLSTM, the second of three states, is above 0."""
+    if CELLS[cell].in_c < 3:
+        return x
+    c, n, m = x.unflatten(-1, (groups, 3, -1)).unbind(-2)
+    return torch.stack([c, n.abs() + 0.5, m], -2).flatten(-3)
+
+
 def tensors(state: State) -> tuple[Tensor, ...]:
     if state is None:
         return ()
@@ -119,7 +128,7 @@ def collect(output: Any, finals: State, named: Mapping[str, Tensor], loss: Tenso
         output = output.data
     if output is not None:
         results["output"] = output
-    results.update(zip(("h_n", "c_n"), tensors(finals), strict=False))
+    results.update(zip(("h_n", "c_n", "n_n", "m_n"), tensors(finals), strict=False))
     floating = [x for x in results.values() if x.is_floating_point()]
     (weighted(floating) if loss is None else loss).backward()
     results = {name: x.detach() for name, x in results.items()}
@@ -137,7 +146,7 @@ def evaluate(module: nn.Module, input: Any, hx: State = None, **options: Any) ->
         data = input = leaf(input)
     hx = map_state(leaf, hx)
     output, finals = module(input, hx, **options)
-    named = {"input": data, **dict(zip(("h_0", "c_0"), tensors(hx), strict=False))}
+    named = {"input": data, **dict(zip(("h_0", "c_0", "n_0", "m_0"), tensors(hx), strict=False))}
     return collect(output, finals, {**named, **dict(module.named_parameters())})
 
 

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastrnn
 from fastrnn import layer, modules, products, reference
 from fastrnn.ops import CELLS, recurrent_backward, recurrent_forward
+from tests.helpers import as_c
 
 layer_forward = torch.ops.fastrnn.layer_forward.default
 layer_backward = torch.ops.fastrnn.layer_backward.default
@@ -63,11 +64,11 @@ class Case:
 
     def fused(self, *given: Any) -> tuple[Tensor, ...]:
         """output, h_n and, for cells that have it, c_n by the op."""
-        return recurrent_forward(*self.arguments(*given), False)[: 1 + CELLS[self.cell].states]
+        return recurrent_forward(*self.arguments(*given), False)[: 1 + CELLS[self.cell].tensors]
 
     def composite(self, *given: Any) -> tuple[Tensor, ...]:
         """The same by the reference, which torch differentiates."""
-        return reference.forward(*self.arguments(*given))[: 1 + CELLS[self.cell].states]
+        return reference.forward(*self.arguments(*given))[: 1 + CELLS[self.cell].tensors]
 
 
 def make_case(
@@ -106,13 +107,12 @@ def make_case(
         tensors["weight_hr"] = normal(P, R, h)
     if CELLS[cell].params:
         tensors["params"] = normal(P, CELLS[cell].params, h)
-    widths = {"h": R, "c": h}
-    states = ("h", "c")[: CELLS[cell].states]
-    for name in states:
-        tensors[f"{name}_0"] = normal(B, P * widths[name])
-    if reset_state:
+    widths = dict(zip("hc", CELLS[cell].widths(R, h), strict=False))
+    states = tuple(widths)
+    for which in ("{}_0", "reset_{}")[: 1 + reset_state]:
         for name in states:
-            tensors[f"reset_{name}"] = normal(B, P * widths[name])
+            state = normal(B, P * widths[name])
+            tensors[which.format(name)] = state if name == "h" else as_c(cell, state, P)
     tensors = {name: x.requires_grad_(requires_grad) for name, x in tensors.items()}
     if lengths:
         shape = (B,) if lengths == "rows" else (B, P)

@@ -24,14 +24,14 @@ SIZES = ((3, 1, 1, 5), (4, 9, 2, 33), (3, 5, 1, 200), (2, 33, 1, 130))
 
 def run(device: torch.device, cell: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> None:
     T, B, P, h = size
-    gates, states = ops.CELLS[cell].gates, ops.CELLS[cell].states
+    gates, states, in_c = ops.CELLS[cell].gates, ops.CELLS[cell].states, ops.CELLS[cell].in_c
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device).mul(0.3).to(dtype)
 
     lengths = torch.randint(0, T + 1, (B,)).to(device)
     resets = (torch.rand(T, B) < 0.3).to(device)
-    h_0, c_0 = normal(B, P * h), normal(B, P * h) if states > 1 else None
+    h_0, c_0 = normal(B, P * h), normal(B, P * in_c * h).abs() + 0.1 if states > 1 else None  # an sLSTM's n is above 0
     weight_hh = normal(P, gates * h, h)
     params = normal(P, ops.CELLS[cell].params, h) if ops.CELLS[cell].params else None
     shared = (None, params, *LayerStates(h_0, c_0, lengths, resets), [p % 2 == 1 for p in range(P)])

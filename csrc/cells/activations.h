@@ -12,12 +12,21 @@ FASTRNN_HD float exp(float x) { return ::expf(x); }
 FASTRNN_HD float tanh(float x) { return ::tanhf(x); }
 FASTRNN_HD double exp(double x) { return ::exp(x); }
 FASTRNN_HD double tanh(double x) { return ::tanh(x); }
+// log(1 + x), x in [0, 1]
+FASTRNN_HD float log1p(float x) { return ::log1pf(x); }
+FASTRNN_HD double log1p(double x) { return ::log1p(x); }
 // Of single numbers alone, for Row::combine.
 FASTRNN_HD float sqrt(float x) { return ::sqrtf(x); }
 FASTRNN_HD double sqrt(double x) { return ::sqrt(x); }
 // a where y > 0, 0 where y <= 0, a where y is NaN (so that a NaN is not lost).
 FASTRNN_HD float where_positive(float y, float a) { return y <= 0.0f ? 0.0f : a; }
 FASTRNN_HD double where_positive(double y, double a) { return y <= 0.0 ? 0.0 : a; }
+// a where y is 0, b elsewhere.
+FASTRNN_HD float where_zero(float y, float a, float b) { return y == 0.0f ? a : b; }
+FASTRNN_HD double where_zero(double y, double a, double b) { return y == 0.0 ? a : b; }
+// The larger one, NaN where either is.
+FASTRNN_HD float maximum(float a, float b) { return a > b ? a : a <= b ? b : a + b; }
+FASTRNN_HD double maximum(double a, double b) { return a > b ? a : a <= b ? b : a + b; }
 
 template <class V>
 FASTRNN_HD V sigmoid(V x) {
@@ -26,6 +35,13 @@ FASTRNN_HD V sigmoid(V x) {
 template <class V>
 FASTRNN_HD V relu(V x) {
   return where_positive(x, x);
+}
+
+// log sigmoid(x) = min(x, 0) - log(1 + e^-|x|)
+template <class V>
+FASTRNN_HD V log_sigmoid(V x) {
+  const V below = relu(-x);
+  return -(below + log1p(exp(-(relu(x) + below))));
 }
 
 // Derivatives in terms of the activation's output y, which is what is kept.

@@ -7,7 +7,8 @@
 //
 // A cell is a struct with
 //   kGates   gate pre-activations per unit, in torch.nn's order
-//   kStates  states per unit; state 0 is h, the one that recurs through weight_hh
+//   kStates  states per unit; state 0 is h, the one that recurs through weight_hh. The others are what calls name c: one,
+//            or several side by side, and then there is no projection, recurrent dropout or zoneout
 //   kSaved   values that forward hands to backward, besides the states themselves
 //   kParams  vectors of one number per unit beside the weights, as peepholes are (0 for every cell of torch.nn)
 //   forward, backward
@@ -100,6 +101,10 @@ FASTRNN_HD void for_each_pass(Body&& body) {
     for_each_pass<Passes, k + 1>(body);
   }
 }
+
+// States besides h.
+template <class Cell>
+inline constexpr int kInC = Cell::kStates - 1;
 
 template <class Cell, class = void>
 inline constexpr bool kSavesHidden = false;

@@ -10,6 +10,7 @@
 #include "norm_lstm.h"
 #include "peephole_lstm.h"
 #include "reset_before_gru.h"
+#include "slstm.h"
 
 // The tests compile kernels with cells of their own, to see that a cell needs nothing but this: a header that the macro
 // names defines FASTRNN_FOR_EACH_MORE_CELL.
@@ -30,6 +31,7 @@
   X("gru_reset_before", ::fastrnn::ResetBeforeGRUCell, false) \
   X("ligru", ::fastrnn::LiGRUCell, false) \
   X("mgu", ::fastrnn::MGUCell, false) \
+  X("slstm", ::fastrnn::SLSTMCell, false) \
   FASTRNN_FOR_EACH_MORE_CELL(X)
 
 namespace fastrnn {
@@ -46,6 +48,8 @@ struct CellInfo {
   bool whole_rows;         // has a Row (cell.h)
   int forward_work, backward_work;  // values of a unit that its passes leave to each other
   bool remakes;            // zoneout needs no more saved values, see remake in cell.h
+
+  int in_c() const { return states - 1; }  // how many states a call's "c" holds, side by side (params.h)
 };
 
 inline constexpr CellInfo kCells[] = {
@@ -58,11 +62,11 @@ inline constexpr CellInfo kCells[] = {
 };
 #define FASTRNN_CHECK_CELL(name, Cell, separate) \
   static_assert(!kHasLate<Cell> || (Cell::kStates == 1 && !kWholeRows<Cell> && !separate), name ": late gates: see cell.h"); \
-  static_assert(Cell::kStates == 1 || kRemakes<Cell> || kWholeRows<Cell>, name ": zoneout needs remake");
+  static_assert(Cell::kStates != 2 || kRemakes<Cell> || kWholeRows<Cell>, name ": zoneout needs remake");
 FASTRNN_FOR_EACH_CELL(FASTRNN_CHECK_CELL)
 #undef FASTRNN_CHECK_CELL
 // Does it run under recurrent dropout and zoneout?
-inline constexpr bool takes_masks(const CellInfo& info) { return !info.whole_rows && info.late_gates == 0; }
+inline constexpr bool takes_masks(const CellInfo& info) { return !info.whole_rows && info.late_gates == 0 && info.states <= 2; }
 // Values per unit and step in a call's `saved`.
 inline constexpr int saved_values(const CellInfo& info, bool keep_h) { return info.saved + (keep_h && !info.remakes); }
 inline constexpr int kNumCells = sizeof(kCells) / sizeof(kCells[0]);

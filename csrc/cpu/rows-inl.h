@@ -29,6 +29,11 @@ struct Walk {
   // Of (row, group) in tensors [B, P * ..], and of (t, row, group) in tensors [T, B, P * ..].
   int64_t place(int64_t i) const { return rows->row[i] * p.groups + group; }
   int64_t place(int64_t i, int64_t t) const { return (p.first_row(t) + rows->row[i]) * p.groups + group; }
+  // Of unit j of state 1 + k, in tensors [B, P * C * h].
+  template <int C>
+  int64_t in_c(int64_t i, int k, int64_t j) const {
+    return (place(i) * C + k) * p.hidden + j;
+  }
   // Where row i of time t starts in a tensor with these strides.
   int64_t offset(int64_t i, int64_t t, int64_t stride_t, int64_t stride_b) const {
     return (p.step_rows ? p.step_rows[t] * stride_b : t * stride_t) + rows->row[i] * stride_b;

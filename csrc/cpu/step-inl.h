@@ -45,7 +45,8 @@ struct ForwardStep : Walk<ForwardParams> {
   using T = typename Compute<S>::type;
   using V = Vec<T>;
   static constexpr int L = V::kLanes, G = Cell::kGates;
-  static constexpr bool kHasC = Cell::kStates > 1;
+  static constexpr int C = kInC<Cell>;
+  static constexpr bool kHasC = C > 0;
 
   const ForwardBuffers<Cell, T>& b;
   const int64_t stride;  // the buffers'
@@ -73,13 +74,15 @@ struct ForwardStep : Walk<ForwardParams> {
 
   // The state before the first step, columns j .. of state 0. A row without a step ends where it starts.
   void start_h(int64_t i, int64_t j) {
-    const V h = start(i, p.width, j, p.h_0, p.h_n, p.reset_h);
+    const V h = start(i, place(i) * p.width + j, p.h_0, p.h_n, p.reset_h, valid_lanes<T>(p.width, j));
     for (T* x : b.h) store(x + (rows->first + i) * stride + j, h);
     if (p.mask_h)
       for (T* x : b.masked) store(x + (rows->first + i) * stride + j, masked(i, j, h));
   }
   void start_c(int64_t i, int64_t j) {
-    store(b.c + (rows->first + i) * stride + j, start(i, p.hidden, j, p.c_0, p.c_n, p.reset_c));
+    for (int k = 0; k < C; ++k)
+      store(b.c + (k * p.batch + rows->first + i) * stride + j,
+            start(i, in_c<C>(i, k, j), p.c_0, p.c_n, p.reset_c, valid_lanes<T>(p.hidden, j)));
   }
 
   // The cell of units j .., given their recurrent product with its bias, [G][L]. gates_ih: likewise, or null where the
@@ -157,30 +160,29 @@ struct ForwardStep : Walk<ForwardParams> {
   FASTRNN_HD void load_unit(int64_t i, int64_t j, int n, const T* gates_hh, ForwardIn<Cell, V>& in) const {
     for (int k = 0; k < G; ++k) in.gates_hh[k] = load(gates_hh + k * L);
     in.state[0] = load(h_prev + i * stride + j);
-    if constexpr (kHasC) in.state[1] = load(c + i * stride + j);
+    FASTRNN_UNROLL for (int k = 0; k < C; ++k) in.state[1 + k] = load(c + (k * p.batch + i) * stride + j);
     in.params = load_params<Cell, S>(p, group, j, n);
   }
 
   // Stores what a step gave units j ..
   FASTRNN_HD void finish(int64_t i, int64_t j, int n, const ForwardOut<Cell, V>& out) {
     const int64_t h = p.hidden;
-    V c_after(0);
-    if constexpr (kHasC) {
-      c_after = out.state[1];
+    V after[C + 1];
+    FASTRNN_UNROLL for (int k = 0; k < C; ++k) after[k] = out.state[1 + k];
+    if constexpr (C == 1)
       if (p.keep_c)
-        c_after = zoned_out(load_step(p.keep_c, i, t, p.keep_c_stride_t, p.keep_c_stride_b, h, j, n),
-                            V(load(c + i * stride + j)), c_after);
-    }
+        after[0] = zoned_out(load_step(p.keep_c, i, t, p.keep_c_stride_t, p.keep_c_stride_b, h, j, n),
+                             V(load(c + i * stride + j)), after[0]);
     if (p.saved) {
       S* saved = static_cast<S*>(p.saved) + place(i, t) * saved_values<Cell>(p) * h + j;
       if constexpr (Cell::kSaved > 0)
         FASTRNN_UNROLL for (int k = 0; k < Cell::kSaved; ++k) store(saved + k * h, out.saved[k], n);
-      if constexpr (kHasC) store(saved + Cell::kSaved * h, c_after, n);
+      FASTRNN_UNROLL for (int k = 0; k < C; ++k) store(saved + (Cell::kSaved + k) * h, after[k], n);
       if constexpr (!kHasC && !kRemakes<Cell>)
         if (p.keep_h) store(saved + Cell::kSaved * h, out.state[0], n);
     }
-    if constexpr (kHasC)
-      store(c + i * stride + j, carry(i, place(i) * h + j, c_after, p.c_n, p.reset_c, n));
+    for (int k = 0; k < C; ++k)
+      store(c + (k * p.batch + i) * stride + j, carry(i, in_c<C>(i, k, j), after[k], p.c_n, p.reset_c, n));
     if (p.weight_hr)
       store(hidden + i * stride + j, out.state[0]);
     else
@@ -207,9 +209,8 @@ struct ForwardStep : Walk<ForwardParams> {
     return load(static_cast<const S*>(x) + offset(i, t, stride_t, stride_b) + group * n + j, valid);
   }
 
-  FASTRNN_HD V start(int64_t i, int64_t size, int64_t j, const void* initial, void* last, const void* restart) const {
-    const int64_t at = place(i) * size + j, length = rows->length[i];
-    const int n = valid_lanes<T>(size, j);
+  FASTRNN_HD V start(int64_t i, int64_t at, const void* initial, void* last, const void* restart, int n) const {
+    const int64_t length = rows->length[i];
     const V state = load_or_zero<T>(static_cast<const S*>(initial), at, n);
     if (length == 0) store(static_cast<S*>(last) + at, state, n);
     const bool reset = length > 0 && reset_before(i, reverse ? length - 1 : 0);
@@ -237,7 +238,8 @@ struct BackwardStep : Walk<BackwardParams> {
   using T = typename Compute<S>::type;
   using V = Vec<T>;
   static constexpr int L = V::kLanes, G = Cell::kGates;
-  static constexpr bool kHasC = Cell::kStates > 1;
+  static constexpr int C = kInC<Cell>;
+  static constexpr bool kHasC = C > 0;
 
   const LayerBackwardParams* const layer;  // null where gate gradients are asked for
   const BackwardBuffers<Cell, T>& b;
@@ -271,8 +273,12 @@ struct BackwardStep : Walk<BackwardParams> {
   }
 
   // A row without a step passes its gradients through.
-  void pass_h(int64_t i, int64_t j) { pass(i, p.width, j, p.grad_h_n, p.grad_h_0); }
-  void pass_c(int64_t i, int64_t j) { pass(i, p.hidden, j, p.grad_c_n, p.grad_c_0); }
+  void pass_h(int64_t i, int64_t j) {
+    pass(place(i) * p.width + j, p.grad_h_n, p.grad_h_0, valid_lanes<T>(p.width, j));
+  }
+  void pass_c(int64_t i, int64_t j) {
+    for (int k = 0; k < C; ++k) pass(in_c<C>(i, k, j), p.grad_c_n, p.grad_c_0, valid_lanes<T>(p.hidden, j));
+  }
 
   // The whole gradient of state 0 after the step, columns j .. `recurrent` is what came through weight_hh.
   void state(int64_t i, int64_t j, V recurrent) {
@@ -320,12 +326,12 @@ struct BackwardStep : Walk<BackwardParams> {
       BackwardIn<Cell, V> in;
       BackwardOut<Cell, V> out;
       in.grad_state[0] = grad_hidden;
-      if constexpr (kHasC) in.grad_state[1] = grad_c(i, j);
+      for (int k = 0; k < C; ++k) in.grad_state[1 + k] = grad_c(i, k, j);
       if (i >= running) return;
       const int n = valid_lanes<T>(p.hidden, j);
       load_unit(i, j, n, in);
       [[maybe_unused]] V kept_c(0);
-      if constexpr (kHasC)
+      if constexpr (C == 1)
         if (p.keep_c) {
           const int64_t from = offset(i, t, p.keep_c_stride_t, p.keep_c_stride_b) + group * p.hidden + j;
           const V keep = load(static_cast<const S*>(p.keep_c) + from, n);
@@ -334,7 +340,7 @@ struct BackwardStep : Walk<BackwardParams> {
         }
       Cell::backward(in, out);
       if (p.keep_h) out.grad_state_prev[0] = out.grad_state_prev[0] + kept;
-      if constexpr (kHasC)
+      if constexpr (C == 1)
         if (p.keep_c) out.grad_state_prev[1] = out.grad_state_prev[1] + kept_c;
       finish(i, j, n, out);
     }
@@ -357,14 +363,14 @@ struct BackwardStep : Walk<BackwardParams> {
   void whole_row(int64_t i, T* scratch) {
     constexpr int W = BackwardPasses<Cell>::kWork;
     const int64_t h = p.hidden;
-    if constexpr (kHasC)
-      for (int64_t j = 0; j < h; j += L) store(carry_c + i * stride + j, grad_c(i, j));
+    for (int k = 0; k < C; ++k)
+      for (int64_t j = 0; j < h; j += L) store(carry_of(i, k) + j, grad_c(i, k, j));
     if (i >= running) return;
     const T* grad_hidden = b.grad_hidden + (rows->first + i) * stride;
     const auto load_in = [&](int64_t j, int n, const auto& row, auto work) FASTRNN_INLINE_BODY {
       BackwardIn<Cell, V> in;
       in.grad_state[0] = load(grad_hidden + j);
-      if constexpr (kHasC) in.grad_state[1] = load(carry_c + i * stride + j);
+      FASTRNN_UNROLL for (int k = 0; k < C; ++k) in.grad_state[1 + k] = load(carry_of(i, k) + j);
       load_unit(i, j, n, in);
       in.row = row;
       if constexpr (work)
@@ -389,15 +395,17 @@ struct BackwardStep : Walk<BackwardParams> {
   }
 
  private:
-  // The gradient of state 1 after the step. A row that has no step more ends here.
-  FASTRNN_HD V grad_c(int64_t i, int64_t j) const {
-    const int64_t h = p.hidden, at = place(i) * h + j;
+  T* carry_of(int64_t i, int k) const { return carry_c + (k * p.batch + i) * stride; }
+
+  // The gradient of state 1 + k after the step. A row that has no step more ends here.
+  FASTRNN_HD V grad_c(int64_t i, int k, int64_t j) const {
+    const int64_t h = p.hidden, at = in_c<C>(i, k, j);
     const int n = valid_lanes<T>(h, j);
-    V grad = arriving(i, at, load(carry_c + i * stride + j), p.grad_c_n, p.grad_reset_c, n);
+    V grad = arriving(i, at, load(carry_of(i, k) + j), p.grad_c_n, p.grad_reset_c, n);
     if (i >= running) {
       if (p.grad_c_0) store(static_cast<S*>(p.grad_c_0) + at, grad, n);
     } else if (p.grad_cells) {
-      const int64_t from = offset(i, t, p.grad_cells_stride_t, p.grad_cells_stride_b) + group * h + j;
+      const int64_t from = offset(i, t, p.grad_cells_stride_t, p.grad_cells_stride_b) + (group * C + k) * h + j;
       grad = grad + load(static_cast<const S*>(p.grad_cells) + from, n);
     }
     return grad;
@@ -416,9 +424,11 @@ struct BackwardStep : Walk<BackwardParams> {
       else in.state[0] = load(saved + Cell::kSaved * h, n);
     } else {  // no cell with a second state reads h
       in.state[0] = in.state_prev[0] = V(0);
-      const S* c_before = before(i, t, h, p.saved, values * h, Cell::kSaved * h, p.c_0, p.reset_c);
-      in.state_prev[1] = load_or_zero<T>(c_before, j, n);
-      in.state[1] = load(saved + Cell::kSaved * h, n);
+      const S* c_before = before(i, t, C * h, p.saved, values * h, Cell::kSaved * h, p.c_0, p.reset_c);
+      for (int k = 0; k < C; ++k) {
+        in.state_prev[1 + k] = load_or_zero<T>(c_before, k * h + j, n);
+        in.state[1 + k] = load(saved + (Cell::kSaved + k) * h, n);
+      }
       if constexpr (kRemakes<Cell>)
         if (p.keep_c) in.state[1] = Cell::remake(in.saved, in.state_prev);
     }
@@ -429,7 +439,7 @@ struct BackwardStep : Walk<BackwardParams> {
   FASTRNN_HD void finish(int64_t i, int64_t j, int n, const BackwardOut<Cell, V>& out) const {
     const int64_t h = p.hidden, here = place(i, t);
     if (!p.weight_hr) store(carry_h + i * stride + j, out.grad_state_prev[0]);
-    if constexpr (kHasC) store(carry_c + i * stride + j, out.grad_state_prev[1]);
+    for (int k = 0; k < C; ++k) store(carry_of(i, k) + j, out.grad_state_prev[1 + k]);
     if constexpr (Cell::kParams > 0)
       if (p.grad_params) {
         T* grad_params = static_cast<T*>(p.grad_params) + place(i) * Cell::kParams * h + j;
@@ -446,9 +456,7 @@ struct BackwardStep : Walk<BackwardParams> {
     for (int k = 0; k < G; ++k) store(grad_hh + k * h, out.grad_gates_hh[k], n);
   }
 
-  void pass(int64_t i, int64_t size, int64_t j, const void* grad_last, void* grad_initial) const {
-    const int64_t at = place(i) * size + j;
-    const int n = valid_lanes<T>(size, j);
+  void pass(int64_t at, const void* grad_last, void* grad_initial, int n) const {
     store(static_cast<S*>(grad_initial) + at, load_or_zero<T>(static_cast<const S*>(grad_last), at, n), n);
   }
 

@@ -25,7 +25,7 @@ struct ForwardBuffers {
   T* panels_hr;
   T* h[2];    // [B, stride]: state 0 before and after a step, in turn
   T* masked[2];  // [B, stride]: the same times mask_h, for the product; null without one
-  T* c;       // [B, stride]: state 1
+  T* c;       // [C, B, stride]: the states besides h
   T* hidden;  // [B, stride]: o tanh(c), before it is projected
   // Of a cell that looks at whole rows or has late gates: a step's recurrent product, [B][unit_vectors][G][L]. Of the
   // first each member's room for one row, of the second [B, stride] what the late gates' product is with.
@@ -52,7 +52,7 @@ struct ForwardBuffers {
     panels_hr = p.weight_hr && plan.pack_hh ? arena.take<T>(width_vectors * L * p.hidden) : nullptr;
     for (T*& x : h) x = arena.take<T>(p.batch * stride);
     for (T*& x : masked) x = p.mask_h ? arena.take<T>(p.batch * stride) : nullptr;
-    c = arena.take<T>(p.batch * stride);
+    c = arena.take<T>(kInC<Cell> * p.batch * stride);
     hidden = p.weight_hr ? arena.take<T>(p.batch * stride) : nullptr;
     if constexpr (kWholeRows<Cell> || kHasLate<Cell>)
       gates_hh = arena.take<T>(p.batch * unit_vectors * Cell::kGates * L);
@@ -92,7 +92,7 @@ struct BackwardBuffers {
   // those of the steps since, of which there are `slots`.
   int64_t slots;
   T* grad_gates;
-  T *carry_h, *carry_c;  // [B, stride]: the part of grad_state_prev that does not come through weight_hh
+  T *carry_h, *carry_c;  // [B, stride], [C, B, stride]: the part of grad_state_prev that does not come through weight_hh
   T* grad_h;             // [B, stride]: the gradient of the projection's output
   // Of a cell that looks at whole rows or has late gates: [B, stride], the gradient of o tanh(c), or of state 0 where
   // nothing is projected; of the first each member's room for one row.
@@ -124,7 +124,7 @@ struct BackwardBuffers {
     panels_hr = p.weight_hr ? arena.take<T>(unit_vectors * L * p.width) : nullptr;
     grad_gates = arena.take<T>((slots + 1) * p.batch * gates_stride);
     carry_h = arena.take<T>(p.batch * stride);
-    carry_c = arena.take<T>(p.batch * stride);
+    carry_c = arena.take<T>(kInC<Cell> * p.batch * stride);
     grad_h = p.weight_hr ? arena.take<T>(p.batch * stride) : nullptr;
     if constexpr (kWholeRows<Cell> || kHasLate<Cell>) grad_hidden = arena.take<T>(p.batch * stride);
     if constexpr (kWholeRows<Cell>) {

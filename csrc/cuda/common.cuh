@@ -8,8 +8,9 @@
 // row.
 //
 // One unit's state. State 0 (h) goes through the product and so belongs to the tier. Besides it a unit carries one
-// value from step to step, the last of its states in float32 or wider: c, or h itself where that is the only one.
-// Backward carries that state's pointwise gradient likewise. (No cell of two states reads h; see carried_state.)
+// value from step to step, the last of its states in float32 or wider: c, or h itself where that is the only one; and of
+// a cell with more states, which the per-step tier alone runs, all but h (Carried). Backward carries the pointwise
+// gradients of those states likewise. (No cell of two states or more reads h; see carried_state.)
 //
 // Who may read and write what: each (row, unit) belongs to one thread for the whole launch, so nothing here
 // needs a barrier and sums into grad_reset_* and grad_params are in a fixed order. Offsets are 64-bit; sizes fit
@@ -111,6 +112,24 @@ int for_each_launch(const Params& p, F launch) {
   return int(dev::kSuccess);
 }
 
+// What a unit carries from step to step: kCarried values V, one of which is no Pack.
+template <class Cell>
+constexpr int kCarried = Cell::kStates > 2 ? Cell::kStates - 1 : 1;
+template <class Cell, class V>
+using Carried = std::conditional_t<kCarried<Cell> == 1, V, Pack<V, kCarried<Cell>>>;
+template <class V>
+FASTRNN_INLINE V& carried_at(V& one, int) {
+  return one;
+}
+template <class V, int N>
+FASTRNN_INLINE V& carried_at(Pack<V, N>& all, int c) {
+  return all[c];
+}
+template <class V, int N>
+FASTRNN_INLINE const V& carried_at(const Pack<V, N>& all, int c) {
+  return all[c];
+}
+
 // The one dispatch from run time to compile time: f(Type<Cell>{}) and f(Type<S>{}), each -> int.
 template <class T>
 struct Type {
@@ -125,17 +144,20 @@ int with_cell(int32_t cell, F f) {
 #undef FASTRNN_DISPATCH
   return int(dev::kInvalidValue);
 }
-// The same for cells whose units do not look at each other, after one product. Those that have a Row or late gates are
-// the per-step tier's alone: in the other tiers no block sees a whole row between the product and the cells.
+// The same for cells of one or two states whose units do not look at each other, after one product. The others are the
+// per-step tier's alone: in the other tiers a thread carries one value a unit from step to step, and no block sees a whole
+// row between the product and the cells.
 template <class F>
 int with_pointwise_cell(int32_t cell, F f) {
   return with_cell(cell, [&](auto type) {
     using Cell = typename decltype(type)::type;
-    if constexpr (kWholeRows<Cell> || kHasLate<Cell>) return int(dev::kInvalidValue);
+    if constexpr (kWholeRows<Cell> || kHasLate<Cell> || kCarried<Cell> > 1) return int(dev::kInvalidValue);
     else return f(type);
   });
 }
-inline bool is_pointwise(int32_t cell) { return !kCells[cell].whole_rows && kCells[cell].late_gates == 0; }
+inline bool is_pointwise(int32_t cell) {
+  return !kCells[cell].whole_rows && kCells[cell].late_gates == 0 && kCells[cell].states <= 2;
+}
 template <class F>
 int with_half(DType dtype, F f) {
   switch (dtype) {
@@ -168,6 +190,11 @@ struct RowWalk {
   FASTRNN_INLINE int64_t place(const ForwardParams& p) const { return row * p.groups + group; }
   FASTRNN_INLINE int64_t place(const ForwardParams& p, int k) const {
     return (time(k) * p.batch + row) * p.groups + group;
+  }
+  // Unit j of the first of the states besides h, in arrays [B, P*C*h]; the others follow, h elements apart.
+  template <class Cell>
+  FASTRNN_INLINE int64_t in_c(const ForwardParams& p, int j) const {
+    return place(p) * kCarried<Cell> * p.hidden + j;
   }
   // Behind the row's end, k >= length, where time is counted from the first step in either direction.
   FASTRNN_INLINE int64_t padding(const ForwardParams& p, int64_t k) const {
@@ -243,8 +270,9 @@ FASTRNN_INLINE int saved_values(const ForwardParams& p) {
   if constexpr (kRemakes<Cell> || !kMasks) return kValues;
   else return kValues + (p.keep_h != nullptr);
 }
+// The first of the states that a unit carries, and the others follow.
 template <class Cell>
-constexpr int carried_state = Cell::kStates - 1;
+constexpr int carried_state = Cell::kStates - kCarried<Cell>;
 
 // Is grad_gates_hh another tensor than grad_gates_ih (registry.h)?
 template <class Cell>

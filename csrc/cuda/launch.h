@@ -72,7 +72,9 @@ struct StepBuffers {
   void* hidden;           // [P, B, h] dtype: o tanh(c); null without weight_hr
   const void* projected;  // [P, B, R] wide; null without weight_hr
   // both
-  void* carried;          // [P, B, h] wide: the last state before the step; backward: its pointwise gradient
+  // [P, B, h] wide: the last state before the step; backward: its pointwise gradient. Of a cell with C > 1 states besides
+  // h [P, B, C*h], all of them
+  void* carried;
   // backward
   void* grad_gates;         // [P, B, G*h] dtype: grad_gates_hh of the step
   const void* recurrent;    // [P, B, R] wide

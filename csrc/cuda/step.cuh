@@ -38,6 +38,27 @@ FASTRNN_INLINE int64_t in_buffer(const ForwardParams& p, const RowWalk& r, int64
   return (r.group * p.batch + r.row) * n + j;
 }
 
+// What unit j < h carries, in a buffer [P, B, C*h]; zeros where it is not there.
+template <class Cell, class V>
+FASTRNN_INLINE Carried<Cell, V> load_carried(const ForwardParams& p, const RowWalk& r, const void* buffer, int j,
+                                             bool there = true) {
+  constexpr int N = kCarried<Cell>;
+  Carried<Cell, V> carried;
+#pragma unroll
+  for (int c = 0; c < N; ++c)
+    carried_at(carried, c) =
+        there ? static_cast<const V*>(buffer)[in_buffer(p, r, N * p.hidden, c * p.hidden + j)] : V(0);
+  return carried;
+}
+template <class Cell, class V>
+FASTRNN_INLINE void store_carried(const ForwardParams& p, const RowWalk& r, void* buffer, int j,
+                                  Carried<Cell, V> carried) {
+  constexpr int N = kCarried<Cell>;
+#pragma unroll
+  for (int c = 0; c < N; ++c)
+    static_cast<V*>(buffer)[in_buffer(p, r, N * p.hidden, c * p.hidden + j)] = carried_at(carried, c);
+}
+
 // ---- cells with a Row: a block takes whole rows, one after the other ----
 
 template <class Passes>

@@ -44,15 +44,16 @@ FASTRNN_INLINE Pack<Wide<S>, Cell::kStates> step_backward_states(const BackwardP
   using V = Wide<S>;
   const bool crossed = reset_before(p, r, k + 1);
   const int64_t at = in_buffer(p, r, p.hidden, j);
-  const V carried = r.last(k) ? V(0) : load<V>(b.carried, at);
+  const Carried<Cell, V> carried = load_carried<Cell, V>(p, r, b.carried, j, !r.last(k));
   Pack<V, Cell::kStates> grads;
   if (p.weight_hr) {
     grads[0] = load<V>(b.grad_hidden, at);
   } else {
     const V recurrent = r.last(k) ? V(0) : handed_on<S>(p, r, j, load<V>(b.recurrent, at));
-    grads[0] = backward_h<S, true>(p, r, k, j, Cell::kStates == 1 ? recurrent + carried : recurrent, crossed, grad_output);
+    const V later = Cell::kStates == 1 ? recurrent + carried_at(carried, 0) : recurrent;
+    grads[0] = backward_h<S, true>(p, r, k, j, later, crossed, grad_output);
   }
-  if constexpr (Cell::kStates > 1) grads[1] = backward_c<S>(p, r, k, j, carried, crossed);
+  backward_c<Cell, S>(p, r, k, j, carried, crossed, grads);
   return grads;
 }
 
@@ -61,10 +62,10 @@ template <class Cell, class S>
 FASTRNN_INLINE void step_backward_store(const BackwardParams& p, const StepBuffers& b, const RowWalk& r, int k, int j,
                                         const BackwardOut<Cell, Wide<S>>& out) {
   constexpr int E = kEarlyGates<Cell>;
-  Wide<S> carried = 0;
+  Carried<Cell, Wide<S>> carried{};
   Pack<Wide<S>, Cell::kGates> grad_gates;
   store_backward<Cell, S>(p, r, k, j, out, carried, grad_gates);
-  store<Wide<S>>(b.carried, in_buffer(p, r, p.hidden, j), carried);
+  store_carried<Cell, Wide<S>>(p, r, b.carried, j, carried);
 #pragma unroll
   for (int g = 0; g < E; ++g)
     store<S>(b.grad_gates, in_buffer(p, r, E * p.hidden, g * p.hidden + j), grad_gates[g]);
@@ -85,9 +86,9 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
     make_backward_in<Cell, S, true>(p, r, j, loads, in);
     in.grad_state = step_backward_states<Cell, S>(p, b, r, k, j, loads.grad_output);
     [[maybe_unused]] Wide<S> past(0);
-    if constexpr (Cell::kStates > 1) past = past_cell<S>(p, r, k, j, in.grad_state[1]);
+    if constexpr (Cell::kStates == 2) past = past_cell<S>(p, r, k, j, in.grad_state[1]);
     Cell::backward(in, out);
-    if constexpr (Cell::kStates > 1) out.grad_state_prev[1] += past;
+    if constexpr (Cell::kStates == 2) out.grad_state_prev[1] += past;
     step_backward_store<Cell, S>(p, b, r, k, j, out);
   });
 }
@@ -177,10 +178,11 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
   for_each_row(p, [&](const RowWalk& r, int j) {
     const bool crossed = reset_before(p, r, 0);
     const bool stepped = r.length > 0;
-    const V carried = stepped && j < p.hidden ? load<V>(b.carried, in_buffer(p, r, p.hidden, j)) : V(0);
+    const Carried<Cell, V> carried = load_carried<Cell, V>(p, r, b.carried, j, stepped && j < p.hidden);
     const V recurrent =
         stepped && j < p.width ? handed_on<S>(p, r, j, load<V>(b.recurrent, in_buffer(p, r, p.width, j))) : V(0);
-    if (j < p.width) finish_h<S>(p, r, j, Cell::kStates == 1 ? recurrent + carried : recurrent, crossed);
+    if (j < p.width)
+      finish_h<S>(p, r, j, Cell::kStates == 1 ? recurrent + carried_at(carried, 0) : recurrent, crossed);
     if (j < p.hidden) finish_carried<Cell, S>(p, r, j, carried, crossed);
   });
 }

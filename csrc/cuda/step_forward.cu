@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
       store<S>(b.h, in_buffer(p, r, p.width, j), through_mask<S>(p, r, j, h));
     }
     if (j < p.hidden)
-      store<Wide<S>>(b.carried, in_buffer(p, r, p.hidden, j), start_carried<Cell, S>(p, r, j, reset, h));
+      store_carried<Cell, Wide<S>>(p, r, b.carried, j, start_carried<Cell, S>(p, r, j, reset, h));
   });
 }
 
@@ -42,7 +42,7 @@ FASTRNN_INLINE void step_forward_in(const ForwardParams& p, const StepBuffers& b
   Pack<S, Cell::kGates> gates_ih;
   load_gates<Cell, S>(p, r, k, j, gates_ih);
   make_forward_in<Cell, S>(p, r, j, gates_ih, load_product<Cell, S, gates>(p, b, r, j),
-                           load<Wide<S>>(b.carried, in_buffer(p, r, p.hidden, j)), in);
+                           load_carried<Cell, Wide<S>>(p, r, b.carried, j), in);
 }
 
 // Stores what step k gave unit j < h of a running row.
@@ -50,7 +50,7 @@ template <class Cell, class S>
 FASTRNN_INLINE void step_forward_store(const ForwardParams& p, const StepBuffers& b, const RowWalk& r, int k, int j,
                                        ForwardOut<Cell, Wide<S>>& out) {
   const bool reset_next = reset_before(p, r, k + 1);
-  Wide<S> carried = load<Wide<S>>(b.carried, in_buffer(p, r, p.hidden, j));
+  Carried<Cell, Wide<S>> carried = load_carried<Cell, Wide<S>>(p, r, b.carried, j);
   zone_out<Cell, S>(p, r, k, j, carried, out);
   store_cell<Cell, S, true>(p, r, k, j, out, reset_next, carried);
   if (p.weight_hr) {
@@ -60,7 +60,7 @@ FASTRNN_INLINE void step_forward_store(const ForwardParams& p, const StepBuffers
     store<S>(b.h, in_buffer(p, r, p.width, j), through_mask<S>(p, r, j, next));
     if constexpr (Cell::kStates == 1) carried = next;
   }
-  store<Wide<S>>(b.carried, in_buffer(p, r, p.hidden, j), carried);
+  store_carried<Cell, Wide<S>>(p, r, b.carried, j, carried);
 }
 
 template <class Cell, class S>

@@ -13,7 +13,10 @@ FASTRNN_INLINE void clear_sums_of_h(const BackwardParams& p, const RowWalk& r, i
 template <class Cell, class S>
 FASTRNN_INLINE void clear_sums_of_unit(const BackwardParams& p, const RowWalk& r, int j) {
   if constexpr (Cell::kStates > 1) {
-    if (p.grad_reset_c) store<Wide<S>>(p.grad_reset_c, r.place(p) * p.hidden + j, 0);
+    if (p.grad_reset_c) {
+#pragma unroll
+      for (int c = 0; c < kCarried<Cell>; ++c) store<Wide<S>>(p.grad_reset_c, r.in_c<Cell>(p, j) + c * p.hidden, 0);
+    }
   }
   if constexpr (Cell::kParams > 0) {
     if (!p.grad_params) return;
@@ -49,7 +52,7 @@ FASTRNN_INLINE void pad_backward(const BackwardParams& p, const RowWalk& r, int 
 template <class Cell, class S>
 struct BackwardLoads {
   Pack<S, Cell::kSaved> saved;
-  S state, state_prev;  // the carried state after and before the step; the first of no use where it is made again
+  Carried<Cell, S> state, state_prev;  // after and before the step; the first of no use where it is made again
   S grad_output;        // of column j; where nothing is projected
 };
 
@@ -86,25 +89,31 @@ FASTRNN_INLINE void load_backward(const BackwardParams& p, const RowWalk& r, int
                                   BackwardLoads<Cell, S>& out) {
   out = BackwardLoads<Cell, S>{};
   if (!r.running(k) || k < 0 || j >= p.hidden) return;
-  const int64_t place = r.place(p, k), at = r.place(p) * p.hidden + j;
+  const int64_t place = r.place(p, k), at = r.in_c<Cell>(p, j);
   const int64_t before = (r.reverse ? 1 : -1) * p.batch * p.groups;  // from place to that of step k - 1
   const S* saved = static_cast<const S*>(p.saved);
   load_saved<Cell, S, kMasks>(p, place, j, out.saved);
   // The carried state after every step is in `output`, or the last of the values in `saved`.
   constexpr bool kIsH = Cell::kStates == 1;
+  constexpr int N = kCarried<Cell>;
   const int stride = kIsH ? 1 : saved_values<Cell, kMasks>(p);
   const S* sequence = kIsH ? static_cast<const S*>(p.output) : saved;
   const void* start = kIsH ? p.h_0 : p.c_0;
   const void* restart = kIsH ? p.reset_h : p.reset_c;
-  out.state = sequence[(place * stride + stride - 1) * p.hidden + j];
-  if constexpr (kMasks && !kRemakes<Cell>) {
+#pragma unroll
+  for (int c = 0; c < N; ++c) carried_at(out.state, c) = sequence[(place * stride + stride - N + c) * p.hidden + j];
+  if constexpr (kMasks && !kRemakes<Cell> && N == 1) {
     if (p.keep_h) out.state = saved[(place * saved_values<Cell, kMasks>(p) + Cell::kSaved) * p.hidden + j];
   }
   const void* given = reset ? restart : start;  // a state that no step made
-  if (reset || k == 0)
-    out.state_prev = given ? static_cast<const S*>(given)[at] : zero<S>();
-  else
-    out.state_prev = sequence[((place + before) * stride + stride - 1) * p.hidden + j];
+#pragma unroll
+  for (int c = 0; c < N; ++c) {
+    S& state_prev = carried_at(out.state_prev, c);
+    if (reset || k == 0)
+      state_prev = given ? static_cast<const S*>(given)[at + c * p.hidden] : zero<S>();
+    else
+      state_prev = sequence[((place + before) * stride + stride - N + c) * p.hidden + j];
+  }
   if (!p.weight_hr) out.grad_output = load_grad_output<S>(p, r, k, j);
 }
 
@@ -149,12 +158,17 @@ FASTRNN_INLINE Wide<S> backward_h(const BackwardParams& p, const RowWalk& r, int
   return grad;
 }
 
-// The whole gradient of the carried state after step k of a running row, unit j < h, where that is not h. carried: as
-// backward_cell's.
-template <class S>
-FASTRNN_INLINE Wide<S> backward_c(const BackwardParams& p, const RowWalk& r, int k, int j, Wide<S> carried,
-                                  bool crossed) {
-  return arriving<S>(p, r, k, r.place(p) * p.hidden + j, carried, crossed, p.grad_c_n, p.grad_reset_c);
+// The whole gradients of the states besides h after step k of a running row, unit j < h. carried: as backward_cell's.
+template <class Cell, class S>
+FASTRNN_INLINE void backward_c(const BackwardParams& p, const RowWalk& r, int k, int j, Carried<Cell, Wide<S>> carried,
+                               bool crossed, Pack<Wide<S>, Cell::kStates>& grads) {
+  if constexpr (Cell::kStates > 1) {
+    const int64_t at = r.in_c<Cell>(p, j);
+#pragma unroll
+    for (int c = 0; c < kCarried<Cell>; ++c)
+      grads[1 + c] =
+          arriving<S>(p, r, k, at + c * p.hidden, carried_at(carried, c), crossed, p.grad_c_n, p.grad_reset_c);
+  }
 }
 
 // Of that gradient what zoneout hands past the cell of unit j < h, which is returned; grad is what the cell gets.
@@ -173,8 +187,11 @@ FASTRNN_INLINE void make_backward_in(const BackwardParams& p, const RowWalk& r, 
   constexpr int C = carried_state<Cell>;
   in.saved = widen_all<S>(loads.saved);
   in.state[0] = in.state_prev[0] = Wide<S>(0);
-  in.state[C] = widen(loads.state);
-  in.state_prev[C] = widen(loads.state_prev);
+#pragma unroll
+  for (int c = 0; c < kCarried<Cell>; ++c) {
+    in.state[C + c] = widen(carried_at(loads.state, c));
+    in.state_prev[C + c] = widen(carried_at(loads.state_prev, c));
+  }
   load_params<Cell, S>(p, r.group, j, in.params);
   if constexpr (kMasks && kRemakes<Cell>) {
     if (C > 0 ? p.keep_c : p.keep_h) in.state[C] = Cell::remake(in.saved, in.state_prev);
@@ -184,7 +201,7 @@ FASTRNN_INLINE void make_backward_in(const BackwardParams& p, const RowWalk& r, 
 // Stores what the cell's backward made in step k of unit j < h, and hands grad_gates_hh on to the product.
 template <class Cell, class S>
 FASTRNN_INLINE void store_backward(const BackwardParams& p, const RowWalk& r, int k, int j,
-                                   const BackwardOut<Cell, Wide<S>>& out, Wide<S>& carried,
+                                   const BackwardOut<Cell, Wide<S>>& out, Carried<Cell, Wide<S>>& carried,
                                    Pack<Wide<S>, Cell::kGates>& grad_gates_hh) {
   constexpr int C = carried_state<Cell>, G = Cell::kGates;
   if constexpr (Cell::kParams > 0) {
@@ -194,7 +211,8 @@ FASTRNN_INLINE void store_backward(const BackwardParams& p, const RowWalk& r, in
       for (int i = 0; i < Cell::kParams; ++i) sums[i * p.hidden] += out.grad_params[i];
     }
   }
-  carried = out.grad_state_prev[C];
+#pragma unroll
+  for (int c = 0; c < kCarried<Cell>; ++c) carried_at(carried, c) = out.grad_state_prev[C + c];
   grad_gates_hh = out.grad_gates_hh;
   const int64_t at = r.place(p, k) * G * p.hidden + j;
 #pragma unroll
@@ -215,7 +233,7 @@ FASTRNN_INLINE void backward_cell(const BackwardParams& p, const RowWalk& r, int
   BackwardOut<Cell, V> out;
   make_backward_in<Cell, S>(p, r, j, loads, in);
   in.grad_state[0] = grad_h;
-  if constexpr (Cell::kStates > 1) in.grad_state[1] = backward_c<S>(p, r, k, j, carried, crossed);
+  backward_c<Cell, S>(p, r, k, j, carried, crossed, in.grad_state);
   Cell::backward(in, out);
   store_backward<Cell, S>(p, r, k, j, out, carried, grad_gates_hh);
 }
@@ -244,11 +262,15 @@ FASTRNN_INLINE void finish_h(const BackwardParams& p, const RowWalk& r, int j, W
 }
 // grad_c_0, unit j < h; nothing where h is the only state.
 template <class Cell, class S>
-FASTRNN_INLINE void finish_carried(const BackwardParams& p, const RowWalk& r, int j, Wide<S> carried, bool crossed) {
+FASTRNN_INLINE void finish_carried(const BackwardParams& p, const RowWalk& r, int j, Carried<Cell, Wide<S>> carried,
+                                   bool crossed) {
   if constexpr (Cell::kStates > 1) {
-    const int64_t at = r.place(p) * p.hidden + j;
-    const Wide<S> grad = arriving<S>(p, r, -1, at, carried, crossed, p.grad_c_n, p.grad_reset_c);
-    if (p.grad_c_0) store<S>(p.grad_c_0, at, grad);
+#pragma unroll
+    for (int c = 0; c < kCarried<Cell>; ++c) {
+      const int64_t at = r.in_c<Cell>(p, j) + c * p.hidden;
+      const Wide<S> grad = arriving<S>(p, r, -1, at, carried_at(carried, c), crossed, p.grad_c_n, p.grad_reset_c);
+      if (p.grad_c_0) store<S>(p.grad_c_0, at, grad);
+    }
   }
 }
 // Both, where nothing is projected.

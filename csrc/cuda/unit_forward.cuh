@@ -36,12 +36,20 @@ FASTRNN_INLINE Wide<S> start_h(const ForwardParams& p, const RowWalk& r, int j, 
 
 // What unit j < h carries into step 0. Where h is the only state, that is start_h's result.
 template <class Cell, class S>
-FASTRNN_INLINE Wide<S> start_carried(const ForwardParams& p, const RowWalk& r, int j, bool reset, Wide<S> start) {
+FASTRNN_INLINE Carried<Cell, Wide<S>> start_carried(const ForwardParams& p, const RowWalk& r, int j, bool reset,
+                                                    Wide<S> start) {
   if constexpr (Cell::kStates == 1) return start;
-  const int64_t at = r.place(p) * p.hidden + j;
-  const Wide<S> c = load_or_zero<S>(p.c_0, at);
-  if (r.length == 0) store<S>(p.c_n, at, c);
-  return reset ? load_or_zero<S>(p.reset_c, at) : c;
+  else {
+    Carried<Cell, Wide<S>> all;
+#pragma unroll
+    for (int c = 0; c < kCarried<Cell>; ++c) {
+      const int64_t at = r.in_c<Cell>(p, j) + c * p.hidden;
+      const Wide<S> first = load_or_zero<S>(p.c_0, at);
+      if (r.length == 0) store<S>(p.c_n, at, first);
+      carried_at(all, c) = reset ? load_or_zero<S>(p.reset_c, at) : first;
+    }
+    return all;
+  }
 }
 
 // State 0 after step k, column j < R, of what the cell or the projection made: what zoneout keeps comes from the state
@@ -59,9 +67,10 @@ FASTRNN_INLINE Wide<S> zoned_out_h(const ForwardParams& p, const RowWalk& r, int
 // What zoneout leaves of the other state of unit j < h, and what backward will need of state 0 as the cell made it.
 // carried: before the step.
 template <class Cell, class S>
-FASTRNN_INLINE void zone_out(const ForwardParams& p, const RowWalk& r, int k, int j, Wide<S> carried,
+FASTRNN_INLINE void zone_out(const ForwardParams& p, const RowWalk& r, int k, int j, Carried<Cell, Wide<S>> carried,
                              ForwardOut<Cell, Wide<S>>& out) {
-  if constexpr (Cell::kStates > 1) {
+  if constexpr (Cell::kStates > 2) return;  // such a cell has none
+  else if constexpr (Cell::kStates > 1) {
     if (p.keep_c) out.state[1] = zoned_out(load_keep_c<S>(p, r, k, j), carried, out.state[1]);
   } else if constexpr (!kRemakes<Cell>) {
     if (p.keep_h && p.saved)
@@ -73,13 +82,14 @@ FASTRNN_INLINE void zone_out(const ForwardParams& p, const RowWalk& r, int k, in
 template <class Cell, class S>
 FASTRNN_INLINE void make_forward_in(const ForwardParams& p, const RowWalk& r, int j,
                                     const Pack<S, Cell::kGates>& gates_ih,
-                                    const Pack<Wide<S>, Cell::kGates>& gates_hh, Wide<S> carried,
+                                    const Pack<Wide<S>, Cell::kGates>& gates_hh, Carried<Cell, Wide<S>> carried,
                                     ForwardIn<Cell, Wide<S>>& in) {
 #pragma unroll
   for (int g = 0; g < Cell::kGates; ++g) in.gates_ih[g] = widen(gates_ih[g]);
   in.gates_hh = gates_hh;
   in.state[0] = Wide<S>(0);
-  in.state[carried_state<Cell>] = carried;
+#pragma unroll
+  for (int c = 0; c < kCarried<Cell>; ++c) in.state[carried_state<Cell> + c] = carried_at(carried, c);
   load_params<Cell, S>(p, r.group, j, in.params);
 }
 
@@ -97,19 +107,27 @@ FASTRNN_INLINE void run_cell(const ForwardParams& p, const RowWalk& r, int j, co
 // after it; the caller sets it to store_h's result where h is the only state. reset_next: reset_before(k + 1).
 template <class Cell, class S, bool kMasks = false>
 FASTRNN_INLINE void store_cell(const ForwardParams& p, const RowWalk& r, int k, int j,
-                               const ForwardOut<Cell, Wide<S>>& out, bool reset_next, Wide<S>& carried) {
+                               const ForwardOut<Cell, Wide<S>>& out, bool reset_next,
+                               Carried<Cell, Wide<S>>& carried) {
   if (p.saved) {
     const int64_t at = r.place(p, k) * saved_values<Cell, kMasks>(p) * p.hidden + j;
     if constexpr (Cell::kSaved > 0) {
 #pragma unroll
       for (int i = 0; i < Cell::kSaved; ++i) store<S>(p.saved, at + i * p.hidden, out.saved[i]);
     }
-    if constexpr (Cell::kStates > 1) store<S>(p.saved, at + Cell::kSaved * p.hidden, out.state[1]);
+    if constexpr (Cell::kStates > 1) {
+#pragma unroll
+      for (int c = 0; c < kCarried<Cell>; ++c)
+        store<S>(p.saved, at + (Cell::kSaved + c) * p.hidden, out.state[1 + c]);
+    }
   }
   if constexpr (Cell::kStates > 1) {
-    const int64_t at = r.place(p) * p.hidden + j;
-    if (r.last(k)) store<S>(p.c_n, at, out.state[1]);
-    carried = reset_next ? load_or_zero<S>(p.reset_c, at) : out.state[1];
+#pragma unroll
+    for (int c = 0; c < kCarried<Cell>; ++c) {
+      const int64_t at = r.in_c<Cell>(p, j) + c * p.hidden;
+      if (r.last(k)) store<S>(p.c_n, at, out.state[1 + c]);
+      carried_at(carried, c) = reset_next ? load_or_zero<S>(p.reset_c, at) : out.state[1 + c];
+    }
   }
 }
 

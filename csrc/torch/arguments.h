@@ -5,7 +5,8 @@
 // here, and then whatever the kernels do with it (docs/architecture.md tells the way).
 //
 //   T steps, B batch, P groups (directions), G gates, h hidden units a group, I input features, S saved values
-//   (cell_info), K parameters a unit (cell_info), R width of state 0: h, or the projected size.
+//   (cell_info), K parameters a unit (cell_info), R width of state 0: h, or the projected size. C states of a unit besides
+//   state 0: one, or in a cell with more several side by side, [C, h] of a group.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/core/stack.h>
@@ -31,11 +32,11 @@ using OptionalTensor = std::optional<Tensor>;
   X(params)    /* [K, h]: numbers of a unit that its cell reads beside the gates, as peepholes are */
 
 // What a recurrence starts from, how long its rows are, where it starts anew, and what regularises it. h_0, reset_h and
-// mask_h are [B, P*R], c_0 and reset_c [B, P*h] for the recurrence's ops, [P, B, R] and [P, B, h] for a layer's. An absent
-// state stands for zeros; the recurrence's ops want h_0 and c_0. The last three are constants: they have no gradient.
+// mask_h are [B, P*R], c_0 and reset_c [B, P*C*h] for the recurrence's ops, [P, B, R] and [P, B, C*h] for a layer's. An
+// absent state stands for zeros; the recurrence's ops want h_0 and c_0. The last three are constants: they have no gradient.
 #define FASTRNN_FOR_EACH_STATE(X)                                        \
   X(h_0)                                                                 \
-  X(c_0)     /* of cells with two states */                              \
+  X(c_0)     /* of cells with two states or more */                      \
   X(lengths) /* [B] or [B, P], any integer dtype: the steps of a row */  \
   X(resets)  /* bool [T, B] or [T, B, P]: nothing is carried into step t from the one before it, in either direction */ \
   X(reset_h) /* what the state is there instead */                       \
@@ -87,8 +88,8 @@ struct LayerCall : Run {
   int64_t groups() const { return static_cast<int64_t>(reverse.size()); }
 };
 
-// What forward hands on: output [T, B, P*R], h_n [P, B, R], c_n [P, B, h], cells [T, B, P*h] (c after every step, where
-// all_states), saved [T, B, P*S*h] (where backward may follow; S: saved_values, registry.h). Results that do not apply
+// What forward hands on: output [T, B, P*R], h_n [P, B, R], c_n [P, B, C*h], cells [T, B, P*C*h] (c after every step,
+// where all_states), saved [T, B, P*S*h] (where backward may follow; S: saved_values, registry.h). Results that do not apply
 // have size 0.
 struct LayerResults {
   Tensor output, h_n, c_n, cells, saved;

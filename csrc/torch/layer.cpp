@@ -107,7 +107,7 @@ Tensor without_padding(const LayerCall& call) {
 // be another unit's; the gradients of weight_hr and of late gates look at them once more.
 bool fit_in_saved(const LayerCall& call) {
   const CellInfo& cell = kCells[known_cell(call.cell)];
-  const int own = cell.saved - (cell.states - 1);
+  const int own = cell.saved - cell.in_c();
   return call.groups() == 1 && cell.gates <= own && !cell.whole_rows && cell.late_gates == 0 &&
          call.weights.weight_hr.empty() && !call.states.keep_h;
 }
@@ -390,11 +390,12 @@ LayerResults layer_forward(const LayerCall& call, bool save, bool all_states) {
   }
   if (all_states) {  // the last of each group's values
     const auto sizes = out.saved.sizes();
-    const int64_t P = call.groups(), S = kCells[known_cell(call.cell)].saved, h = sizes.back() / (P * S);
+    const CellInfo& cell = kCells[known_cell(call.cell)];
+    const int64_t P = call.groups(), S = cell.saved, C = cell.in_c(), h = sizes.back() / (P * S);
     std::vector<int64_t> split(sizes.begin(), sizes.end() - 1), joined = split;
     split.insert(split.end(), {P, S, h});
-    joined.push_back(P * h);
-    out.cells = out.saved.view(split).select(-2, S - 1).reshape(joined);
+    joined.push_back(P * C * h);
+    out.cells = out.saved.view(split).narrow(-2, S - C, C).reshape(joined);
     if (out.cells.is_alias_of(out.saved)) out.cells = out.cells.clone();
   }
   if (!save) out.saved = out.output.new_empty({0});

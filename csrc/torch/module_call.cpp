@@ -343,7 +343,7 @@ PyObject* module_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   ModuleCall call{};
   const Tensor* input = plain(args[4], std::nullopt, call.differentiable);
   call.cell = find_cell(text_of(args[2]));
-  if (!input || call.cell < 0) Py_RETURN_NONE;
+  if (!input || call.cell < 0 || kCells[call.cell].states > 2) Py_RETURN_NONE;
   call.step = args[3] == Py_None;
   if (input->dim() != (call.step ? 2 : 3) || (input->stride(-1) != 1 && input->size(-1) != 1)) Py_RETURN_NONE;
   call.dtype = input->scalar_type();

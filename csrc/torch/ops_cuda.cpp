@@ -13,6 +13,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 
@@ -80,6 +81,9 @@ void product(Tensor out, const Tensor& x, const Tensor& weight, bool tf32, bool 
   }
 }
 
+// Of a row, what StepBuffers::carried holds.
+int64_t carried_values(const ForwardParams& p) { return std::max(1, kCells[p.cell].in_c()) * p.hidden; }
+
 void forward_per_step(const ForwardParams& p, const Tensor& weight_hh, const OptionalTensor& weight_hr,
                       void* stream, const cuda::Choice& choice) {
   constexpr const char* kOp = "recurrent_forward";
@@ -89,7 +93,7 @@ void forward_per_step(const ForwardParams& p, const Tensor& weight_hh, const Opt
   const Scratch scratch(weight_hh);
   const Tensor weight = weight_hh.transpose(1, 2).narrow(2, 0, early * h);
   Tensor state = scratch.in_dtype({P, B, R}), gates_hh = scratch.in_wide({P, B, early * h}),
-         carried = scratch.in_wide({P, B, h});
+         carried = scratch.in_wide({P, B, carried_values(p)});
   Tensor hidden, projected, projection, work, late_input, late_product, late_weight;
   cuda::StepBuffers b{};
   if (kCells[p.cell].whole_rows) {
@@ -137,7 +141,7 @@ void backward_per_step(const BackwardParams& p, const Tensor& weight_hh, const O
   const Scratch scratch(weight_hh);
   const Tensor early_weight = weight_hh.narrow(1, 0, early * h);
   Tensor grad_gates = scratch.in_dtype({P, B, early * h}), recurrent = scratch.in_wide({P, B, R}),
-         carried = scratch.in_wide({P, B, h});
+         carried = scratch.in_wide({P, B, carried_values(p)});
   Tensor grad_h, grad_hidden;
   cuda::StepBuffers b{};
   b.grad_gates = grad_gates.mutable_data_ptr();

@@ -16,7 +16,7 @@ namespace fastrnn {
 namespace {
 
 struct Dims {
-  int64_t T, B, P, G, h, R, S;
+  int64_t T, B, P, G, h, R, S, C;
   bool packed;
   int64_t rows;  // T * B, or N of a packed sequence
 };
@@ -79,7 +79,7 @@ class Checker {
     RNN_CHECK(weight.size() == 3, op_, ": weight_hh: expected 3 dimensions (groups, gates * hidden, width), got ",
               weight);
     dims_ = {reference.size(0), reference.size(1), weight[0], info_.gates, weight[1] / info_.gates, weight[2],
-             saved_values(info_, args.states.keep_h.has_value()), args.batch_sizes.has_value(), 0};
+             saved_values(info_, args.states.keep_h.has_value()), info_.in_c(), args.batch_sizes.has_value(), 0};
     dims_.rows = dims_.packed ? reference.size(0) : dims_.T * dims_.B;
     if (dims_.packed) {
       batch_sizes_ = checked_batch_sizes(op, *args.batch_sizes, dims_.rows);
@@ -94,7 +94,7 @@ class Checker {
     RNN_CHECK(args.params.has_value() == (info_.params > 0), op_, ": params: expected ",
               info_.params > 0 ? "a tensor" : "none", " for cell '", info_.name, "', got ",
               args.params ? "a tensor" : "none");
-    RNN_CHECK(info_.states > 1 || !args.weight_hr, op_, ": weight_hr: expected none for cell '", info_.name,
+    RNN_CHECK(info_.states == 2 || !args.weight_hr, op_, ": weight_hr: expected none for cell '", info_.name,
               "', got a tensor");
     RNN_CHECK(args.weight_hr || dims_.R == dims_.h, op_, ": weight_hh: expected [", dims_.P, ", ", weight[1], ", ",
               dims_.h, "] without weight_hr, got ", weight);
@@ -174,7 +174,7 @@ class Checker {
   }
 
   void weights(const Recurrence& args, ForwardParams& p) {
-    const auto [T, B, P, G, h, R, S, packed, rows] = dims_;
+    const auto [T, B, P, G, h, R, S, C, packed, rows] = dims_;
     p.weight_hh = read_weight("weight_hh", args.weight_hh, {P, G * h, R});
     p.weight_hr = read_weight("weight_hr", args.weight_hr, {P, R, h});
     p.params = read_weight("params", args.params, {P, info_.params, h});
@@ -182,7 +182,7 @@ class Checker {
 
   // All but the weights.
   void fill(const Recurrence& args, ForwardParams& p, Owned& own) {
-    const auto [T, B, P, G, h, R, S, packed, rows] = dims_;
+    const auto [T, B, P, G, h, R, S, C, packed, rows] = dims_;
     p.steps = T;
     p.batch = B;
     p.groups = P;
@@ -192,7 +192,7 @@ class Checker {
     p.dtype = dtype_;
     p.bias_hh = read_weight("bias_hh", args.bias_hh, {P, G * h});
     p.h_0 = read_state("h_0", args.states.h_0, R);
-    p.c_0 = read_state("c_0", args.states.c_0, h);
+    p.c_0 = read_state("c_0", args.states.c_0, C * h);
     for (const bool r : args.reverse) own.reverse.push_back(r);
     p.reverse = own.reverse.data();
     if (packed)
@@ -271,7 +271,7 @@ class Checker {
   }
 
   void resets(const States& args, ForwardParams& p) {
-    const auto [T, B, P, G, h, R, S, packed, rows] = dims_;
+    const auto [T, B, P, G, h, R, S, C, packed, rows] = dims_;
     RNN_CHECK(args.resets || !(args.reset_h || args.reset_c), op_, ": ", args.reset_h ? "reset_h" : "reset_c",
               ": expected none without resets, got a tensor");
     RNN_CHECK(info_.states > 1 || !args.reset_c, op_, ": reset_c: expected none for cell '", info_.name,
@@ -288,7 +288,7 @@ class Checker {
     p.resets_stride_b = x.stride(1);
     p.resets_stride_p = x.dim() == 2 ? 0 : x.stride(2);
     p.reset_h = read_state("reset_h", args.reset_h, R);
-    p.reset_c = read_state("reset_c", args.reset_c, h);
+    p.reset_c = read_state("reset_c", args.reset_c, C * h);
   }
 
   const char* op_;
@@ -362,13 +362,13 @@ namespace {
 // What both forms of the forward call share, once the sequence has been checked.
 void prepare_results(Checker& checker, const Recurrence& args, bool save, PreparedForward& out,
                      const Tensor& saved = {}) {
-  const auto [T, B, P, G, h, R, S, packed, rows] = checker.dims();
+  const auto [T, B, P, G, h, R, S, C, packed, rows] = checker.dims();
   ForwardParams& p = out.params;
   checker.fill(args, p, out.own);
   const bool padded = p.lengths && !packed, c = checker.info().states > 1;
   out.output = checker.result(checker.sequence(P * R), padded);
   out.h_n = checker.empty(checker.state_sizes(R));
-  out.c_n = c ? checker.empty(checker.state_sizes(h)) : checker.absent();
+  out.c_n = c ? checker.empty(checker.state_sizes(C * h)) : checker.absent();
   out.saved = saved.defined() ? saved : save ? checker.result(checker.sequence(P * S * h), padded) : checker.absent();
   p.output = data_or_null(out.output);
   p.h_n = data_or_null(out.h_n);
@@ -405,7 +405,7 @@ static std::vector<int64_t> weight_sizes(const Recurrence& args) {
 
 PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save, const Tensor& saved) {
   Checker checker("recurrent_forward", args, gates_ih, "gates_ih", weight_sizes(args));
-  const auto [T, B, P, G, h, R, S, packed, rows] = checker.dims();
+  const auto [T, B, P, G, h, R, S, C, packed, rows] = checker.dims();
   PreparedForward out;
   ForwardParams& p = out.params;
   p.gates_ih = checker.read_strided("gates_ih", gates_ih, P * G * h, p.gates_ih_stride_t, p.gates_ih_stride_b);
@@ -417,7 +417,7 @@ PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, 
 PreparedForward prepare_layer(const LayerCall& call, bool save) {
   const Recurrence args = recurrence_of(call);
   Checker checker("layer_forward", args, call.input, "input", weight_sizes(args));
-  const auto [T, B, P, G, h, R, S, packed, rows] = checker.dims();
+  const auto [T, B, P, G, h, R, S, C, packed, rows] = checker.dims();
   PreparedForward out;
   LayerParams& p = out.layer;
   p.size = call.input.size(-1);
@@ -446,9 +446,10 @@ PreparedForward prepare_quantized(const Recurrence& args, const Tensor& input, c
   };
   RNN_CHECK(args.states.h_0, op, ": h_0: expected a tensor, got none");
   const int64_t groups = args.reverse.size(), gates = kCells[known_cell(args.cell)].gates;
-  const int64_t R0 = width("h_0", *args.states.h_0), h0 = args.states.c_0 ? width("c_0", *args.states.c_0) : R0;
+  const int64_t R0 = width("h_0", *args.states.h_0), in_c = kCells[known_cell(args.cell)].in_c();
+  const int64_t h0 = args.states.c_0 && in_c > 0 ? width("c_0", *args.states.c_0) / in_c : R0;
   Checker checker(op, args, input, "input", std::vector<int64_t>{groups, gates * h0, R0});
-  const auto [T, B, P, G, h, R, S, packed, rows] = checker.dims();
+  const auto [T, B, P, G, h, R, S, C, packed, rows] = checker.dims();
   PreparedForward out;
   LayerParams& p = out.layer;
   p.size = input.size(2);
@@ -482,7 +483,7 @@ namespace {
 // What both forms of the backward call share.
 void prepare_gradients(const char* op, Checker& checker, const Recurrence& args, const Given& given, bool initial,
                        PreparedBackward& out) {
-  const auto [T, B, P, G, h, R, S, packed, rows] = checker.dims();
+  const auto [T, B, P, G, h, R, S, C, packed, rows] = checker.dims();
   BackwardParams& p = out.params;
   check_grad_clip(op, args.grad_clip);
   p.grad_clip = args.grad_clip;
@@ -493,18 +494,18 @@ void prepare_gradients(const char* op, Checker& checker, const Recurrence& args,
   p.grad_output =
       checker.read_strided("grad_output", given.grad_output, P * R, p.grad_output_stride_t, p.grad_output_stride_b);
   p.grad_h_n = checker.read_state("grad_h_n", given.grad_h_n, R);
-  p.grad_c_n = checker.read_state("grad_c_n", given.grad_c_n, h);
+  p.grad_c_n = checker.read_state("grad_c_n", given.grad_c_n, C * h);
   RNN_CHECK(c || !given.grad_cells, op, ": grad_cells: expected none for cell '", checker.info().name,
             "', got a tensor");
   p.grad_cells =
-      checker.read_strided("grad_cells", given.grad_cells, P * h, p.grad_cells_stride_t, p.grad_cells_stride_b);
+      checker.read_strided("grad_cells", given.grad_cells, P * C * h, p.grad_cells_stride_t, p.grad_cells_stride_b);
   p.output = const_cast<void*>(checker.read("output", given.output, checker.sequence(P * R)));
   p.saved = const_cast<void*>(checker.read("saved", given.saved, checker.sequence(P * S * h)));
   RecurrentGradients& grad = out.gradients;
   grad.h_0 = initial ? checker.empty(checker.state_sizes(R)) : checker.absent();
-  grad.c_0 = initial && c ? checker.empty(checker.state_sizes(h)) : checker.absent();
+  grad.c_0 = initial && c ? checker.empty(checker.state_sizes(C * h)) : checker.absent();
   grad.reset_h = args.states.reset_h ? checker.accumulator(checker.state_sizes(R)) : checker.absent();
-  grad.reset_c = args.states.reset_c ? checker.accumulator(checker.state_sizes(h)) : checker.absent();
+  grad.reset_c = args.states.reset_c ? checker.accumulator(checker.state_sizes(C * h)) : checker.absent();
   grad.params = args.params ? checker.accumulator({B, P * checker.info().params * h}) : checker.absent();
   if (args.states.keep_h && given.output.is_cuda()) {
     checker.keep.push_back(at::empty({B, P * R}, checker.wide()));
@@ -523,7 +524,7 @@ void prepare_gradients(const char* op, Checker& checker, const Recurrence& args,
 PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bool initial, bool together) {
   const char* op = "recurrent_backward";
   Checker checker(op, args, given.output, "output", weight_sizes(args));
-  const auto [T, B, P, G, h, R, S, packed, rows] = checker.dims();
+  const auto [T, B, P, G, h, R, S, C, packed, rows] = checker.dims();
   PreparedBackward out;
   BackwardParams& p = out.params;
   prepare_gradients(op, checker, args, given, initial, out);
@@ -560,7 +561,7 @@ PreparedBackward prepare_layer_backward(const LayerCall& call, const LayerGiven&
             ": input: expected a tensor where weight_ih's gradient is needed, got none");
   const Recurrence args = recurrence_of(call);
   Checker checker(op, args, given.output, "output", weight_sizes(args));
-  const auto [T, B, P, G, h, R, S, packed, rows] = checker.dims();
+  const auto [T, B, P, G, h, R, S, C, packed, rows] = checker.dims();
   PreparedBackward out;
   LayerBackwardParams& p = out.layer;
   prepare_gradients(op, checker, args, of_recurrence(given), needed[kOf_h_0] || needed[kOf_c_0], out);

@@ -104,6 +104,7 @@ double check() {
       fill(x.gates_hh);
       fill(x.state);
       fill(x.params);
+      if constexpr (Cell::kStates > 2) x.state[2] = 0.5 + std::abs(x.state[2]);  // an sLSTM's n, which is above 0
       // A relu has no derivative at its kink: stay away from it by more than the step.
       for (int gate = 0; gate < Cell::kGates; ++gate)
         if (std::abs(x.gates_ih[gate] + x.gates_hh[gate]) < 1e-3) x.gates_ih[gate] += 0.1;

@@ -190,11 +190,13 @@ bool check_call() {
   p.batch = size();
   p.groups = draw(1, 3);
   p.hidden = size();
-  const bool second = info.states > 1, projected = second && coin();
+  const bool second = info.states > 1, projected = info.states == 2 && coin();
   const bool whole = !projected && bytes_of(p.dtype) >= 4 && coin();  // a layer's backward call
   p.width = projected ? size() : p.hidden;
   const int64_t T = p.steps, B = p.batch, P = p.groups, h = p.hidden, R = p.width, G = info.gates, K = info.params;
-  const bool masked = coin(), keeps_h = coin(), keeps_c = second && coin();
+  const int64_t C = info.in_c();
+  const bool zoned = info.states <= 2;  // a cell with more has no zoneout
+  const bool masked = coin(), keeps_h = coin() && zoned, keeps_c = second && coin() && zoned;
   const int64_t S = saved_values(info, keeps_h);
   const DType d = p.dtype;
   const DType wide = bytes_of(d) == 2 ? DType::kFloat32 : d;
@@ -219,15 +221,18 @@ bool check_call() {
   projection.weight_dtype = d;
   const int64_t I = projection.size;
   Array gates(d, N * P * G * h), weight_hh(d, P * G * h * R), bias_hh(d, P * G * h, coin()),
-      weight_hr(d, P * R * h, projected), h_0(d, B * P * R), c_0(d, B * P * h, second), params(d, P * K * h, K > 0);
+      weight_hr(d, P * R * h, projected), h_0(d, B * P * R), c_0(d, B * P * C * h, second), params(d, P * K * h, K > 0);
   Array input(d, N * I), weight_ih(d, P * G * h * I), bias_ih(d, P * G * h, coin());
   for (Array* x : {&gates, &weight_hh, &bias_hh, &weight_hr, &h_0, &c_0, &params, &input, &weight_ih, &bias_ih})
     x->random();
   for (auto [x, n] : {std::pair{&weight_hh, R}, {&weight_hr, h}, {&weight_ih, I}})  // sums of order 1
     for (int64_t i = 0; x->data && i < x->count; ++i) x->put(i, x->get(i) / std::sqrt(double(n)));
   const bool restart = resets_given && coin();
-  Array reset_h(d, B * P * R, restart), reset_c(d, B * P * h, restart && second);
+  Array reset_h(d, B * P * R, restart), reset_c(d, B * P * C * h, restart && second);
   reset_h.random(), reset_c.random();
+  for (Array* x : {&c_0, &reset_c})  // an sLSTM's n, the second of three states, is above 0
+    for (int64_t i = 0; C > 1 && x->data && i < x->count; ++i)
+      if (i / h % C == 1) x->put(i, std::abs(x->get(i)) + 0.5);
   Array mask_h(d, B * P * R, masked), keep_h(d, N * P * R, keeps_h), keep_c(d, N * P * h, keeps_c);
   mask_h.random(), keep_h.random(), keep_c.random();
   const bool no_h = draw(0, 2) == 0, no_c = draw(0, 2) == 0;
@@ -288,7 +293,7 @@ bool check_call() {
   const LayerParams* given = layer ? &projection : nullptr;
   if (layer) p.gates_ih = nullptr;
 
-  Array grad_output(d, N * P * R, coin()), grad_h_n(d, B * P * R, coin()), grad_c_n(d, B * P * h, second && coin());
+  Array grad_output(d, N * P * R, coin()), grad_h_n(d, B * P * R, coin()), grad_c_n(d, B * P * C * h, second && coin());
   grad_output.random(), grad_h_n.random(), grad_c_n.random();
   p.grad_output = grad_output.data;
   p.grad_output_stride_b = P * R;
@@ -304,11 +309,11 @@ bool check_call() {
   products.input_stride_b = I;
   products.input_stride_t = B * I;
   products.weight = weight_ih.data;
-  Array grad_cells(d, N * P * h, second && coin());
+  Array grad_cells(d, N * P * C * h, second && coin());
   grad_cells.random();
   p.grad_cells = grad_cells.data;
-  p.grad_cells_stride_b = P * h;
-  p.grad_cells_stride_t = B * P * h;
+  p.grad_cells_stride_b = P * C * h;
+  p.grad_cells_stride_t = B * P * C * h;
   p.grad_gates_stride = G * h;
   const LayerBackwardParams* layer_backward = whole ? &products : nullptr;
 
@@ -346,9 +351,9 @@ bool check_call() {
   const bool wants[] = {coin(), coin(), coin(), coin(), coin(), coin()};
   const auto results = [&] {
     return std::unique_ptr<Results>(new Results{
-        {d, N * P * R}, {d, B * P * R}, {d, B * P * h, second}, {d, N * P * S * h}, {d, N * P * G * h, !whole},
+        {d, N * P * R}, {d, B * P * R}, {d, B * P * C * h, second}, {d, N * P * S * h}, {d, N * P * G * h, !whole},
         {d, N * P * G * h, !whole && info.separate_gates_hh}, {d, N * P * R, projected}, {d, B * P * R, initial},
-        {d, B * P * h, initial && second}, {wide, B * P * R, restart}, {wide, B * P * h, restart && second},
+        {d, B * P * C * h, initial && second}, {wide, B * P * R, restart}, {wide, B * P * C * h, restart && second},
         {d, P * N * I, whole && wants[0]}, {d, P * G * h * I, whole && wants[1]},
         {d, P * G * h * R, whole && wants[2]}, {d, P * G * h, whole && wants[3]}, {d, P * G * h, whole && wants[4]},
         {wide, B * P * K * h, K > 0 && wants[5]}});

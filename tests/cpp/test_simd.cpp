@@ -1,4 +1,4 @@
-// Accuracy of the SIMD exp and tanh, in ulp of the exact result, and exactness of the 16-bit conversions, for the
+// Accuracy of the SIMD exp, tanh and log1p, in ulp of the exact result, and exactness of the 16-bit conversions, for the
 // instruction set that FASTRNN_AVX512, FASTRNN_AVX2 or neither of them names (cpu/isa-inl.h).
 // Prints "name value limit" lines; exits with 1 if a value is above its limit.
 #include <cmath>
@@ -58,13 +58,19 @@ void specials(const char* type) {
   wrong += lane0<T>(inf, s) != 1 || !(lane0<T>(-inf, s) < 1e-37) || !std::isnan(lane0<T>(nan, s));
   const auto r = [](Vec<T> x) { return relu(x); };
   wrong += lane0<T>(-3, r) != 0 || lane0<T>(3, r) != 3 || !std::isnan(lane0<T>(nan, r));
+  const auto l = [](Vec<T> x) { return log_sigmoid(x); };
+  wrong += !(std::abs(lane0<T>(inf, l)) < 1e-37) || lane0<T>(-inf, l) != -inf || !std::isnan(lane0<T>(nan, l));
+  const auto m = [&](T a, T b) { return lane0<T>(a, [b](Vec<T> x) { return maximum(x, Vec<T>(b)); }); };
+  wrong += m(-3, 2) != 2 || m(3, 2) != 3 || m(2, 2) != 2 || m(-inf, 2) != 2 || !std::isnan(m(nan, 2)) || !std::isnan(m(2, nan));
+  const auto w = [](Vec<T> x) { return where_zero(x, Vec<T>(1), Vec<T>(2)); };
+  wrong += lane0<T>(0, w) != 1 || lane0<T>(T(-0.0), w) != 1 || lane0<T>(tiny, w) != 2 || lane0<T>(nan, w) != 2;
   report((std::string("specials_") + type).c_str(), wrong, 0);
 }
 
 // Every `stride`-th float of either sign, a whole vector at a time.
 void floats(uint32_t stride) {
   constexpr int L = Vec<float>::kLanes;
-  double worst_exp = 0, worst_tanh = 0;
+  double worst_exp = 0, worst_tanh = 0, worst_log1p = 0;
   alignas(64) float x[L], y[L];
   int n = 0;
   for (uint64_t bits = 0; bits < (uint64_t(1) << 32); bits += stride) {
@@ -77,13 +83,19 @@ void floats(uint32_t stride) {
       if (x[k] >= -87.3f && x[k] <= 88.3f) worst_exp = std::fmax(worst_exp, ulps(y[k], std::exp(double(x[k]))));
     store(y, tanh(load(x)));
     for (int k = 0; k < L; ++k) worst_tanh = std::fmax(worst_tanh, ulps(y[k], std::tanh(double(x[k]))));
+    if (!(x[0] >= 0 && x[0] <= 1)) continue;  // neighbours of one sign, and nearly of one size
+    store(y, log1p(load(x)));
+    for (int k = 0; k < L; ++k)
+      if (x[k] <= 1) worst_log1p = std::fmax(worst_log1p, ulps(y[k], std::log1p(double(x[k]))));
   }
+  report("log1p_float_ulp", worst_log1p, 3);
   report("exp_float_ulp", worst_exp, 2);
   report("tanh_float_ulp", worst_tanh, 3);
 }
 
 void doubles(int64_t points) {
-  double worst_exp = 0, worst_tanh = 0;
+  double worst_exp = 0, worst_tanh = 0, worst_log1p = 0;
+  const auto l = [](Vec<double> x) { return log1p(x); };
   const auto e = [](Vec<double> x) { return exp(x); };
   const auto t = [](Vec<double> x) { return tanh(x); };
   for (int64_t k = 0; k <= points; ++k) {
@@ -92,7 +104,10 @@ void doubles(int64_t points) {
     worst_exp = std::fmax(worst_exp, ulps(lane0(x, e), std::exp((long double)x)));
     worst_exp = std::fmax(worst_exp, ulps(lane0(-near, e), std::exp((long double)-near)));
     worst_tanh = std::fmax(worst_tanh, ulps(lane0(near, t), std::tanh((long double)near)));
+    for (const double y : {u, u * u * u})
+      worst_log1p = std::fmax(worst_log1p, ulps(lane0(y, l), std::log1p((long double)y)));
   }
+  report("log1p_double_ulp", worst_log1p, 3);
   report("exp_double_ulp", worst_exp, 2);
   report("tanh_double_ulp", worst_tanh, 3);
 }

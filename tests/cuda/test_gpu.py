@@ -440,7 +440,7 @@ def test_gradcheck(cell):
 
     def call(*values):
         given = arguments | dict(zip(names, values, strict=True))
-        return ops.recurrent_forward(*given.values(), False)[: ops.CELLS[cell].states + 1]
+        return ops.recurrent_forward(*given.values(), False)[: ops.CELLS[cell].tensors + 1]
 
     assert torch.autograd.gradcheck(call, [arguments[k].requires_grad_() for k in names])
 

@@ -57,7 +57,11 @@ class CellInfo(NamedTuple):  # csrc/cells/registry.h
 
     @property
     def masks(self):
-        return not (self.whole_rows or self.late_gates)
+        return not (self.whole_rows or self.late_gates or self.states > 2)
+
+    @property
+    def in_c(self):
+        return self.states - 1
 
     def saved_values(self, keep_h):
         return self.saved + (keep_h is not None and not self.remakes)
@@ -176,7 +180,7 @@ def forward_call(cuda, arguments, save=True):
     P, h, R, second = call.P, call.h, call.R, call.info.states > 1
     call.result("output", (T, B, P * R))
     call.result("h_n", (B, P * R))
-    call.result("c_n", (B, P * h), second)
+    call.result("c_n", (B, P * call.info.in_c * h), second)
     call.result("saved", (T, B, P * call.saved_values * h), save)
     return call
 
@@ -199,9 +203,10 @@ def backward_call(cuda, cell, grad_output, grad_h_n, grad_c_n, weight_hh, weight
     call.result("grad_gates_hh", gates, call.info.separate_gates_hh)
     call.result("grad_projected", (T, B, P * R), weight_hr is not None)
     call.result("grad_h_0", (B, P * R), initial)
-    call.result("grad_c_0", (B, P * h), initial and second)
+    of_c = (B, P * call.info.in_c * h)
+    call.result("grad_c_0", of_c, initial and second)
     call.result("grad_reset_h", (B, P * R), reset_h is not None, T == 0, call.wide)
-    call.result("grad_reset_c", (B, P * h), reset_c is not None, T == 0, call.wide)
+    call.result("grad_reset_c", of_c, reset_c is not None, T == 0, call.wide)
     call.result("grad_params", (B, P * call.info.params * h), params is not None, T == 0, call.wide)
     return call
 
@@ -222,11 +227,12 @@ class Step:
         G = call.info.gates - K  # of the product with h
         early, late = call.weight_hh.split([G * h, K * h], 1)
         wide, projected = call.wide, call.weight_hr is not None
+        carried = max(1, call.info.in_c)
         work = call.info.states + call.info.backward_work if backward else call.info.forward_work
         b = {
             "h": call.buffer(P, B, R), "gates_hh": call.buffer(P, B, G * h, dtype=wide),
             "hidden": call.buffer(P, B, h), "projected": call.buffer(P, B, R, dtype=wide),
-            "carried": call.buffer(P, B, h, dtype=wide), "grad_gates": call.buffer(P, B, G * h),
+            "carried": call.buffer(P, B, carried * h, dtype=wide), "grad_gates": call.buffer(P, B, G * h),
             "recurrent": call.buffer(P, B, R, dtype=wide), "grad_h": call.buffer(P, B, R),
             "grad_hidden": call.buffer(P, B, h, dtype=wide), "work": call.buffer(P, B, work * h, dtype=wide),
             "late": call.buffer(P, B, K * h if backward else h),

@@ -304,8 +304,7 @@ FAULTS = {
     "step_reset_late": step("forward", "ffma", "const bool reset_next = reset_before(p, r, k + 1);",
                             "const bool reset_next = reset_before(p, r, k);"),
     "step_carries_what_nobody_wrote": step(
-        "backward", "ffma", "V carried = r.last(k) ? V(0) : load<V>(b.carried, at);",
-        "V carried = load<V>(b.carried, at);", "uninitialised"),
+        "backward", "ffma", "b.carried, j, !r.last(k));", "b.carried, j);", "uninitialised"),
     "step_product_that_was_not": step(
         "backward", "ffma", "const V recurrent = r.last(k) ? V(0) : handed_on", "const V recurrent = handed_on",
         "uninitialised"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastrnn import ops, reference
+from tests.helpers import as_c
 
 ROOT = Path(__file__).resolve().parents[2]
 ISAS = ("avx512", "avx2", "baseline")
@@ -56,6 +57,9 @@ class Case:
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).mul(0.5).to(self.dtype)
 
+        def c() -> torch.Tensor:
+            return as_c(self.cell, random(B, P * info.in_c * h), P)
+
         def weight(*shape: int) -> torch.Tensor:
             return random(*shape) * (2 / shape[-1] ** 0.5)
 
@@ -79,11 +83,11 @@ class Case:
             "weight_hr": weight(P, width, h) if self.projected else None,
             "params": random(P, info.params, h) if info.params else None,
             "h_0": random(B, P * width),
-            "c_0": random(B, P * h) if second else None,
+            "c_0": c() if second else None,
             "lengths": torch.randint(0, T + 1, per_group[self.lengths], generator=generator) if self.lengths else None,
             "resets": torch.rand(masks[self.resets], generator=generator) < 0.3 if self.resets else None,
             "reset_h": random(B, P * width) if stateful else None,
-            "reset_c": random(B, P * h) if stateful and second else None,
+            "reset_c": c() if stateful and second else None,
         }
         dropped = torch.rand(B, P * width, generator=generator) < 0.4 if noise in ("dropout", "all") else None
         return given | {
@@ -141,8 +145,8 @@ def check(case: Case, seed: int = 0) -> None:
     assert_near(ops.recurrent_backward(*pulled), reference.backward(*wanted), 10 * tolerance, BACKWARD_NAMES, case)
 
 
-# On CUDA the per-step tier's alone: cells that look at whole rows or have two products in a step.
-PER_STEP = ("lstm_norm", "gru_norm", "gru_reset_before", "mgu")
+# On CUDA the per-step tier's alone: cells that look at whole rows, have two products in a step or more states than two.
+PER_STEP = ("lstm_norm", "gru_norm", "gru_reset_before", "mgu", "slstm")
 
 
 def cells_with_projection():

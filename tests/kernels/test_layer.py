@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fastrnn
 from fastrnn import _C, composed, functional, layer, modules, ops, reference
 from fastrnn.records import GRADIENTS, LayerCall, LayerStates, LayerWeights, layer_states
-from tests.helpers import KINDS, assert_equal, build, evaluate, randn
+from tests.helpers import KINDS, as_c, assert_equal, build, evaluate, randn
 from tests.kernels.test_kernels import (
     CONSTANTS,
     FORWARD_NAMES,
@@ -231,15 +231,16 @@ def test_gradcheck(cell, roads):
     """Both orders, with respect to everything, through the layer's own node."""
     info = ops.CELLS[cell]
     x = torch.randn(4, 2, 3, dtype=torch.float64)
-    states = [torch.randn(1, 2, 5, dtype=torch.float64) for _ in range(info.states)]
+    states = [torch.randn(1, 2, n, dtype=torch.float64) for n in info.widths(5, 5)]
+    states[1:] = [as_c(cell, c) for c in states[1:]]
     shapes = ((info.gates * 5, 3), (info.gates * 5, 5), (info.gates * 5,), (info.gates * 5,))
     weights = [torch.randn(*shape, dtype=torch.float64) * 0.5 for shape in shapes]
     weights += [torch.randn(info.params, 5, dtype=torch.float64)] if info.params else []
 
     def run(x, *rest):
-        *four, params = rest[info.states :] if info.params else (*rest[info.states :], None)
-        call = LayerCall(cell, x, [LayerWeights(*four, params=params)], layer_states(rest[: info.states]))
-        return layer.layer(call)[: 1 + info.states]
+        *four, params = rest[info.tensors :] if info.params else (*rest[info.tensors :], None)
+        call = LayerCall(cell, x, [LayerWeights(*four, params=params)], layer_states(rest[: info.tensors]))
+        return layer.layer(call)[: 1 + info.tensors]
 
     leaves = [t.requires_grad_() for t in (x, *states, *weights)]
     torch.autograd.gradcheck(run, leaves)
@@ -460,7 +461,7 @@ def test_gradients_of_results_that_do_not_apply(cell, dtype):
 @pytest.mark.parametrize("cell", ops.CELLS)
 def test_results_share_no_memory(cell, kind):
     """With each other, or with an argument, as the schemas promise."""
-    if kind == "projected" and ops.CELLS[cell].states == 1:
+    if kind == "projected" and ops.CELLS[cell].states != 2:
         return
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     given = arguments_of(Case(cell, 4, 3, 2, 5, 3 if kind == "projected" else 0, "", "state", dtype=dtype), 6, 0)

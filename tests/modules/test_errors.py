@@ -21,7 +21,7 @@ import fastrnn
 from fastrnn import functional, reference
 from fastrnn.functional import LayerWeights
 from fastrnn.ops import CELLS
-from tests.helpers import KINDS, build, make_state, map_state, tensors
+from tests.helpers import KINDS, as_c, build, make_state, map_state, tensors
 
 KIND = pytest.mark.parametrize("kind", KINDS)
 X = torch.zeros(3, 2, 4)  # [T, B, I]
@@ -556,6 +556,7 @@ T, B, P = 3, 2, 2
 OP_CELLS = {  # gates, width; 5 hidden
     "lstm": (4, 5), "projected lstm": (4, 3), "lstm_peephole": (4, 5), "gru": (3, 5), "rnn_tanh": (1, 5),
     "lstm_norm": (4, 5), "gru_norm": (3, 5), "gru_reset_before": (3, 5),
+    "slstm": (4, 5),
 }  # fmt: skip
 DEVICE = pytest.mark.parametrize("device", ["cpu", "meta"])
 OP_CELL = pytest.mark.parametrize("cell", OP_CELLS)
@@ -569,8 +570,8 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def forward_arguments(cell: str) -> dict[str, Any]:
     """Everything given that the cell can take."""
     gates, width = OP_CELLS[cell]
-    name, lstm = cell.split()[-1], "lstm" in cell
-    masks = CELLS[name].masks
+    name = cell.split()[-1]
+    in_c, masks = CELLS[name].in_c, CELLS[name].masks
     return {
         "cell": name,
         "gates_ih": random(T, B, P * gates * 5),
@@ -579,14 +580,14 @@ def forward_arguments(cell: str) -> dict[str, Any]:
         "weight_hr": random(P, width, 5) if width != 5 else None,
         "params": random(P, CELLS[name].params, 5) if CELLS[name].params else None,
         "h_0": random(B, P * width),
-        "c_0": random(B, P * 5) if lstm else None,
+        "c_0": random(B, P * in_c * 5) if in_c else None,
         "lengths": torch.tensor([3, 1]),
         "resets": torch.zeros(T, B, dtype=torch.bool),
         "reset_h": random(B, P * width),
-        "reset_c": random(B, P * 5) if lstm else None,
+        "reset_c": random(B, P * in_c * 5) if in_c else None,
         "mask_h": random(B, P * width) if masks else None,
         "keep_h": random(T, B, P * width) if masks else None,
-        "keep_c": random(T, B, P * 5) if lstm and masks else None,
+        "keep_c": random(T, B, P * 5) if in_c and masks else None,
         "reverse": [False, True],
         "save": True,
     }
@@ -849,10 +850,10 @@ def op_calls(draw: Any) -> tuple[str, dict[str, Any]]:
     info = CELLS[cell]
     lstm = info.states > 1
     steps, batch, groups, hidden = (draw(st.integers(low, 3)) for low in (0, 0, 1, 1))
-    width = draw(st.integers(1, 3)) if lstm and draw(st.booleans()) else None
+    width = draw(st.integers(1, 3)) if info.states == 2 and draw(st.booleans()) else None
     dtype = draw(st.sampled_from([torch.float64] * 4 + FLOATS))
     seed = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    R, states = width or hidden, groups * hidden
+    R, states = width or hidden, groups * info.in_c * hidden
 
     def maybe(make: Callable[[], Any], chance: bool = True) -> Any:
         return make() if chance and draw(st.booleans()) else None
@@ -860,13 +861,16 @@ def op_calls(draw: Any) -> tuple[str, dict[str, Any]]:
     def numbers(*shape: int) -> Tensor:
         return (torch.rand(*shape, generator=seed, dtype=F64) - 0.5).to(dtype)
 
+    def c() -> Tensor:
+        return as_c(cell, numbers(batch, states), groups)
+
     backward = draw(st.booleans())
     has_resets = draw(st.booleans())
     shared: dict[str, Any] = {
         "weight_hr": numbers(groups, width, hidden) if width else None,
         "params": numbers(groups, info.params, hidden) if info.params else None,
         "h_0": numbers(batch, groups * R),
-        "c_0": numbers(batch, states) if lstm else None,
+        "c_0": c() if lstm else None,
         "lengths": maybe(
             lambda: torch.randint(0, steps + 1, (batch, groups) if draw(st.booleans()) else (batch,), generator=seed)
         ),
@@ -876,7 +880,7 @@ def op_calls(draw: Any) -> tuple[str, dict[str, Any]]:
             else None
         ),
         "reset_h": maybe(lambda: numbers(batch, groups * R), has_resets),
-        "reset_c": maybe(lambda: numbers(batch, states), has_resets and lstm),
+        "reset_c": maybe(c, has_resets and lstm),
         "mask_h": maybe(lambda: numbers(batch, groups * R), info.masks),
         "keep_h": maybe(lambda: numbers(steps, batch, groups * R), info.masks),
         "keep_c": maybe(lambda: numbers(steps, batch, states), lstm and info.masks),

@@ -85,7 +85,7 @@ def test_double_backward_where_arguments_depend_on_each_other(cell: str):
     """[r02c] Partial derivatives, not total ones: all arguments are functions of the same two tensors."""
     case = make_case(cell, reverse=(False,), resets="rows", reset_state=True)
     gates, weight = case.inputs[:2]
-    h = case.tensors["h_0"].shape[1]
+    h, c = (case.tensors.get(name, weight).shape[1] for name in ("h_0", "c_0"))
 
     def chained(run: Function) -> tuple[Tensor, ...]:
         def function(gates: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -93,9 +93,9 @@ def test_double_backward_where_arguments_depend_on_each_other(cell: str):
                 "gates_ih": gates.sin(),
                 "weight_hh": weight * gates.tanh().mean(),
                 "h_0": gates[0, :, :h].tanh(),
-                "c_0": gates[1, :, :h] * weight.sum(),
+                "c_0": (gates[1, :, :c] * weight.sum()).exp(),  # above 0, as the n of an sLSTM is
                 "reset_h": gates[2, :, :h].cos(),
-                "reset_c": gates[0, :, :h] * weight.mean(),
+                "reset_c": (gates[0, :, :c] * weight.mean()).exp(),
             }
             return run(*(tied.get(name, x) for name, x in case.tensors.items()))
 
@@ -214,7 +214,7 @@ def test_gradient_of_one_result_alone(cell: str, options: dict):
         squares = sum((g**2).sum() for g in first)
         return [first, torch.autograd.grad(squares, case.inputs, materialize_grads=True)]
 
-    for result in range(1 + CELLS[cell].states):
+    for result in range(1 + CELLS[cell].tensors):
         assert_close(orders(case.fused, result), orders(case.composite, result))
 
 
