@@ -134,7 +134,8 @@ class HandLoop(torch.nn.Module):
         return (n + z * (h - n),)
 
     def draw(self, input: Tensor, count: int) -> tuple[Tensor | None, list[Tensor]]:
-        """Recurrent dropout's mask of h [B, H], and zoneout's of each state [T, B, H]: in the order of fastrnn's."""
+        """Recurrent dropout's mask of h [B, H], the one that fastrnn draws, and zoneout's of each state [T, B, H],
+        which fastrnn does not let torch's generator draw one by one."""
         (T, B, _), H, p = input.shape, self.case.H, self.case.zoneout
         mask = None
         if self.training and self.case.recurrent_dropout:
@@ -227,7 +228,9 @@ class LoopPeer:
     def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
         module = self._module(case)
         module.load_state_dict(data.weights)
-        return replace(prepare_module(module, case, mode, data), kernel=lambda: self._kernel)
+        prepared = prepare_module(module, case, mode, data)
+        draws = mode == "train" and case.zoneout > 0  # other masks than ours
+        return replace(prepared, another_layer=draws, kernel=lambda: self._kernel)
 
 
 class OutOfTime(BaseException):
