@@ -15,6 +15,7 @@ import fastrnn
 from fastrnn.ops import CELLS
 
 KINDS = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")
+LIKE_GRU = ("LiGRU", "MGU")  # kinds that torch.nn lacks
 CELL_KINDS = ("LSTMCell", "GRUCell", "RNNCell_TANH", "RNNCell_RELU")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # of the larger of 1 and the largest expected value
 

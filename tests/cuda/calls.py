@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import fastrnn
 from fastrnn.functional import LayerWeights
 from tests.cuda import pretend_cuda
-from tests.helpers import KINDS, build
+from tests.helpers import KINDS, LIKE_GRU, build
 
 T, B, I, H = 4, 3, 5, 6  # noqa: E741
 LENGTHS = torch.tensor([2, 4, 1])
@@ -204,7 +204,6 @@ def mapped(kind: str, put: Put) -> list[Tensor]:
 
 
 # Kinds that go the way of a GRU, but for what the ops make of their cells: some calls are enough.
-LIKE_GRU = ("LiGRU", "MGU")
 FEW = ("layers", "lengths", "resets and lengths", "packed", "tokens, lengths", "recompute", "num_heads")
 
 

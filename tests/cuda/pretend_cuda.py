@@ -11,6 +11,7 @@ Importing this module changes the process for good (a backend is registered): us
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 from fastrnn import fallback
 
+if "pytest" in sys.modules:
+    raise ImportError("pretend_cuda changes its process for good: the tests are to import it in one of their own")
 aten = torch.ops.aten
 
 

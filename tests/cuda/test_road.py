@@ -13,8 +13,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 import fastrnn
-from tests.cuda.calls import LIKE_GRU
-from tests.helpers import KINDS, build
+from tests.helpers import KINDS, LIKE_GRU, build
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTS = ("functional", "LSTMCell", "GRUCell", "RNNCell", *(f"{kind}," for kind in (*KINDS, *LIKE_GRU)))
