@@ -47,7 +47,8 @@ class Noise(NamedTuple):
                 return None
             if not self.training:  # the expectation: one row for all
                 return torch.full((width,), probability, **options).expand(*steps, width)
-            if like.device.type != "cpu" or road(fallback.has_kernels(torch.empty(0, **options))) == "reference":
+            an_empty = torch.empty(0, **options)  # `like` may be a weight that refuses to say its layout
+            if like.device.type != "cpu" or road(fallback.has_kernels(an_empty)) == "reference":
                 return torch.bernoulli(torch.empty(*steps, width, **options), probability)
             # The generator draws one number, of which a kernel makes the elements. Each would take it 6 ns, and all
             # of them 10 to 20% of a training step.
