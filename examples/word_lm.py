@@ -53,22 +53,27 @@ class Corpus:
 
 
 class AWDLSTM(nn.Module):
-    """Its sizes are the embedding's all the way, so that one matrix [V, E] embeds words and scores them."""
+    """Its sizes are the embedding's all the way, so that one matrix [V, E] embeds words and scores them.
 
-    def __init__(self, words: int, size: int, layers: int) -> None:
+    `dropout` is a factor of the recipe's rates.
+    """
+
+    def __init__(self, words: int, size: int, layers: int, dropout: float = 1.0) -> None:
         super().__init__()
-        self.lstm = fastrnn.LSTM(size, size, layers, weight_dropout=0.5, locked_dropout=0.25)
+        self.dropout = dropout
+        self.lstm = fastrnn.LSTM(size, size, layers, weight_dropout=0.5 * dropout, locked_dropout=0.25 * dropout)
         self.embedding = nn.Embedding(words, size)
         self.bias = nn.Parameter(torch.zeros(words))
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
 
     def forward(self, ids: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, State]:
-        """Words [T, B] -> logits [T, B, V], the LSTM's output [T, B, E] dropped out and as it was, the state."""
-        embedding = F.dropout(self.embedding.weight.new_ones(len(self.bias), 1), 0.1, self.training)  # whole words
-        x = locked(F.embedding(ids, self.embedding.weight * embedding), 0.4, self.training)
+        """Words [T, B] -> logits [T B, V], the LSTM's output [T, B, E] dropped out and as it was, the state."""
+        words = self.embedding.weight.new_ones(len(self.bias), 1)
+        words = F.dropout(words, 0.1 * self.dropout, self.training)  # whole ones
+        x = locked(F.embedding(ids, self.embedding.weight * words), 0.4 * self.dropout, self.training)
         output, state = self.lstm(x, state)
-        dropped = locked(output, 0.4, self.training)
-        return F.linear(dropped, self.embedding.weight, self.bias), dropped, output, state
+        dropped = locked(output, 0.4 * self.dropout, self.training)
+        return F.linear(dropped.flatten(0, 1), self.embedding.weight, self.bias), dropped, output, state
 
 
 def locked(x: Tensor, p: float, training: bool) -> Tensor:
@@ -76,17 +81,17 @@ def locked(x: Tensor, p: float, training: bool) -> Tensor:
     return x * F.dropout(x.new_ones(1, *x.shape[1:]), p, training)
 
 
-def loss_of(model: AWDLSTM, ids: Tensor, state: State) -> tuple[Tensor, State]:
+def loss_of(model: nn.Module, ids: Tensor, state: State) -> tuple[Tensor, State]:
     """The mean cross-entropy of the words behind ids [T+1, B], with AR and TAR (alpha 2, beta 1) in training."""
     logits, dropped, output, state = model(ids[:-1], state)
-    loss = F.cross_entropy(logits.flatten(0, 1), ids[1:].flatten())
+    loss = F.cross_entropy(logits, ids[1:].flatten())
     if model.training:
         loss = loss + 2 * dropped.square().mean() + (output[1:] - output[:-1]).square().mean()
     return loss, state
 
 
 @torch.no_grad()
-def perplexity(model: AWDLSTM, ids: Tensor, seq_len: int) -> float:
+def perplexity(model: nn.Module, ids: Tensor, seq_len: int) -> float:
     model.eval()
     text, state, total = common.streams(ids, 10), None, 0.0
     for start in range(0, len(text) - 1, seq_len):
@@ -114,7 +119,7 @@ def sample(model: AWDLSTM, corpus: Corpus, count: int) -> str:
     for _ in range(count):
         logits, *_, state = model(ids, state)
         logits[..., 0] = -math.inf  # no unknown words
-        ids = (logits[-1] / 0.8).softmax(-1).multinomial(1)
+        ids = (logits / 0.8).softmax(-1).multinomial(1)
         words.append(corpus.words[int(ids)])
     return " ".join(words).replace(END, "\n")
 
@@ -126,7 +131,7 @@ def train(args: argparse.Namespace, corpus: Corpus) -> AWDLSTM:
     optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, args.lr, weight_decay=1.2e-6)
     text, history = common.streams(corpus.train, args.batch), [math.inf]
     for epoch in range(1, args.epochs + 1):
-        state, total, steps = None, 0.0, 0
+        state, total, steps = None, torch.tensor(0.0), 0
         with tqdm(pieces(text, args.seq_len), total=len(text) // args.seq_len, unit="piece", disable=None) as bar:
             for piece, scale in bar:
                 model.train()
@@ -136,8 +141,9 @@ def train(args: argparse.Namespace, corpus: Corpus) -> AWDLSTM:
                 nn.utils.clip_grad_norm_(parameters, 0.25)
                 optimizer.param_groups[0]["lr"] = args.lr * scale
                 optimizer.step()
-                total, steps = total + loss.item() * len(piece), steps + len(piece)
-                bar.set_postfix(perplexity=f"{math.exp(total / steps):.1f}", refresh=False)
+                total, steps = total + loss.detach() * len(piece), steps + len(piece)
+                if bar.n % 20 == 0:  # reading it waits for a GPU
+                    bar.set_postfix(perplexity=f"{(total / steps).exp():.1f}", refresh=False)
         averaged = isinstance(optimizer, torch.optim.ASGD)
         if averaged:  # measured with the averages in the parameters' places
             swap(optimizer, parameters)

