@@ -184,6 +184,22 @@ def test_split_is_the_same_and_complete() -> None:
     assert common.split(list(range(50)), 0.1) == (train, test)
 
 
+def test_every_loss_is_kept_in_order(tmp_path: Path) -> None:
+    """However they are read."""
+    args = common.start(common.options("name", "doc", epochs=6, batch=2, lr=0.1), ["--out", str(tmp_path)])
+    made: list[torch.Tensor] = []
+
+    def loss_of(model: torch.nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+        made.append((model(torch.stack(batch)) - 3).square().mean())
+        return made[-1]
+
+    model = torch.nn.Linear(1, 1)
+    for again in (1, 2):
+        found = common.fit(args, model, loss_of, list(torch.rand(7, 1)))
+        assert len(made) == again * 6 * 4 and args.losses == [loss.item() for loss in made] and len(found) == 6 * 4
+    assert found == args.losses[24:] and found[-1] < args.losses[0] / 4 and not model.training
+
+
 def test_edits() -> None:
     from g2p import edits
 
