@@ -171,7 +171,7 @@ def learn(args: Any, seed: int) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = common.options(
-        "recurrent_ppo", __doc__, steps=300_000, seeds=3, envs=32, rollout=64, epochs=8, parts=4, hidden=64, lr=4e-3
+        "recurrent_ppo", __doc__, steps=300_000, seeds=2, envs=32, rollout=64, epochs=8, parts=4, hidden=64, lr=4e-3
     )
     args = common.start(parser, argv, steps=15_000, seeds=1, envs=16, rollout=16, parts=2, hidden=16, lr=2e-2)
     runs = [learn(args, args.seed + i) for i in range(args.seeds)]
