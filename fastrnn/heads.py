@@ -38,7 +38,8 @@ def dense(weights: LayerWeights) -> LayerWeights:
     """The same layer with weight_hh [G*H, H], zeros between the heads."""
     N, Gh, h = weights.weight_hh.shape
     blocks = weights.weight_hh.reshape(N, Gh // h, h, 1, h)
-    own = torch.eye(N, dtype=torch.bool, device=blocks.device).reshape(N, 1, 1, N, 1)
+    head = torch.arange(N, device=blocks.device)
+    own = (head[:, None] == head).reshape(N, 1, 1, N, 1)  # torch.eye of bool is an EyeLike, which ONNX Runtime lacks
     return weights._replace(weight_hh=torch.where(own, blocks, 0).transpose(0, 1).reshape(N * Gh, N * h))
 
 

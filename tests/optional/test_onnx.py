@@ -165,6 +165,13 @@ def test_what_to_onnx_refuses() -> None:
             "expected float32, float64 or float16, got torch.bfloat16",
         ),
         (fastrnn.quantize(fastrnn.LSTM(I, H)), TypeError, "got fastrnn.quantized.QuantizedLSTM"),
+        (fastrnn.LiGRU(I, H), TypeError, "got fastrnn.modules.LiGRU"),
+        (Reversed(fastrnn.MGU(I, H)), TypeError, "got fastrnn.modules.MGU"),
+        (fastrnn.SLSTM(I, H, num_heads=H), TypeError, "got fastrnn.slstm.SLSTM"),
+        (fastrnn.LSTM(I, H, layer_norm=True), ValueError, "but it has layer_norm=True"),
+        (fastrnn.GRU(I, H, zoneout=0.1), ValueError, "but it has zoneout=0.1"),
+        (fastrnn.RNN(I, H, 2, residual=True), ValueError, "but it has residual=True"),
+        (fastrnn.LSTM(I, H, 2, return_all_layers=True), ValueError, "but it has return_all_layers=True"),
     ):
         with pytest.raises(error, match=message):
             fastrnn.to_onnx(module)

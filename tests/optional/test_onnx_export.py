@@ -162,6 +162,26 @@ def test_what_onnx_lacks(given: str) -> None:
     check(found, model, inputs, [(T, B)])
 
 
+UNITS = [
+    ("LiGRU", {"num_layers": 2}),
+    ("MGU", {"bidirectional": True}),
+    ("SLSTM", {"num_heads": 2}),
+    ("LSTM", {"layer_norm": True}),
+    ("GRU", {"layer_norm": True}),
+    ("LSTM", {"zoneout": 0.2}),
+    ("GRU", {"num_heads": 2, "num_layers": 2}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), UNITS, ids=str)
+def test_what_onnx_lacks_and_heads(kind: str, options: dict[str, Any]) -> None:
+    """Units without an operator are a loop, too, and heads a dense product, by either exporter."""
+    model = Model(getattr(fastrnn, kind)(I, H, **options)).eval()
+    given = (single(2, B, I),)
+    for found in (exported(model, given), exported_by_trace(model, given)):
+        check(found, model, lambda T, B: (single(T, B, I),), [(2, B)])
+
+
 @pytest.mark.parametrize("kind", CELL_KINDS)
 def test_cells(kind: str) -> None:
     model = build(fastrnn, kind, I, H)
