@@ -72,12 +72,13 @@ bench-peers: $(BUILT) $(PEERS_STAMP)
 	$(PEERS_VENV)/bin/python -m benchmarks --suite peers $(call WRITE,peers) $(ARGS); status=$$?; \
 	echo "the report as a page: $(OUT)/peers.html"; exit $$status
 
-$(EXTRAS_STAMP): tests/optional/requirements.txt requirements-dev.txt
+$(EXTRAS_STAMP): tests/optional/requirements.txt tests/optional/requirements-networks.txt requirements-dev.txt
 	test -x $(EXTRAS_VENV)/bin/python || $(PYTHON) -m venv $(EXTRAS_VENV)
 	$(EXTRAS_VENV)/bin/python -m pip install --quiet torch==$(TORCH)
 	echo "torch==$(TORCH)" > $(EXTRAS_VENV)/constraints.txt
 	$(EXTRAS_VENV)/bin/python -m pip install --quiet --constraint $(EXTRAS_VENV)/constraints.txt \
 		--requirement tests/optional/requirements.txt
+	$(EXTRAS_VENV)/bin/python -m pip install --quiet --no-deps --requirement tests/optional/requirements-networks.txt
 	touch $@
 
 test-extras: $(BUILT) $(EXTRAS_STAMP)

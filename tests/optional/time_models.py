@@ -10,7 +10,7 @@ import argparse
 import copy
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,21 @@ def block(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[An
     return (time.perf_counter() - begin) / steps
 
 
+def paired(sides: Sequence[Callable[[], float]], pairs: int) -> list[tuple[float, float]]:
+    """What both give, time after time, each the first in every second pair."""
+    times = []
+    for i in range(pairs):
+        order = (0, 1) if i % 2 else (1, 0)
+        found = {k: sides[k]() for k in order}
+        times.append((found[0], found[1]))
+    return times
+
+
+def medians(times: Sequence[tuple[float, float]]) -> list[float]:
+    """Of either side, seconds in and milliseconds out."""
+    return [sorted(t[k] for t in times)[len(times) // 2] * 1e3 for k in (0, 1)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=9)
@@ -101,13 +116,8 @@ def main() -> None:
         ours = fastrnn.convert(copy.deepcopy(theirs), strict=True)
         sides = [(m, torch.optim.Adam(m.parameters(), 1e-4)) for m in (theirs, ours)]
         steps = [max(1, round(args.seconds / min(block(m, o, loss, 2) for _ in range(2)))) for m, o in sides]
-        times: list[tuple[float, ...]] = []
-        for i in range(args.pairs):
-            order = (0, 1) if i % 2 else (1, 0)
-            found = {k: block(*sides[k], loss, min(steps)) for k in order}
-            times.append((found[0], found[1]))
-        ratio = median_interval([a / b for a, b in times])
-        torch_ms, ours_ms = (sorted(t[k] for t in times)[len(times) // 2] * 1e3 for k in (0, 1))
+        times = paired([lambda side=side: block(*side, loss, min(steps)) for side in sides], args.pairs)
+        ratio, (torch_ms, ours_ms) = median_interval([a / b for a, b in times]), medians(times)
         print(
             f"{make.__name__:24} torch.nn {torch_ms:8.2f} ms/step   fastrnn {ours_ms:8.2f} ms/step   "
             f"ratio {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f}, {ratio.count} pairs)"
