@@ -67,7 +67,7 @@ def pull_forward(args: Mapping[str, Any], results: Sequence[Tensor], needed: Col
         of_h, rule, of_late = grad_gates_hh, reference.CELLS[args["cell"]], []
         if rule.late:
             of_h, grad_late = reference.early_and_late(args["cell"], grad_gates_hh, P)
-            before = reference.multiplied_h(output, h_0, lengths, resets, reset_h, None, reverse)
+            before = reference.multiplied_h(output, h_0, lengths, resets, reset_h, mask_h, reverse)
             of_late = [_grad_weight(grad_late, reference.late_input(args["cell"], saved, before))]
         of_weight = _grad_weight_hh(of_h, output, h_0, lengths, resets, reset_h, mask_h, reverse)
         found["weight_hh"] = torch.cat([of_weight, *of_late], 1) if of_late else of_weight

@@ -47,7 +47,7 @@ def recurrence(call: LayerCall, gates_ih: Tensor, by_reference: bool = False) ->
         found = recurrent_forward(call.cell, gates_ih, *given, call.directions, call.all_states, *clips)
     output, h_n, c_n, saved = found
     D = len(call.weights)
-    cells = every_c(call.cell, saved, D) if call.all_states else output.new_empty(0)
+    cells = every_c(call.cell, saved, D, states.keep_c) if call.all_states else output.new_empty(0)
     return LayerResults(output, unfold(h_n, D), unfold(c_n, D) if CELLS[call.cell].states > 1 else c_n, cells, saved)
 
 
@@ -121,16 +121,16 @@ def folded(states: LayerStates, cell: str, weight_hh: Tensor, batch: int) -> Lay
     return states._replace(**found)
 
 
-def every_c(cell: str, saved: Tensor, directions: int) -> Tensor:
+def every_c(cell: str, saved: Tensor, directions: int, keep_c: Tensor | None) -> Tensor:
     """[.., D*C*H] of saved [.., D*S*H]: the last C of each direction's S values."""
-    S, C = CELLS[cell].saved, CELLS[cell].in_c
+    S, C = CELLS[cell].saved_values(None, keep_c), CELLS[cell].in_c
     values = saved.chunk(directions * S, -1)
     return torch.cat([x for k, x in enumerate(values) if k % S >= S - C], -1)
 
 
-def in_saved(cell: str, grad: Tensor, directions: int, others: Tensor | None) -> Tensor:
+def in_saved(cell: str, grad: Tensor, directions: int, keep_c: Tensor | None, others: Tensor | None = None) -> Tensor:
     """The gradient of every c as one of saved, added to the others of that."""
-    S, C, (*steps, width) = CELLS[cell].saved, CELLS[cell].in_c, grad.shape
+    S, C, (*steps, width) = CELLS[cell].saved_values(None, keep_c), CELLS[cell].in_c, grad.shape
     H = width // (directions * C)
     # reshape, for legacy vmap (is_grads_batched=True) has no rule for flatten and unflatten
     placed = F.pad(grad.reshape(*steps, directions, C * H), ((S - C) * H, 0)).reshape(*steps, directions * S * H)
@@ -162,7 +162,7 @@ def layer_backward(
     D, steps = len(reverse), LayerStates(**states)
     grad_output, grad_h_n, grad_c_n, grad_cells, grad_saved = grads
     if grad_cells is not None:
-        grad_saved = in_saved(cell, grad_cells, D, grad_saved)
+        grad_saved = in_saved(cell, grad_cells, D, steps.keep_c, grad_saved)
     lengths: Tensor | None = steps.lengths
     if batch_sizes is not None:
         lengths = pad(output, batch_sizes)[1]

@@ -20,6 +20,18 @@ from .ops import bernoulli
 from .records import Masks
 
 
+def draw(shape: Sequence[int], probability: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Ones with this probability, else zeros."""
+    an_empty = torch.empty(0, dtype=dtype, device=device)
+    if device.type != "cpu" or road(fallback.has_kernels(an_empty)) == "reference":
+        # torch.empty and not a tensor made like another, which under vmap would have that one's batch dimension
+        return torch.bernoulli(torch.empty(*shape, dtype=dtype, device=device), probability)
+    # The generator draws one number, of which a kernel makes the elements. Each would take it 6 ns, and all of
+    # zoneout's 10 to 20% of a training step.
+    seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
+    return bernoulli(seed, shape, probability, dtype)
+
+
 class Noise(NamedTuple):
     """What is asked for."""
 
@@ -47,13 +59,7 @@ class Noise(NamedTuple):
                 return None
             if not self.training:  # the expectation: one row for all
                 return torch.full((width,), probability, **options).expand(*steps, width)
-            an_empty = torch.empty(0, **options)  # `like` may be a weight that refuses to say its layout
-            if like.device.type != "cpu" or road(fallback.has_kernels(an_empty)) == "reference":
-                return torch.bernoulli(torch.empty(*steps, width, **options), probability)
-            # The generator draws one number, of which a kernel makes the elements. Each would take it 6 ns, and all
-            # of them 10 to 20% of a training step.
-            seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
-            return bernoulli(seed, (*steps, width), probability, like.dtype)
+            return draw((*steps, width), probability, **options)
 
         return Masks(mask_h, *(keep(p, directions * width) for p, width in zip(self.zoneout, widths, strict=False)))
 

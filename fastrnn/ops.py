@@ -59,8 +59,8 @@ class CellInfo(NamedTuple):
     saved: int
     params: int
     separate_gates_hh: bool
-    remakes: bool  # zoneout needs no more saved values: the saved ones give again what the cell made
-    masks: bool  # it runs under recurrent dropout and zoneout
+    keeps_made: bool  # under zoneout of the last state one more value is saved: that state as the cell made it
+    zoneout: bool  # it runs under zoneout
 
     @property
     def in_c(self) -> int:
@@ -77,9 +77,9 @@ class CellInfo(NamedTuple):
         """Of h and, where there is one, c."""
         return (R, self.in_c * H)[: self.tensors]
 
-    def saved_values(self, keep_h: Any) -> int:
-        """Values of a unit and step in a call's ``saved``."""
-        return self.saved + (keep_h is not None and not self.remakes)
+    def saved_values(self, keep_h: Any, keep_c: Any) -> int:
+        """Values of a unit and step in a call's ``saved``; the states besides h are the last of them."""
+        return self.saved + (self.keeps_made and (keep_c if self.states > 1 else keep_h) is not None)
 
 
 CELLS: dict[str, CellInfo] = {
@@ -124,9 +124,9 @@ class _Checker:
         given = {k for k, x in args.items() if x is not None}
         second_states = set() if second else {"c_0", "reset_c", "grad_c_n", "keep_c"}
         params = {"params"} if self.info.params else set()
-        masks = set() if self.info.masks else {"mask_h", "keep_h", "keep_c"}
+        zoneout = set() if self.info.zoneout else {"keep_h", "keep_c"}
         projection = set() if self.info.states == 2 else {"weight_hr"}
-        for unwanted in (second_states | projection | masks | ({"params"} - params)) & given:
+        for unwanted in (second_states | projection | zoneout | ({"params"} - params)) & given:
             raise RuntimeError(f"{op}: {unwanted}: expected none for cell '{cell}', got a tensor")
         for unwanted in {"reset_h", "reset_c"} & given if "resets" not in given else ():
             raise RuntimeError(f"{op}: {unwanted}: expected none without resets, got a tensor")
@@ -138,7 +138,7 @@ class _Checker:
         if "weight_hr" not in given:
             self.sized("weight_hh", weight_hh, self.h == self.R, f"[{self.P}, {self.Gh}, {self.h}] without weight_hr")
         self.boundaries(args["lengths"], args["resets"])
-        self.saved = self.info.saved_values(args["keep_h"])
+        self.saved = self.info.saved_values(args["keep_h"], args["keep_c"])
         B, P, Gh, h, R = self.B, self.P, self.Gh, self.h, self.R
         sizes = {name: (P, *size) for name, size in weight_sizes(cell, h, R).items()}
         sizes |= dict.fromkeys(("h_0", "reset_h", "grad_h_n", "mask_h"), (B, P * R))
@@ -279,7 +279,7 @@ def _(*args, **kwargs):
         empty(P, B, R),
         empty(P, B, info.in_c * h) if info.states > 1 else empty(0),
         empty(*steps, P * info.in_c * h) if given["all_states"] else empty(0),
-        empty(*steps, P * info.saved_values(given["keep_h"]) * h) if given["save"] else empty(0),
+        empty(*steps, P * info.saved_values(given["keep_h"], given["keep_c"]) * h) if given["save"] else empty(0),
     )
 
 

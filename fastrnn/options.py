@@ -14,8 +14,6 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .ops import CELLS
-
 SWITCHES = (
     "learn_initial_state",
     "state_batch_first",
@@ -124,8 +122,8 @@ recurrent_dropout: in training, the h that a step multiplies with ``weight_hh`` 
   probability and 1/(1-p) else, and the same in every step of a call: drawn for every call, row, unit, layer and
   direction (Gal and Ghahramani 2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks").
   The state itself is not masked: it is the output, what ``reset_state`` replaces, and what a GRU's ``z * h`` takes. A
-  call of :meth:`step` is a call: in training it draws a mask of its own. Not with ``layer_norm``, with
-  ``reset_after=False`` or in an MGU, and neither is ``zoneout``.
+  call of :meth:`step` is a call: in training it draws a mask of its own. Where a gate multiplies h before a second
+  product (``reset_after=False``, an MGU), that product, too, reads the masked h: ``W_hn (r (m * h))``.
 zoneout: probability p that a unit keeps its state in a step of training, h and (of an LSTM) c with draws of their own
   for every step, row, unit, layer and direction; else the state is the one that the cell makes. In eval mode it is the
   expectation, ``p * h + (1 - p) * h'`` (Krueger et al. 2016, "Zoneout: Regularizing RNNs by Randomly Preserving Hidden
@@ -157,12 +155,6 @@ def checked(options: dict[str, Any], mode: str, with_bias: bool) -> dict[str, An
             raise TypeError(f"{name} should be of type bool, got: {type(options[name]).__name__}")
     if options.get("layer_norm"):
         _check_layer_norm(options, with_bias)
-    maskless = [] if CELLS[mode.lower()].masks else [f"for {mode}"]
-    for name, plain in (("layer_norm", False), ("reset_after", True)):
-        maskless += [f"with {name}={not plain}"] if options.get(name, plain) != plain else []
-    for mask in ("recurrent_dropout", "zoneout") if maskless else ():
-        if options.get(mask):
-            raise ValueError(f"{mask} should be 0 {maskless[0]}, got {options[mask]}")
     clip = options.get("grad_clip")
     if clip is not None:
         if isinstance(clip, bool) or not isinstance(clip, (int, float)):

@@ -151,7 +151,7 @@ class _SampledLayer(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         keep(ctx, [input, *rest, output, saved])
-        cells = composed.every_c(call.cell, saved, D) if call.all_states else output.new_empty(0)
+        cells = composed.every_c(call.cell, saved, D, states.keep_c) if call.all_states else output.new_empty(0)
         return output, h_n, c_n, cells
 
     @staticmethod
@@ -210,7 +210,7 @@ def _gradients(
     if grads[3] is None:
         pulled = recurrent_backward(**given)
     else:
-        pulled = reference.backward(**given, grad_saved=composed.in_saved(cell, grads[3], P, None))
+        pulled = reference.backward(**given, grad_saved=composed.in_saved(cell, grads[3], P, states.keep_c))
     gates_ih, gates_hh, projected, *of_states, of_params = pulled
     if not CELLS[cell].separate_gates_hh:
         gates_hh = gates_ih

@@ -37,11 +37,13 @@ class Cell(NamedTuple):
     params: int = 0  # vectors of one number per unit, beside the weights
     separate_gates_hh: bool = False  # grad_gates_hh differs from grad_gates_ih
     # (saved, states before) -> the last of the states, as forward made it: what zoneout leaves of it is another. None:
-    # it is kept beside the saved values. A cell with two states has it; one with more has no zoneout.
+    # it is kept beside the saved values, unless backward does not read states after. More states than two: no zoneout.
     remake: Callable[[States, States], Tensor] | None = None
+    reads_state: bool = True
     saves_hidden: bool = False  # the last saved value is what a projection multiplies, and not o of o tanh(c)
     # The recurrent product of so many of the last gates is not with h, but with a vector that the other gates make of
-    # it, late_input(gates_ih, the other gates_hh, h), the first saved value times h. backward has one argument more
+    # it, late_input(gates_ih, the other gates_hh, h), the first saved value times h. (What is h here is the masked h
+    # under recurrent dropout, whose mask the vector's gradient has in it, too.) backward has one argument more
     # then: a function from the gradients of those gates to that of the vector.
     late: int = 0
     late_input: Callable[[States, States, Tensor], Tensor] | None = None
@@ -107,11 +109,6 @@ def _gru_forward(gates_ih: States, gates_hh: States, states: States, params: Sta
     return (n + z * (states[0] - n),), (r, z, n, gates_hh[2])
 
 
-def _gru_remake(saved: States, states_prev: States) -> Tensor:
-    _, z, n, _ = saved
-    return n + z * (states_prev[0] - n)
-
-
 def _gru_backward(
     saved: States, states_prev: States, states: States, grads: States, grad_saved: States | None, params: States
 ) -> tuple[States, States, States, States]:
@@ -152,13 +149,8 @@ def _gru_reset_before_backward(
 
 def _ligru_forward(gates_ih: States, gates_hh: States, states: States, params: States) -> tuple[States, States]:
     z, n = (a + b for a, b in zip(gates_ih, gates_hh, strict=True))
-    saved = z.sigmoid(), n.relu()
-    return (_ligru_remake(saved, states),), saved
-
-
-def _ligru_remake(saved: States, states_prev: States) -> Tensor:
-    z, n = saved
-    return n + z * (states_prev[0] - n)
+    z, n = z.sigmoid(), n.relu()
+    return (n + z * (states[0] - n),), (z, n)
 
 
 def _ligru_backward(
@@ -340,7 +332,7 @@ def _elman(activation: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Ten
 
 CELLS = {
     "lstm": Cell(4, 4, 2, _lstm_forward, _lstm_backward, remake=_lstm_remake),
-    "gru": Cell(3, 4, 1, _gru_forward, _gru_backward, separate_gates_hh=True, remake=_gru_remake),
+    "gru": Cell(3, 4, 1, _gru_forward, _gru_backward, separate_gates_hh=True, reads_state=False),
     "rnn_tanh": _elman(torch.tanh, lambda y: 1 - y * y),
     "rnn_relu": _elman(torch.relu, lambda y: (~(y <= 0)).to(y.dtype)),
     "lstm_peephole": Cell(4, 4, 2, _lstm_peephole_forward, _lstm_peephole_backward, params=3, remake=_lstm_remake),
@@ -353,13 +345,16 @@ CELLS = {
         1,
         _gru_reset_before_forward,
         _gru_reset_before_backward,
+        reads_state=False,
         late=1,
         late_input=_first_gate_times_h,
     ),
-    "ligru": Cell(2, 2, 1, _ligru_forward, _ligru_backward, remake=_ligru_remake),
-    "mgu": Cell(2, 2, 1, _mgu_forward, _mgu_backward, late=1, late_input=_first_gate_times_h),
+    "ligru": Cell(2, 2, 1, _ligru_forward, _ligru_backward, reads_state=False),
+    "mgu": Cell(2, 2, 1, _mgu_forward, _mgu_backward, reads_state=False, late=1, late_input=_first_gate_times_h),
     "slstm": Cell(4, 4, 4, _slstm_forward, _slstm_backward),
-    "gru_norm": Cell(3, 6, 1, _gru_norm_forward, _gru_norm_backward, params=12, separate_gates_hh=True),
+    "gru_norm": Cell(
+        3, 6, 1, _gru_norm_forward, _gru_norm_backward, params=12, separate_gates_hh=True, reads_state=False
+    ),
 }
 
 
@@ -434,8 +429,9 @@ def _stack(steps: list[Tensor], like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.stack(steps) if steps else like.new_zeros(0, *shape)
 
 
-def _saved_values(rule: Cell, keep_h: Tensor | None) -> int:
-    return rule.saved + rule.states - 1 + (keep_h is not None and rule.remake is None)
+def _keeps_made(rule: Cell, keep_h: Tensor | None, keep_c: Tensor | None) -> bool:
+    """Is the last state, as the cell made it, one more saved value?"""
+    return (keep_c if rule.states > 1 else keep_h) is not None and rule.reads_state and rule.remake is None
 
 
 def _absent(x: Tensor) -> Tensor:
@@ -530,6 +526,7 @@ def forward(
     units = _params(params, wide)
     keeps, mask = _keeps(rule, walk, wide, keep_h, keep_c), _mask(mask_h, P, wide)
     early, h = rule.gates - rule.late, Gh // rule.gates
+    keeps_made = _keeps_made(rule, keep_h, keep_c)
 
     def recurrent(x: Tensor, first: int, count: int) -> States:
         """The product of some gates with x, and their bias."""
@@ -546,15 +543,16 @@ def forward(
         if grad_clip:
             states = tuple(torch.ops.fastrnn.clamp_gradient(s, grad_clip) for s in states)
         here = gates[k].chunk(rule.gates, -1)
-        gates_hh = recurrent(states[0] if mask is None else states[0] * mask, 0, early)
+        multiplied = states[0] if mask is None else states[0] * mask
+        gates_hh = recurrent(multiplied, 0, early)
         if rule.late_input is not None:
-            gates_hh += recurrent(rule.late_input(here, gates_hh, states[0]), early, rule.late)
+            gates_hh += recurrent(rule.late_input(here, gates_hh, multiplied), early, rule.late)
         after, values = rule.forward(here, gates_hh, states, units)
         if weight_hr is not None:
             after = (_product(after[0], weight_hr.to(wide).transpose(1, 2)), *after[1:])
-        made = after[0] if keep_h is not None and rule.remake is None else after[0][..., :0]
+        made = after[-1:] if keeps_made else ()
         after = tuple(_zoned_out(x, k, *pair) for x, *pair in zip(keeps, states, after, strict=True))
-        record = torch.cat([*values, *after[1:], made], -1)
+        record = torch.cat([*values, *made, *after[1:], after[0][..., :0]], -1)  # of a cell that saves nothing, nothing
         output = after[0]
         if walk.valid is not None:
             valid = walk.valid[k][..., None]
@@ -563,7 +561,7 @@ def forward(
         states = after
         outputs.append(output)
         kept.append(record)
-    R, width = weight_hh.shape[2], _saved_values(rule, keep_h) * (Gh // rule.gates)
+    R, width = weight_hh.shape[2], (rule.saved + keeps_made + rule.states - 1) * h
     output = walk(_stack(outputs, gates, (B, P, R))).reshape(T, B, P * R)
     saved = walk(_stack(kept, gates, (B, P, width))).reshape(T, B, P * width)
     c_n = _joined(states[1:]).flatten(1) if len(states) > 1 else _absent(gates)
@@ -615,12 +613,13 @@ def backward(
         return walk(x.to(wide).reshape(T, B, P, x.shape[-1] // P))
 
     def split(x: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """The cell's own values, the states but h, and h as the cell made it, where that is kept: each [T, B, P, h],
-        out of [T, B, P*S*h]."""
-        pieces = [x.narrow(-1, k * h, h) for k in range(_saved_values(rule, keep_h))]
-        return pieces[: rule.saved], pieces[rule.saved :][: rule.states - 1], pieces[rule.saved + rule.states - 1 :]
+        """The cell's own values, the last state as the cell made it, where that is kept, and the states but h: each
+        [T, B, P, h], out of [T, B, P*S*h]."""
+        kept = rule.saved + _keeps_made(rule, keep_h, keep_c)
+        pieces = [x.narrow(-1, k * h, h) for k in range(kept + rule.states - 1)]
+        return pieces[: rule.saved], pieces[rule.saved : kept], pieces[kept:]
 
-    values, states, made_h = split(sequence(saved))
+    values, made, states = split(sequence(saved))
     after = [sequence(output), *states]
     grad_values: list[Tensor] | None = None
     grad_states: list[Tensor] = []
@@ -629,11 +628,13 @@ def backward(
         grad_saved = sequence(grad_saved)
         if walk.valid is not None:
             grad_saved = torch.where(walk.valid[..., None], grad_saved, 0)
-        grad_values, grad_states, grad_made = split(grad_saved)
+        grad_values, grad_made, grad_states = split(grad_saved)
     before = [walk.previous(*x) for x in zip(after, start, fresh, strict=True)]
     keeps, mask = _keeps(rule, walk, wide, keep_h, keep_c), _mask(mask_h, P, wide)
-    if keeps[rule.states - 1] is not None:  # the cell's backward asks for what it made
-        after[-1] = made_h[0] if rule.remake is None else rule.remake(tuple(values), tuple(before))
+    if made:  # the cell's backward asks for what it made
+        after[-1] = made[0]
+    elif rule.remake is not None and keeps[rule.states - 1] is not None:
+        after[-1] = rule.remake(tuple(values), tuple(before))
     grad_outputs = None if grad_output is None else sequence(grad_output)
 
     grads = _or_zeros(rule, start, grad_h_n, grad_c_n)
@@ -644,7 +645,15 @@ def backward(
     gates_hh: list[Tensor] = []
     projected: list[Tensor] = []
     early = (rule.gates - rule.late) * h
-    through_late = [lambda grads: _product(torch.cat(grads, -1), weight.narrow(1, early, Gh - early))] * bool(rule.late)
+
+    def unmasked(grad: Tensor) -> Tensor:
+        """The gradient of h, from that of what a product read."""
+        return grad if mask is None else grad * mask
+
+    def of_late_input(grads: States) -> Tensor:
+        return unmasked(_product(torch.cat(grads, -1), weight.narrow(1, early, Gh - early)))
+
+    through_late = [of_late_input] * bool(rule.late)
     for k in reversed(range(T)):
         held = None
         here = grads if grad_outputs is None else (grads[0] + grad_outputs[k], *grads[1:])
@@ -657,7 +666,7 @@ def backward(
         kept = tuple(None if x is None else x[k] * g for x, g in zip(keeps, here, strict=True))
         here = tuple(g if x is None else (1 - x[k]) * g for x, g in zip(keeps, here, strict=True))
         if grad_made:
-            here = (here[0] + grad_made[0][k],)
+            here = (*here[:-1], here[-1] + grad_made[0][k])
         if weight_hr is not None:
             projected.append(here[0])
             here = (_product(here[0], weight_hr.to(wide)), *here[1:])
@@ -673,9 +682,7 @@ def backward(
         grad_units = tuple(a + b for a, b in zip(grad_units, here_units, strict=True))
         gates_ih.append(torch.cat(grad_ih, -1))
         gates_hh.append(torch.cat(grad_hh, -1))
-        recurrent = _product(gates_hh[-1].narrow(2, 0, early), weight.narrow(1, 0, early))
-        if mask is not None:
-            recurrent = recurrent * mask
+        recurrent = unmasked(_product(gates_hh[-1].narrow(2, 0, early), weight.narrow(1, 0, early)))
         # The projection's input is pointwise in c alone: what the cell passes to h belongs to the unprojected case.
         grads = (recurrent if weight_hr is not None else grads[0] + recurrent, *grads[1:])
         grads = tuple(g if x is None else g + x for g, x in zip(grads, kept, strict=True))
@@ -722,11 +729,11 @@ def lstm_hidden(
     """What an LSTM's projection multiplies, o tanh(c) of the c that the cell made: [T, B, P, h] from saved
     [T, B, P*S*h]."""
     (T, B, n), P, rule = saved.shape, len(reverse), CELLS[cell]
-    S = _saved_values(rule, None)
+    S = rule.saved + _keeps_made(rule, None, keep_c) + 1
     values = saved.reshape(T, B, P, S, n // P // S).unbind(3)
+    o, c = values[rule.saved - 1], values[-1]
     if rule.saves_hidden:
-        return values[-2]
-    *_, o, c = values
+        return o
     if keep_c is not None:
         i, f, g = values[:3]
         c = f * _previous(c.reshape(T, B, n // S), c_0, lengths, resets, reset_c, reverse) + i * g

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import per_sample
+from .masks import draw
 from .packing import packed_layout
 from .records import LayerWeights
 
@@ -17,7 +17,7 @@ def with_weight_dropout(weights: LayerWeights, p: float) -> LayerWeights:
     The mask is multiplied in as any other op would be, so that every derivative of the weight knows of it.
     """
     w = weights.weight_hh
-    mask = F.dropout(torch.ones(w.shape, dtype=w.dtype, device=w.device), p, training=True)
+    mask = draw(w.shape, 1 - p, w.dtype, w.device) * (1 / (1 - p) if p < 1 else 0)
     return weights._replace(weight_hh=per_sample.masked(w, mask))
 
 

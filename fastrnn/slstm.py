@@ -26,8 +26,7 @@ _LACKING = {
     "proj_size": "h = o c / n is not projected",
     "peephole": "its gates do not see c",
     "layer_norm": "there is no such cell",
-    "recurrent_dropout": "there are no masks of four states",
-    "zoneout": "there are no masks of four states",
+    "zoneout": "c and n are kept divided by e^m, so that none of the three can be kept without the others",
 }
 
 
@@ -97,6 +96,7 @@ class SLSTM(_Recurrent):
         locked_dropout: float = 0.0,
         init: Init = "torch",
         forget_bias: float | None = None,
+        recurrent_dropout: float = 0.0,
     ) -> None:
         super().__init__(
             self.mode,
@@ -122,6 +122,7 @@ class SLSTM(_Recurrent):
             locked_dropout=locked_dropout,
             init=init,
             forget_bias=forget_bias,
+            recurrent_dropout=recurrent_dropout,
         )
 
     def check_forward_args(  # type: ignore[override]

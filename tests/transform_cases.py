@@ -121,9 +121,9 @@ def make_case(
     if resets:
         shape = (T, B) if resets == "rows" else (T, B, P)
         tensors["resets"] = torch.rand(shape, generator=generator) < 0.4
-    if noise and CELLS[cell].masks:
+    if noise:
         tensors["mask_h"] = (torch.rand(B, P * R, generator=generator) < 0.6) / 0.6
-        for name in states:
+        for name in states if CELLS[cell].zoneout else ():
             tensors[f"keep_{name}"] = torch.rand(T, B, P * widths[name], generator=generator)
         tensors |= {name: tensors[name].double() for name in _CONSTANTS if name in tensors}
     return Case(cell, reverse, tensors)

@@ -8,7 +8,7 @@
 // A cell is a struct with
 //   kGates   gate pre-activations per unit, in torch.nn's order
 //   kStates  states per unit; state 0 is h, the one that recurs through weight_hh. The others are what calls name c: one,
-//            or several side by side, and then there is no projection, recurrent dropout or zoneout
+//            or several side by side, and then there is no projection and no zoneout
 //   kSaved   values that forward hands to backward, besides the states themselves
 //   kParams  vectors of one number per unit beside the weights, as peepholes are (0 for every cell of torch.nn)
 //   forward, backward
@@ -16,10 +16,11 @@
 //
 // forward sets every member of ForwardOut, backward every member of BackwardOut.
 //
-// Under zoneout the state that forward made is not the one that was stored, and backward has to know it: a cell may have
+// Under zoneout the state that forward made is not the one that was stored. Where backward reads the last of its states, it
+// has to know that one: a cell may have
 //   V remake(saved, state_prev)                the last of its states, as forward made it
-// and one with two states must, unless it has a Row (below), with which there is no zoneout. Of a cell without it that
-// state is kept beside the saved values.
+// and of a cell without it that state is kept beside the saved values, unless the cell says kReadsState = false: its
+// backward does not look at in.state.
 //
 // A cell with two states may have its h projected. The gradient of the projection's weight needs that h, which is
 // o tanh(c), where o is the last of the cell's own saved values; or, in a cell with kSavesHidden, that value itself.
@@ -43,7 +44,8 @@
 //   Pack<V, kLateGates> late_grad(const BackwardIn& in)  the gradients of the late gates, in.late_grad being unknown yet
 // With them a kernel makes the vector's gradient, BackwardIn::late_grad; backward then gives the other gates' gradients
 // besides. The first value that the cell saves is what it multiplies h with to make the vector: so it is made again for
-// the gradient of weight_hh.
+// the gradient of weight_hh. Under recurrent dropout that product, too, is with the masked h: the kernels multiply the
+// vector and its gradient with the mask, and the cell knows of none.
 #pragma once
 #include <type_traits>
 
@@ -120,6 +122,16 @@ template <class Cell, class = void>
 inline constexpr bool kRemakes = false;
 template <class Cell>
 inline constexpr bool kRemakes<Cell, std::void_t<decltype(&Cell::template remake<float>)>> = true;
+
+template <class Cell, class = void>
+inline constexpr bool kReadsState = true;
+template <class Cell>
+inline constexpr bool kReadsState<Cell, std::void_t<decltype(Cell::kReadsState)>> = Cell::kReadsState;
+
+// Under zoneout of the last state, is that state, as forward made it, one more of the saved values? It stands behind the
+// cell's own and before the states.
+template <class Cell>
+inline constexpr bool kKeepsMade = kReadsState<Cell> && !kRemakes<Cell> && Cell::kStates <= 2;
 
 // Zoneout (Krueger 2016): what is left of a state. keep is 0 or 1 in training, and gives one of the two exactly.
 template <class V>

@@ -10,6 +10,7 @@ struct GRUCell {
   static constexpr int kStates = 1;  // h
   static constexpr int kSaved = 4;   // r, z, n, n_hh
   static constexpr int kParams = 0;
+  static constexpr bool kReadsState = false;
 
   template <class V>
   static FASTRNN_HD void forward(const ForwardIn<GRUCell, V>& in, ForwardOut<GRUCell, V>& out) {
@@ -31,11 +32,6 @@ struct GRUCell {
     out.grad_gates_ih = {{grad_r, grad_z, grad_n}};
     out.grad_gates_hh = {{grad_r, grad_z, grad_n * r}};
     out.grad_state_prev = {{grad_h * z}};
-  }
-
-  template <class V>
-  static FASTRNN_HD V remake(const Pack<V, kSaved>& saved, const Pack<V, kStates>& state_prev) {
-    return saved[2] + saved[1] * (state_prev[0] - saved[2]);
   }
 };
 

@@ -10,6 +10,7 @@ struct LiGRUCell {
   static constexpr int kStates = 1;  // h
   static constexpr int kSaved = 2;   // z, n
   static constexpr int kParams = 0;
+  static constexpr bool kReadsState = false;
 
   template <class V>
   static FASTRNN_HD void forward(const ForwardIn<LiGRUCell, V>& in, ForwardOut<LiGRUCell, V>& out) {
@@ -26,11 +27,6 @@ struct LiGRUCell {
     out.grad_gates_ih = {{grad_z, where_positive(n, grad_h * (V(1) - z))}};
     out.grad_gates_hh = out.grad_gates_ih;
     out.grad_state_prev = {{grad_h * z}};
-  }
-
-  template <class V>
-  static FASTRNN_HD V remake(const Pack<V, kSaved>& saved, const Pack<V, kStates>& state_prev) {
-    return saved[1] + saved[0] * (state_prev[0] - saved[1]);
   }
 };
 

@@ -11,6 +11,7 @@ struct MGUCell {
   static constexpr int kStates = 1;  // h
   static constexpr int kSaved = 2;   // f, n
   static constexpr int kParams = 0;
+  static constexpr bool kReadsState = false;
 
   template <class V>
   static FASTRNN_HD V late_input(const ForwardIn<MGUCell, V>& in) {

@@ -12,6 +12,7 @@ struct NormGRUCell {
   static constexpr int kStates = 1;               // h
   static constexpr int kSaved = Gates::N;         // a - mean
   static constexpr int kParams = 2 * Gates::N;    // gains, biases
+  static constexpr bool kReadsState = false;
 
   struct Row {
     struct Forward {

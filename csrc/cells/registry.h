@@ -40,14 +40,14 @@ struct CellInfo {
   const char* name;
   int gates, states, params;
   // Values per unit and step in the op's `saved`: the cell's own, then the states after the step, h excepted
-  // (h is the output).
+  // (h is the output). Under zoneout there may be one more between them (saved_values).
   int saved;
   bool separate_gates_hh;  // backward returns grad_gates_hh as a tensor of its own
   bool saves_hidden;       // what a projection multiplies is saved (cell.h)
   int late_gates;          // see cell.h
   bool whole_rows;         // has a Row (cell.h)
   int forward_work, backward_work;  // values of a unit that its passes leave to each other
-  bool remakes;            // zoneout needs no more saved values, see remake in cell.h
+  bool keeps_made;         // zoneout of the last state needs one more saved value (kKeepsMade in cell.h)
 
   int in_c() const { return states - 1; }  // how many states a call's "c" holds, side by side (params.h)
 };
@@ -56,19 +56,20 @@ inline constexpr CellInfo kCells[] = {
 #define FASTRNN_CELL_INFO(name, Cell, separate) \
   {name, Cell::kGates, Cell::kStates, Cell::kParams, Cell::kSaved + Cell::kStates - 1, separate, \
    kSavesHidden<Cell>, kLateGates<Cell>, kWholeRows<Cell>, ForwardPasses<Cell>::kWork, BackwardPasses<Cell>::kWork, \
-   kRemakes<Cell>},
+   kKeepsMade<Cell>},
     FASTRNN_FOR_EACH_CELL(FASTRNN_CELL_INFO)
 #undef FASTRNN_CELL_INFO
 };
 #define FASTRNN_CHECK_CELL(name, Cell, separate) \
-  static_assert(!kHasLate<Cell> || (Cell::kStates == 1 && !kWholeRows<Cell> && !separate), name ": late gates: see cell.h"); \
-  static_assert(Cell::kStates != 2 || kRemakes<Cell> || kWholeRows<Cell>, name ": zoneout needs remake");
+  static_assert(!kHasLate<Cell> || (Cell::kStates == 1 && !kWholeRows<Cell> && !separate), name ": late gates: see cell.h");
 FASTRNN_FOR_EACH_CELL(FASTRNN_CHECK_CELL)
 #undef FASTRNN_CHECK_CELL
-// Does it run under recurrent dropout and zoneout?
-inline constexpr bool takes_masks(const CellInfo& info) { return !info.whole_rows && info.late_gates == 0 && info.states <= 2; }
+// Does it run under zoneout?
+inline constexpr bool takes_zoneout(const CellInfo& info) { return info.states <= 2; }
 // Values per unit and step in a call's `saved`.
-inline constexpr int saved_values(const CellInfo& info, bool keep_h) { return info.saved + (keep_h && !info.remakes); }
+inline constexpr int saved_values(const CellInfo& info, bool keep_h, bool keep_c) {
+  return info.saved + (info.keeps_made && (info.states > 1 ? keep_c : keep_h));
+}
 inline constexpr int kNumCells = sizeof(kCells) / sizeof(kCells[0]);
 
 }  // namespace fastrnn

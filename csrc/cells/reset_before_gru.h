@@ -11,6 +11,7 @@ struct ResetBeforeGRUCell {
   static constexpr int kStates = 1;  // h
   static constexpr int kSaved = 3;   // r, z, n
   static constexpr int kParams = 0;
+  static constexpr bool kReadsState = false;
 
   template <class V>
   static FASTRNN_HD V late_input(const ForwardIn<ResetBeforeGRUCell, V>& in) {

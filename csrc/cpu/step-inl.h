@@ -30,12 +30,15 @@ FASTRNN_HD auto load_params(const ForwardParams& p, int64_t group, int64_t j, in
   return params;
 }
 
-// Values of a unit and step in ForwardParams::saved.
+// Of a unit and step in ForwardParams::saved: where the states after the step are, and how many values there are.
+template <class Cell>
+FASTRNN_HD int64_t saved_states(const ForwardParams& p) {
+  if constexpr (kKeepsMade<Cell>) return Cell::kSaved + ((kInC<Cell> > 0 ? p.keep_c : p.keep_h) != nullptr);
+  else return Cell::kSaved;
+}
 template <class Cell>
 FASTRNN_HD int64_t saved_values(const ForwardParams& p) {
-  constexpr int kValues = Cell::kSaved + Cell::kStates - 1;
-  if constexpr (kRemakes<Cell>) return kValues;
-  else return kValues + (p.keep_h != nullptr);
+  return saved_states<Cell>(p) + kInC<Cell>;
 }
 
 // ---- forward ----
@@ -103,7 +106,9 @@ struct ForwardStep : Walk<ForwardParams> {
     ForwardIn<Cell, V> in;
     in.gates_ih = gates_ih_of(i, j, gates_ih);
     load_unit(i, j, valid_lanes<T>(p.hidden, j), gates_hh, in);
-    store(late + i * stride + j, Cell::late_input(in));
+    V x = Cell::late_input(in);
+    if (p.mask_h) x = masked(i, j, x);
+    store(late + i * stride + j, x);
   }
 
   // The same for all units of row i, of a cell with a Row. gates_hh: [unit_vectors][G][L]; gates_ih(j): as of cell(), of
@@ -177,9 +182,10 @@ struct ForwardStep : Walk<ForwardParams> {
       S* saved = static_cast<S*>(p.saved) + place(i, t) * saved_values<Cell>(p) * h + j;
       if constexpr (Cell::kSaved > 0)
         FASTRNN_UNROLL for (int k = 0; k < Cell::kSaved; ++k) store(saved + k * h, out.saved[k], n);
-      FASTRNN_UNROLL for (int k = 0; k < C; ++k) store(saved + (Cell::kSaved + k) * h, after[k], n);
-      if constexpr (!kHasC && !kRemakes<Cell>)
-        if (p.keep_h) store(saved + Cell::kSaved * h, out.state[0], n);
+      const int64_t states = saved_states<Cell>(p);
+      if constexpr (kKeepsMade<Cell>)
+        if (states > Cell::kSaved) store(saved + Cell::kSaved * h, out.state[C], n);
+      FASTRNN_UNROLL for (int k = 0; k < C; ++k) store(saved + (states + k) * h, after[k], n);
     }
     for (int k = 0; k < C; ++k)
       store(c + (k * p.batch + i) * stride + j, carry(i, in_c<C>(i, k, j), after[k], p.c_n, p.reset_c, n));
@@ -198,7 +204,7 @@ struct ForwardStep : Walk<ForwardParams> {
     if (p.mask_h) store(masked_next + i * stride + j, masked(i, j, next));
   }
 
-  // State 0, columns j .., as the product reads it.
+  // What a product reads, columns j .., where it would be h without a mask.
   FASTRNN_HD V masked(int64_t i, int64_t j, V h) const {
     return h * V(load(static_cast<const S*>(p.mask_h) + place(i) * p.width + j, valid_lanes<T>(p.width, j)));
   }
@@ -284,7 +290,7 @@ struct BackwardStep : Walk<BackwardParams> {
   void state(int64_t i, int64_t j, V recurrent) {
     const int64_t at = place(i) * p.width + j;
     const int n = valid_lanes<T>(p.width, j);
-    if (p.mask_h) recurrent = recurrent * V(load(static_cast<const S*>(p.mask_h) + at, n));
+    if (p.mask_h) recurrent = masked(i, j, recurrent);
     const bool carried = !p.weight_hr || p.keep_h;
     const V later = carried ? recurrent + load(carry_h + i * stride + j) : recurrent;
     V grad = arriving(i, at, later, p.grad_h_n, p.grad_reset_h, n);
@@ -312,17 +318,18 @@ struct BackwardStep : Walk<BackwardParams> {
   // past the cell then. That of a cell with a Row waits for whole_row(), and one with late gates gives their gradients and
   // waits for late_cell().
   FASTRNN_HD void cell(int64_t i, int64_t j, V grad_hidden, V kept = V(0)) {
-    if constexpr (kWholeRows<Cell>) {
+    if constexpr (kWholeRows<Cell> || kHasLate<Cell>) {
       store(b.grad_hidden + (rows->first + i) * stride + j, grad_hidden);
-    } else if constexpr (kHasLate<Cell>) {
+      if (p.keep_h && !p.weight_hr) store(carry_h + i * stride + j, kept);  // until finish()
+    }
+    if constexpr (kHasLate<Cell>) {
       if (i >= running) return;
-      store(b.grad_hidden + (rows->first + i) * stride + j, grad_hidden);
       BackwardIn<Cell, V> in;
       in.grad_state[0] = grad_hidden;
       load_unit(i, j, valid_lanes<T>(p.hidden, j), in);
       const auto grads = Cell::late_grad(in);
       for (int k = 0; k < kLateGates<Cell>; ++k) store(to + gate(i, kEarlyGates<Cell> + k, j), grads[k]);
-    } else {
+    } else if constexpr (!kWholeRows<Cell>) {
       BackwardIn<Cell, V> in;
       BackwardOut<Cell, V> out;
       in.grad_state[0] = grad_hidden;
@@ -332,12 +339,7 @@ struct BackwardStep : Walk<BackwardParams> {
       load_unit(i, j, n, in);
       [[maybe_unused]] V kept_c(0);
       if constexpr (C == 1)
-        if (p.keep_c) {
-          const int64_t from = offset(i, t, p.keep_c_stride_t, p.keep_c_stride_b) + group * p.hidden + j;
-          const V keep = load(static_cast<const S*>(p.keep_c) + from, n);
-          kept_c = keep * in.grad_state[1];
-          in.grad_state[1] = (V(1) - keep) * in.grad_state[1];
-        }
+        if (p.keep_c) kept_c = past_cell(i, j, n, in.grad_state[1]);
       Cell::backward(in, out);
       if (p.keep_h) out.grad_state_prev[0] = out.grad_state_prev[0] + kept;
       if constexpr (C == 1)
@@ -351,20 +353,30 @@ struct BackwardStep : Walk<BackwardParams> {
     BackwardIn<Cell, V> in;
     BackwardOut<Cell, V> out;
     in.grad_state[0] = load(b.grad_hidden + (rows->first + i) * stride + j);
-    in.late_grad = {{late_grad}};
+    in.late_grad = {{p.mask_h ? masked(i, j, late_grad) : late_grad}};
     const int n = valid_lanes<T>(p.hidden, j);
     load_unit(i, j, n, in);
     Cell::backward(in, out);
+    if (p.keep_h) out.grad_state_prev[0] = out.grad_state_prev[0] + load(carry_h + i * stride + j);
     finish(i, j, n, out);
-    if (to_late) store(to_late + i * stride + j, in.saved[0] * in.state_prev[0]);
+    if (!to_late) return;
+    const V x = in.saved[0] * in.state_prev[0];
+    store(to_late + i * stride + j, p.mask_h ? masked(i, j, x) : x);
   }
 
-  // All units of row i, of a cell with a Row, once cell() has been called for each. scratch: [unit_vectors][kWork][L].
+  // All units of row i, of a cell with a Row, once cell() has been called for each. scratch: [unit_vectors][kWork][L], and
+  // under zoneout of c as many vectors more.
   void whole_row(int64_t i, T* scratch) {
     constexpr int W = BackwardPasses<Cell>::kWork;
     const int64_t h = p.hidden;
+    [[maybe_unused]] T* const kept_c = scratch + b.unit_vectors * W * L;
     for (int k = 0; k < C; ++k)
-      for (int64_t j = 0; j < h; j += L) store(carry_of(i, k) + j, grad_c(i, k, j));
+      for (int64_t j = 0; j < h; j += L) {
+        V grad = grad_c(i, k, j);
+        if constexpr (C == 1)
+          if (p.keep_c && i < running) store(kept_c + j, past_cell(i, j, valid_lanes<T>(h, j), grad));
+        store(carry_of(i, k) + j, grad);
+      }
     if (i >= running) return;
     const T* grad_hidden = b.grad_hidden + (rows->first + i) * stride;
     const auto load_in = [&](int64_t j, int n, const auto& row, auto work) FASTRNN_INLINE_BODY {
@@ -385,6 +397,9 @@ struct BackwardStep : Walk<BackwardParams> {
     for_each_vector<T>(h, [&](int64_t j, int n) FASTRNN_INLINE_BODY {
       BackwardOut<Cell, V> out;
       Cell::backward(load_in(j, n, row, std::bool_constant<(W > 0)>()), out);
+      if (p.keep_h && !p.weight_hr) out.grad_state_prev[0] = out.grad_state_prev[0] + load(carry_h + i * stride + j);
+      if constexpr (C == 1)
+        if (p.keep_c) out.grad_state_prev[1] = out.grad_state_prev[1] + load(kept_c + j);
       finish(i, j, n, out);
     });
   }
@@ -396,6 +411,19 @@ struct BackwardStep : Walk<BackwardParams> {
 
  private:
   T* carry_of(int64_t i, int k) const { return carry_c + (k * p.batch + i) * stride; }
+
+  // What a product read, columns j .., or its gradient: mask_h times what it would be without.
+  FASTRNN_HD V masked(int64_t i, int64_t j, V x) const {
+    return x * V(load(static_cast<const S*>(p.mask_h) + place(i) * p.width + j, valid_lanes<T>(p.width, j)));
+  }
+
+  // Of the gradient of c after the step what zoneout hands past the cell; grad is left the rest.
+  FASTRNN_HD V past_cell(int64_t i, int64_t j, int n, V& grad) const {
+    const int64_t from = offset(i, t, p.keep_c_stride_t, p.keep_c_stride_b) + group * p.hidden + j;
+    const V keep = load(static_cast<const S*>(p.keep_c) + from, n), whole = grad;
+    grad = (V(1) - keep) * whole;
+    return keep * whole;
+  }
 
   // The gradient of state 1 + k after the step. A row that has no step more ends here.
   FASTRNN_HD V grad_c(int64_t i, int k, int64_t j) const {
@@ -419,15 +447,16 @@ struct BackwardStep : Walk<BackwardParams> {
       FASTRNN_UNROLL for (int k = 0; k < Cell::kSaved; ++k) in.saved[k] = load(saved + k * h, n);
     if constexpr (Cell::kStates == 1) {  // width == hidden
       in.state_prev[0] = load_or_zero<T>(h_before(i, t), j, n);
-      if (!p.keep_h) in.state[0] = load(static_cast<const S*>(p.output) + here * h + j, n);
+      if constexpr (!kReadsState<Cell>) in.state[0] = V(0);
+      else if (!p.keep_h) in.state[0] = load(static_cast<const S*>(p.output) + here * h + j, n);
       else if constexpr (kRemakes<Cell>) in.state[0] = Cell::remake(in.saved, in.state_prev);
       else in.state[0] = load(saved + Cell::kSaved * h, n);
     } else {  // no cell with a second state reads h
       in.state[0] = in.state_prev[0] = V(0);
-      const S* c_before = before(i, t, C * h, p.saved, values * h, Cell::kSaved * h, p.c_0, p.reset_c);
+      const S* c_before = before(i, t, C * h, p.saved, values * h, saved_states<Cell>(p) * h, p.c_0, p.reset_c);
       for (int k = 0; k < C; ++k) {
         in.state_prev[1 + k] = load_or_zero<T>(c_before, k * h + j, n);
-        in.state[1 + k] = load(saved + (Cell::kSaved + k) * h, n);
+        in.state[1 + k] = load(saved + (Cell::kSaved + k) * h, n);  // as the cell made it, where that is kept
       }
       if constexpr (kRemakes<Cell>)
         if (p.keep_c) in.state[1] = Cell::remake(in.saved, in.state_prev);

@@ -128,7 +128,7 @@ struct BackwardBuffers {
     grad_h = p.weight_hr ? arena.take<T>(p.batch * stride) : nullptr;
     if constexpr (kWholeRows<Cell> || kHasLate<Cell>) grad_hidden = arena.take<T>(p.batch * stride);
     if constexpr (kWholeRows<Cell>) {
-      row_scratch_size = unit_vectors * BackwardPasses<Cell>::kWork * L;
+      row_scratch_size = unit_vectors * (BackwardPasses<Cell>::kWork + (p.keep_c != nullptr)) * L;
       row_scratch = arena.take<T>(plan.team_size * row_scratch_size);
     }
     sums_size = (p.batch > kBlockM ? p.batch : kBlockM) * kMaxVectors * L;

@@ -245,7 +245,8 @@ FASTRNN_INLINE uint8_t reset_before(const ForwardParams& p, const RowWalk& r, in
 
 inline bool has_masks(const ForwardParams& p) { return p.mask_h || p.keep_h || p.keep_c; }
 
-// State 0 on its way into the recurrent product, column j < R; or its gradient on the way back.
+// State 0, or what late gates' product is with instead, on its way into a recurrent product, column j < R; or its gradient
+// on the way back.
 template <class S>
 FASTRNN_INLINE Wide<S> through_mask(const ForwardParams& p, const RowWalk& r, int j, Wide<S> x) {
   return p.mask_h ? x * load<S>(p.mask_h, r.place(p) * p.width + j) : x;
@@ -263,12 +264,15 @@ FASTRNN_INLINE Wide<S> load_keep_c(const ForwardParams& p, const RowWalk& r, int
 
 // ---- cells ----
 
-// Values a unit and step in `saved`.
+// Of a unit and step in `saved`: where the states after the step are, and how many values there are.
+template <class Cell, bool kMasks>
+FASTRNN_INLINE int saved_states(const ForwardParams& p) {
+  if constexpr (kKeepsMade<Cell> && kMasks) return Cell::kSaved + ((Cell::kStates > 1 ? p.keep_c : p.keep_h) != nullptr);
+  else return Cell::kSaved;
+}
 template <class Cell, bool kMasks>
 FASTRNN_INLINE int saved_values(const ForwardParams& p) {
-  constexpr int kValues = Cell::kSaved + Cell::kStates - 1;
-  if constexpr (kRemakes<Cell> || !kMasks) return kValues;
-  else return kValues + (p.keep_h != nullptr);
+  return saved_states<Cell, kMasks>(p) + Cell::kStates - 1;
 }
 // The first of the states that a unit carries, and the others follow.
 template <class Cell>

@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
       BackwardLoads<Cell, S> loads;
       BackwardIn<Cell, Wide<S>> in;
       step_backward_loads<Cell, S>(p, r, k, j, loads);
-      make_backward_in<Cell, S>(p, r, j, loads, in);
+      make_backward_in<Cell, S, true>(p, r, j, loads, in);
       in.grad_state = step_backward_states<Cell, S>(p, b, r, k, j, loads.grad_output);
       store_work(p, r, b.work, 1, 0, j, in.grad_state);
       grads = Cell::late_grad(in);
@@ -125,16 +125,17 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
     BackwardIn<Cell, Wide<S>> in;
     BackwardOut<Cell, Wide<S>> out;
     step_backward_loads<Cell, S>(p, r, k, j, loads);
-    make_backward_in<Cell, S>(p, r, j, loads, in);
+    make_backward_in<Cell, S, true>(p, r, j, loads, in);
     load_work(p, r, b.work, 1, 0, j, in.grad_state);
-    in.late_grad[0] = load<Wide<S>>(b.late_product, in_buffer(p, r, p.hidden, j));
+    in.late_grad[0] = through_mask<S>(p, r, j, load<Wide<S>>(b.late_product, in_buffer(p, r, p.hidden, j)));
     Cell::backward(in, out);
     step_backward_store<Cell, S>(p, b, r, k, j, out);
   });
 }
 
 // The same for a cell with a Row. A thread comes back to the same units in every pass, and finds in `work` what it left
-// there: the gradients of the states after the step, then the Row's.
+// there: the gradients of the states as the cell made them, then the Row's. What zoneout hands past the cell waits in
+// `carried`.
 template <class Cell, class S>
 __global__ void __launch_bounds__(tiles::kStepThreads)
     step_backward_whole_rows_kernel(LaunchParams<BackwardParams> p, StepBuffers b, int k) {
@@ -147,14 +148,18 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
       step_backward_start<Cell, S>(p, r, k, j);
       if (!r.running(k)) return;
       const S grad_output = p.weight_hr ? zero<S>() : load_grad_output<S>(p, r, k, j);
-      store_work(p, r, b.work, kValues, 0, j, step_backward_states<Cell, S>(p, b, r, k, j, grad_output));
+      auto grads = step_backward_states<Cell, S>(p, b, r, k, j, grad_output);
+      if constexpr (kStates == 2) {
+        if (p.keep_c) store_carried<Cell, V>(p, r, b.carried, j, past_cell<S>(p, r, k, j, grads[1]));
+      }
+      store_work(p, r, b.work, kValues, 0, j, grads);
     });
     if (!r.running(k)) return;
     const auto load_in = [&](int j, const auto& row, auto work) {
       BackwardLoads<Cell, S> loads;
       BackwardIn<Cell, V> in;
       step_backward_loads<Cell, S>(p, r, k, j, loads);
-      make_backward_in<Cell, S>(p, r, j, loads, in);
+      make_backward_in<Cell, S, true>(p, r, j, loads, in);
       in.row = row;
       load_work(p, r, b.work, kValues, 0, j, in.grad_state);
       if constexpr (work) load_work(p, r, b.work, kValues, kStates, j, in.work);
@@ -165,6 +170,9 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
     for_each_unit(p, [&](int j) {
       BackwardOut<Cell, V> out;
       Cell::backward(load_in(j, row, std::bool_constant<(Passes::kWork > 0)>()), out);
+      if constexpr (kStates == 2) {
+        if (p.keep_c) out.grad_state_prev[1] += load_carried<Cell, V>(p, r, b.carried, j);
+      }
       step_backward_store<Cell, S>(p, b, r, k, j, out);
     });
   });

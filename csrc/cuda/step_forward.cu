@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
     if (r.running(k)) {
       ForwardIn<Cell, Wide<S>> in;
       step_forward_in<Cell, S, kEarlyGates<Cell>>(p, b, r, k, j, in);
-      late = Cell::late_input(in);
+      late = through_mask<S>(p, r, j, Cell::late_input(in));
     }
     store<S>(b.late, in_buffer(p, r, p.hidden, j), late);
   });

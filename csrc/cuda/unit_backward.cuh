@@ -93,17 +93,18 @@ FASTRNN_INLINE void load_backward(const BackwardParams& p, const RowWalk& r, int
   const int64_t before = (r.reverse ? 1 : -1) * p.batch * p.groups;  // from place to that of step k - 1
   const S* saved = static_cast<const S*>(p.saved);
   load_saved<Cell, S, kMasks>(p, place, j, out.saved);
-  // The carried state after every step is in `output`, or the last of the values in `saved`.
+  // The carried state after every step is in `output`, or the last of the values in `saved`; as the cell made it, where
+  // that is kept, right behind the cell's own.
   constexpr bool kIsH = Cell::kStates == 1;
   constexpr int N = kCarried<Cell>;
-  const int stride = kIsH ? 1 : saved_values<Cell, kMasks>(p);
+  const int values = saved_values<Cell, kMasks>(p), stride = kIsH ? 1 : values, made = kIsH ? 0 : Cell::kSaved;
   const S* sequence = kIsH ? static_cast<const S*>(p.output) : saved;
   const void* start = kIsH ? p.h_0 : p.c_0;
   const void* restart = kIsH ? p.reset_h : p.reset_c;
 #pragma unroll
-  for (int c = 0; c < N; ++c) carried_at(out.state, c) = sequence[(place * stride + stride - N + c) * p.hidden + j];
-  if constexpr (kMasks && !kRemakes<Cell> && N == 1) {
-    if (p.keep_h) out.state = saved[(place * saved_values<Cell, kMasks>(p) + Cell::kSaved) * p.hidden + j];
+  for (int c = 0; c < N; ++c) carried_at(out.state, c) = sequence[(place * stride + made + c) * p.hidden + j];
+  if constexpr (kMasks && kKeepsMade<Cell> && kIsH) {
+    if (p.keep_h) out.state = saved[(place * values + Cell::kSaved) * p.hidden + j];
   }
   const void* given = reset ? restart : start;  // a state that no step made
 #pragma unroll

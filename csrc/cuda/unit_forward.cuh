@@ -64,17 +64,18 @@ FASTRNN_INLINE Wide<S> zoned_out_h(const ForwardParams& p, const RowWalk& r, int
   return zoned_out(load_keep_h<S>(p, r, k, j), before, made);
 }
 
-// What zoneout leaves of the other state of unit j < h, and what backward will need of state 0 as the cell made it.
-// carried: before the step.
+// What zoneout leaves of the other state of unit j < h; and what backward will need of the last one as the cell made it is
+// saved. carried: before the step.
 template <class Cell, class S>
 FASTRNN_INLINE void zone_out(const ForwardParams& p, const RowWalk& r, int k, int j, Carried<Cell, Wide<S>> carried,
                              ForwardOut<Cell, Wide<S>>& out) {
-  if constexpr (Cell::kStates > 2) return;  // such a cell has none
-  else if constexpr (Cell::kStates > 1) {
+  if constexpr (kKeepsMade<Cell>) {
+    if (p.saved && saved_states<Cell, true>(p) > Cell::kSaved)
+      store<S>(p.saved, (r.place(p, k) * saved_values<Cell, true>(p) + Cell::kSaved) * p.hidden + j,
+               out.state[Cell::kStates - 1]);
+  }
+  if constexpr (Cell::kStates == 2) {
     if (p.keep_c) out.state[1] = zoned_out(load_keep_c<S>(p, r, k, j), carried, out.state[1]);
-  } else if constexpr (!kRemakes<Cell>) {
-    if (p.keep_h && p.saved)
-      store<S>(p.saved, (r.place(p, k) * saved_values<Cell, true>(p) + Cell::kSaved) * p.hidden + j, out.state[0]);
   }
 }
 
@@ -118,7 +119,7 @@ FASTRNN_INLINE void store_cell(const ForwardParams& p, const RowWalk& r, int k, 
     if constexpr (Cell::kStates > 1) {
 #pragma unroll
       for (int c = 0; c < kCarried<Cell>; ++c)
-        store<S>(p.saved, at + (Cell::kSaved + c) * p.hidden, out.state[1 + c]);
+        store<S>(p.saved, at + (saved_states<Cell, kMasks>(p) + c) * p.hidden, out.state[1 + c]);
     }
   }
   if constexpr (Cell::kStates > 1) {

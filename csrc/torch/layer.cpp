@@ -103,6 +103,11 @@ Tensor without_padding(const LayerCall& call) {
   return without_padding(call.input.unsqueeze(2), *call.states.lengths).squeeze(2);
 }
 
+// Values of a unit and step in `saved`.
+int64_t values_in(const LayerCall& call) {
+  return saved_values(kCells[known_cell(call.cell)], call.states.keep_h.has_value(), call.states.keep_c.has_value());
+}
+
 // Have the gates of a step room where the cell's own values of the step are saved? What a cell's Row reads of those may
 // be another unit's; the gradients of weight_hr and of late gates look at them once more.
 bool fit_in_saved(const LayerCall& call) {
@@ -198,6 +203,12 @@ Tensor states_before(const LayerCall& call, const Tensor& after, const OptionalT
   return at::where(steps_like(after) + 1 < lengths_of(*lengths, p, after), before, start);  // a row's last step
 }
 
+// State 0 of group p before every step, [T, B, R], as the products read it.
+Tensor multiplied_states(const LayerCall& call, const Tensor& output, int64_t p) {
+  const Tensor before = states_before(call, output, call.states.h_0, call.states.reset_h, p);
+  return call.states.mask_h ? before * call.states.mask_h->select(0, p) : before;
+}
+
 // grad [G*h, R] of weight_hh of group p, from the group's gate gradients [T, B, G*h] and output [T, B, R].
 void weight_hh_gradient(const LayerCall& call, const Tensor& gates, const Tensor& output, int64_t p, const Tensor& out) {
   const auto product = [&](const Tensor& a, const Tensor& b, bool add) {
@@ -205,11 +216,8 @@ void weight_hh_gradient(const LayerCall& call, const Tensor& gates, const Tensor
   };
   const int64_t T = output.size(0), B = output.size(1);
   const Tensor grad = gates.flatten(0, 1), h = output.flatten(0, 1);
-  if (call.states.resets || call.states.mask_h) {
-    Tensor before = states_before(call, output, call.states.h_0, call.states.reset_h, p);
-    if (call.states.mask_h) before = before * call.states.mask_h->select(0, p);
-    return product(grad, before.flatten(0, 1), false);
-  }
+  if (call.states.resets || call.states.mask_h)
+    return product(grad, multiplied_states(call, output, p).flatten(0, 1), false);
   // The states before are the outputs one step on, so views of both serve and nothing is copied: at padded steps both
   // are 0. What is left is each row's first step, whose state before is h_0.
   const bool reverse = call.reverse[p], start = call.states.h_0.has_value();
@@ -279,12 +287,13 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
   };
   if (needed[kOf_weight_hr] && !call.weights.weight_hr.empty()) {  // first, for it makes the largest tensors of its own
     const int64_t R = given.output.size(2) / P, h = Gh / kCells[known_cell(call.cell)].gates;
-    // What was projected: the last of the cell's own values, or o tanh(c) where that is o; c stands behind it.
-    const int64_t S = kCells[known_cell(call.cell)].saved;
-    const Tensor saved = given.saved.view({T, B, P, S, h});
-    Tensor hidden = saved.select(3, S - 2);
-    if (!kCells[known_cell(call.cell)].saves_hidden) {
-      Tensor c = saved.select(3, S - 1);
+    // What was projected: the last of the cell's own values, or o tanh(c) where that is o; c stands last.
+    const CellInfo& cell = kCells[known_cell(call.cell)];
+    const int64_t own = cell.saved - cell.in_c();
+    const Tensor saved = given.saved.view({T, B, P, values_in(call), h});
+    Tensor hidden = saved.select(3, own - 1);
+    if (!cell.saves_hidden) {
+      Tensor c = saved.select(3, own);
       if (call.states.keep_c) {  // before zoneout: f c' + i g
         std::vector<Tensor> before;
         for (int64_t p = 0; p < P; ++p)
@@ -326,8 +335,8 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
       const Tensor output = of_group(given.output, p);
       if (cell.late_gates > 0) {  // whose product was with the first saved value times h
         const int64_t late = Gh / cell.gates * cell.late_gates, early = Gh - late;
-        const Tensor saved = given.saved.narrow(2, p * cell.saved * R, R);
-        const Tensor x = saved * states_before(call, output, call.states.h_0, call.states.reset_h, p);
+        const Tensor saved = given.saved.narrow(2, p * values_in(call) * R, R);
+        const Tensor x = saved * multiplied_states(call, output, p);
         kernels.product(out.narrow(0, early, late), gates.narrow(2, early, late).flatten(0, 1).t(), x.flatten(0, 1),
                         false, T);
         gates = gates.narrow(2, 0, early), out = out.narrow(0, 0, early);
@@ -391,7 +400,7 @@ LayerResults layer_forward(const LayerCall& call, bool save, bool all_states) {
   if (all_states) {  // the last of each group's values
     const auto sizes = out.saved.sizes();
     const CellInfo& cell = kCells[known_cell(call.cell)];
-    const int64_t P = call.groups(), S = cell.saved, C = cell.in_c(), h = sizes.back() / (P * S);
+    const int64_t P = call.groups(), S = values_in(call), C = cell.in_c(), h = sizes.back() / (P * S);
     std::vector<int64_t> split(sizes.begin(), sizes.end() - 1), joined = split;
     split.insert(split.end(), {P, S, h});
     joined.push_back(P * C * h);

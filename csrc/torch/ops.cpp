@@ -181,7 +181,7 @@ std::vector<std::string> cell_names() {
 
 std::vector<int64_t> cell_info(c10::string_view cell) {
   const CellInfo& info = kCells[known_cell(cell)];
-  return {info.gates, info.states, info.saved, info.params, info.separate_gates_hh, info.remakes, takes_masks(info)};
+  return {info.gates, info.states, info.saved, info.params, info.separate_gates_hh, info.keeps_made, takes_zoneout(info)};
 }
 
 // ---- kernels of the ops: arguments from the stack, results onto it ----

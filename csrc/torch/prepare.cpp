@@ -79,7 +79,8 @@ class Checker {
     RNN_CHECK(weight.size() == 3, op_, ": weight_hh: expected 3 dimensions (groups, gates * hidden, width), got ",
               weight);
     dims_ = {reference.size(0), reference.size(1), weight[0], info_.gates, weight[1] / info_.gates, weight[2],
-             saved_values(info_, args.states.keep_h.has_value()), info_.in_c(), args.batch_sizes.has_value(), 0};
+             saved_values(info_, args.states.keep_h.has_value(), args.states.keep_c.has_value()), info_.in_c(),
+             args.batch_sizes.has_value(), 0};
     dims_.rows = dims_.packed ? reference.size(0) : dims_.T * dims_.B;
     if (dims_.packed) {
       batch_sizes_ = checked_batch_sizes(op, *args.batch_sizes, dims_.rows);
@@ -200,14 +201,12 @@ class Checker {
     else
       lengths(args.states, p);
     resets(args.states, p);
-    for (const auto& [name, x] : {std::pair("mask_h", &args.states.mask_h), {"keep_h", &args.states.keep_h},
-                                  {"keep_c", &args.states.keep_c}})
-      RNN_CHECK(takes_masks(info_) || !*x, op_, ": ", name, ": expected none for cell '", info_.name,
-                "', got a tensor");
     p.mask_h = read_state("mask_h", args.states.mask_h, R);
-    p.keep_h = read_strided("keep_h", args.states.keep_h, P * R, p.keep_h_stride_t, p.keep_h_stride_b);
-    RNN_CHECK(info_.states > 1 || !args.states.keep_c, op_, ": keep_c: expected none for cell '", info_.name,
+    RNN_CHECK(takes_zoneout(info_) || !args.states.keep_h, op_, ": keep_h: expected none for cell '", info_.name,
               "', got a tensor");
+    p.keep_h = read_strided("keep_h", args.states.keep_h, P * R, p.keep_h_stride_t, p.keep_h_stride_b);
+    RNN_CHECK((takes_zoneout(info_) && info_.states > 1) || !args.states.keep_c, op_,
+              ": keep_c: expected none for cell '", info_.name, "', got a tensor");
     p.keep_c = read_strided("keep_c", args.states.keep_c, P * h, p.keep_c_stride_t, p.keep_c_stride_b);
   }
 

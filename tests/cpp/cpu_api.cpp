@@ -62,11 +62,12 @@ void point(T*& member, void* to) {
 
 }  // namespace
 
-// cells of the registry, or -1 past the last: name, then gates, states, saved, params, separate_gates_hh, remakes, masks
+// cells of the registry, or -1 past the last: name, then gates, states, saved, params, separate_gates_hh, keeps_made,
+// zoneout
 FASTRNN_EXPORT const char* cell_info(int cell, int64_t* numbers) {
   if (cell >= kNumCells) return nullptr;
   const CellInfo& c = kCells[cell];
-  const int64_t values[] = {c.gates, c.states, c.saved, c.params, c.separate_gates_hh, c.remakes, takes_masks(c)};
+  const int64_t values[] = {c.gates, c.states, c.saved, c.params, c.separate_gates_hh, c.keeps_made, takes_zoneout(c)};
   std::memcpy(numbers, values, sizeof values);
   return c.name;
 }

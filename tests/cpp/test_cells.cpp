@@ -1,6 +1,7 @@
 // Every registered cell's backward against central differences of its forward, in double, with what a Row
 // and late gates (cells/cell.h) add to both; and the state that it makes again of its saved values. Prints one line a cell
 // and exits with 1 if any is off by more than kTolerance.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -116,6 +117,7 @@ double check() {
       back[unit].state_prev = in[unit].state;
       back[unit].state = out[unit].state;
       back[unit].params = in[unit].params;
+      if constexpr (!kReadsState<Cell>) std::fill_n(back[unit].state.v, Cell::kStates, NAN);
       if constexpr (kRemakes<Cell>) {
         const double again = Cell::remake(out[unit].saved, in[unit].state);
         worst = std::fmax(worst, std::abs(again - out[unit].state[Cell::kStates - 1]));

@@ -195,9 +195,9 @@ bool check_call() {
   p.width = projected ? size() : p.hidden;
   const int64_t T = p.steps, B = p.batch, P = p.groups, h = p.hidden, R = p.width, G = info.gates, K = info.params;
   const int64_t C = info.in_c();
-  const bool masks = takes_masks(info);
-  const bool masked = masks && coin(), keeps_h = masks && coin(), keeps_c = masks && second && coin();
-  const int64_t S = saved_values(info, keeps_h);
+  const bool zoneout = takes_zoneout(info);
+  const bool masked = coin(), keeps_h = zoneout && coin(), keeps_c = zoneout && second && coin();
+  const int64_t S = saved_values(info, keeps_h, keeps_c);
   const DType d = p.dtype;
   const DType wide = bytes_of(d) == 2 ? DType::kFloat32 : d;
 

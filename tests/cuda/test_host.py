@@ -53,18 +53,18 @@ class CellInfo(NamedTuple):  # csrc/cells/registry.h
     whole_rows: bool
     forward_work: int
     backward_work: int
-    remakes: int
+    keeps_made: int
 
     @property
-    def masks(self):
-        return not (self.whole_rows or self.late_gates or self.states > 2)
+    def zoneout(self):
+        return self.states <= 2
 
     @property
     def in_c(self):
         return self.states - 1
 
-    def saved_values(self, keep_h):
-        return self.saved + (keep_h is not None and not self.remakes)
+    def saved_values(self, keep_h, keep_c):
+        return self.saved + (self.keeps_made and (keep_c if self.states > 1 else keep_h) is not None)
 
 
 class Cuda(Emulator):
@@ -120,7 +120,7 @@ class Call:
             self.read(name, x)
         self.read("keep_h", keep_h, 17)
         self.read("keep_c", keep_c, 19)
-        self.saved_values = self.info.saved_values(keep_h)
+        self.saved_values = self.info.saved_values(keep_h, keep_c)
         self.read("lengths", lengths, 9)  # [B] or [B, P]
         self.read("resets", resets, 11)  # [T, B] or [T, B, P]
 

@@ -13,7 +13,7 @@ FASTRNN_EXPORT const char* cuda_cell(int i, int* numbers) {
   if (i >= kNumCells) return nullptr;
   const CellInfo& c = kCells[i];
   const int values[] = {c.gates, c.states, c.params, c.saved, c.separate_gates_hh,
-                        c.late_gates, c.whole_rows, c.forward_work, c.backward_work, c.remakes};
+                        c.late_gates, c.whole_rows, c.forward_work, c.backward_work, c.keeps_made};
   std::memcpy(numbers, values, sizeof values);
   return c.name;
 }

@@ -18,11 +18,11 @@ from tests.helpers import KINDS, as_c, assert_equal, build, evaluate, randn
 from tests.kernels.test_kernels import (
     CONSTANTS,
     FORWARD_NAMES,
-    NOISES,
     SIZES,
     TOLERANCE,
     Case,
     assert_near,
+    cells_with_noise,
     cells_with_projection,
     double,
 )
@@ -108,8 +108,7 @@ def test_projection_wider_than_the_hidden_units():
         check(Case("lstm", 4, B, 2, h, width, "rows", "state"), 7, seed=B)
 
 
-@pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
+@pytest.mark.parametrize(("cell", "projected", "noise"), cells_with_noise())
 def test_recurrent_dropout_and_zoneout(cell, projected, noise):
     for dtype, (T, B, P, h) in product(TOLERANCE, [(5, 3, 2, 17), (70, 4, 1, 33)]):
         if T == 5 or dtype == torch.float64:
@@ -259,7 +258,7 @@ def check_gradients(case: Case, size: int) -> None:
     got = [output, composed.fold(h_n), composed.fold(c_n) if second else c_n, cells]
     *want, saved = by_reference(*given.values())
     if second:
-        want.append(composed.every_c(case.cell, saved, P))
+        want.append(composed.every_c(case.cell, saved, P, given["keep_c"]))
     which = [i for i, x in enumerate(want) if x.numel()]
     grads = [torch.randn_like(want[i]) for i in which]
     found, expected = (
@@ -281,9 +280,8 @@ def test_gradients_at_odd_sizes(cell, projected, masks, roads):
     assert set(roads) == {"fused"}
 
 
-@pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
+@pytest.mark.parametrize(("cell", "projected", "noise"), cells_with_noise())
 @pytest.mark.parametrize("masks", [("", ""), ("rows", ""), ("groups", "groups")], ids=str)
-@pytest.mark.parametrize("noise", NOISES)
 def test_gradients_under_recurrent_dropout_and_zoneout(noise, masks, cell, projected, roads):
     """Few rows and many, one chunk of steps and several."""
     for (T, B, h, size), P in product([(4, 1, 9, 3), (5, 17, 3, 7), (40, 30, 17, 5)], (1, 2)):

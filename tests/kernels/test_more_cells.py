@@ -63,8 +63,8 @@ class Library:
         self.cells: dict[str, CellInfo] = {}
         numbers = (ctypes.c_int64 * 7)()
         while name := lib.cell_info(len(self.cells), numbers):
-            *sizes, separate, remakes, masks = numbers
-            self.cells[name.decode()] = CellInfo(*sizes, bool(separate), bool(remakes), bool(masks))
+            *sizes, separate, keeps_made, zoneout = numbers
+            self.cells[name.decode()] = CellInfo(*sizes, bool(separate), bool(keeps_made), bool(zoneout))
 
     def run(self, what: str, case: "CellCase", tensors: dict[str, torch.Tensor | None], threads: int, size: int = 0):
         call = self.lib.call_new()
@@ -95,7 +95,8 @@ class CellCase(Case):
     def info(self) -> CellInfo:
         cell = MORE_CELLS[self.cell]
         saved = cell.saved + cell.states - 1
-        return CellInfo(cell.gates, cell.states, saved, cell.params, cell.separate_gates_hh, False, False)
+        keeps_made = cell.reads_state and cell.remake is None
+        return CellInfo(cell.gates, cell.states, saved, cell.params, cell.separate_gates_hh, keeps_made, True)
 
     def given(self, seed: int) -> dict:
         """The arguments of the forward pass but the cell."""
@@ -118,7 +119,7 @@ def forward(library: Library, case: CellCase, arguments: dict, threads: int):
         "output": new(T, B, P * h, dtype=case.dtype),
         "h_n": torch.empty(B, P * h, dtype=case.dtype),
         "c_n": torch.empty(B, P * h, dtype=case.dtype) if case.info.states > 1 else torch.empty(0),
-        "saved": new(T, B, P * case.info.saved_values(arguments["keep_h"]) * h, dtype=case.dtype),
+        "saved": new(T, B, P * case.info.saved_values(arguments["keep_h"], arguments["keep_c"]) * h, dtype=case.dtype),
     }
     given = arguments | {"reverse": reverse}
     library.run("recurrent_forward", case, given | results, threads)
@@ -172,6 +173,13 @@ def test_odd_sizes(library, cell, dtype):
 def test_lengths_and_resets(library, cell, resets, lengths):
     for (T, B, P, h), dtype in itertools.product([(6, 3, 2, 17), (4, 17, 3, 7)], (torch.float64, torch.float32)):
         check(library, CellCase(cell, T, B, P, h, 0, lengths, resets, "alternate", dtype), T + B, 2)
+
+
+@pytest.mark.parametrize("noise", ["dropout", "all", "expected"])
+@pytest.mark.parametrize("cell", MORE_CELLS)
+def test_recurrent_dropout_and_zoneout(library, cell, noise):
+    for (T, B, P, h), dtype in itertools.product([(6, 3, 2, 17), (4, 17, 3, 7)], (torch.float64, torch.bfloat16)):
+        check(library, CellCase(cell, T, B, P, h, 0, "groups", "groups", dtype=dtype, noise=noise), T + B, 2)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])

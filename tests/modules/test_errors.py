@@ -571,7 +571,7 @@ def forward_arguments(cell: str) -> dict[str, Any]:
     """Everything given that the cell can take."""
     gates, width = OP_CELLS[cell]
     name = cell.split()[-1]
-    in_c, masks = CELLS[name].in_c, CELLS[name].masks
+    in_c, zoneout = CELLS[name].in_c, CELLS[name].zoneout
     return {
         "cell": name,
         "gates_ih": random(T, B, P * gates * 5),
@@ -585,9 +585,9 @@ def forward_arguments(cell: str) -> dict[str, Any]:
         "resets": torch.zeros(T, B, dtype=torch.bool),
         "reset_h": random(B, P * width),
         "reset_c": random(B, P * in_c * 5) if in_c else None,
-        "mask_h": random(B, P * width) if masks else None,
-        "keep_h": random(T, B, P * width) if masks else None,
-        "keep_c": random(T, B, P * 5) if in_c and masks else None,
+        "mask_h": random(B, P * width),
+        "keep_h": random(T, B, P * width) if zoneout else None,
+        "keep_c": random(T, B, P * 5) if in_c and zoneout else None,
         "reverse": [False, True],
         "save": True,
     }
@@ -881,9 +881,9 @@ def op_calls(draw: Any) -> tuple[str, dict[str, Any]]:
         ),
         "reset_h": maybe(lambda: numbers(batch, groups * R), has_resets),
         "reset_c": maybe(c, has_resets and lstm),
-        "mask_h": maybe(lambda: numbers(batch, groups * R), info.masks),
-        "keep_h": maybe(lambda: numbers(steps, batch, groups * R), info.masks),
-        "keep_c": maybe(lambda: numbers(steps, batch, states), lstm and info.masks),
+        "mask_h": maybe(lambda: numbers(batch, groups * R)),
+        "keep_h": maybe(lambda: numbers(steps, batch, groups * R), info.zoneout),
+        "keep_c": maybe(lambda: numbers(steps, batch, states), lstm and info.zoneout),
         "reverse": [draw(st.booleans()) for _ in range(groups)],
     }
     weight_hh = numbers(groups, info.gates * hidden, R)
@@ -896,7 +896,7 @@ def op_calls(draw: Any) -> tuple[str, dict[str, Any]]:
             "weight_hh": weight_hh,
             **shared,
             "output": numbers(steps, batch, groups * R),
-            "saved": numbers(steps, batch, groups * info.saved_values(shared["keep_h"]) * hidden),
+            "saved": numbers(steps, batch, groups * info.saved_values(shared["keep_h"], shared["keep_c"]) * hidden),
             "initial": draw(st.booleans()),
         }
     else:

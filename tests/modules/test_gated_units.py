@@ -386,10 +386,6 @@ def test_what_does_not_fit_a_light_unit(unit: str) -> None:
         cls(I, H, init="identity")
     with pytest.raises(TypeError, match=rf"^{unit}.__init__\(\) got an unexpected keyword argument 'reset_after'"):
         cls(I, H, reset_after=False)
-    if unit == "MGU":
-        for option in ("recurrent_dropout", "zoneout"):
-            with pytest.raises(ValueError, match=f"{option} should be 0 for MGU, got 0.5"):
-                cls(I, H, **{option: 0.5})
     with pytest.raises(ValueError, match=rf"{unit}: Expected input to be 2D or 3D, got 1D instead"):
         module(torch.zeros(I))
     with pytest.raises(RuntimeError, match=rf"{I}, got {I + 1}"):

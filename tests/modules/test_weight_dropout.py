@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parametrizations
@@ -19,6 +18,7 @@ from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
+from fastrnn.masks import draw
 from tests.helpers import (
     KINDS,
     assert_equal,
@@ -50,7 +50,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def masks_of(module: nn.Module) -> dict[str, Tensor]:
     """Drawn as a call draws them: by layer, then by direction."""
     names = [name for names in module._all_weights for name in names if name.startswith("weight_hh")]
-    return {name: F.dropout(torch.ones_like(getattr(module, name)), P) for name in names}
+    weights = [(name, getattr(module, name)) for name in names]
+    return {name: draw(w.shape, 1 - P, w.dtype, w.device) / (1 - P) for name, w in weights}
 
 
 def pair(kind: str, **options: Any) -> tuple[nn.Module, nn.Module]:

@@ -12,7 +12,6 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
-from fastrnn.ops import CELLS
 from tests.transform_cases import (
     FUSED,
     Case,
@@ -148,12 +147,12 @@ def test_vmap_over_lengths_and_resets(cell: str, masks: str):
             _check_vmap(case, lengths | resets | others)
 
 
-@pytest.mark.parametrize("cell", [cell for cell, info in CELLS.items() if info.masks])
+@every_cell
 def test_vmap_over_masks(cell: str):
     """What is drawn for every member of a vmap, or for all of them; with and without batched gates and weights."""
     case = make_case(cell, requires_grad=False, noise=True, lengths="rows")
     drawn = {name: 0 for name in case.tensors if name in ("mask_h", "keep_h", "keep_c")}
-    for dims in (drawn, {"keep_h": 1}, {"mask_h": 1}):
+    for dims in (drawn, {"keep_h": 1} if "keep_h" in drawn else {}, {"mask_h": 1}):
         for others in ({}, {"gates_ih": 1}, {"weight_hh": 0}):
             _check_vmap(case, dims | others)
 
