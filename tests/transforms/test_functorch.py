@@ -152,7 +152,7 @@ def test_vmap_over_masks(cell: str):
     """What is drawn for every member of a vmap, or for all of them; with and without batched gates and weights."""
     case = make_case(cell, requires_grad=False, noise=True, lengths="rows")
     drawn = {name: 0 for name in case.tensors if name in ("mask_h", "keep_h", "keep_c")}
-    for dims in (drawn, {"keep_h": 1} if "keep_h" in drawn else {}, {"mask_h": 1}):
+    for dims in (drawn, *({name: 1} for name in drawn)):
         for others in ({}, {"gates_ih": 1}, {"weight_hh": 0}):
             _check_vmap(case, dims | others)
 
