@@ -111,7 +111,7 @@ struct BackwardParams : ForwardParams {
 };
 
 // What a layer's backward call has beside BackwardParams: it makes the gradients of weights and input from the gate
-// gradients of a few steps at a time, which are never stored (grad_gates_ih, grad_gates_hh are null). Not with weight_hr.
+// gradients of a few steps at a time, which are never stored (grad_gates_ih, grad_gates_hh, grad_projected are null).
 // Gradients may be null where they are not wanted.
 struct LayerBackwardParams {
   int64_t size;       // I
@@ -122,7 +122,8 @@ struct LayerBackwardParams {
   const void* weight;    // [P, G*h, I]; null without grad_input
   void* grad_input;      // [P, T, B, I], a part for every group; already zero where lengths are given
   void* grad_weight_ih;  // [P, G*h, I]
-  void* grad_weight_hh;  // [P, G*h, h]
+  void* grad_weight_hh;  // [P, G*h, R]
+  void* grad_weight_hr;  // [P, R, h]; null without weight_hr
   void *grad_bias_ih, *grad_bias_hh;  // [P, G*h]
 };
 

@@ -114,7 +114,8 @@ class BackwardWorker {
       if (layer) {
         step.to = gradients.next_gates();
         step.to_ih = gradients.next_gates_ih();
-        if constexpr (kHasLate<Cell>) step.to_late = gradients.next_late();
+        step.to_inner = gradients.next_inner();
+        if (p.weight_hr) step.grad_h = gradients.next_grad_h();
       }
     const int64_t was_running = step.was_running, count = step.running > was_running ? step.running : was_running;
     for_each_panel(widths, kMaxVectors, [&](int64_t v, int vectors) {
@@ -157,8 +158,8 @@ class BackwardWorker {
     for_each_panel(units, kMaxVectors, [&](int64_t v, int vectors) {
       const Panel<T> panel = panel_of_columns(p.weight_hr, step.group, p.width, p.hidden, b.panels_hr, p.width, v,
                                               vectors, packed);
-      for_each_tile(count, static_cast<const T*>(b.grad_h + step.rows->first * b.stride), b.stride, panel.weights,
-                    panel.stride, p.width, vectors, static_cast<const T*>(nullptr),
+      for_each_tile(count, static_cast<const T*>(step.grad_h), b.stride, panel.weights, panel.stride, p.width, vectors,
+                    static_cast<const T*>(nullptr),
                     [&](int64_t first, int rows_in_tile, const T* sums) {
                       for (int m = 0; m < rows_in_tile; ++m)
                         for (int n = 0; n < vectors; ++n)

@@ -37,7 +37,8 @@ class LayerGradients {
   T* next_gates_ih() const {
     return b.grad_gates_ih ? b.grad_gates_ih + (first_row(*step.rows) + chunk_rows) * b.gates_stride : nullptr;
   }
-  T* next_late() const { return b.late + (first_row(*step.rows) + chunk_rows) * b.stride; }
+  T* next_inner() const { return b.inner ? b.inner + (first_row(*step.rows) + chunk_rows) * b.stride : nullptr; }
+  T* next_grad_h() const { return b.grad_h + (first_row(*step.rows) + chunk_rows) * b.stride; }
   void made(int64_t running) { chunk_rows += running; }
   // Is the chunk complete with step s?
   bool complete(int64_t s) const { return s + 1 == p.steps || s + 1 == chunk_begin + plan.chunk; }
@@ -64,7 +65,7 @@ class LayerGradients {
         b.input[at + i] = input + step.offset(i, time, layer->input_stride_t, layer->input_stride_b);
         b.before[at + i] = step.h_before(i, time);
         if (b.mask) b.mask[at + i] = static_cast<const T*>(p.mask_h) + step.place(i) * p.width;
-        if constexpr (kHasLate<Cell>) b.late_row[at + i] = b.late + (at + i) * b.stride;
+        if (b.inner) b.inner_row[at + i] = b.inner + (at + i) * b.stride;
       }
       at += active;
     }
@@ -84,10 +85,18 @@ class LayerGradients {
       const T* gates_ih = b.grad_gates_ih ? b.grad_gates_ih + first * b.gates_stride : gates_hh;
       const int64_t all = G * b.gates_padded, late = kEarlyGates<Cell> * b.gates_padded;
       const T* const* mask = b.mask ? b.mask + first : nullptr;
-      add_weight_gradient(layer->grad_weight_ih, gates_ih, {0, all}, {b.input + first, nullptr, layer->size}, count);
-      add_weight_gradient(layer->grad_weight_hh, gates_hh, {0, late}, {b.before + first, mask, p.width}, count);
+      const auto of_gates = [&](const T* gates, int64_t begin, int64_t end) {
+        return Arrived{gates, b.gates_stride, {begin, end}, G, p.hidden, b.gates_padded};
+      };
+      add_weight_gradient(layer->grad_weight_ih, of_gates(gates_ih, 0, all), {b.input + first, nullptr, layer->size}, count);
+      add_weight_gradient(layer->grad_weight_hh, of_gates(gates_hh, 0, late), {b.before + first, mask, p.width}, count);
       if constexpr (kHasLate<Cell>)
-        add_weight_gradient(layer->grad_weight_hh, gates_hh, {late, all}, {b.late_row + first, nullptr, p.width}, count);
+        add_weight_gradient(layer->grad_weight_hh, of_gates(gates_hh, late, all),
+                            {b.inner_row + first, nullptr, p.width}, count);
+      if (layer->grad_weight_hr)
+        add_weight_gradient(layer->grad_weight_hr,
+                            {b.grad_h + first * b.stride, b.stride, {0, p.width}, 1, p.width, p.width},
+                            {b.inner_row + first, nullptr, p.hidden}, count);
       add_bias_gradient(gates_ih, gates_hh, count);
       first_product = false;
       const Range mine = !plan.split_rows  ? share(count, member, plan.team_size)
@@ -101,22 +110,21 @@ class LayerGradients {
 
   // Biases, from their sums; and sums of nothing, where no row had a step.
   void finish() {
-    const Range own = share_of({0, G * b.gates_padded});
-    const auto each_row = [&](auto body) {
-      for (int64_t i = own.begin; i < own.end; ++i)
-        if (row_of_weight(i) >= 0) body(i, step.group * G * p.hidden + row_of_weight(i));
-    };
-    const auto weight = [&](void* grad, int64_t size) {
+    const auto weight = [&](void* grad, int64_t rows, int64_t size) {
       if (!grad || !first_product) return;
-      each_row([&](int64_t, int64_t row) {
-        for (int64_t j = 0; j < size; ++j) static_cast<T*>(grad)[row * size + j] = 0;
-      });
+      const Range own = share_of({step.group * rows * size, (step.group + 1) * rows * size});
+      for (int64_t i = own.begin; i < own.end; ++i) static_cast<T*>(grad)[i] = 0;
     };
     const auto bias = [&](void* grad, const T* sums) {
-      if (grad) each_row([&](int64_t i, int64_t row) { static_cast<T*>(grad)[row] = first_product ? T(0) : sums[i]; });
+      if (!grad) return;
+      const Range own = share_of({0, G * p.hidden});
+      for (int64_t i = own.begin; i < own.end; ++i)
+        static_cast<T*>(grad)[step.group * G * p.hidden + i] =
+            first_product ? T(0) : sums[i / p.hidden * b.gates_padded + i % p.hidden];
     };
-    weight(layer->grad_weight_ih, layer->size);
-    weight(layer->grad_weight_hh, p.width);
+    weight(layer->grad_weight_ih, G * p.hidden, layer->size);
+    weight(layer->grad_weight_hh, G * p.hidden, p.width);
+    weight(layer->grad_weight_hr, p.width, p.hidden);
     bias(layer->grad_bias_ih, b.bias);
     bias(layer->grad_bias_hh, b.bias + b.gates_stride);
   }
@@ -146,48 +154,56 @@ class LayerGradients {
     }
   };
 
-  // grad_weight [P, G*h, size] += gates^T x: this member's share of those of its rows that belong to the range of a row's
-  // gate gradients, the gates' padding left out.
-  void add_weight_gradient(void* grad_weight, const T* gates, Range range, const Multiplied& x, int64_t count) {
+  // The gradients of a product's results: `blocks` times `size` values in each row of the chunk, every block padded. Those
+  // in `range` are meant, which counts the padding.
+  struct Arrived {
+    const T* rows;
+    int64_t stride;
+    Range range;
+    int64_t blocks, size, padded;
+    // Which row of the weight the i-th value belongs to; -1: it is padding.
+    int64_t row_of_weight(int64_t i) const {
+      if (padded == size) return i;
+      const int64_t unit = i % padded;
+      return unit < size ? i / padded * size + unit : -1;
+    }
+  };
+
+  // grad_weight [P, blocks * size, x.size] += grad^T x: this member's share of the rows that grad's range is of.
+  void add_weight_gradient(void* grad_weight, const Arrived& grad, const Multiplied& x, int64_t count) {
     if (!grad_weight) return;
     const int64_t size = x.size;
-    T* out = static_cast<T*>(grad_weight) + step.group * G * p.hidden * size;
-    const Range own = share_of(range);
-    if (count <= kFewRows) return add_few_rows(out, gates, own, x, count);
+    T* out = static_cast<T*>(grad_weight) + step.group * grad.blocks * grad.size * size;
+    const Range own = share_of(grad.range);
+    if (count <= kFewRows) return add_few_rows(out, grad, own, x, count);
     const auto pack = [&](int64_t k0, int64_t depth, int64_t v, int n, T* panel) {
       for (int64_t k = k0; k < k0 + depth; ++k)
         for (int q = 0; q < n; ++q, panel += L)
           store(panel, x(k, (v + q) * L));
     };
     const auto keep = [&](int64_t row, int64_t v, int64_t k0, V sum) {
-      const int64_t weight_row = row_of_weight(row);
+      const int64_t weight_row = grad.row_of_weight(row);
       if (weight_row < 0) return;
       const int n = valid_lanes<T>(size, v * L);
       T* to = out + weight_row * size + v * L;
       if (k0 > 0 || !first_product) sum = sum + load(to, n);
       store(to, sum, n);
     };
-    multiply<T, true>(b.products, own, {0, ceil_div(size, L)}, count, gates, b.gates_stride, pack, keep);
-  }
-  // Which row of a weight has this place among a row's gate gradients; -1: it is padding.
-  int64_t row_of_weight(int64_t i) const {
-    if (b.gates_padded == p.hidden) return i;
-    const int64_t unit = i % b.gates_padded;
-    return unit < p.hidden ? i / b.gates_padded * p.hidden + unit : -1;
+    multiply<T, true>(b.products, own, {0, ceil_div(size, L)}, count, grad.rows, grad.stride, pack, keep);
   }
 
   static constexpr int64_t kFewRows = 4;  // of which packing would cost more than the product
-  void add_few_rows(T* out, const T* gates, Range own, const Multiplied& x, int64_t count) {
+  void add_few_rows(T* out, const Arrived& grad, Range own, const Multiplied& x, int64_t count) {
     const int64_t size = x.size;
     for (int64_t row = own.begin; row < own.end; ++row) {
-      const int64_t weight_row = row_of_weight(row);
+      const int64_t weight_row = grad.row_of_weight(row);
       if (weight_row < 0) continue;
       for (int64_t j = 0; j < size; j += L) {
         const int n = valid_lanes<T>(size, j);
         T* to = out + weight_row * size + j;
         V sum = first_product ? V(0) : V(load(to, n));
         for (int64_t i = 0; i < count; ++i)
-          sum = sum + V(gates[i * b.gates_stride + row]) * x(i, j);
+          sum = sum + V(grad.rows[i * grad.stride + row]) * x(i, j);
         store(to, sum, n);
       }
     }

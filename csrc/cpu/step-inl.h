@@ -254,8 +254,9 @@ struct BackwardStep : Walk<BackwardParams> {
   T *carry_h = nullptr, *carry_c = nullptr, *grad_h = nullptr;
   int64_t t = 0;                         // the step's time; that of the step met before it is next_time(t)
   int64_t running = 0, was_running = 0;  // rows that have a step at t, and at next_time(t)
-  // Where the step's grad_gates_hh go, grad_gates_ih or null, and what the product of late gates was with, or null.
-  T *to = nullptr, *to_ih = nullptr, *to_late = nullptr;
+  // Where the step's grad_gates_hh go, grad_gates_ih or null, and what the product of late gates, or the projection, was
+  // with, or null.
+  T *to = nullptr, *to_ih = nullptr, *to_inner = nullptr;
 
   BackwardStep(const BackwardParams& params, const LayerBackwardParams* layer, const BackwardBuffers<Cell, T>& buffers)
       : Walk<BackwardParams>(params), layer(layer), b(buffers), stride(b.stride), gates_stride(b.gates_stride),
@@ -311,7 +312,7 @@ struct BackwardStep : Walk<BackwardParams> {
     if (!p.weight_hr) return cell(i, j, grad, kept);
     if (p.keep_h) store(carry_h + i * stride + j, kept);
     store(grad_h + i * stride + j, grad);
-    if (i < running) store(static_cast<S*>(p.grad_projected) + place(i, t) * p.width + j, grad, n);
+    if (!layer && i < running) store(static_cast<S*>(p.grad_projected) + place(i, t) * p.width + j, grad, n);
   }
 
   // The cell of units j .. grad_hidden: the gradient of o tanh(c), or of state 0 where nothing is projected; `kept` goes
@@ -341,6 +342,7 @@ struct BackwardStep : Walk<BackwardParams> {
       if constexpr (C == 1)
         if (p.keep_c) kept_c = past_cell(i, j, n, in.grad_state[1]);
       Cell::backward(in, out);
+      keep_hidden(i, j, in);
       if (p.keep_h) out.grad_state_prev[0] = out.grad_state_prev[0] + kept;
       if constexpr (C == 1)
         if (p.keep_c) out.grad_state_prev[1] = out.grad_state_prev[1] + kept_c;
@@ -359,9 +361,9 @@ struct BackwardStep : Walk<BackwardParams> {
     Cell::backward(in, out);
     if (p.keep_h) out.grad_state_prev[0] = out.grad_state_prev[0] + load(carry_h + i * stride + j);
     finish(i, j, n, out);
-    if (!to_late) return;
+    if (!to_inner) return;
     const V x = in.saved[0] * in.state_prev[0];
-    store(to_late + i * stride + j, p.mask_h ? masked(i, j, x) : x);
+    store(to_inner + i * stride + j, p.mask_h ? masked(i, j, x) : x);
   }
 
   // All units of row i, of a cell with a Row, once cell() has been called for each. scratch: [unit_vectors][kWork][L], and
@@ -395,8 +397,10 @@ struct BackwardStep : Walk<BackwardParams> {
     };
     const auto row = run_passes<T, BackwardPasses<Cell>>(h, load_in, keep);
     for_each_vector<T>(h, [&](int64_t j, int n) FASTRNN_INLINE_BODY {
+      const auto in = load_in(j, n, row, std::bool_constant<(W > 0)>());
       BackwardOut<Cell, V> out;
-      Cell::backward(load_in(j, n, row, std::bool_constant<(W > 0)>()), out);
+      Cell::backward(in, out);
+      keep_hidden(i, j, in);
       if (p.keep_h && !p.weight_hr) out.grad_state_prev[0] = out.grad_state_prev[0] + load(carry_h + i * stride + j);
       if constexpr (C == 1)
         if (p.keep_c) out.grad_state_prev[1] = out.grad_state_prev[1] + load(kept_c + j);
@@ -462,6 +466,16 @@ struct BackwardStep : Walk<BackwardParams> {
         if (p.keep_c) in.state[1] = Cell::remake(in.saved, in.state_prev);
     }
     in.params = load_params<Cell, S>(p, group, j, n);
+  }
+
+  // Makes what was projected of units j .. once more, for weight_hr's gradient.
+  FASTRNN_HD void keep_hidden(int64_t i, int64_t j, const BackwardIn<Cell, V>& in) const {
+    if constexpr (C == 1)
+      if (to_inner) {
+        V hidden = in.saved[Cell::kSaved - 1];
+        if constexpr (!kSavesHidden<Cell>) hidden = hidden * tanh(in.state[1]);
+        store(to_inner + i * stride + j, hidden);
+      }
   }
 
   // Stores what a step's backward gave units j ..

@@ -93,7 +93,7 @@ struct BackwardBuffers {
   int64_t slots;
   T* grad_gates;
   T *carry_h, *carry_c;  // [B, stride], [C, B, stride]: the part of grad_state_prev that does not come through weight_hh
-  T* grad_h;             // [B, stride]: the gradient of the projection's output
+  T* grad_h;             // [slots * B, stride]: the gradient of the projection's output, rows as below
   // Of a cell that looks at whole rows or has late gates: [B, stride], the gradient of o tanh(c), or of state 0 where
   // nothing is projected; of the first each member's room for one row.
   T *grad_hidden, *row_scratch;
@@ -107,9 +107,10 @@ struct BackwardBuffers {
   T* grad_gates_ih;           // [slots * B, gates_stride], or null where grad_gates serves
   const T **input, **before;  // [slots * B]: the step's input, and the state before it; null for zeros
   const T** mask;             // [slots * B]: the row of mask_h; null without one
-  // Of a cell with late gates: what their product was with, and where each row of it starts.
-  T* late;          // [slots * B, stride]
-  const T** late_row;  // [slots * B]
+  // Of a cell with late gates, or where h is projected: what the product of those, or the projection, was with, and where
+  // each row of it starts. Null else.
+  T* inner;             // [slots * B, stride]
+  const T** inner_row;  // [slots * B]
   int64_t* place;             // [slots * B]: the row in tensors [T, B, ..]
   T* bias;                    // [2][gates_stride]: sums of grad_gates_ih and of grad_gates_hh
   GemmBuffers<T> products;    // the member's own
@@ -125,7 +126,7 @@ struct BackwardBuffers {
     grad_gates = arena.take<T>((slots + 1) * p.batch * gates_stride);
     carry_h = arena.take<T>(p.batch * stride);
     carry_c = arena.take<T>(kInC<Cell> * p.batch * stride);
-    grad_h = p.weight_hr ? arena.take<T>(p.batch * stride) : nullptr;
+    grad_h = p.weight_hr ? arena.take<T>(slots * p.batch * stride) : nullptr;
     if constexpr (kWholeRows<Cell> || kHasLate<Cell>) grad_hidden = arena.take<T>(p.batch * stride);
     if constexpr (kWholeRows<Cell>) {
       row_scratch_size = unit_vectors * (BackwardPasses<Cell>::kWork + (p.keep_c != nullptr)) * L;
@@ -140,13 +141,13 @@ struct BackwardBuffers {
     input = arena.take<const T*>(slots * p.batch);
     before = arena.take<const T*>(slots * p.batch);
     mask = p.mask_h ? arena.take<const T*>(slots * p.batch) : nullptr;
-    if constexpr (kHasLate<Cell>) {
-      late = arena.take<T>(slots * p.batch * stride);
-      late_row = arena.take<const T*>(slots * p.batch);
-    }
+    const bool has_inner = kHasLate<Cell> || layer->grad_weight_hr;
+    inner = has_inner ? arena.take<T>(slots * p.batch * stride) : nullptr;
+    inner_row = has_inner ? arena.take<const T*>(slots * p.batch) : nullptr;
     place = arena.take<int64_t>(slots * p.batch);
     bias = arena.take<T>(2 * gates_stride);
-    const int64_t columns = layer->size > p.width ? layer->size : p.width;
+    const int64_t states = p.hidden > p.width ? p.hidden : p.width;
+    const int64_t columns = layer->size > states ? layer->size : states;
     products = {columns, slots * p.batch, /*transpose_a=*/true, arena, plan.team_size, member};
   }
 };

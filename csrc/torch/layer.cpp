@@ -1,5 +1,5 @@
-// A layer is one kernel's work on a CPU in float32 and float64 (csrc/cpu). Elsewhere (CUDA, half types, tokens, the
-// backward of a projection) it is the recurrence's kernel with the matrix products before and behind it.
+// A layer is one kernel's work on a CPU in float32 and float64 (csrc/cpu). Elsewhere (CUDA, half types, tokens) it
+// is the recurrence's kernel with the matrix products before and behind it.
 #include "layer.h"
 
 #include <ATen/Parallel.h>
@@ -36,8 +36,8 @@ const RecurrentKernels& kernels_of(const Tensor& x) {
 bool are_tokens(const Tensor& input) { return input.defined() && at::isIntegralType(input.scalar_type(), false); }
 
 // Is the whole layer one kernel, for tensors like this one (the input, or in backward the output)?
-bool is_one_kernel(const LayerCall& call, const Tensor& like, bool backward) {
-  if (!like.is_cpu() || are_tokens(call.input) || (backward && !call.weights.weight_hr.empty())) return false;
+bool is_one_kernel(const LayerCall& call, const Tensor& like) {
+  if (!like.is_cpu() || are_tokens(call.input)) return false;
   return like.scalar_type() != at::kBFloat16 && like.scalar_type() != at::kHalf;
 }
 
@@ -362,13 +362,15 @@ LayerGradients backward_by_kernel(const LayerCall& call, const LayerGiven& given
   if (run.params.batch > 0) {
     cpu::layer_backward(run.params, run.layer, threads());
   } else {
-    for (const Tensor& x : {run.grad_weight_ih, run.grad_weight_hh, run.grad_bias_ih, run.grad_bias_hh}) x.zero_();
+    for (const Tensor& x : {run.grad_weight_ih, run.grad_weight_hh, run.grad_weight_hr, run.grad_bias_ih, run.grad_bias_hh})
+      x.zero_();
   }
   if (needed[kOf_input]) run.grad_input = call.groups() == 1 ? run.grad_input[0] : run.grad_input.sum(0);
   LayerGradients grads = from_recurrence(call, given, run.results(), needed);
   grads[kOf_input] = run.grad_input;
   grads[kOf_weight_ih] = run.grad_weight_ih;
   grads[kOf_weight_hh] = run.grad_weight_hh;
+  grads[kOf_weight_hr] = run.grad_weight_hr;
   grads[kOf_bias_ih] = run.grad_bias_ih;
   grads[kOf_bias_hh] = run.grad_bias_hh;
   return grads;
@@ -390,7 +392,7 @@ LayerResults layer_forward(const LayerCall& call, bool save, bool all_states) {
             "layer_forward: all_states: expected False for cell '", call.cell, "', got True");
   const bool keep = save || all_states;
   LayerResults out;
-  if (is_one_kernel(call, call.input, false)) {
+  if (is_one_kernel(call, call.input)) {
     PreparedForward run = prepare_layer(call, keep);
     if (run.params.batch > 0) cpu::layer_forward(run.params, run.layer, threads());
     out = run.results();
@@ -417,8 +419,8 @@ bool takes_grad_cells(const Tensor& output) {
 }
 
 LayerGradients layer_backward(const LayerCall& call, const LayerGiven& given, const Needed& needed) {
-  LayerGradients grads = is_one_kernel(call, given.output, true) ? backward_by_kernel(call, given, needed)
-                                                                 : backward_by_products(call, given, needed);
+  LayerGradients grads = is_one_kernel(call, given.output) ? backward_by_kernel(call, given, needed)
+                                                           : backward_by_products(call, given, needed);
   for (int i = 0; i < kGradients; ++i)
     if (!needed[i]) grads[i] = Tensor();
   return grads;

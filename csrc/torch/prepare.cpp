@@ -6,6 +6,7 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <strings.h>
+#include <sys/mman.h>
 
 #include <string>
 
@@ -55,6 +56,16 @@ void check_packed(const char* op, const LayerCall& call, int64_t rows) {
 }
 
 namespace {
+
+// A hint to the operating system, for a tensor that nothing has been written to. malloc asks for new pages for 32 MiB and
+// more at every call, and a fault for each small one would cost more than what is written there.
+void use_huge_pages(const Tensor& x) {
+  constexpr uintptr_t kMapped = 32 << 20, kPage = 2 << 20;
+  if (x.nbytes() < kMapped) return;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
+  const uintptr_t begin = (data + kPage - 1) / kPage * kPage, end = (data + x.nbytes()) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
 
 // Checks an op's tensors one by one against the sizes, dtype and device of the first of them, `reference`.
 class Checker {
@@ -211,11 +222,12 @@ class Checker {
   }
 
   Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, reference_.options()); }
-  Tensor zeros(at::IntArrayRef sizes) const { return at::zeros(sizes, reference_.options()); }
   Tensor absent() const { return empty({0}); }
   // Zero where a kernel with lengths will not write: a CPU's, for CUDA's write the padding.
   Tensor result(at::IntArrayRef sizes, bool padded) const {
-    return padded && !reference_.is_cuda() ? zeros(sizes) : empty(sizes);
+    Tensor x = empty(sizes);
+    if (reference_.is_cpu()) use_huge_pages(x);
+    return padded && !reference_.is_cuda() ? x.zero_() : x;
   }
   // float32 for half types
   at::TensorOptions wide() const {
@@ -579,11 +591,13 @@ PreparedBackward prepare_layer_backward(const LayerCall& call, const LayerGiven&
   };
   out.grad_weight_ih = gradient(kOf_weight_ih, {P, G * h, p.size});
   out.grad_weight_hh = gradient(kOf_weight_hh, {P, G * h, R});
+  out.grad_weight_hr = args.weight_hr ? gradient(kOf_weight_hr, {P, R, h}) : checker.absent();
   out.grad_bias_ih = gradient(kOf_bias_ih, {P, G * h});
   out.grad_bias_hh = gradient(kOf_bias_hh, {P, G * h});
   p.grad_input = data_or_null(out.grad_input);
   p.grad_weight_ih = data_or_null(out.grad_weight_ih);
   p.grad_weight_hh = data_or_null(out.grad_weight_hh);
+  p.grad_weight_hr = data_or_null(out.grad_weight_hr);
   p.grad_bias_ih = data_or_null(out.grad_bias_ih);
   p.grad_bias_hh = data_or_null(out.grad_bias_hh);
   out.keep = std::move(checker.keep);

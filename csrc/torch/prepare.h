@@ -70,7 +70,7 @@ struct PreparedBackward {
   BackwardParams params{};
   LayerBackwardParams layer{};  // of a whole layer's call
   RecurrentGradients gradients;
-  Tensor grad_input, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh;  // of a layer's
+  Tensor grad_input, grad_weight_ih, grad_weight_hh, grad_weight_hr, grad_bias_ih, grad_bias_hh;  // of a layer's
   at::ScalarType dtype;  // of the gradients; reset_h and reset_c are added up in float32 where this is a half type
   std::vector<Tensor> keep;
   Owned own;

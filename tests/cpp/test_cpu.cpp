@@ -168,17 +168,17 @@ bool same(const char* what, const Array& a, const Array& b, double tolerance) {
 
 struct Results {
   Array output, h_n, c_n, saved, grad_gates_ih, grad_gates_hh, grad_projected, grad_h_0, grad_c_0, grad_reset_h,
-      grad_reset_c, grad_input, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh, grad_params;
-  static constexpr int kCount = 17;
+      grad_reset_c, grad_input, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh, grad_params, grad_weight_hr;
+  static constexpr int kCount = 18;
   const Array* all[kCount] = {&output,         &h_n,          &c_n,            &saved,          &grad_gates_ih,
                               &grad_gates_hh,  &grad_projected, &grad_h_0,     &grad_c_0,       &grad_reset_h,
                               &grad_reset_c,   &grad_input,   &grad_weight_ih, &grad_weight_hh, &grad_bias_ih,
-                              &grad_bias_hh,   &grad_params};
+                              &grad_bias_hh,   &grad_params,  &grad_weight_hr};
 };
 const char* const kNames[] = {"output",         "h_n",          "c_n",            "saved",          "grad_gates_ih",
                               "grad_gates_hh",  "grad_projected", "grad_h_0",     "grad_c_0",       "grad_reset_h",
                               "grad_reset_c",   "grad_input",   "grad_weight_ih", "grad_weight_hh", "grad_bias_ih",
-                              "grad_bias_hh",   "grad_params"};
+                              "grad_bias_hh",   "grad_params",  "grad_weight_hr"};
 
 bool check_call() {
   BackwardParams p{};
@@ -191,7 +191,7 @@ bool check_call() {
   p.groups = draw(1, 3);
   p.hidden = size();
   const bool second = info.states > 1, projected = info.states == 2 && coin();
-  const bool whole = !projected && bytes_of(p.dtype) >= 4 && coin();  // a layer's backward call
+  const bool whole = bytes_of(p.dtype) >= 4 && coin();  // a layer's backward call
   p.width = projected ? size() : p.hidden;
   const int64_t T = p.steps, B = p.batch, P = p.groups, h = p.hidden, R = p.width, G = info.gates, K = info.params;
   const int64_t C = info.in_c();
@@ -343,20 +343,21 @@ bool check_call() {
     products.grad_input = r.grad_input.data;
     products.grad_weight_ih = r.grad_weight_ih.data;
     products.grad_weight_hh = r.grad_weight_hh.data;
+    products.grad_weight_hr = r.grad_weight_hr.data;
     products.grad_bias_ih = r.grad_bias_ih.data;
     products.grad_bias_hh = r.grad_bias_hh.data;
     run(backward_plan, kernels().backward_workspace(p, layer_backward, backward_plan), byte, in_turn,
         [&](char* own, int member) { return kernels().backward(p, layer_backward, backward_plan, own, member); });
   };
-  const bool wants[] = {coin(), coin(), coin(), coin(), coin(), coin()};
+  const bool wants[] = {coin(), coin(), coin(), coin(), coin(), coin(), coin()};
   const auto results = [&] {
     return std::unique_ptr<Results>(new Results{
         {d, N * P * R}, {d, B * P * R}, {d, B * P * C * h, second}, {d, N * P * S * h}, {d, N * P * G * h, !whole},
-        {d, N * P * G * h, !whole && info.separate_gates_hh}, {d, N * P * R, projected}, {d, B * P * R, initial},
+        {d, N * P * G * h, !whole && info.separate_gates_hh}, {d, N * P * R, projected && !whole}, {d, B * P * R, initial},
         {d, B * P * C * h, initial && second}, {wide, B * P * R, restart}, {wide, B * P * C * h, restart && second},
         {d, P * N * I, whole && wants[0]}, {d, P * G * h * I, whole && wants[1]},
         {d, P * G * h * R, whole && wants[2]}, {d, P * G * h, whole && wants[3]}, {d, P * G * h, whole && wants[4]},
-        {wide, B * P * K * h, K > 0 && wants[5]}});
+        {wide, B * P * K * h, K > 0 && wants[5]}, {d, P * R * h, whole && projected && wants[6]}});
   };
   const Plan forward_plan = random_plan(p, given);
   Plan backward_plan = random_plan(p, nullptr);

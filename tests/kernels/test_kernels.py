@@ -346,12 +346,15 @@ def test_every_instruction_set(isa):
         pytest.skip(f"this CPU has no {isa}")
     script = (
         "from tests.kernels.test_kernels import *\n"
+        "from tests.kernels.test_layer import check_gradients\n"
         f"assert ops._C.instruction_set() == {isa!r}\n"
         "cases = product(cells_with_projection(), TOLERANCE, (1, 19), (7, 129))\n"
         "for (cell, projected), dtype, B, h in cases:\n"
         "    if projected < h:\n"
         "        check(Case(cell, 3, B, 2, h, projected, 'rows', 'state', dtype=dtype), seed=B + h)\n"
         "        check(Case(cell, 3, B, 2, h, projected, 'rows', 'state', dtype=dtype, noise='all'), seed=B + h)\n"
+        "    if projected < h and dtype == torch.float64:\n"
+        "        check_gradients(Case(cell, 3, B, 2, h, projected, 'rows', 'state'), 5)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env=os.environ | {"FASTRNN_ISA": isa})
 

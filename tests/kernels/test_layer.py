@@ -290,12 +290,20 @@ def test_gradients_under_recurrent_dropout_and_zoneout(noise, masks, cell, proje
     assert set(roads) == {"fused"}
 
 
-@pytest.mark.parametrize("cell", ops.CELLS)
-def test_gradients_under_masks_on_several_threads(cell):
+@pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
+def test_gradients_under_masks_on_several_threads(cell, projected):
     """Rows split, units split."""
     torch.set_num_threads(2)
     for B, h in ((40, 33), (3, 200)):
-        check_gradients(Case(cell, 12, B, 1, h, 0, "rows", "state", noise="all"), 5)
+        check_gradients(Case(cell, 12, B, 1, h, projected and h // 2, "rows", "state", noise="all"), 5)
+
+
+@pytest.mark.parametrize("B", [3, 40])
+def test_gradients_of_a_wide_projection(B):
+    """Wider than the hidden units; a row of every kind of product is padded otherwise than those of the others."""
+    for threads, (h, width) in product((1, 2), [(1, 70), (17, 129), (129, 33)]):
+        torch.set_num_threads(threads)
+        check_gradients(Case("lstm", 30, B, 2, h, width, "rows", "state"), 7)
 
 
 @pytest.mark.parametrize("B", [3, 100])

@@ -78,7 +78,9 @@ def test_cpu_plan_is_consistent(dtype, threads):
 
 
 def test_projection():
-    assert info.cpu_choice(LSTM._replace(R=32), 7, 2)["forward"]["threads"] >= 1
+    choice = info.cpu_choice(LSTM._replace(R=32), 7, 2)
+    assert choice["forward"]["threads"] >= 1
+    assert "steps_at_a_time" in choice["backward"], "its gradients are made in the layer's kernel, too"
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_only_rows_that_are_there(kind: str, bidirectional: bool) -> None:
 
 
 def test_lengths_of_a_projected_layer() -> None:
-    """The padding is not counted, though the products of the weights' gradients take it in."""
+    """The padding is not counted."""
     ours, theirs = pair("LSTM", I, H, proj_size=2)
     x = randn(T, B, I, dtype=torch.float32)
     expected = counted(lambda: theirs(pack_padded_sequence(x, LENGTHS, enforce_sorted=False)))
