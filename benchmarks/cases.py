@@ -8,6 +8,7 @@ from typing import Any
 
 MODES = ("fwd", "train")  # fwd: inference_mode; train: forward + backward to input and all parameters
 PER_SAMPLE = ("persample",)  # the gradients of each sample's own loss by all parameters
+PENALTY = ("penalty",)  # the square of the gradient of the input, and its gradients by the input and all parameters
 DTYPE_SUFFIX = {"float32": "", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
 
 PLAIN: dict[str, Any] = {  # options of Case as torch.nn's layers are

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from benchmarks.cases import PER_SAMPLE, Row, Size, Suite, entries
+from benchmarks.cases import PENALTY, PER_SAMPLE, Row, Size, Suite, entries
 
 FORWARD, TRAIN = ("fwd",), ("train",)
 
@@ -266,6 +266,11 @@ PER_SAMPLE_LAYERS = [  # gradients a sample, as in differentially private traini
     *entries("persample", "GRU", (64, 64, 128, 128), modes=PER_SAMPLE),
     *entries("persample", "RNN", (64, 64, 128, 128), modes=PER_SAMPLE),
 ]
+GRADIENT_PENALTY = [
+    entry
+    for cell in ("LSTM", "GRU", "RNN")
+    for entry in entries("penalty", cell, (64, 16, 128, 128), (128, 32, 256, 256), modes=PENALTY)
+]
 PER_SAMPLE_PEERS = ("sampleloop", "oursampleloop", "opacus")
 
 SUITES: dict[str, Suite] = {
@@ -298,6 +303,8 @@ SUITES: dict[str, Suite] = {
     "persamplememory": Suite(
         "peak memory of per-sample gradients", tuple(PER_SAMPLE_LAYERS[:1]), kind="memory", peers=PER_SAMPLE_PEERS,
     ),
+    "penalty": Suite("gradient penalties: a second derivative in every step", tuple(GRADIENT_PENALTY), peers=("torch", "loop")),
+    "penaltymemory": Suite("peak memory of the same", tuple(GRADIENT_PENALTY), kind="memory"),
     "scaling": Suite(
         "cost against T, B, H and threads, with fitted exponents", tuple(SCALING), budget_s=1.5,
         threads=thread_counts(CORES),

@@ -10,12 +10,24 @@
 
 namespace fastrnn {
 
-enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8 };
+// The last two are dual numbers: a value and its derivative in one direction, side by side. Of a CPU's calls alone.
+enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8, kDualFloat32, kDualFloat64 };
+
+// Bytes that a CPU's kernels hold one number in.
+inline int64_t computed_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::kDualFloat64: return 16;
+    case DType::kFloat64:
+    case DType::kDualFloat32: return 8;
+    default: return 4;
+  }
+}
 
 struct ForwardParams {
   int64_t steps, batch, groups, hidden, width;  // T, B, P, h, R
   int32_t cell;                                 // index into kCells
   DType dtype;
+  bool constant_weights;  // of dual numbers: do weight_ih, weight_hh and weight_hr have slopes of zero?
 
   const void* gates_ih;  // [T, B, P*G*h], last dimension contiguous
   int64_t gates_ih_stride_t, gates_ih_stride_b;

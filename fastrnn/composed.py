@@ -1,5 +1,6 @@
 """A layer composed of ops that have rules for everything torch does to a call: ``linear`` around ``recurrent_forward``
-and ``recurrent_backward``. What torch.func, forward-mode AD and double backward run.
+and ``recurrent_backward``. What torch.func and forward-mode AD run, and double backward
+where csrc/torch/second_derivative.cpp has no kernel for it.
 """
 
 from __future__ import annotations

@@ -73,6 +73,8 @@ def plain_layer(
     case: Case, mode: str, *, training: bool, cells: tuple[str, ...] = ("LSTM", "GRU", "RNN")
 ) -> str | None:
     """Why a peer has no such case that only has plain float32 layers: one layer, one direction, padded input."""
+    if mode == "penalty":
+        return "no gradient penalties"
     if mode == "train" and not training:
         return "inference only"
     if case.cell not in cells:

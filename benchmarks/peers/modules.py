@@ -75,7 +75,7 @@ class ModulePeer:
 
 def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -> Prepared:
     """Steps of a module called like torch.nn's. Packing and transposing is done here, outside the timed step."""
-    training = mode == "train"
+    training = mode != "fwd"
     module.train(training)
     grad_outputs = list(data.grad_outputs)
     if case.batch_first:
@@ -125,9 +125,20 @@ def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -
         increment_version(weights)  # as an optimizer's update: what was derived from old weights is stale
         return result
 
+    def penalty() -> Any:
+        for tensor in leaves.values():
+            tensor.grad = None
+        result = module(*arguments, **options)
+        (first,) = torch.autograd.grad(gradient_targets(case, result), leaf, grad_outputs, create_graph=True)
+        first.square().sum().backward()
+        increment_version(weights)
+        return result
+
+    step = penalty if mode == "penalty" else train
+
     def train_results() -> dict[str, Tensor]:
         torch.manual_seed(0)  # so that both sides draw the same
-        named = named_results(case, train())
+        named = named_results(case, step())
         for name, tensor in leaves.items():
             if tensor.grad is None:
                 raise AssertionError(f"no gradient reached {name}")
@@ -138,7 +149,7 @@ def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -
             named["grad_input"] = named["grad_input"].transpose(0, 1)
         return {name: tensor.detach().clone() for name, tensor in named.items()}
 
-    return Prepared(train, train_results)
+    return Prepared(step, train_results)
 
 
 def gradient_targets(case: Case, result: Any) -> list[Tensor]:

@@ -128,7 +128,7 @@ class BackwardWorker {
       const Panel<T> panel = panel_of_columns(p.weight_hh, step.group, G * p.hidden, p.width, b.panels_hh,
                                               b.gates_padded * G, v, vectors, packed);
       for_each_deep_tile(was_running, from, b.gates_stride, panel.weights, panel.stride,
-                         b.gates_padded * kEarlyGates<Cell>, vectors, sums, body);
+                         b.gates_padded * kEarlyGates<Cell>, vectors, sums, body, terms_of_weights(p));
       for (int64_t i = was_running; i < count; ++i) body(i, 1, nullptr);
     });
     from = step.to;
@@ -148,7 +148,8 @@ class BackwardWorker {
                            for (int m = 0; m < rows_in_tile; ++m)
                              for (int n = 0; n < vectors; ++n)
                                step.late_cell(first + m, (v + n) * L, load(product + (m * vectors + n) * L));
-                         });
+                         },
+                         terms_of_weights(p));
     });
   }
 

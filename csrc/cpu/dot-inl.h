@@ -11,14 +11,6 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 
 constexpr int kDotRows = 4, kDotOutputs = 4;
 
-// Lane l of the result: lane index(l) of a, or, from kLanes on, of b.
-template <class T, class Index>
-FASTRNN_HD Vec<T> gather_lanes(Vec<T> a, Vec<T> b, Index index) {
-  typename Vec<T>::Bits mask;
-  for (int l = 0; l < Vec<T>::kLanes; ++l) mask[l] = index(l);
-  return __builtin_shuffle(a.v, b.v, mask);
-}
-
 // Half as many lanes of each of what a and b hold in `parts` equal parts: those of a, then those of b.
 template <int Parts, class T>
 FASTRNN_HD Vec<T> merge_sums(Vec<T> a, Vec<T> b) {
@@ -45,6 +37,13 @@ FASTRNN_HD void sum_lanes(const Vec<T> (&x)[4], T* out) {
       store(lanes, x[i]);
       out[i] = lanes[0] + lanes[1];
     }
+}
+template <class T>
+FASTRNN_HD void sum_lanes(const Vec<Dual<T>> (&x)[4], Dual<T>* out) {
+  T values[4], slopes[4];
+  sum_lanes({x[0].value, x[1].value, x[2].value, x[3].value}, values);
+  sum_lanes({x[0].slope, x[1].slope, x[2].slope, x[3].slope}, slopes);
+  for (int i = 0; i < 4; ++i) out[i] = {values[i], slopes[i]};
 }
 
 // out[m * out_stride + n] = sum_k a[m * stride + k] w[n * ld + k]

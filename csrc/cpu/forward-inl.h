@@ -186,7 +186,7 @@ class ForwardWorker {
         T* panel = b.panels_ih + (plan.pack_late ? units.begin : v) * G * L * I;
         if (plan.pack_late) pack_ih(v, vectors, panel);
         for_each_tile(count, input, b.input_stride, static_cast<const T*>(panel), N * L, I, N,
-                      bias_ih ? b.bias_ih + v * G * L : nullptr, keep, plan.uniform);
+                      bias_ih ? b.bias_ih + v * G * L : nullptr, keep, plan.uniform, terms_of_weights(p));
       } else
         for_each_dot_tile(count, input, b.input_stride, weight_ih + v * L * I, I, p.hidden, G,
                           vectors, p.hidden - v * L, I, bias_ih ? bias_ih + v * L : nullptr, keep);
@@ -253,7 +253,8 @@ class ForwardWorker {
                               cells);
       else if (plan.pack_hh)
         for_each_tile(active, x, b.stride, static_cast<const T*>(panel_hh<first, count>(v)), vectors * count * L,
-                      p.width, vectors * count, bias_hh ? panel_bias<first, count>(v) : nullptr, cells, plan.uniform);
+                      p.width, vectors * count, bias_hh ? panel_bias<first, count>(v) : nullptr, cells, plan.uniform,
+                      terms_of_weights(p));
       else
         for_each_dot_tile(active, x, b.stride, weight_hh + (row + v * L) * p.width, p.width, p.hidden, count, vectors,
                           p.hidden - v * L, p.width, bias_hh ? bias_hh + row + v * L : nullptr, cells);

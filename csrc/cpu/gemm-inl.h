@@ -35,7 +35,7 @@ struct GemmBuffers {
 // columns from v on; keep(row, vector, k0, sum) is called for every part of k in turn.
 template <class T, bool TransposeA, class Pack, class Keep>
 void multiply(const GemmBuffers<T>& buffers, Range m, Range columns, int64_t k, const T* a, int64_t a_stride, Pack pack,
-              Keep keep) {
+              Keep keep, Terms terms = Terms::kAll) {
   constexpr int L = Vec<T>::kLanes;
   const auto block = [&](Range block, int64_t k0, int64_t depth) {
     const auto panel_at = [&](int64_t v) { return buffers.panels + (v - block.begin) * L * buffers.block_k; };
@@ -58,9 +58,9 @@ void multiply(const GemmBuffers<T>& buffers, Range m, Range columns, int64_t k, 
           const T* none = nullptr;
           if (TransposeA)
             for_each_tile<T, true>(rows, buffers.rows + i * buffers.a_stride, buffers.a_stride, panel, n * L, part, n,
-                                   none, each);
+                                   none, each, false, terms);
           else
-            for_each_tile(rows, a + m0 * a_stride + k0 + i, a_stride, panel, n * L, part, n, none, each);
+            for_each_tile(rows, a + m0 * a_stride + k0 + i, a_stride, panel, n * L, part, n, none, each, false, terms);
         }
       });
     }

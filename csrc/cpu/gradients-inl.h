@@ -1,6 +1,6 @@
 // The gradients of a layer's weights, biases and input: the products with the gate gradients of a chunk of steps, which
 // are in the workspace (BackwardBuffers), without a gap for rows that have no such step. They follow each chunk, and
-// the team shares them: rows of the weights' gradients, and rows of the input's.
+// the team shares them: rows of the weights' gradients, and rows of the input's. Of dual numbers the slopes alone are made.
 #pragma once
 #include "isa-inl.h"
 
@@ -189,7 +189,7 @@ class LayerGradients {
       if (k0 > 0 || !first_product) sum = sum + load(to, n);
       store(to, sum, n);
     };
-    multiply<T, true>(b.products, own, {0, ceil_div(size, L)}, count, grad.rows, grad.stride, pack, keep);
+    multiply<T, true>(b.products, own, {0, ceil_div(size, L)}, count, grad.rows, grad.stride, pack, keep, Terms::kSlope);
   }
 
   static constexpr int64_t kFewRows = 4;  // of which packing would cost more than the product
@@ -251,7 +251,8 @@ class LayerGradients {
             }
         };
         for_each_deep_tile(end - begin, gates + begin * b.gates_stride, b.gates_stride, panel.weights, panel.stride,
-                           b.gates_padded * G, vectors, sums, keep);
+                           b.gates_padded * G, vectors, sums, keep,
+                           p.constant_weights ? Terms::kSlopeOfConstant : Terms::kSlope);
       });
     }
   }

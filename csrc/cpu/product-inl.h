@@ -5,48 +5,56 @@
 #pragma once
 #include "isa-inl.h"
 
+#include "dual-inl.h"
 #include "scalar.h"
 #include "simd-inl.h"
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
 // How many rows' sums fit the register file beside `vectors` vectors of weights: it has 32 registers with AVX-512, 16
-// elsewhere.
+// elsewhere. A vector of dual numbers takes two, so a panel of those is multiplied kTileVectors vectors at a time.
 constexpr int kWide = FASTRNN_VECTOR_BYTES == 64;
+constexpr int kMaxVectors = 4;
+template <class T>
+inline constexpr bool kIsDual = false;
+template <class T>
+inline constexpr bool kIsDual<Dual<T>> = true;
+template <class T>
+inline constexpr int kTileVectors = !kIsDual<T> ? kMaxVectors : kWide ? 2 : 1;
+template <class T>
 constexpr int max_rows(int vectors) {
+  if (kIsDual<T>) return kWide ? 6 : 5;
   return kWide ? (vectors == 4 ? 6 : 8) : (vectors == 4 ? 2 : vectors == 3 ? 4 : 6);
 }
-constexpr int kMaxVectors = 4;
 
 // out[m][n] = sum_k a[m * stride + k] panel[k * panel_stride + n * L] + bias[n]; bias null means 0. It comes last: sums
-// that start from a large one lose their small terms. out does not alias the rest. A packed panel has panel_stride
-// N * L. Turned: a is transposed, a[k * stride + m]. With few sums in flight the chain of additions would wait for
+// that start from a large one lose their small terms. out does not alias the rest, and has `vectors` vectors a row. Turned: a is transposed, a[k * stride + m]. With few sums in flight the chain of additions would wait for
 // itself: U of them are interleaved over k.
-template <class T, bool Turned, int M, int N, int U>
+template <class T, bool Turned, int M, int N, int U, Terms terms>
 __attribute__((noinline)) void product(const T* a, int64_t stride, const T* panel, int64_t panel_stride, int64_t depth,
-                                       const T* bias, T* out) {
+                                       const T* bias, T* out, int vectors) {
   using V = Vec<T>;
   constexpr int L = V::kLanes;
-  typename V::Native sum[U][M][N];
+  V sum[U][M][N];
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) sum[u][m][n] = typename V::Native{};
+      for (int u = 0; u < U; ++u) sum[u][m][n] = V(0);
   int64_t k = 0;
   for (; k + U <= depth; k += U) {
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) {
-      typename V::Native w[N];
+      V w[N];
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) w[n] = load(panel + n * L).v;
+      for (int n = 0; n < N; ++n) w[n] = load(panel + n * L);
       panel += panel_stride;
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const typename V::Native x = V(Turned ? a[(k + u) * stride + m] : a[m * stride + k + u]).v;
+        const V x(Turned ? a[(k + u) * stride + m] : a[m * stride + k + u]);
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) sum[u][m][n] += x * w[n];
+        for (int n = 0; n < N; ++n) sum[u][m][n] = add_product<terms>(sum[u][m][n], x, w[n]);
       }
     }
   }
@@ -55,60 +63,75 @@ __attribute__((noinline)) void product(const T* a, int64_t stride, const T* pane
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n)
-        sum[0][m][n] += V(Turned ? a[k * stride + m] : a[m * stride + k]).v * load(panel + n * L).v;
+        sum[0][m][n] =
+            add_product<terms>(sum[0][m][n], V(Turned ? a[k * stride + m] : a[m * stride + k]), load(panel + n * L));
   }
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
-    const typename V::Native last = bias ? load(bias + n * L).v : typename V::Native{};
+    const V last = bias ? load(bias + n * L) : V(0);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
-      for (int u = 1; u < U; ++u) sum[0][m][n] += sum[u][m][n];
-      store(out + (m * N + n) * L, V(sum[0][m][n] + last));
+      for (int u = 1; u < U; ++u) sum[0][m][n] = sum[0][m][n] + sum[u][m][n];
+      store(out + (m * vectors + n) * L, sum[0][m][n] + last);
     }
   }
 }
 
 template <class T>
-using Product = void (*)(const T*, int64_t, const T*, int64_t, int64_t, const T*, T*);
+using Product = void (*)(const T*, int64_t, const T*, int64_t, int64_t, const T*, T*, int);
 
-template <class T, bool Turned, int N, int M = 1>
+template <class T, bool Turned, Terms terms, int N, int M = 1>
 Product<T> pick_product(int rows, bool uniform) {
-  if constexpr (M < max_rows(N)) {
-    if (rows > M) return pick_product<T, Turned, N, M + 1>(rows, uniform);
+  if constexpr (M < max_rows<T>(N)) {
+    if (rows > M) return pick_product<T, Turned, terms, N, M + 1>(rows, uniform);
   }
-  constexpr int U = M * N >= 8 ? 1 : M * N >= 4 ? 2 : 4;
+  constexpr int in_flight = M * N * (kIsDual<T> ? 2 : 1);
+  constexpr int U = in_flight >= 8 ? 1 : in_flight >= 4 ? 2 : 4;
   if constexpr (!Turned && U > 1)
-    if (uniform) return product<T, Turned, M, N, 1>;
-  return product<T, Turned, M, N, U>;
+    if (uniform) return product<T, Turned, M, N, 1, terms>;
+  return product<T, Turned, M, N, U, terms>;
 }
 
-// rows in 1..max_rows(vectors), vectors in 1..kMaxVectors. uniform (not Turned): sums are the same whatever these are.
-template <class T, bool Turned = false>
+// rows in 1..max_rows<T>(vectors), vectors in 1..kTileVectors<T>. uniform (not Turned): sums are the same whatever these
+// are.
+template <class T, bool Turned, Terms terms>
 Product<T> pick_product(int rows, int vectors, bool uniform) {
-  switch (vectors) {
-    case 1:
-      return pick_product<T, Turned, 1>(rows, uniform);
-    case 2:
-      return pick_product<T, Turned, 2>(rows, uniform);
-    case 3:
-      return pick_product<T, Turned, 3>(rows, uniform);
-    default:
-      return pick_product<T, Turned, 4>(rows, uniform);
+  if constexpr (kTileVectors<T> == kMaxVectors) {
+    if (vectors == 3) return pick_product<T, Turned, terms, 3>(rows, uniform);
+    if (vectors == 4) return pick_product<T, Turned, terms, 4>(rows, uniform);
   }
+  if constexpr (kTileVectors<T> > 1)
+    if (vectors == 2) return pick_product<T, Turned, terms, 2>(rows, uniform);
+  return pick_product<T, Turned, terms, 1>(rows, uniform);
+}
+template <class T, bool Turned>
+Product<T> pick_product(int rows, int vectors, bool uniform, Terms terms) {
+  if constexpr (kIsDual<T>) {
+    if (terms == Terms::kConstantWeights) return pick_product<T, Turned, Terms::kConstantWeights>(rows, vectors, uniform);
+    if (terms == Terms::kSlope) return pick_product<T, Turned, Terms::kSlope>(rows, vectors, uniform);
+    if (terms == Terms::kSlopeOfConstant) return pick_product<T, Turned, Terms::kSlopeOfConstant>(rows, vectors, uniform);
+  }
+  return pick_product<T, Turned, Terms::kAll>(rows, vectors, uniform);
 }
 
 // Calls body(first_row, M, sums) for tiles of rows a[first .. first + count), sums [M][vectors][lanes]. Tiles are as
 // even as can be, so that no tile is left with a single row.
 template <class T, bool Turned = false, class Body>
 FASTRNN_HD void for_each_tile(int64_t count, const T* a, int64_t stride, const T* panel, int64_t panel_stride,
-                              int64_t depth, int vectors, const T* bias, Body body, bool uniform = false) {
+                              int64_t depth, int vectors, const T* bias, Body body, bool uniform = false,
+                              Terms terms = Terms::kAll) {
   alignas(64) T sums[8 * kMaxVectors * Vec<T>::kLanes];
-  const int64_t tiles = ceil_div(count, max_rows(vectors));
+  const int64_t tiles = ceil_div(count, max_rows<T>(vectors));
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t begin = count * i / tiles, end = count * (i + 1) / tiles;
-    pick_product<T, Turned>(int(end - begin), vectors, uniform)(a + (Turned ? begin : begin * stride), stride, panel,
-                                                                panel_stride, depth, bias, sums);
+    for (int n = 0; n < vectors; n += kTileVectors<T>) {
+      const int some = vectors - n < kTileVectors<T> ? vectors - n : kTileVectors<T>;
+      const int64_t at = n * Vec<T>::kLanes;
+      pick_product<T, Turned>(int(end - begin), some, uniform, terms)(
+          a + (Turned ? begin : begin * stride), stride, panel + at, panel_stride, depth, bias ? bias + at : nullptr,
+          sums + at, vectors);
+    }
     body(begin, int(end - begin), static_cast<const T*>(sums));
   }
 }
@@ -117,10 +140,11 @@ FASTRNN_HD void for_each_tile(int64_t count, const T* a, int64_t stride, const T
 // other, and `sums` [count][vectors][lanes] is where they add up.
 template <class T, class Body>
 FASTRNN_HD void for_each_deep_tile(int64_t count, const T* a, int64_t stride, const T* panel, int64_t panel_stride,
-                                   int64_t depth, int vectors, T* sums, Body body) {
+                                   int64_t depth, int vectors, T* sums, Body body, Terms terms = Terms::kAll) {
   constexpr int64_t kPart = (256 << 10) / (kMaxVectors * FASTRNN_VECTOR_BYTES);
   const T* none = nullptr;
-  if (depth < 2 * kPart) return for_each_tile(count, a, stride, panel, panel_stride, depth, vectors, none, body);
+  if (depth < 2 * kPart)
+    return for_each_tile(count, a, stride, panel, panel_stride, depth, vectors, none, body, false, terms);
   const int64_t parts = depth / kPart;
   for (int64_t i = 0; i < parts; ++i) {
     const int64_t k = depth * i / parts, end = depth * (i + 1) / parts;
@@ -133,7 +157,8 @@ FASTRNN_HD void for_each_deep_tile(int64_t count, const T* a, int64_t stride, co
                       store(to, sum);
                     }
                     if (i + 1 == parts) body(first, rows, static_cast<const T*>(to - rows * vectors * Vec<T>::kLanes));
-                  });
+                  },
+                  false, terms);
   }
 }
 

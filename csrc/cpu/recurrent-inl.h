@@ -4,6 +4,7 @@
 
 #include "../cells/registry.h"
 #include "backward-inl.h"
+#include "dual-inl.h"
 #include "forward-inl.h"
 #include "gemm-inl.h"
 
@@ -19,6 +20,10 @@ auto with_dtype(DType dtype, F f) {
       return f.template operator()<Cell, BFloat16>();
     case DType::kFloat16:
       return f.template operator()<Cell, Half>();
+    case DType::kDualFloat32:
+      return f.template operator()<Cell, Dual<float>>();
+    case DType::kDualFloat64:
+      return f.template operator()<Cell, Dual<double>>();
     case DType::kFloat32:
     case DType::kInt8:  // of weights only
       break;

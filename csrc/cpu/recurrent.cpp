@@ -132,7 +132,7 @@ Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
   // Splitting rows needs no barrier but streams all weights through every core; it pays while they fit beside the
   // rest in a core's second-level cache and every thread keeps a few tiles of rows.
   constexpr int64_t kCachedWeights = 512 << 10, kRowsPerThread = 8;
-  const int64_t element = p.dtype == DType::kFloat64 ? 8 : 4;
+  const int64_t element = computed_bytes(p.dtype);
   const int64_t weights = (kCells[p.cell].gates * p.hidden * p.width + (p.weight_hr ? p.hidden * p.width : 0)) * element;
   plan.split_rows = plan.team_size == 1 ||
                     (weights <= kCachedWeights && p.batch >= kRowsPerThread * plan.team_size);

@@ -85,6 +85,25 @@ FASTRNN_HD Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a.v > b.v ? a.v : not_above;
 }
 
+// What is to be had of a sum of products x w of dual numbers (dual-inl.h): value and slope, which takes three
+// multiply-adds; both where w has no slope, two; the slope alone, two; and it alone where w has none, one. Of other numbers
+// there is nothing to choose.
+enum class Terms { kAll, kConstantWeights, kSlope, kSlopeOfConstant };
+
+// sum + x w
+template <Terms, class T>
+FASTRNN_HD Vec<T> add_product(Vec<T> sum, Vec<T> x, Vec<T> w) {
+  return sum + x * w;
+}
+
+// Lane l of the result: lane index(l) of a, or, from kLanes on, of b.
+template <class T, class Index>
+FASTRNN_HD Vec<T> gather_lanes(Vec<T> a, Vec<T> b, Index index) {
+  typename Vec<T>::Bits mask;
+  for (int l = 0; l < Vec<T>::kLanes; ++l) mask[l] = index(l);
+  return __builtin_shuffle(a.v, b.v, mask);
+}
+
 // To [-limit, limit]; NaN stays.
 template <class T>
 FASTRNN_HD Vec<T> clamp(Vec<T> a, T limit) {

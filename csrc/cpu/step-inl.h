@@ -15,6 +15,11 @@
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
+// Of a product with a call's weights.
+inline Terms terms_of_weights(const ForwardParams& p) {
+  return p.constant_weights ? Terms::kConstantWeights : Terms::kAll;
+}
+
 template <class T, class S>
 FASTRNN_HD Vec<T> load_or_zero(const S* p, int64_t offset, int valid) {
   return p ? Vec<T>(load(p + offset, valid)) : Vec<T>(0);

@@ -76,6 +76,8 @@ struct Run {
   std::string cell;
   std::vector<bool> reverse;  // a flag for every group: does it run from the last step to the first?
   double grad_clip = 0;       // 0: none; else what backward clamps the states' gradient to
+  bool dual = false;          // are the tensors complex ones that stand for dual numbers (second_derivative.h)?
+  bool constant_weights = false;  // have the slopes of all matrices in it no value but zero?
 };
 
 // One call of a layer: input [T, B, I], or tokens [T, B] of an integer dtype, which stand for one-hot rows. batch_sizes

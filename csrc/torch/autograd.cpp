@@ -11,8 +11,9 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "call_tensors.h"
 #include "check.h"
-#include "plain_thread.h"
+#include "second_derivative.h"
 
 namespace fastrnn {
 namespace {
@@ -30,38 +31,6 @@ const c10::OperatorHandle& op_named(const char* name) {
 
 // How many tensors a call has of each thing that may have a gradient, in the order of their gradients.
 using Counts = std::array<int64_t, kGradients>;
-
-template <class Visit>
-void for_each_differentiable(const LayerCall& call, Visit visit) {
-  visit(kOf_input, call.input);
-#define FASTRNN_VISIT(name) \
-  for (const Tensor& x : call.weights.name) visit(kOf_##name, x);
-  FASTRNN_FOR_EACH_WEIGHT(FASTRNN_VISIT)
-#undef FASTRNN_VISIT
-  const States& s = call.states;
-  if (s.h_0) visit(kOf_h_0, *s.h_0);
-  if (s.c_0) visit(kOf_c_0, *s.c_0);
-  if (s.reset_h) visit(kOf_reset_h, *s.reset_h);
-  if (s.reset_c) visit(kOf_reset_c, *s.reset_c);
-}
-
-// The same call on tensors of its own.
-LayerCall held_call(const LayerCall& call) {
-  LayerCall own = call;
-  if (own.input.defined()) own.input = held(own.input);
-#define FASTRNN_HOLD(name) \
-  for (Tensor& x : own.weights.name) x = held(x);
-  FASTRNN_FOR_EACH_WEIGHT(FASTRNN_HOLD)
-#undef FASTRNN_HOLD
-#define FASTRNN_HOLD(name) \
-  if (own.states.name) own.states.name = held(*own.states.name);
-  FASTRNN_FOR_EACH_STATE(FASTRNN_HOLD)
-#undef FASTRNN_HOLD
-  return own;
-}
-
-Tensor or_undefined(const OptionalTensor& x) { return x ? *x : Tensor(); }
-OptionalTensor or_none(const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; }
 
 LayerResults by_dispatcher(const LayerCall& call, bool save, bool all_states) {
   torch::jit::Stack stack = stack_of(call, save, all_states);
@@ -81,41 +50,41 @@ LayerGradients by_dispatcher(const LayerCall& call, const LayerGiven& given, con
 
 PyObject* composed = nullptr;
 
-// The backward of ops that have derivatives.
-LayerGradients by_python(const LayerCall& call, const LayerGiven& given, const Tensor& grad_saved, const Needed& needed) {
-  const py::gil_scoped_acquire gil;
-  try {
-    RNN_CHECK(composed, "layer_backward: fastrnn has not been imported");
-    const auto group = [](const Group& x) {
-      py::tuple items(x.size());
-      for (size_t i = 0; i < x.size(); ++i) items[i] = py::cast(x[i]);
-      return items;
-    };
-    const auto tensor = [](const OptionalTensor& x) { return x ? py::cast(*x) : py::none(); };
-    py::dict weights, states;
-#define FASTRNN_GIVE(name) weights[#name] = group(call.weights.name);
-    FASTRNN_FOR_EACH_WEIGHT(FASTRNN_GIVE)
-#undef FASTRNN_GIVE
-#define FASTRNN_GIVE(name) states[#name] = tensor(call.states.name);
-    FASTRNN_FOR_EACH_STATE(FASTRNN_GIVE)
-#undef FASTRNN_GIVE
-    const py::tuple grads = py::make_tuple(tensor(given.grad_output), tensor(given.grad_h_n), tensor(given.grad_c_n),
-                                           tensor(given.grad_cells), tensor(or_none(grad_saved)));
-    const py::list reverse = py::cast(call.reverse), wanted = py::cast(std::vector<bool>(needed.begin(), needed.end()));
-    const py::tuple found = py::handle(composed)(call.cell, grads, tensor(or_none(call.input)), weights, states,
-                                                 tensor(call.batch_sizes), reverse, given.output, given.saved, wanted,
-                                                 call.grad_clip);
-    LayerGradients result;
-    for (int i = 0; i < kGradients; ++i)
-      if (needed[i] && !found[i].is_none()) result[i] = found[i].cast<Tensor>();
-    return result;
-  } catch (py::error_already_set& error) {
-    error.restore();
-    python_error kept;
-    kept.persist();
-    throw std::move(kept);
+// The weights that a first derivative does not look at, but a second one does. They are not saved as the others are, for
+// until then anybody may write to them in place.
+struct LeftOut {
+  // looked_at: the call without them
+  static void put(const LayerCall& call, const LayerCall& looked_at, AutogradContext& ctx) {
+    c10::List<Tensor> weights;
+#define FASTRNN_PUT(name) \
+  if (looked_at.weights.name.empty()) \
+    for (const Tensor& x : call.weights.name) weights.push_back(x);
+    FASTRNN_FOR_EACH_WEIGHT(FASTRNN_PUT)
+#undef FASTRNN_PUT
+    ctx.saved_data["versions"] = versions(weights);
+    ctx.saved_data["left_out"] = std::move(weights);
   }
-}
+  // Puts them into the call, unless one has been written to. counts: of the call's tensors.
+  static bool take(AutogradContext& ctx, const Counts& counts, LayerCall& call) {
+    const c10::List<Tensor> weights = ctx.saved_data["left_out"].toTensorList();
+    if (versions(weights) != ctx.saved_data["versions"].toInt()) return false;
+    int64_t at = 0;
+#define FASTRNN_TAKE(name) \
+  if (call.weights.name.empty()) \
+    for (int64_t i = 0; i < counts[kOf_##name]; ++i) call.weights.name.push_back(weights.get(at++));
+    FASTRNN_FOR_EACH_WEIGHT(FASTRNN_TAKE)
+#undef FASTRNN_TAKE
+    return true;
+  }
+
+ private:
+  // Each only grows.
+  static int64_t versions(const c10::List<Tensor>& weights) {
+    int64_t sum = 0;
+    for (const Tensor& x : weights) sum += x.is_inference() ? 0 : x._version();
+    return sum;
+  }
+};
 
 // Are these tensors, or the thread, functorch's?
 bool is_transformed(const variable_list& tensors) {
@@ -129,7 +98,6 @@ bool is_transformed(const variable_list& tensors) {
 
 // The node. Saved: batch_sizes, input, all weights but the biases, the states, output and saved.
 struct LayerFunction : torch::autograd::Function<LayerFunction> {
-  static constexpr bool is_bias(Gradient of) { return of == kOf_bias_ih || of == kOf_bias_hh; }
   static constexpr bool is_traceable = true;  // by compiled autograd: backward reads what ctx has, and calls ops
 
   // tensors: what for_each_differentiable visits.
@@ -156,21 +124,16 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     // Biases are not looked at again; the input is for weight_ih's gradient alone, and weight_ih for the input's. Of
     // tokens weight_ih says how many there may be.
     const bool tokens = call.input.scalar_type() != out.output.scalar_type();
-    variable_list kept{or_undefined(call.batch_sizes), of_weight_ih ? call.input : Tensor()};
-    const bool keeps_weight_ih = call.input.requires_grad() || (tokens && of_weight_ih);
-    const auto keep = [&](Gradient of, const Group& group) {
-      for (const Tensor& x : group)
-        if (!is_bias(of)) kept.push_back(of != kOf_weight_ih || keeps_weight_ih ? x : Tensor());
-    };
-#define FASTRNN_KEEP(name) keep(kOf_##name, call.weights.name);
-    FASTRNN_FOR_EACH_WEIGHT(FASTRNN_KEEP)
-#undef FASTRNN_KEEP
-#define FASTRNN_KEEP(name) kept.push_back(or_undefined(call.states.name));
-    FASTRNN_FOR_EACH_STATE(FASTRNN_KEEP)
-#undef FASTRNN_KEEP
+    LayerCall looked_at = call;
+    if (!of_weight_ih) looked_at.input = Tensor();
+    if (!call.input.requires_grad() && !(tokens && of_weight_ih)) looked_at.weights.weight_ih.clear();
+    looked_at.weights.bias_ih.clear();
+    looked_at.weights.bias_hh.clear();
+    variable_list kept = tensors_of(looked_at);
     kept.push_back(out.output);
     kept.push_back(out.saved);
     ctx->save_for_backward(std::move(kept));
+    LeftOut::put(call, looked_at, *ctx);
     ctx->saved_data["cell"] = call.cell;
     ctx->saved_data["reverse"] = list_of(call.reverse);
     ctx->saved_data["grad_clip"] = call.grad_clip;
@@ -206,18 +169,7 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     call.cell = ctx->saved_data["cell"].toStringRef();
     for (const bool flag : ctx->saved_data["reverse"].toBoolList()) call.reverse.push_back(flag);
     call.grad_clip = ctx->saved_data["grad_clip"].toDouble();
-    call.batch_sizes = or_none(*next++);
-    call.input = *next++;
-    const auto take = [&](Gradient of, Group& group) {
-      for (int64_t i = 0; i < counts[of] && !is_bias(of); ++i, ++next)
-        if (next->defined()) group.push_back(*next);
-    };
-#define FASTRNN_TAKE(name) take(kOf_##name, call.weights.name);
-    FASTRNN_FOR_EACH_WEIGHT(FASTRNN_TAKE)
-#undef FASTRNN_TAKE
-#define FASTRNN_TAKE(name) call.states.name = or_none(*next++);
-    FASTRNN_FOR_EACH_STATE(FASTRNN_TAKE)
-#undef FASTRNN_TAKE
+    take_tensors(next, call);
     given.output = *next++;
     given.saved = *next++;
     given.grad_output = or_none(grads[0]);
@@ -227,10 +179,15 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     const Tensor& grad_saved = grads[4];
 
     LayerGradients found;
-    if (at::GradMode::is_enabled() || grad_saved.defined() || is_transformed(grads) ||
-        (given.grad_cells && !takes_grad_cells(given.output))) {
-      found = by_python(call, given, grad_saved, needed);
-    } else if (is_plain_thread() && are_ordinary(kept) && are_ordinary(grads)) {
+    const bool again = at::GradMode::is_enabled();  // is a derivative of this one asked for?
+    const bool composed = grad_saved.defined() || is_transformed(grads) ||
+                          (given.grad_cells && !takes_grad_cells(given.output));
+    const bool ordinary = is_plain_thread() && are_ordinary(kept) && are_ordinary(grads);
+    if (again && !composed && ordinary && LeftOut::take(*ctx, counts, call) && has_second_derivative(call)) {
+      found = differentiable_backward(call, given, needed);
+    } else if (again || composed) {
+      found = composed_backward(call, given, grad_saved, needed);
+    } else if (ordinary) {
       const LayerCall own = held_call(call);
       given.may_overwrite = !ctx->saved_data["hooked"].toBool() && is_last_look(given.saved);
       const at::AutoDispatchBelowADInplaceOrView below;
@@ -265,13 +222,6 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
   }
 };
 
-variable_list differentiables(const LayerCall& call) {
-  variable_list tensors;
-  tensors.reserve(16);
-  for_each_differentiable(call, [&](Gradient, const Tensor& x) { tensors.push_back(x); });
-  return tensors;
-}
-
 }  // namespace
 
 void layer_forward_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
@@ -290,17 +240,53 @@ void layer_forward_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet k
   for (const Tensor& x : out) stack->emplace_back(x);
 }
 
-LayerResults differentiable_layer(const LayerCall& call) {
+LayerGradients composed_backward(const LayerCall& call, const LayerGiven& given, const Tensor& grad_saved,
+                                 const Needed& needed) {
+  const py::gil_scoped_acquire gil;
+  try {
+    RNN_CHECK(composed, "layer_backward: fastrnn has not been imported");
+    const auto group = [](const Group& x) {
+      py::tuple items(x.size());
+      for (size_t i = 0; i < x.size(); ++i) items[i] = py::cast(x[i]);
+      return items;
+    };
+    const auto tensor = [](const OptionalTensor& x) { return x ? py::cast(*x) : py::none(); };
+    py::dict weights, states;
+#define FASTRNN_GIVE(name) weights[#name] = group(call.weights.name);
+    FASTRNN_FOR_EACH_WEIGHT(FASTRNN_GIVE)
+#undef FASTRNN_GIVE
+#define FASTRNN_GIVE(name) states[#name] = tensor(call.states.name);
+    FASTRNN_FOR_EACH_STATE(FASTRNN_GIVE)
+#undef FASTRNN_GIVE
+    const py::tuple grads = py::make_tuple(tensor(given.grad_output), tensor(given.grad_h_n), tensor(given.grad_c_n),
+                                           tensor(given.grad_cells), tensor(or_none(grad_saved)));
+    const py::list reverse = py::cast(call.reverse), wanted = py::cast(std::vector<bool>(needed.begin(), needed.end()));
+    const py::tuple found = py::handle(composed)(call.cell, grads, tensor(or_none(call.input)), weights, states,
+                                                 tensor(call.batch_sizes), reverse, given.output, given.saved, wanted,
+                                                 call.grad_clip);
+    LayerGradients result;
+    for (int i = 0; i < kGradients; ++i)
+      if (needed[i] && !found[i].is_none()) result[i] = found[i].cast<Tensor>();
+    return result;
+  } catch (py::error_already_set& error) {
+    error.restore();
+    python_error kept;
+    kept.persist();
+    throw std::move(kept);
+  }
+}
+
+LayerResults differentiable_layer(const LayerCall& call, bool all_states) {
   const variable_list tensors = differentiables(call);
   if (!torch::autograd::any_variable_requires_grad(tensors)) {
     const LayerCall own = held_call(call);
     const py::gil_scoped_release released;
     const at::AutoDispatchBelowADInplaceOrView below;
     RECORD_FUNCTION("fastrnn::layer_forward", {});
-    return layer_forward(own, /*save=*/false, /*all_states=*/false);
+    return layer_forward(own, /*save=*/false, all_states);
   }
   const variable_list out =
-      LayerFunction::apply(call, /*all_states=*/false, /*plain=*/true, at::TensorList(tensors));
+      LayerFunction::apply(call, all_states, /*plain=*/true, at::TensorList(tensors));
   return {out[0], out[1], out[2], out[3], out[4]};
 }
 

@@ -10,10 +10,12 @@ namespace fastrnn {
 void layer_forward_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack);
 
 // A layer of ordinary tensors (plain_thread.h) where a derivative is asked for, past the dispatcher. The GIL is held.
-LayerResults differentiable_layer(const LayerCall& call);
+LayerResults differentiable_layer(const LayerCall& call, bool all_states = false);
 
-// What makes a backward of ops that have derivatives: fastrnn/composed.py's layer_backward, for double backward and for
-// gradients that functorch has wrapped.
+// The backward of ops that have derivatives (fastrnn/composed.py's layer_backward), for gradients that functorch has
+// wrapped, and for what second_derivative.h has no kernel for. grad_saved: the gradient of saved, or undefined.
+LayerGradients composed_backward(const LayerCall& call, const LayerGiven& given, const Tensor& grad_saved,
+                                 const Needed& needed);
 void set_composed_backward(pybind11::object function);
 
 }  // namespace fastrnn

@@ -81,6 +81,10 @@ class Checker {
       case at::kBFloat16: dtype_ = DType::kBFloat16; break;
       case at::kHalf: dtype_ = DType::kFloat16; break;
       default:
+        if (args.dual) {
+          dtype_ = reference.scalar_type() == at::kComplexDouble ? DType::kDualFloat64 : DType::kDualFloat32;
+          break;
+        }
         RNN_CHECK_TYPE(false, op_, ": ", reference_name,
                        ": expected float32, float64, bfloat16 or float16, got ", reference.scalar_type());
     }
@@ -202,6 +206,7 @@ class Checker {
     p.width = R;
     p.cell = cell_;
     p.dtype = dtype_;
+    p.constant_weights = args.constant_weights;
     p.bias_hh = read_weight("bias_hh", args.bias_hh, {P, G * h});
     p.h_0 = read_state("h_0", args.states.h_0, R);
     p.c_0 = read_state("c_0", args.states.c_0, C * h);
