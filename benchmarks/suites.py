@@ -303,7 +303,7 @@ SUITES: dict[str, Suite] = {
     "persamplememory": Suite(
         "peak memory of per-sample gradients", tuple(PER_SAMPLE_LAYERS[:1]), kind="memory", peers=PER_SAMPLE_PEERS,
     ),
-    "penalty": Suite("gradient penalties: a second derivative in every step", tuple(GRADIENT_PENALTY), peers=("torch", "loop")),
+    "penalty": Suite("a second derivative in every step", tuple(GRADIENT_PENALTY), peers=("torch", "loop")),
     "penaltymemory": Suite("peak memory of the same", tuple(GRADIENT_PENALTY), kind="memory"),
     "scaling": Suite(
         "cost against T, B, H and threads, with fitted exponents", tuple(SCALING), budget_s=1.5,
