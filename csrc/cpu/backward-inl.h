@@ -165,7 +165,8 @@ class BackwardWorker {
                       for (int m = 0; m < rows_in_tile; ++m)
                         for (int n = 0; n < vectors; ++n)
                           step.cell(first + m, (v + n) * L, load(sums + (m * vectors + n) * L));
-                    });
+                    },
+                    false, terms_of_weights(p));
     });
   }
 

@@ -284,7 +284,7 @@ class ForwardWorker {
       const int64_t active = step.rows->active(step.t);
       if (plan.pack_hh)
         for_each_tile(active, hidden, b.stride, b.panels_hr + v * L * p.hidden, vectors * L, p.hidden, vectors,
-                      static_cast<const T*>(nullptr), states, plan.uniform);
+                      static_cast<const T*>(nullptr), states, plan.uniform, terms_of_weights(p));
       else
         for_each_dot_tile(active, hidden, b.stride, weight_hr + v * L * p.hidden, p.hidden, 0, 1, vectors,
                           p.width - v * L, p.hidden, static_cast<const S*>(nullptr), states);

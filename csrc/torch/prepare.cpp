@@ -6,7 +6,9 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <strings.h>
+#if defined(__linux__)
 #include <sys/mman.h>
+#endif
 
 #include <string>
 
@@ -59,12 +61,14 @@ namespace {
 
 // A hint to the operating system, for a tensor that nothing has been written to. malloc asks for new pages for 32 MiB and
 // more at every call, and a fault for each small one would cost more than what is written there.
-void use_huge_pages(const Tensor& x) {
+void use_huge_pages([[maybe_unused]] const Tensor& x) {
+#if defined(__linux__)
   constexpr uintptr_t kMapped = 32 << 20, kPage = 2 << 20;
   if (x.nbytes() < kMapped) return;
   const uintptr_t data = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
   const uintptr_t begin = (data + kPage - 1) / kPage * kPage, end = (data + x.nbytes()) / kPage * kPage;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 // Checks an op's tensors one by one against the sizes, dtype and device of the first of them, `reference`.

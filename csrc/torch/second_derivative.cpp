@@ -50,7 +50,7 @@ SecondGradients by_duals(const Twice& twice, const Needed& wanted) {
   LayerCall call = twice.call;
   call.dual = true;
   const LayerGradients& u = twice.directions;
-  call.constant_weights = !u[kOf_weight_ih].defined() && !u[kOf_weight_hh].defined();
+  call.constant_weights = !u[kOf_weight_ih].defined() && !u[kOf_weight_hh].defined() && !u[kOf_weight_hr].defined();
   call.input = dual(call.input, u[kOf_input]);
 #define FASTRNN_DUAL(name)                                  \
   for (size_t p = 0; p < call.weights.name.size(); ++p)     \
@@ -208,7 +208,7 @@ struct LayerBackwardFunction : torch::autograd::Function<LayerBackwardFunction> 
 
 bool has_second_derivative(const LayerCall& call) {
   // A clamped gradient is no linear function of what it is made of, so the two derivatives are not each other's mirror.
-  if (!call.input.defined() || !call.input.is_cpu() || !call.weights.weight_hr.empty() || call.grad_clip > 0) return false;
+  if (!call.input.defined() || !call.input.is_cpu() || call.grad_clip > 0) return false;
   return call.input.scalar_type() == at::kFloat || call.input.scalar_type() == at::kDouble;
 }
 
