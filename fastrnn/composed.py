@@ -15,7 +15,7 @@ from torch import Tensor
 from . import _C, fallback, reference
 from .autograd import Grads, pull_forward
 from .ops import BACKWARD_WEIGHTS, CELLS, FORWARD_WEIGHTS, recurrent_forward
-from .packing import pack, pad, without_padding
+from .packing import pack, packed_layout, pad, without_padding
 from .products import linear, product, transposed_product
 from .records import GRADIENTS, LayerCall, LayerResults, LayerStates, LayerWeights
 
@@ -216,4 +216,64 @@ def layer_backward(
     return tuple(found.get(name) for name in GRADIENTS)
 
 
-_C.set_composed_backward(layer_backward)
+def second_derivative(
+    cell: str,
+    grads: Grads,
+    input: Tensor,
+    weights: Mapping[str, Sequence[Tensor]],
+    states: Mapping[str, Tensor | None],
+    batch_sizes: Tensor | None,
+    reverse: list[bool],
+    directions: Grads,
+) -> tuple[Tensor, ...]:
+    """The derivative of a layer's backward, of ops that have derivatives and rules for vmap.
+
+    grads: of output, h_n, c_n and cells. directions: the cotangents of GRADIENTS, weights' [D, ...]. Returns the
+    gradients of the input, of each direction's weights, of the states and of grads, of each of them that is there.
+    """
+    of_states = [name for name in ("h_0", "c_0", "reset_h", "reset_c") if states[name] is not None]
+    slots = [("input", 0), *((k, d) for k in LayerWeights._fields for d in range(len(weights[k])))]
+    slots += [(name, 0) for name in of_states]
+    leaves = [input, *(x for k in LayerWeights._fields for x in weights[k]), *(states[name] for name in of_states)]
+    given = [i for i, grad in enumerate(grads) if grad is not None]
+    along = dict(zip(GRADIENTS, directions, strict=True))
+    asked = [i for i, (name, _) in enumerate(slots) if along[name] is not None]
+    if batch_sizes is not None:
+        T, B = len(batch_sizes), int(batch_sizes[0])
+        lengths, places = packed_layout(batch_sizes)
+
+    def padded(x: Tensor) -> Tensor:
+        # _pad_packed_sequence has no rule for torch.func
+        return x.new_zeros(T * B, x.shape[1]).index_copy(0, places, x).view(T, B, x.shape[1])
+
+    def forward(*leaves: Tensor) -> tuple[Tensor, ...]:
+        placed = dict(zip(slots, leaves, strict=True))
+        of_weights = [LayerWeights(*(placed.get((k, d)) for k in LayerWeights._fields)) for d in range(len(reverse))]  # type: ignore[arg-type]
+        start = LayerStates(**(dict(states) | {name: placed[name, 0] for name in of_states}))
+        x = placed["input", 0]
+        if batch_sizes is not None:
+            keeps = {
+                k: None if y is None else padded(y) for k, y in start._asdict().items() if k in ("keep_h", "keep_c")
+            }
+            x, start = padded(x), start._replace(lengths=lengths, **keeps)
+        call = LayerCall(cell, x, of_weights, start, reverse=tuple(reverse), all_states=grads[3] is not None)
+        results = layer(call)
+        if batch_sizes is not None:
+            of_steps = {k: y for k, y in results._asdict().items() if k in ("output", "cells") and y.numel()}
+            results = results._replace(**{k: y.flatten(0, 1)[places] for k, y in of_steps.items()})
+        return tuple(results[i] for i in given)
+
+    def backward(*args: Tensor) -> tuple[Tensor, ...]:
+        pulled = torch.func.vjp(forward, *args[: len(leaves)])[1](args[len(leaves) :])
+        return tuple(pulled[i] for i in asked)
+
+    cotangents = []
+    for name, d in (slots[i] for i in asked):
+        x = along[name]
+        assert x is not None
+        cotangents.append(x[d] if name in LayerWeights._fields else x)
+    pull = torch.func.vjp(backward, *leaves, *(grads[i] for i in given))[1]  # type: ignore[misc]
+    return tuple(pull(tuple(cotangents)))
+
+
+_C.set_composed(layer_backward, second_derivative)

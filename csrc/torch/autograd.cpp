@@ -48,7 +48,7 @@ LayerGradients by_dispatcher(const LayerCall& call, const LayerGiven& given, con
   return grads;
 }
 
-PyObject* composed = nullptr;
+PyObject *composed = nullptr, *composed_twice = nullptr;
 
 // The weights that a first derivative does not look at, but a second one does. They are not saved as the others are, for
 // until then anybody may write to them in place.
@@ -240,40 +240,74 @@ void layer_forward_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet k
   for (const Tensor& x : out) stack->emplace_back(x);
 }
 
-LayerGradients composed_backward(const LayerCall& call, const LayerGiven& given, const Tensor& grad_saved,
-                                 const Needed& needed) {
+namespace {
+
+py::object for_python(const OptionalTensor& x) { return x ? py::cast(*x) : py::none(); }
+py::tuple for_python(const Group& x) {
+  py::tuple items(x.size());
+  for (size_t i = 0; i < x.size(); ++i) items[i] = py::cast(x[i]);
+  return items;
+}
+
+// function(cell, grads, input, weights, states, batch_sizes, reverse, more..) of fastrnn/composed.py; grads are of what
+// forward gives, and `last`.
+template <class... More>
+py::tuple call_python(PyObject* function, const LayerCall& call, const LayerGiven& given, const Tensor& last,
+                      const More&... more) {
+  RNN_CHECK(function, "layer_backward: fastrnn has not been imported");
+  py::dict weights, states;
+#define FASTRNN_GIVE(name) weights[#name] = for_python(call.weights.name);
+  FASTRNN_FOR_EACH_WEIGHT(FASTRNN_GIVE)
+#undef FASTRNN_GIVE
+#define FASTRNN_GIVE(name) states[#name] = for_python(call.states.name);
+  FASTRNN_FOR_EACH_STATE(FASTRNN_GIVE)
+#undef FASTRNN_GIVE
+  const py::tuple grads = py::make_tuple(for_python(given.grad_output), for_python(given.grad_h_n),
+                                         for_python(given.grad_c_n), for_python(given.grad_cells),
+                                         for_python(or_none(last)));
+  const py::list reverse = py::cast(call.reverse);
+  return py::handle(function)(call.cell, grads, for_python(or_none(call.input)), weights, states,
+                              for_python(call.batch_sizes), reverse, more...);
+}
+
+// body() under the GIL, an error of Python's as one that autograd raises again.
+template <class Body>
+auto with_python(Body body) {
   const py::gil_scoped_acquire gil;
   try {
-    RNN_CHECK(composed, "layer_backward: fastrnn has not been imported");
-    const auto group = [](const Group& x) {
-      py::tuple items(x.size());
-      for (size_t i = 0; i < x.size(); ++i) items[i] = py::cast(x[i]);
-      return items;
-    };
-    const auto tensor = [](const OptionalTensor& x) { return x ? py::cast(*x) : py::none(); };
-    py::dict weights, states;
-#define FASTRNN_GIVE(name) weights[#name] = group(call.weights.name);
-    FASTRNN_FOR_EACH_WEIGHT(FASTRNN_GIVE)
-#undef FASTRNN_GIVE
-#define FASTRNN_GIVE(name) states[#name] = tensor(call.states.name);
-    FASTRNN_FOR_EACH_STATE(FASTRNN_GIVE)
-#undef FASTRNN_GIVE
-    const py::tuple grads = py::make_tuple(tensor(given.grad_output), tensor(given.grad_h_n), tensor(given.grad_c_n),
-                                           tensor(given.grad_cells), tensor(or_none(grad_saved)));
-    const py::list reverse = py::cast(call.reverse), wanted = py::cast(std::vector<bool>(needed.begin(), needed.end()));
-    const py::tuple found = py::handle(composed)(call.cell, grads, tensor(or_none(call.input)), weights, states,
-                                                 tensor(call.batch_sizes), reverse, given.output, given.saved, wanted,
-                                                 call.grad_clip);
-    LayerGradients result;
-    for (int i = 0; i < kGradients; ++i)
-      if (needed[i] && !found[i].is_none()) result[i] = found[i].cast<Tensor>();
-    return result;
+    return body();
   } catch (py::error_already_set& error) {
     error.restore();
     python_error kept;
     kept.persist();
     throw std::move(kept);
   }
+}
+
+}  // namespace
+
+LayerGradients composed_backward(const LayerCall& call, const LayerGiven& given, const Tensor& grad_saved,
+                                 const Needed& needed) {
+  return with_python([&] {
+    const py::list wanted = py::cast(std::vector<bool>(needed.begin(), needed.end()));
+    const py::tuple found =
+        call_python(composed, call, given, grad_saved, given.output, given.saved, wanted, call.grad_clip);
+    LayerGradients result;
+    for (int i = 0; i < kGradients; ++i)
+      if (needed[i] && !found[i].is_none()) result[i] = found[i].cast<Tensor>();
+    return result;
+  });
+}
+
+variable_list composed_second_derivative(const LayerCall& call, const LayerGiven& given,
+                                         const LayerGradients& directions) {
+  return with_python([&] {
+    py::tuple along(size_t{kGradients});
+    for (int i = 0; i < kGradients; ++i) along[i] = for_python(or_none(directions[i]));
+    variable_list result;
+    for (const py::handle x : call_python(composed_twice, call, given, {}, along)) result.push_back(x.cast<Tensor>());
+    return result;
+  });
 }
 
 LayerResults differentiable_layer(const LayerCall& call, bool all_states) {
@@ -290,6 +324,9 @@ LayerResults differentiable_layer(const LayerCall& call, bool all_states) {
   return {out[0], out[1], out[2], out[3], out[4]};
 }
 
-void set_composed_backward(py::object function) { composed = function.release().ptr(); }
+void set_composed(py::object backward, py::object second_derivative) {
+  composed = backward.release().ptr();
+  composed_twice = second_derivative.release().ptr();
+}
 
 }  // namespace fastrnn

@@ -1,6 +1,7 @@
 // The derivative of a layer: one node of autograd, made in C++.
 #pragma once
 #include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include "ops.h"
 
@@ -16,6 +17,11 @@ LayerResults differentiable_layer(const LayerCall& call, bool all_states = false
 // wrapped, and for what second_derivative.h has no kernel for. grad_saved: the gradient of saved, or undefined.
 LayerGradients composed_backward(const LayerCall& call, const LayerGiven& given, const Tensor& grad_saved,
                                  const Needed& needed);
-void set_composed_backward(pybind11::object function);
+// The gradients that second_derivative.cpp makes by kernels (Twice), likewise: of batched directions, and where a third
+// derivative is asked for. In the order of the node's arguments.
+torch::autograd::variable_list composed_second_derivative(const LayerCall& call, const LayerGiven& given,
+                                                          const LayerGradients& directions);
+// Both functions of composed.py.
+void set_composed(pybind11::object backward, pybind11::object second_derivative);
 
 }  // namespace fastrnn

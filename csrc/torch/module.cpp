@@ -128,7 +128,7 @@ PYBIND11_MODULE(_C, m) {
                                     fast("without_view", fastrnn::without_view),
                                     {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
-  m.def("set_composed_backward", &fastrnn::set_composed_backward);
+  m.def("set_composed", &fastrnn::set_composed);
   m.def("instruction_set", &fastrnn::cpu::instruction_set);
   m.def("cpu_plan", &cpu_plan);
   m.def("usable_processors", &fastrnn::cpu::usable_processors);

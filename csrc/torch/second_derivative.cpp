@@ -11,7 +11,6 @@
 #include <ATen/ops/imag.h>
 #include <ATen/ops/zeros_like.h>
 #include <ATen/record_function.h>
-#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "autograd.h"
@@ -37,8 +36,7 @@ Tensor slope_of(const Tensor& x) { return at::imag(x).contiguous(); }  // a view
 struct Twice {
   LayerCall call;
   LayerGiven given;
-  Needed needed{};              // first derivatives that there are
-  LayerGradients directions{};  // their cotangents, weights' [P, ...]; undefined: 0
+  LayerGradients directions{};  // cotangents of the first derivatives, weights' [P, ...]; undefined: 0
 };
 struct SecondGradients {
   LayerGradients of_call{};            // weights' [P, ...]
@@ -96,38 +94,11 @@ variable_list arguments(const LayerCall& call, const LayerGiven& given) {
   return tensors;
 }
 
-// Of this call alone: what g is made of may be made of x, too, and a way through there is not its business.
-Tensor of_its_own(const Tensor& x) { return x.requires_grad() ? x.view_as(x) : x; }
-
-// The same by ops that have derivatives, for the third one.
-variable_list by_composed(const Twice& twice) {
-  const LayerCall call = changed(twice.call, of_its_own);
-  LayerGiven given = twice.given;
-  for (const auto grad : kGivenGradients)
-    if (given.*grad) given.*grad = of_its_own(*(given.*grad));
-  const variable_list tensors = arguments(call, given);
-  const LayerResults out = [&] {
-    const pybind11::gil_scoped_acquire gil;
-    return differentiable_layer(call, given.grad_cells.has_value());
-  }();
-  given.output = out.output;
-  given.saved = out.saved;
-  const LayerGradients first = composed_backward(call, given, {}, twice.needed);
-  variable_list outputs, directions, inputs;
-  for (int of = 0; of < kGradients; ++of)
-    if (first[of].defined() && first[of].requires_grad() && twice.directions[of].defined()) {
-      outputs.push_back(first[of]);
-      directions.push_back(twice.directions[of]);
-    }
+bool are_ordinary(const variable_list& tensors) {
+  if (!is_plain_thread()) return false;
   for (const Tensor& x : tensors)
-    if (x.requires_grad()) inputs.push_back(x);
-  variable_list result(tensors.size());
-  if (outputs.empty() || inputs.empty()) return result;
-  const variable_list found = torch::autograd::grad(outputs, inputs, directions, /*retain_graph=*/true,
-                                                    /*create_graph=*/true, /*allow_unused=*/true);
-  for (size_t i = 0, next = 0; i < tensors.size(); ++i)
-    if (tensors[i].requires_grad()) result[i] = found[next++];
-  return result;
+    if (x.defined() && !is_ordinary(x)) return false;
+  return true;
 }
 
 struct LayerBackwardFunction : torch::autograd::Function<LayerBackwardFunction> {
@@ -169,15 +140,14 @@ struct LayerBackwardFunction : torch::autograd::Function<LayerBackwardFunction> 
     const std::vector<int64_t> found = ctx->saved_data["found"].toIntVector();
     bool any = false;
     for (size_t i = 0; i < found.size(); ++i) {
-      twice.needed[found[i]] = true;
       twice.directions[found[i]] = cotangents[i];
       any |= cotangents[i].defined();
     }
     constexpr size_t kFirst = 3;  // behind call, given and needed, which have no gradient
     variable_list result(kFirst + arguments(call, twice.given).size());
     if (!any) return result;
-    if (at::GradMode::is_enabled()) {
-      const variable_list grads = by_composed(twice);
+    if (at::GradMode::is_enabled() || !are_ordinary(cotangents)) {
+      const variable_list grads = composed_second_derivative(call, twice.given, twice.directions);
       std::copy(grads.begin(), grads.end(), result.begin() + kFirst);
       return result;
     }

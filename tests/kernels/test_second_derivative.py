@@ -33,12 +33,12 @@ CELLS = tuple(ops.CELLS)
 def fused():
     """Within a test that has it, a second derivative that is not a kernel's fails."""
 
-    def composed_backward(*args):
+    def refuse(*args):
         raise AssertionError("the second derivative took the composed road")
 
-    _C.set_composed_backward(composed_backward)
+    _C.set_composed(refuse, refuse)
     yield
-    _C.set_composed_backward(composed.layer_backward)
+    _C.set_composed(composed.layer_backward, composed.second_derivative)
 
 
 def second_gradients(results, leaves):
@@ -143,14 +143,16 @@ def test_gradient_penalty(kind, packed, fused):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
-def test_third_order():
+@pytest.mark.parametrize("packed", [False, True])
+def test_third_order(packed):
     """What lies behind the second derivative is the composed form's."""
     theirs, ours = pair("LSTM", 3, 4, bidirectional=True, dtype=torch.float64)
     x = randn(4, 2, 3).requires_grad_()
 
     def third(module):
         leaves = [x, *module.parameters()]
-        y = loss_of(lambda: module(x)[0])()
+        output = module(pack_padded_sequence(x, torch.tensor([4, 2])) if packed else x)[0]
+        y = loss_of(lambda: output.data if packed else output)()
         for _ in range(2):
             first = torch.autograd.grad(y, leaves, create_graph=True)
             y = loss_of(lambda: first)()
@@ -158,6 +160,18 @@ def test_third_order():
 
     for a, b in zip(third(ours), third(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batched_directions(kind):
+    """A whole Hessian at once."""
+    theirs, ours = pair(kind, 2, 3, dtype=torch.float64)
+    x = randn(4, 2, 2)
+    found, expected = (
+        torch.autograd.functional.hessian(lambda x, m=m: m(x)[0].square().sum(), x, vectorize=m is ours)
+        for m in (ours, theirs)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("which", ["input", "weight_ih_l0", "weight_hh_l0", "bias_ih_l0"])
