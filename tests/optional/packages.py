@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 
 def needs(name: str) -> ModuleType:
@@ -27,6 +28,22 @@ def folder(name: str) -> Path:
             raise ModuleNotFoundError(_missing(name))
         pytest.skip(_missing(name), allow_module_level=True)
     return Path(next(iter(spec.submodule_search_locations)))
+
+
+def import_torchvision() -> None:
+    """Beside a build of torch for CPUs alone an index' torchvision does not load its library, and its import fails,
+    and so does that of others which import it where it is installed. With the two operators that it describes defined
+    it succeeds, and what of it is plain Python works."""
+    if find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+
+
+import_torchvision()
 
 
 def _missing(name: str) -> str:

@@ -127,7 +127,7 @@ def main() -> None:
             continue
         torch.set_num_threads(args.threads)
         for what, runner, theirs, ours in network():
-            warm = [min(seconds_of(call, 3) for _ in range(3)) for call in (theirs, ours)]
+            warm = [min(seconds_of(call, 1) for _ in range(3)) for call in (theirs, ours)]
             count = max(1, round(args.seconds / max(warm)))
             times = paired([lambda call=call: seconds_of(call, count) for call in (theirs, ours)], args.pairs)
             ratio, (a, b) = median_interval([x / y for x, y in times]), medians(times)

@@ -63,20 +63,15 @@ def standing_in(modules: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def compiled_parts_may_be_missing() -> Iterator[None]:
-    """torchaudio's and torchvision's libraries load beside the build of torch that they were made for and no other, as
-    one for CPUs alone. What is called here needs neither, but imports them."""
+def torchaudio_may_be_missing() -> Iterator[None]:
+    """Its library, too, loads beside one build of torch alone (packages.py). What is called here does not need it, but
+    imports it."""
     stubs = {}
     try:
         importlib.import_module("torchaudio")
     except (ImportError, OSError):
         names = ("", ".compliance", ".compliance.kaldi", ".functional", ".transforms")
         stubs = {f"torchaudio{name}": mock.MagicMock(__spec__=None) for name in names}
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:  # it describes two operators that its library would have defined
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
     with standing_in(stubs):
         yield
 
@@ -185,7 +180,7 @@ def voice_encoder() -> nn.Module:
 
 def voice_activity() -> Any:
     """whisperx' pipeline; its network is ``._segmentation.model``."""
-    with compiled_parts_may_be_missing():
+    with torchaudio_may_be_missing():
         return importlib.import_module("whisperx.vads.pyannote").load_vad_model("cpu")
 
 
@@ -194,10 +189,8 @@ def voice_activity() -> Any:
 
 def layout_model() -> nn.Module:
     """What finds the lines of a page, out of a CoreML file."""
-    with compiled_parts_may_be_missing():
-        models = importlib.import_module("kraken.models").load_models(folder("kraken") / "blla.mlmodel")
-        configs = importlib.import_module("kraken.configs")
-    (model,) = models
+    (model,) = importlib.import_module("kraken.models").load_models(folder("kraken") / "blla.mlmodel")
+    configs = importlib.import_module("kraken.configs")
     model.prepare_for_inference(configs.SegmentationInferenceConfig(accelerator="cpu", device="auto"))
     return model
 
