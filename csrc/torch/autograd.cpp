@@ -53,37 +53,37 @@ PyObject *composed = nullptr, *composed_twice = nullptr;
 // The weights that a first derivative does not look at, but a second one does. They are not saved as the others are, for
 // until then anybody may write to them in place.
 struct LeftOut {
-  // looked_at: the call without them
+  // looked_at: the call without them. Each has an entry of its own: compiled autograd looks into no list.
   static void put(const LayerCall& call, const LayerCall& looked_at, AutogradContext& ctx) {
-    c10::List<Tensor> weights;
-#define FASTRNN_PUT(name) \
-  if (looked_at.weights.name.empty()) \
-    for (const Tensor& x : call.weights.name) weights.push_back(x);
+    int64_t versions = 0, at = 0;
+#define FASTRNN_PUT(name)                                 \
+  if (looked_at.weights.name.empty())                     \
+    for (const Tensor& x : call.weights.name) {           \
+      ctx.saved_data[key(at++)] = x;                      \
+      versions += version(x);                             \
+    }
     FASTRNN_FOR_EACH_WEIGHT(FASTRNN_PUT)
 #undef FASTRNN_PUT
-    ctx.saved_data["versions"] = versions(weights);
-    ctx.saved_data["left_out"] = std::move(weights);
+    ctx.saved_data["versions"] = versions;
   }
   // Puts them into the call, unless one has been written to. counts: of the call's tensors.
   static bool take(AutogradContext& ctx, const Counts& counts, LayerCall& call) {
-    const c10::List<Tensor> weights = ctx.saved_data["left_out"].toTensorList();
-    if (versions(weights) != ctx.saved_data["versions"].toInt()) return false;
-    int64_t at = 0;
-#define FASTRNN_TAKE(name) \
-  if (call.weights.name.empty()) \
-    for (int64_t i = 0; i < counts[kOf_##name]; ++i) call.weights.name.push_back(weights.get(at++));
+    int64_t versions = 0, at = 0;
+#define FASTRNN_TAKE(name)                                         \
+  if (call.weights.name.empty())                                   \
+    for (int64_t i = 0; i < counts[kOf_##name]; ++i) {             \
+      call.weights.name.push_back(ctx.saved_data[key(at++)].toTensor()); \
+      versions += version(call.weights.name.back());               \
+    }
     FASTRNN_FOR_EACH_WEIGHT(FASTRNN_TAKE)
 #undef FASTRNN_TAKE
-    return true;
+    return versions == ctx.saved_data["versions"].toInt();
   }
 
  private:
-  // Each only grows.
-  static int64_t versions(const c10::List<Tensor>& weights) {
-    int64_t sum = 0;
-    for (const Tensor& x : weights) sum += x.is_inference() ? 0 : x._version();
-    return sum;
-  }
+  static std::string key(int64_t i) { return "left_out_" + std::to_string(i); }
+  // It only grows.
+  static int64_t version(const Tensor& x) { return x.is_inference() ? 0 : x._version(); }
 };
 
 // Are these tensors, or the thread, functorch's?
