@@ -37,7 +37,7 @@ def _torch_kernel(case: Case, mode: str, onednn: bool) -> str:
 
     module = getattr(torch.nn, case.cell)(**module_arguments(case))
     prepared = prepare_module(module, case, mode, make_data(case))
-    gradients = torch.set_grad_enabled(mode == "train")  # under inference_mode a mode sees aten::lstm, nothing inside
+    gradients = torch.set_grad_enabled(mode != "fwd")  # under inference_mode a mode sees aten::lstm, nothing inside
     with gradients, Dispatched() as dispatched:
         prepared.step()
     fused = sorted(name for name in dispatched.names if "mkldnn_rnn" in name)
@@ -55,5 +55,5 @@ def fastrnn_kernel(case: Case, mode: str) -> str:
     R = case.proj or case.H
     call: Any = info.Sizes(cell, case.dtype, case.T, case.B, directions, case.H, R, case.shortest > 0, case.resets > 0)
     choice = info.cpu_choice(call, case.I, torch.get_num_threads())
-    plan = ", ".join(f"{name} {value}" for name, value in choice["backward" if mode == "train" else "forward"].items())
+    plan = ", ".join(f"{name} {value}" for name, value in choice["forward" if mode == "fwd" else "backward"].items())
     return f"fused, {choice['instruction_set']}" + (f" ({plan})" if plan else "")

@@ -229,7 +229,7 @@ class LoopPeer:
         module = self._module(case)
         module.load_state_dict(data.weights)
         prepared = prepare_module(module, case, mode, data)
-        draws = mode == "train" and case.zoneout > 0  # other masks than ours
+        draws = mode != "fwd" and case.zoneout > 0  # other masks than ours
         return replace(prepared, another_layer=draws, kernel=lambda: self._kernel)
 
 

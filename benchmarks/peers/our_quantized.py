@@ -21,7 +21,7 @@ class QuantizedPeer(ModulePeer):
         super().__init__(key, f"fastrnn, weights {name}", "fastrnn", options=True)
 
     def supports(self, case: Case, mode: str) -> str | None:
-        if mode == "train":
+        if mode != "fwd":
             return "inference only"
         if case.tokens or case.recompute or case.variant:
             return "neither tokens nor recompute nor other cells"

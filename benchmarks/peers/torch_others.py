@@ -56,7 +56,7 @@ class DynamicInt8Peer:
         return f"torch {torch.__version__}"
 
     def supports(self, case: Case, mode: str) -> str | None:
-        if mode == "train":
+        if mode != "fwd":
             return "inference only"
         if case.dtype != "float32" or case.proj or case.cell == "RNN" or not case.bias:
             return "only float32 LSTM, GRU and cells, with bias and without proj_size"

@@ -274,6 +274,14 @@ def test_cells_and_projection(cell: str, mode: str) -> None:
     assert result.status == "ok", result.message
 
 
+@pytest.mark.parametrize("peer", ["torch", "loop"])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_gradient_penalties(cell: str, peer: str) -> None:
+    """Against each peer of the suite, what its kernel is called included."""
+    result = measure.run_timing(tiny_row(cell, "penalty"), PEERS["fastrnn"], PEERS[peer], FAST)
+    assert result.status == "ok", result.message
+
+
 def test_everything_that_training_makes_is_compared() -> None:
     def names(row: Row) -> set[str]:
         return set(measure.prepare(TORCH, row, make_data(row.case))[1])
