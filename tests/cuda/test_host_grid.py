@@ -37,7 +37,7 @@ class Params(ctypes.Structure):
 
     _fields_ = [
         *[(name, I64) for name in ("steps", "batch", "groups", "hidden", "width")],
-        ("cell", ctypes.c_int32), ("dtype", ctypes.c_int32),
+        ("cell", ctypes.c_int32), ("dtype", ctypes.c_int32), ("constant_weights", ctypes.c_bool),
         ("gates_ih", POINTER), ("gates_ih_stride_t", I64), ("gates_ih_stride_b", I64),
         *[(name, POINTER) for name in ("weight_hh", "bias_hh", "weight_hr", "params", "h_0", "c_0", "lengths")],
         ("lengths_stride_b", I64), ("lengths_stride_p", I64),
@@ -76,6 +76,8 @@ class Grid(Emulator):
 
     def __init__(self, path):
         super().__init__(path)
+        self.library.grid_test_params_bytes.restype = I64
+        assert self.library.grid_test_params_bytes() == ctypes.sizeof(Params), "csrc/params.h has changed"
         tile = [ctypes.c_bool, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_bool, ctypes.c_bool]
         self.library.grid_test_workspace.restype = I64
         self.library.grid_test_workspace.argtypes = [POINTER, *tile]

@@ -21,6 +21,9 @@ cuda::Choice choice_of(int units, int rows, int threads, bool tf32, bool flags) 
 }
 }  // namespace
 
+// So that the caller's picture of BackwardParams is not older than this one.
+FASTRNN_EXPORT int64_t grid_test_params_bytes() { return sizeof(BackwardParams); }
+
 FASTRNN_EXPORT int64_t grid_test_workspace(const BackwardParams* p, bool backward, int units, int rows,
                                            int threads, bool tf32, bool flags) {
   return cuda::grid_workspace_bytes(*p, choice_of(units, rows, threads, tf32, flags), backward);

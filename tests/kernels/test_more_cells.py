@@ -128,7 +128,7 @@ def forward(library: Library, case: CellCase, arguments: dict, threads: int):
 
 def check(library: Library, case: CellCase, seed: int, threads: int) -> None:
     torch.manual_seed(seed)
-    arguments = case.given(seed)
+    arguments = {k: x.contiguous() if isinstance(x, torch.Tensor) else x for k, x in case.given(seed).items()}
     T, B, P, h = case.T, case.B, case.P, case.h
     tolerance = TOLERANCE[case.dtype]
     given, results = forward(library, case, arguments, threads)
