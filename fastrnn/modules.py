@@ -10,7 +10,6 @@ which ``options.py`` composes. ``forward`` takes three keyword arguments more th
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self, overload
@@ -493,10 +492,9 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
         output: Any
         cells: Any
         back: Callable[[Any], Tensor] = rows.of_padded
-        if self._takes_packed(rows.values) and bool(rows.lengths.all()):
-            packed, places = rows.packed()
+        if self._takes_packed(rows.values) and (found := rows.packed()):
+            packed, back = found
             output, finals, cells = self._run_packed(packed, states)
-            back = functools.partial(rows.of_packed, places=places)
         else:
             padded = rows.padded()
             if states is not None:

@@ -5,12 +5,14 @@ Packed data are the same rows in another order: by step, the longest rows first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, invert_permutation
+from torch.nn.utils.rnn import PackedSequence
 
+from . import _C
 from .autograd import Grads
 
 
@@ -51,19 +53,20 @@ class Jagged(NamedTuple):
         shortest, longest = self.input._maybe_min_seqlen, self.input._maybe_max_seqlen
         return torch.nested.nested_tensor_from_jagged(values, self.offsets, min_seqlen=shortest, max_seqlen=longest)
 
-    def packed(self) -> tuple[PackedSequence, Tensor]:
-        """The input packed, on the CPU, where no row is empty; and where each of the N values went."""
-        rows, steps = self._places()
-        order = self.lengths.argsort(descending=True, stable=True)
-        rank = invert_permutation(order)
-        batch_sizes = steps.bincount()  # rows that have a step t
-        places = (batch_sizes.cumsum(0) - batch_sizes)[steps] + rank[rows]  # type: ignore[index]
-        data = _Reordered.apply(self.values, invert_permutation(places), places)
-        return PackedSequence(data, batch_sizes, order, rank), places
+    def packed(self) -> tuple[PackedSequence, Callable[[PackedSequence], Tensor]] | None:
+        """The input packed, and what makes a packed result nested, with the input's offsets. On the CPU.
 
-    def of_packed(self, output: PackedSequence, places: Tensor) -> Tensor:
-        """The result of ``packed()``, as a nested tensor with the input's offsets."""
-        return self._nested(_Reordered.apply(output.data, places, invert_permutation(places)))
+        None where a row is empty, which packed data cannot hold.
+        """
+        if not (found := _C.packing_order(self.offsets)):
+            return None
+        batch_sizes, order, rank, places, sources = found
+        data = _Reordered.apply(self.values, sources, places)
+
+        def back(output: PackedSequence) -> Tensor:
+            return self._nested(_Reordered.apply(output.data, places, sources))
+
+        return PackedSequence(data, batch_sizes, order, rank), back
 
 
 class _Reordered(torch.autograd.Function):

@@ -1,6 +1,8 @@
 // The Python module fastrnn._C: importing it registers the ops; its own functions tell how it was built and which
 // kernel a call would take (fastrnn/info.py prints that).
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <stdexcept>
 #include <string>
@@ -13,6 +15,7 @@
 #include "../launch.h"
 #include "autograd.h"
 #include "module_call.h"
+#include "packing.h"
 #include "precision.h"
 #if defined(FASTRNN_CUDA_ARCHS)
 #include "../cuda/launch.h"
@@ -129,6 +132,7 @@ PYBIND11_MODULE(_C, m) {
                                     {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
   m.def("set_composed", &fastrnn::set_composed);
+  m.def("packing_order", &fastrnn::packing_order);
   m.def("instruction_set", &fastrnn::cpu::instruction_set);
   m.def("cpu_plan", &cpu_plan);
   m.def("usable_processors", &fastrnn::cpu::usable_processors);

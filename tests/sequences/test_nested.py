@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
-from fastrnn import modules, nested
+from fastrnn import _C, modules, nested
 from tests.helpers import KINDS, build, leaf, make_state, map_state, randn, tensors, weighted
 from tests.sequences.cases import KIND
 
@@ -243,3 +245,25 @@ def test_errors(kind: str) -> None:
         module(x, make_state(kind, 1, hidden=H))
     with pytest.raises(TypeError, match=r"hx: expected a "):
         module(x, "text")
+
+
+@pytest.mark.parametrize("lengths", [(1,), (3, 3), (2, 6, 1, 4, 6), tuple(range(1, 130))], ids=len)
+def test_order_of_packed_rows(lengths: tuple[int, ...]) -> None:
+    """As a stable sort finds it, and each place the other's inverse."""
+    offsets = torch.tensor((0, *lengths)).cumsum(0)
+    batch_sizes, order, rank, places, sources = _C.packing_order(offsets)
+    assert torch.equal(order, torch.tensor(lengths).argsort(descending=True, stable=True))
+    assert torch.equal(rank[order], torch.arange(len(lengths)))
+    assert torch.equal(places[sources], torch.arange(sum(lengths)))
+    rows = [torch.arange(a, b) for a, b in itertools.pairwise(offsets.tolist())]
+    packed = pack_sequence([rows[i] for i in order])
+    assert torch.equal(packed.batch_sizes, batch_sizes)
+    assert torch.equal(packed.data, sources)
+
+
+def test_orders_that_there_are_not() -> None:
+    assert _C.packing_order(torch.tensor([0, 2, 2, 3])) == []
+    assert _C.packing_order(torch.tensor([0])) == []
+    for offsets in ([1, 2], [0, 3, 2]):
+        with pytest.raises(RuntimeError, match="offsets: expected"):
+            _C.packing_order(torch.tensor(offsets))
