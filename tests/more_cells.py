@@ -4,6 +4,7 @@ The kernels of every device are compiled with it and compared with these equatio
 is its header, its line in the registry and its entry in ``reference.CELLS``, and nothing else.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -11,6 +12,17 @@ import torch
 from fastrnn.reference import Cell, States
 
 HEADER = Path(__file__).parent / "more_cells.h"
+# The compiler's flag for kernels of the package's cells and these.
+WITH_MORE_CELLS = f'-DFASTRNN_MORE_CELLS="{HEADER}"'
+
+
+def only(*cells: str) -> str:
+    """One more, by which there are no others of the package's cells than `cells`: each takes its time to compile."""
+    registry = (Path(__file__).parents[1] / "csrc/cells/registry.h").read_text()
+    lines = {name: line for line, name in re.findall(r'(X\("(\w+)", .*\))', registry)}
+    return f"-DFASTRNN_FOR_EACH_CELL(X)={' '.join(lines[cell] for cell in cells)} FASTRNN_FOR_EACH_MORE_CELL(X)"
+
+
 EPSILON = 1e-2
 
 

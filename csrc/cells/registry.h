@@ -20,6 +20,8 @@
 #define FASTRNN_FOR_EACH_MORE_CELL(X)
 #endif
 
+// They may also name the list, which is then all there is: every cell takes its time to compile.
+#if !defined(FASTRNN_FOR_EACH_CELL)
 #define FASTRNN_FOR_EACH_CELL(X)                    \
   X("lstm", ::fastrnn::LSTMCell, false)             \
   X("gru", ::fastrnn::GRUCell, true)                \
@@ -33,6 +35,7 @@
   X("mgu", ::fastrnn::MGUCell, false) \
   X("slstm", ::fastrnn::SLSTMCell, false) \
   FASTRNN_FOR_EACH_MORE_CELL(X)
+#endif
 
 namespace fastrnn {
 

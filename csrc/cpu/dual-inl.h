@@ -75,6 +75,15 @@ FASTRNN_HD Vec<Dual<T>> add_product(Vec<Dual<T>> sum, Vec<Dual<T>> x, Vec<Dual<T
 // ---- functions ----
 
 template <class T>
+FASTRNN_HD void transpose(Vec<Dual<T>> (&x)[Vec<T>::kLanes]) {
+  Vec<T> values[Vec<T>::kLanes], slopes[Vec<T>::kLanes];
+  FASTRNN_UNROLL for (int i = 0; i < Vec<T>::kLanes; ++i) values[i] = x[i].value, slopes[i] = x[i].slope;
+  transpose(values);
+  transpose(slopes);
+  FASTRNN_UNROLL for (int i = 0; i < Vec<T>::kLanes; ++i) x[i] = {values[i], slopes[i]};
+}
+
+template <class T>
 FASTRNN_HD Vec<Dual<T>> exp(Vec<Dual<T>> x) {
   const Vec<T> y = exp(x.value);
   return {y, y * x.slope};

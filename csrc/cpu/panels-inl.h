@@ -62,22 +62,22 @@ void pack_rows(const S* w, int64_t ld, int64_t gate_stride, int gates, int unit_
                T* panel) {
   constexpr int L = Vec<T>::kLanes;
   const int N = gates * unit_vectors;
-  constexpr int64_t kBlock = 16;  // columns turned at a time: a cache line or less of each row
   for (int v = 0; v < unit_vectors; ++v)
     for (int g = 0; g < gates; ++g) {
       T* out = panel + (v * gates + g) * L;
       const int lanes = int(valid - v * L < 0 ? 0 : valid - v * L < L ? valid - v * L : L);
       const S* in = w + (g * gate_stride + v * L) * ld;
-      for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
-        const int64_t k1 = k0 + kBlock < depth ? k0 + kBlock : depth;
-        alignas(64) T turned[kBlock][L] = {};
-        for (int lane = 0; lane < lanes; ++lane) {
-          alignas(64) T line[kBlock];
-          for (int64_t k = k0; k < k1; k += L)
-            store(line + (k - k0), load(in + lane * ld + k, int(k1 - k < L ? k1 - k : L)));
-          for (int64_t k = k0; k < k1; ++k) turned[k - k0][lane] = line[k - k0];
-        }
-        for (int64_t k = k0; k < k1; ++k) store(out + k * N * L, load(turned[k - k0]));
+      for (int64_t k0 = 0; k0 < depth; k0 += L) {  // a square at a time
+        const int columns = int(depth - k0 < L ? depth - k0 : L);
+        Vec<T> square[L];
+        if (lanes == L && columns == L)
+          FASTRNN_UNROLL for (int lane = 0; lane < L; ++lane) square[lane] = Vec<T>(load(in + lane * ld + k0));
+        else
+          FASTRNN_UNROLL for (int lane = 0; lane < L; ++lane)
+            square[lane] = lane < lanes ? Vec<T>(load(in + lane * ld + k0, columns)) : Vec<T>(0);
+        transpose(square);
+        FASTRNN_UNROLL for (int k = 0; k < L; ++k)
+          if (k < columns) store(out + (k0 + k) * N * L, square[k]);
       }
     }
 }

@@ -119,7 +119,10 @@ void share_rows(const ForwardParams& p, Plan& plan) {
   }
 }
 
-Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
+namespace {
+
+// rows_worth_packing: from how many rows (steps times batch) on weights are packed.
+Plan plan_for(const ForwardParams& p, const LayerParams* layer, int threads, int64_t rows_worth_packing) {
   Plan plan;
   // Waking a thread costs some microseconds, and as much as the call if its core is busy: short calls stay on one.
   constexpr int64_t kWorthAThread = 1 << 18;  // multiply-adds a thread and call
@@ -143,16 +146,15 @@ Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
     plan.team_size = static_cast<int>(std::clamp<int64_t>(products / kWorthABarrier, 1, plan.team_size));
   if (plan.team_size == 1) plan.split_rows = true;
 
-  // Packing costs about as much as this many products with a row. A single row that streams weights from beyond the
-  // second-level cache reads them as fast unpacked.
-  constexpr int64_t kRowsWorthPacking = 96, kSecondLevel = 1 << 20;
+  // A single row that streams weights from beyond the second-level cache reads them as fast unpacked.
+  constexpr int64_t kSecondLevel = 1 << 20;
   // So does a batch of four, which an unpacked product takes at once, where weights are narrower unpacked than packed.
   const DType weight_dtype = layer ? layer->weight_dtype : p.dtype;
   const bool narrow = weight_dtype != p.dtype;
   // Packed and unpacked products sum in different orders: where plan.uniform, the steps have no say in which it is.
   plan.uniform = uniform;
   const int64_t pack_rows = (uniform ? 1 : p.steps) * p.batch;
-  const bool pack = weight_dtype != DType::kInt8 && pack_rows >= kRowsWorthPacking;
+  const bool pack = weight_dtype != DType::kInt8 && pack_rows >= rows_worth_packing;
   plan.pack_ih = layer && pack;
   plan.pack_hh = pack && !(p.batch == 1 && weights / plan.team_size > kSecondLevel) && !(narrow && p.batch <= 4);
 
@@ -169,12 +171,20 @@ Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
   return plan;
 }
 
+}  // namespace
+
+// Packing costs about as much as the products with 32 rows. A backward pass packs more, some of it once a chunk.
+Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
+  return plan_for(p, layer, threads, /*rows_worth_packing=*/32);
+}
+
 Plan make_backward_plan(const BackwardParams& p, const LayerBackwardParams* layer, int threads) {
-  if (!layer) return make_plan(p, nullptr, threads);
+  constexpr int64_t kRowsWorthPacking = 96;
+  if (!layer) return plan_for(p, nullptr, threads, kRowsWorthPacking);
   LayerParams alike{};
   alike.size = layer->size;
   alike.weight_dtype = p.dtype;
-  Plan plan = make_plan(p, &alike, threads);
+  Plan plan = plan_for(p, &alike, threads, kRowsWorthPacking);
   // Enough rows that adding to the weights' gradients is little beside the products, few enough for the caches.
   constexpr int64_t kChunkRows = 512;
   plan.chunk = std::clamp<int64_t>(kChunkRows / std::max<int64_t>(p.batch, 1), 1, std::max<int64_t>(p.steps, 1));

@@ -104,6 +104,19 @@ FASTRNN_HD Vec<T> gather_lanes(Vec<T> a, Vec<T> b, Index index) {
   return __builtin_shuffle(a.v, b.v, mask);
 }
 
+// Lane l of vector i becomes lane i of vector l: blocks of s x s lanes change places across the diagonal, for s = 1, 2, 4 ..
+template <int s = 1, class T>
+FASTRNN_HD void transpose(Vec<T> (&x)[Vec<T>::kLanes]) {
+  constexpr int L = Vec<T>::kLanes;
+  FASTRNN_UNROLL for (int i = 0; i < L; ++i) {
+    if (i & s) continue;
+    const Vec<T> upper = x[i], lower = x[i + s];
+    x[i] = gather_lanes(upper, lower, [](int l) { return l & s ? L + l - s : l; });
+    x[i + s] = gather_lanes(upper, lower, [](int l) { return l & s ? L + l : l + s; });
+  }
+  if constexpr (2 * s < L) transpose<2 * s>(x);
+}
+
 // To [-limit, limit]; NaN stays.
 template <class T>
 FASTRNN_HD Vec<T> clamp(Vec<T> a, T limit) {

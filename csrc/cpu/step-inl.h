@@ -95,7 +95,7 @@ struct ForwardStep : Walk<ForwardParams> {
 
   // The cell of units j .., given their recurrent product with its bias, [G][L]. gates_ih: likewise, or null where the
   // call's are read.
-  void cell(int64_t i, int64_t j, const T* gates_hh, const T* gates_ih) {
+  FASTRNN_HD void cell(int64_t i, int64_t j, const T* gates_hh, const T* gates_ih) {
     ForwardIn<Cell, V> in;
     ForwardOut<Cell, V> out;
     in.gates_ih = gates_ih_of(i, j, gates_ih);

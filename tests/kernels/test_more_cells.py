@@ -24,7 +24,7 @@ from tests.kernels.test_kernels import (
     assert_near,
     double,
 )
-from tests.more_cells import HEADER, MORE_CELLS
+from tests.more_cells import MORE_CELLS, WITH_MORE_CELLS, only
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of params.h
@@ -37,14 +37,14 @@ def more_equations(monkeypatch):
 
 
 class Library:
-    """The CPU's kernels compiled with the cells of more_cells.h."""
+    """The CPU's kernels compiled with the cells of more_cells.h alone."""
 
     def __init__(self, path: Path, isa: str) -> None:
         names = ["recurrent", "team", "processors", f"isa_{isa}"]
         sources = [ROOT / "csrc/cpu" / f"{name}.cpp" for name in names] + [ROOT / "tests/cpp/cpu_api.cpp"]
         command = ["g++", "-std=c++20", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
         command += ["-Werror", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
-        command += [f'-DFASTRNN_MORE_CELLS="{HEADER}"', f"-DTEST_{isa}"]
+        command += [WITH_MORE_CELLS, only(), f"-DTEST_{isa}"]
         objects = [path / f"{source.stem}.o" for source in sources]
         running = [
             subprocess.Popen([*command, "-c", str(s), "-o", str(o)]) for s, o in zip(sources, objects, strict=True)
