@@ -8,7 +8,20 @@ from typing import Any
 
 MODES = ("fwd", "train")  # fwd: inference_mode; train: forward + backward to input and all parameters
 PER_SAMPLE = ("persample",)  # the gradients of each sample's own loss by all parameters
+# A mode may say in what way the call is made, behind a dash: peers/ways.py.
+WAYS = ("autocast", "checkpoint", "compiled", "loop", "step")
 PENALTY = ("penalty",)  # the square of the gradient of the input, and its gradients by the input and all parameters
+
+
+def is_training(mode: str) -> bool:
+    return not mode.startswith("fwd")
+
+
+def way_of(mode: str) -> str:
+    """One of WAYS, or nothing: called as it stands."""
+    return mode.partition("-")[2]
+
+
 DTYPE_SUFFIX = {"float32": "", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
 
 PLAIN: dict[str, Any] = {  # options of Case as torch.nn's layers are
@@ -37,6 +50,7 @@ class Case:
     nonlinearity: str = ""  # RNN only: "relu", or tanh
     bias: bool = True
     batch_first: bool = False
+    unbatched: bool = False  # B = 1, and the call's tensors have no such dimension
     dtype: str = "float32"
     tokens: bool = False  # the input is integers [T, B] in [0, I), stored by token where a layer knows how
     recompute: int = 0  # > 0: training keeps the states of every such step and makes the rest again
@@ -78,6 +92,7 @@ class Case:
             self.nonlinearity,
             "" if self.bias else "nobias",
             "batchfirst" if self.batch_first else "",
+            "unbatched" if self.unbatched else "",
             DTYPE_SUFFIX[self.dtype],
             "tokens" if self.tokens else "",
             f"recompute{self.recompute}" if self.recompute else "",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, is_training
 from benchmarks.results import Floor
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+# How often a mode does the products of one forward pass and reads its recurrent weights, where it is not as others do.
+TIMES = {"penalty": (6, 4), "train-checkpoint": (4, 3)}
 MARGIN = 0.8  # of a cache that weights may fill before they are held to live one level further out
 
 
@@ -28,15 +30,16 @@ def weight_level(share: float, cache_bytes: dict[str, int], threads: int) -> str
 def floor(case: Case, mode: str, roofline: dict[str, Any]) -> Floor:
     """max(flops / peak, weight bytes / bandwidth) of the recurrent part plus the flops of the input GEMM.
 
-    Layer by layer. Training does three times the products of inference and reads the recurrent weights twice a step. A
-    gradient penalty does six times: forward, backward as far as the input, the derivative of each in the direction of
-    that gradient, and two of every weight; and reads them four times.
+    Layer by layer. Training does three times the products of inference and reads the recurrent weights twice a step;
+    with a checkpoint it does the forward pass again. A gradient penalty does six times: forward, backward as far as the
+    input, the derivative of each in the direction of that gradient, and two of every weight; and reads them four times.
     Weights that a thread keeps in its first level cache cost nothing here. Activations, cells, barriers and what is
     saved for backward are left out, so the true floor is higher; peak GEMM is what one reached, it can be beaten.
     """
     gates, size = GATES[case.cell.removesuffix("Cell")], BYTES[case.dtype]
     directions = 2 if case.bidirectional else 1
-    R, training, penalty = case.proj or case.H, mode != "fwd", mode == "penalty"
+    R, training = case.proj or case.H, is_training(mode)
+    of_products, of_reads = TIMES.get(mode, (3, 2) if training else (1, 1))
     peaks, threads = roofline["gemm_flops"], roofline["threads"]
     peak = max(peaks.get(case.dtype, 0.0), 0.0 if case.dtype == "float64" else peaks["float32"])
     total = Floor(0.0, 0.0, 0.0, "L1", "flops")
@@ -46,11 +49,11 @@ def floor(case: Case, mode: str, roofline: dict[str, Any]) -> Floor:
         below = 0 if case.tokens else case.I  # a look-up multiplies nothing
         I = below if layer == 0 else R * directions  # noqa: E741 (the dimension's name)
         recurrent = gates * case.H * R + (R * case.H if case.proj else 0)  # elements read at every step
-        products = (6 if penalty else 3 if training else 1) * 2 * steps(case) * directions
+        products = of_products * 2 * steps(case) * directions
         no_gradient = mode == "persample" or (case.frozen and layer == 0)  # of the input
         input_products = products * 2 // 3 if training and no_gradient else products
         input_flops, recurrent_flops = input_products * gates * case.H * I, products * recurrent
-        reads = case.T * (4 if penalty else 2 if training else 1)
+        reads = case.T * of_reads
         streamed = reads * directions * recurrent * size
         resident = directions * recurrent * size
         if case.T == 1:  # the input weights are read as often

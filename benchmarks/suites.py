@@ -271,6 +271,39 @@ GRADIENT_PENALTY = [
     for cell in ("LSTM", "GRU", "RNN")
     for entry in entries("penalty", cell, (64, 16, 128, 128), (128, 32, 256, 256), modes=PENALTY)
 ]
+
+MIDDLE: Size = (100, 16, 160, 160)
+AUDIT = [  # whatever may be asked of torch.nn, each in the cells that have it
+    *(
+        entry
+        for cell in ("LSTM", "GRU", "RNN")
+        for entry in [
+            *entries("plain", cell, MIDDLE, (1, 1, 128, 128), (60, 1, 160, 320), (32, 64, 256, 256)),
+            *entries("float64", cell, MIDDLE, dtype="float64"),
+            *entries("bfloat16", cell, MIDDLE, (1, 1, 128, 128), (32, 64, 256, 256), dtype="bfloat16"),
+            *entries("float16", cell, (16, 4, 64, 64), dtype="float16"),
+            *entries("batchfirst", cell, MIDDLE, batch_first=True),
+            *entries("unbatched", cell, (100, 1, 160, 160), unbatched=True),
+            *entries("bidir", cell, MIDDLE, bidirectional=True),
+            *entries("layers", cell, MIDDLE, layers=3),
+            *entries("nobias", cell, MIDDLE, bias=False),
+            *entries("state", cell, MIDDLE, stateful=True),
+            *entries("packed", cell, MIDDLE, shortest=10),
+            *entries("frozen", cell, MIDDLE, modes=TRAIN, frozen=True),
+            *entries("autocast", cell, MIDDLE, modes=("fwd-autocast", "train-autocast")),
+            *entries("checkpoint", cell, MIDDLE, modes=("train-checkpoint",)),
+            *entries("compiled", cell, MIDDLE, modes=("fwd-compiled", "train-compiled")),
+            *entries("forwardmode", cell, MIDDLE, modes=FORWARD_MODE),
+            *entries("penalty", cell, MIDDLE, modes=PENALTY),
+            *entries("step", cell, (1, 1, 128, 128), (1, 16, 256, 256), modes=("fwd-step",), stateful=True),
+            *entries("cell", f"{cell}Cell", (1, 1, 128, 128), (1, 32, 256, 256), stateful=True),
+            *entries("cell loop", f"{cell}Cell", (1, 16, 160, 160), modes=("fwd-loop", "train-loop"), stateful=True),
+        ]
+    ),
+    *entries("proj", "LSTM", MIDDLE, proj=80),
+    *entries("relu", "RNN", MIDDLE, nonlinearity="relu"),
+]  # fmt: skip
+
 PER_SAMPLE_PEERS = ("sampleloop", "oursampleloop", "opacus")
 
 SUITES: dict[str, Suite] = {
@@ -305,6 +338,7 @@ SUITES: dict[str, Suite] = {
     ),
     "penalty": Suite("a second derivative in every step", tuple(GRADIENT_PENALTY), peers=("torch", "loop")),
     "penaltymemory": Suite("peak memory of the same", tuple(GRADIENT_PENALTY), kind="memory"),
+    "audit": Suite("every call that has a twin in torch.nn, for the list of losses", tuple(AUDIT), budget_s=1.0),
     "scaling": Suite(
         "cost against T, B, H and threads, with fitted exponents", tuple(SCALING), budget_s=1.5,
         threads=thread_counts(CORES),

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, way_of
 from benchmarks.data import Data
 
 
@@ -75,6 +75,8 @@ def plain_layer(
     """Why a peer has no such case that only has plain float32 layers: one layer, one direction, padded input."""
     if mode == "penalty":
         return "no gradient penalties"
+    if way_of(mode):
+        return f"called as it stands alone, not by {way_of(mode)}"
     if mode == "train" and not training:
         return "inference only"
     if case.cell not in cells:
@@ -90,6 +92,7 @@ def plain_layer(
         "relu": case.nonlinearity == "relu",
         "bias=False": not case.bias,
         "batch_first": case.batch_first,
+        "unbatched input": case.unbatched,
     }
     refused = [name if name.endswith("only") else f"not with {name}" for name, there in options.items() if there]
     return "; ".join(refused) or None

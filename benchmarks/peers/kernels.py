@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, is_training
 from benchmarks.data import make_data, module_arguments
 
 
 def torch_kernel(case: Case, mode: str) -> str:
     """oneDNN's fused layer or the ATen loop: whichever the ops show that two steps of this width dispatch."""
     onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    return _torch_kernel(replace(case, family="", T=min(case.T, 2), shortest=min(case.shortest, 1)), mode, onednn)
+    short = replace(case, family="", T=min(case.T, 2), shortest=min(case.shortest, 1))
+    return _torch_kernel(short, mode.partition("-")[0], onednn)
 
 
 class Dispatched(TorchDispatchMode):
@@ -37,7 +38,7 @@ def _torch_kernel(case: Case, mode: str, onednn: bool) -> str:
 
     module = getattr(torch.nn, case.cell)(**module_arguments(case))
     prepared = prepare_module(module, case, mode, make_data(case))
-    gradients = torch.set_grad_enabled(mode != "fwd")  # under inference_mode a mode sees aten::lstm, nothing inside
+    gradients = torch.set_grad_enabled(is_training(mode))  # under inference_mode a mode sees aten::lstm, nothing inside
     with gradients, Dispatched() as dispatched:
         prepared.step()
     fused = sorted(name for name in dispatched.names if "mkldnn_rnn" in name)
@@ -55,5 +56,7 @@ def fastrnn_kernel(case: Case, mode: str) -> str:
     R = case.proj or case.H
     call: Any = info.Sizes(cell, case.dtype, case.T, case.B, directions, case.H, R, case.shortest > 0, case.resets > 0)
     choice = info.cpu_choice(call, case.I, torch.get_num_threads())
-    plan = ", ".join(f"{name} {value}" for name, value in choice["forward" if mode == "fwd" else "backward"].items())
+    plan = ", ".join(
+        f"{name} {value}" for name, value in choice["backward" if is_training(mode) else "forward"].items()
+    )
     return f"fused, {choice['instruction_set']}" + (f" ({plan})" if plan else "")

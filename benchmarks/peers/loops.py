@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, layer_norm, linear
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, is_training
 from benchmarks.data import Data, module_arguments
 from benchmarks.peers.base import NoResult, Prepared
 from benchmarks.peers.modules import prepare_module
@@ -218,7 +218,7 @@ class LoopPeer:
         options = {
             "cells": case.is_cell, "PackedSequence": case.shortest, "proj_size": case.proj, "layers": case.layers > 1,
             "directions": case.bidirectional, "bias=False": not case.bias, "batch_first": case.batch_first,
-            "tokens": case.tokens, "recompute": case.recompute,
+            "unbatched input": case.unbatched, "tokens": case.tokens, "recompute": case.recompute,
         }  # fmt: skip
         refused = [name for name, there in options.items() if there]
         if self._module is not HandLoop:
@@ -229,7 +229,7 @@ class LoopPeer:
         module = self._module(case)
         module.load_state_dict(data.weights)
         prepared = prepare_module(module, case, mode, data)
-        draws = mode != "fwd" and case.zoneout > 0  # other masks than ours
+        draws = is_training(mode) and case.zoneout > 0  # other masks than ours
         return replace(prepared, another_layer=draws, kernel=lambda: self._kernel)
 
 

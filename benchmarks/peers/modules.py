@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, is_training, way_of
 from benchmarks.data import Data, module_arguments
 from benchmarks.peers.base import Prepared
 from benchmarks.peers.per_sample import prepare_vmap, supports_per_sample
+from benchmarks.peers.ways import WAYS
+
+TOLERANCE_OF_AUTOCAST = 6e-2  # as measure.TOLERANCE's of bfloat16, for gradients in float32 too
 
 
 class ModulePeer:
@@ -75,9 +78,15 @@ class ModulePeer:
 
 def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -> Prepared:
     """Steps of a module called like torch.nn's. Packing and transposing is done here, outside the timed step."""
-    training = mode != "fwd"
+    training, way = is_training(mode), way_of(mode)
     module.train(training)
+    call = WAYS[way](module)
+    tolerance = TOLERANCE_OF_AUTOCAST if way == "autocast" else None
     grad_outputs = list(data.grad_outputs)
+    if case.unbatched:
+        data.input = data.input[:, 0]
+        data.state = data.state and tuple(x[:, 0] for x in data.state)
+        grad_outputs = [grad[:, 0] for grad in grad_outputs]
     if case.batch_first:
         data.input = data.input.transpose(0, 1).contiguous()
         grad_outputs = [grad.transpose(0, 1).contiguous() for grad in grad_outputs]
@@ -97,17 +106,23 @@ def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -
     if data.state is not None:
         state = data.state if case.cell.startswith("LSTM") else data.state[0]
     arguments = (sequence,) if state is None else (sequence, state)
+    weights = list(module.parameters())
+
+    def named(result: Any) -> dict[str, Tensor]:
+        """Under autocast in one dtype: torch.nn's layers return now its own, now the state's."""
+        results = named_results(case, result)
+        return {name: x.float() for name, x in results.items()} if way == "autocast" else results
 
     if not training:
 
         def forward() -> Any:
-            return module(*arguments, **options)
+            return call(*arguments, **options)
 
         def forward_results() -> dict[str, Tensor]:
             with torch.inference_mode():
-                return named_results(case, forward())
+                return named(forward())
 
-        return Prepared(forward, forward_results, context=torch.inference_mode)
+        return Prepared(forward, forward_results, context=torch.inference_mode, tolerance=tolerance)
 
     parameters = dict(module.named_parameters())
     has_gradient = leaf.is_floating_point() and not case.frozen
@@ -115,20 +130,20 @@ def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -
     for tensor in states.values():
         tensor.requires_grad_()
     leaves = {**({"input": leaf.requires_grad_()} if has_gradient else {}), **states, **parameters}
-    weights = list(parameters.values())
 
     def train() -> Any:
         for tensor in leaves.values():
             tensor.grad = None
-        result = module(*arguments, **options)
-        torch.autograd.backward(gradient_targets(case, result), grad_outputs)
+        result = call(*arguments, **options)
+        targets = gradient_targets(case, result)
+        torch.autograd.backward(targets, [g.to(x.dtype) for g, x in zip(grad_outputs, targets, strict=True)])
         increment_version(weights)  # as an optimizer's update: what was derived from old weights is stale
         return result
 
     def penalty() -> Any:
         for tensor in leaves.values():
             tensor.grad = None
-        result = module(*arguments, **options)
+        result = call(*arguments, **options)
         (first,) = torch.autograd.grad(gradient_targets(case, result), leaf, grad_outputs, create_graph=True)
         first.square().sum().backward()
         increment_version(weights)
@@ -138,18 +153,18 @@ def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -
 
     def train_results() -> dict[str, Tensor]:
         torch.manual_seed(0)  # so that both sides draw the same
-        named = named_results(case, step())
+        results = named(step())
         for name, tensor in leaves.items():
             if tensor.grad is None:
                 raise AssertionError(f"no gradient reached {name}")
-            named[f"grad_{name}"] = tensor.grad
+            results[f"grad_{name}"] = tensor.grad
         if isinstance(sequence, PackedSequence) and has_gradient:
-            named["grad_input"] = unpack(repack(sequence, named["grad_input"]))
+            results["grad_input"] = unpack(repack(sequence, results["grad_input"]))
         if case.batch_first and has_gradient:
-            named["grad_input"] = named["grad_input"].transpose(0, 1)
-        return {name: tensor.detach().clone() for name, tensor in named.items()}
+            results["grad_input"] = results["grad_input"].transpose(0, 1)
+        return {name: tensor.detach().clone() for name, tensor in results.items()}
 
-    return Prepared(step, train_results)
+    return Prepared(step, train_results, tolerance=tolerance)
 
 
 def gradient_targets(case: Case, result: Any) -> list[Tensor]:

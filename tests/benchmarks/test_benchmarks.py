@@ -282,6 +282,31 @@ def test_gradient_penalties(cell: str, peer: str) -> None:
     assert result.status == "ok", result.message
 
 
+WAYS = {
+    "autocast": ("fwd", "train"), "checkpoint": ("train",), "compiled": ("fwd", "train"),
+    "loop": ("fwd", "train"), "step": ("fwd",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", cases.WAYS)
+def test_ways_of_a_call(way: str) -> None:
+    cell, options = ("LSTMCell" if way == "loop" else "GRU"), {"stateful": way in ("loop", "step")}
+    for mode in WAYS[way]:
+        row = tiny_row(cell, f"{mode}-{way}", **options)
+        if way == "step":
+            row = replace(row, case=replace(row.case, T=1))
+        result = measure.run_timing(row, PEERS["fastrnn"], TORCH, FAST)
+        assert result.status == "ok", result.message
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+def test_unbatched_input(mode: str) -> None:
+    row = tiny_row("LSTM", mode, unbatched=True, stateful=True)
+    row = replace(row, case=replace(row.case, B=1))
+    result = measure.run_timing(row, PEERS["fastrnn"], TORCH, FAST)
+    assert result.status == "ok", result.message
+
+
 def test_everything_that_training_makes_is_compared() -> None:
     def names(row: Row) -> set[str]:
         return set(measure.prepare(TORCH, row, make_data(row.case))[1])
