@@ -11,10 +11,11 @@ PER_SAMPLE = ("persample",)  # the gradients of each sample's own loss by all pa
 # A mode may say in what way the call is made, behind a dash: peers/ways.py.
 WAYS = ("autocast", "checkpoint", "compiled", "loop", "step")
 PENALTY = ("penalty",)  # the square of the gradient of the input, and its gradients by the input and all parameters
+FORWARD_MODE = ("jvp", "hvp")  # the derivative of output, or of the gradients, in a direction of input and parameters
 
 
 def is_training(mode: str) -> bool:
-    return not mode.startswith("fwd")
+    return mode.partition("-")[0] not in ("fwd", "jvp")
 
 
 def way_of(mode: str) -> str:

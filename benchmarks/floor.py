@@ -10,7 +10,7 @@ from benchmarks.results import Floor
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 # How often a mode does the products of one forward pass and reads its recurrent weights, where it is not as others do.
-TIMES = {"penalty": (6, 4), "train-checkpoint": (4, 3)}
+TIMES = {"penalty": (6, 4), "train-checkpoint": (4, 3), "jvp": (3, 2), "hvp": (9, 4)}
 MARGIN = 0.8  # of a cache that weights may fill before they are held to live one level further out
 
 
@@ -33,6 +33,8 @@ def floor(case: Case, mode: str, roofline: dict[str, Any]) -> Floor:
     Layer by layer. Training does three times the products of inference and reads the recurrent weights twice a step;
     with a checkpoint it does the forward pass again. A gradient penalty does six times: forward, backward as far as the
     input, the derivative of each in the direction of that gradient, and two of every weight; and reads them four times.
+    In forward mode a product with slopes on both sides is three: the output's derivative does it three times, a
+    Hessian-vector product nine times, with twice as many reads.
     Weights that a thread keeps in its first level cache cost nothing here. Activations, cells, barriers and what is
     saved for backward are left out, so the true floor is higher; peak GEMM is what one reached, it can be beaten.
     """

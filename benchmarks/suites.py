@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from benchmarks.cases import PENALTY, PER_SAMPLE, Row, Size, Suite, entries
+from benchmarks.cases import FORWARD_MODE, PENALTY, PER_SAMPLE, Row, Size, Suite, entries
 
 FORWARD, TRAIN = ("fwd",), ("train",)
 
@@ -304,6 +304,13 @@ AUDIT = [  # whatever may be asked of torch.nn, each in the cells that have it
     *entries("relu", "RNN", MIDDLE, nonlinearity="relu"),
 ]  # fmt: skip
 
+FORWARD_DERIVATIVES = [
+    entry
+    for cell in ("LSTM", "GRU", "RNN")
+    for entry in entries(
+        "forwardmode", cell, (64, 16, 128, 128), (128, 32, 256, 256), (100, 16, 160, 160), modes=FORWARD_MODE
+    )
+]
 PER_SAMPLE_PEERS = ("sampleloop", "oursampleloop", "opacus")
 
 SUITES: dict[str, Suite] = {
@@ -339,6 +346,7 @@ SUITES: dict[str, Suite] = {
     "penalty": Suite("a second derivative in every step", tuple(GRADIENT_PENALTY), peers=("torch", "loop")),
     "penaltymemory": Suite("peak memory of the same", tuple(GRADIENT_PENALTY), kind="memory"),
     "audit": Suite("every call that has a twin in torch.nn, for the list of losses", tuple(AUDIT), budget_s=1.0),
+    "forwardmode": Suite("tangents, and Hessian-vector products", tuple(FORWARD_DERIVATIVES), peers=("torch", "loop")),
     "scaling": Suite(
         "cost against T, B, H and threads, with fitted exponents", tuple(SCALING), budget_s=1.5,
         threads=thread_counts(CORES),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _C, fallback, reference
-from .autograd import Grads, pull_forward
+from .gradients import Grads, pull_forward
 from .ops import BACKWARD_WEIGHTS, CELLS, FORWARD_WEIGHTS, recurrent_forward
 from .packing import pack, packed_layout, pad, without_padding
 from .products import linear, product, transposed_product

@@ -82,6 +82,16 @@ def _recurrent_backward(given: Given) -> int:
     return 2 * _through_time(given, given["weight_hh"], given["weight_hr"], given["initial"])
 
 
+def _jvp(formula: Callable[[Given], int]) -> Callable[[Given], int]:
+    """A product of dual numbers is two products, and three where the slopes of both factors are given."""
+
+    def of_call(given: Given) -> int:
+        weights = given["tangent_weight_hh"], given["tangent_weight_hr"]
+        return formula(given) * (2 if all(x is None for x in weights) else 3)
+
+    return of_call
+
+
 def _layer_backward(given: Given) -> int:
     needed = dict(zip(GRADIENTS, given["needed"], strict=True))
     weight_hh, weight_hr, input = given["weight_hh"][0], _first(given["weight_hr"]), given["input"]
@@ -111,6 +121,8 @@ def _grouped_outer(given: Given) -> int:
 FORMULAS: dict[str, Callable[[Given], int]] = {
     "recurrent_forward": _recurrent_forward,
     "recurrent_backward": _recurrent_backward,
+    "recurrent_forward_jvp": _jvp(_recurrent_forward),
+    "recurrent_backward_jvp": _jvp(_recurrent_backward),
     "layer_forward": _layer_forward,
     "layer_backward": _layer_backward,
     "quantized_forward": _quantized_forward,

@@ -22,9 +22,14 @@ from .records import LayerWeights
 library = torch.library.Library("fastrnn", "FRAGMENT")
 recurrent_forward = torch.ops.fastrnn.recurrent_forward.default
 recurrent_backward = torch.ops.fastrnn.recurrent_backward.default
+recurrent_forward_jvp = torch.ops.fastrnn.recurrent_forward_jvp.default
+recurrent_backward_jvp = torch.ops.fastrnn.recurrent_backward_jvp.default
 clamp_gradient = torch.ops.fastrnn.clamp_gradient.default
 bernoulli = torch.ops.fastrnn.bernoulli.default
-_MODULE_OPS = ("recurrent_forward", "recurrent_backward", "layer_forward", "layer_backward", "quantized_forward")
+_MODULE_OPS = (
+    "recurrent_forward", "recurrent_backward", "recurrent_forward_jvp", "recurrent_backward_jvp", "layer_forward",
+    "layer_backward", "quantized_forward",
+)  # fmt: skip
 
 
 @functools.cache
@@ -220,6 +225,19 @@ def _(*args, **kwargs):
     )
 
 
+def _register_fake_jvp(op: Any, jvp: Any) -> None:
+    """Results as those of op, and their tangents likewise."""
+
+    @torch.library.register_fake(jvp._schema.name, lib=library)
+    def _(*args, **kwargs):
+        given = named(jvp, args, kwargs)
+        results = op(*(given[name] for name in names_of(op)))
+        return (*results, *map(torch.empty_like, results))
+
+
+_register_fake_jvp(recurrent_forward, recurrent_forward_jvp)
+_register_fake_jvp(recurrent_backward, recurrent_backward_jvp)
+
 layer_forward = torch.ops.fastrnn.layer_forward.default
 layer_backward = torch.ops.fastrnn.layer_backward.default
 
@@ -335,6 +353,7 @@ _INTO_GROUPS = {"sequence": 2, "state": 1, "weight": 0, "lengths": 1, "resets": 
 
 
 def _kind(name: str) -> str | None:
+    name = name.removeprefix("tangent_")
     return _KINDS.get(name) or _KINDS.get(name.removeprefix("grad_"))
 
 
@@ -387,7 +406,7 @@ def _vmap_rule(op: Any) -> Callable[..., Any]:
     return rule
 
 
-for _op in (recurrent_forward, recurrent_backward):
+for _op in (recurrent_forward, recurrent_backward, recurrent_forward_jvp, recurrent_backward_jvp):
     torch.library.register_vmap(_op._schema.name, _vmap_rule(_op), lib=library)
 
 

@@ -1,7 +1,7 @@
 """The recurrence in plain PyTorch: a loop over time, any float dtype, any device, differentiable to any order.
 
-This is the readable oracle that every kernel is tested against, and what forward-mode AD and double backward run. It
-is the one deliberate second copy of the formulas in ``csrc/cells``. Half types are computed in float32.
+This is the readable oracle that every kernel is tested against, and what derivatives run that no kernel has. It is
+the one deliberate second copy of the formulas in ``csrc/cells``. Half types are computed in float32.
 
 Letters: T steps, B batch, P groups, G gates, h hidden units of a group, R width of a group's state 0 (h, or the
 projected size), S saved values, C states besides h, which a call has side by side as one tensor named c. Results that

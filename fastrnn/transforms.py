@@ -25,7 +25,16 @@ def is_transformed() -> bool:
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    return not torch.compiler.is_compiling() and torch._C._get_dispatch_mode(_MAKE_FX) is not None
+    return not torch.compiler.is_compiling() and is_traced_by_make_fx()
+
+
+def is_traced_by_make_fx() -> bool:
+    return torch._C._get_dispatch_mode(_MAKE_FX) is not None
+
+
+def is_recorded() -> bool:
+    """Is a graph being made of what is called?"""
+    return torch.compiler.is_compiling() or is_traced_by_make_fx()
 
 
 def is_plain_call() -> bool:
@@ -63,7 +72,7 @@ def is_vmapped_call(*tensors: Tensor | None) -> bool:
     """Is torch.func.vmap in force, and nothing that makes a graph or casts, and fit the tensors the micro-kernel?"""
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return False
-    if torch.is_autocast_enabled("cpu") or torch._C._get_dispatch_mode(_MAKE_FX) is not None:
+    if torch.is_autocast_enabled("cpu") or is_traced_by_make_fx():
         return False
     levels = torch._C._functorch.get_interpreter_stack() or ()
     return (

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
 from fastrnn import layer, modules, products, reference
-from fastrnn.ops import CELLS, recurrent_backward, recurrent_forward
+from fastrnn.ops import CELLS, recurrent_backward, recurrent_backward_jvp, recurrent_forward, recurrent_forward_jvp
 from tests.helpers import as_c
 
 layer_forward = torch.ops.fastrnn.layer_forward.default
@@ -261,12 +261,14 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
 def count_calls() -> Iterator[collections.Counter[str]]:
     """Counts what runs in the end, below autograd and all functorch transforms.
 
-    Keys: "forward" and "backward" for calls of the kernels; "composite forward" and "composite backward" for
-    steps of the reference, seen at its cells, so that it does not matter who holds its functions.
+    Keys: "forward" and "backward" for calls of the kernels, and "forward jvp" and "backward jvp" for those with
+    tangents; "composite forward" and "composite backward" for steps of the reference, seen at its cells, so that it
+    does not matter who holds its functions.
     """
     seen: collections.Counter[str] = collections.Counter()
     kernels = dict.fromkeys((recurrent_forward, layer_forward), "forward")
     kernels |= dict.fromkeys((recurrent_backward, layer_backward), "backward")
+    kernels |= {recurrent_forward_jvp: "forward jvp", recurrent_backward_jvp: "backward jvp"}
 
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -32,7 +32,7 @@ CONTESTANTS: tuple[Peer, ...] = (
     ModulePeer("fastrnn", "fastrnn", "fastrnn", kernel=fastrnn_kernel, options=True, per_sample=True),
     QuantizedPeer("ourint8", torch.int8),
     QuantizedPeer("ourbf16", torch.bfloat16),
-    ModulePeer("torch", "torch.nn", "torch.nn", version_of="torch", kernel=torch_kernel),
+    ModulePeer("torch", "torch.nn", "torch.nn", version_of="torch", kernel=torch_kernel, only_reverse=("LSTM",)),
     AtenPeer(),
     DynamicInt8Peer(),
     LoopPeer("loop", "hand loop, input GEMM hoisted", HandLoop, "ATen, eager loop after one input GEMM"),

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from benchmarks.cases import Case, way_of
+from benchmarks.cases import FORWARD_MODE, PENALTY, Case, way_of
 from benchmarks.data import Data
 
 
@@ -73,8 +73,8 @@ def plain_layer(
     case: Case, mode: str, *, training: bool, cells: tuple[str, ...] = ("LSTM", "GRU", "RNN")
 ) -> str | None:
     """Why a peer has no such case that only has plain float32 layers: one layer, one direction, padded input."""
-    if mode == "penalty":
-        return "no gradient penalties"
+    if mode in PENALTY + FORWARD_MODE:
+        return "no gradient penalties, no forward-mode AD"
     if way_of(mode):
         return f"called as it stands alone, not by {way_of(mode)}"
     if mode == "train" and not training:

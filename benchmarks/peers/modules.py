@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.func import functional_call, grad, jvp
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_map
 
-from benchmarks.cases import Case, is_training, way_of
+from benchmarks.cases import FORWARD_MODE, Case, is_training, way_of
 from benchmarks.data import Data, module_arguments
 from benchmarks.peers.base import Prepared
 from benchmarks.peers.per_sample import prepare_vmap, supports_per_sample
@@ -36,12 +38,14 @@ class ModulePeer:
         kernel: Callable[[Case, str], str] = lambda case, mode: "",
         options: bool = False,
         per_sample: bool = False,
+        only_reverse: tuple[str, ...] = (),
     ) -> None:
-        """`kernel` says what a call runs; `options`: it has Case.beyond_torch, too; `per_sample`: vmap goes through."""
+        """`kernel` says what a call runs; `options`: it has Case.beyond_torch, too; `per_sample`: vmap goes through;
+        `only_reverse`: cells that have no forward-mode AD."""
         self.key, self.title = key, title
         self._import_name, self._version_of = import_name, version_of or import_name
         self._kernel, self._options = kernel, options
-        self.per_sample = per_sample
+        self.per_sample, self._only_reverse = per_sample, only_reverse
 
     @property
     def namespace(self) -> ModuleType:
@@ -60,6 +64,8 @@ class ModulePeer:
     def supports(self, case: Case, mode: str) -> str | None:
         if mode == "persample":
             return supports_per_sample(case, mode)
+        if mode in FORWARD_MODE and case.cell in self._only_reverse:
+            return f"its {case.cell} has no forward-mode AD"
         return f"it has no {', '.join(case.beyond_torch)}" if case.beyond_torch and not self._options else None
 
     def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
@@ -124,6 +130,9 @@ def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -
 
         return Prepared(forward, forward_results, context=torch.inference_mode, tolerance=tolerance)
 
+    if mode in FORWARD_MODE:
+        return prepare_forward_mode(module, mode, leaf, grad_outputs[0])
+
     parameters = dict(module.named_parameters())
     has_gradient = leaf.is_floating_point() and not case.frozen
     states = dict(zip(("h_0", "c_0"), data.state or (), strict=False)) if case.is_cell else {}
@@ -165,6 +174,35 @@ def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -
         return {name: tensor.detach().clone() for name, tensor in results.items()}
 
     return Prepared(step, train_results, tolerance=tolerance)
+
+
+def prepare_forward_mode(module: torch.nn.Module, mode: str, input: Tensor, grad_output: Tensor) -> Prepared:
+    """The derivative of a layer's output in one direction of input and parameters ("jvp"), or that of the gradients of
+    its product with grad_output by all of these, forward over reverse ("hvp")."""
+    primals = ({name: p.detach() for name, p in module.named_parameters()}, input)
+    along = tree_map(lambda x: (37 * x).sin(), primals)  # any
+
+    def output(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        found: Tensor = functional_call(module, weights, (x,))[0]
+        return found
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (output(weights, x) * grad_output).sum()
+
+    function = output if mode == "jvp" else grad(loss, (0, 1))
+
+    def step() -> Any:
+        return jvp(function, primals, along)
+
+    def results() -> dict[str, Tensor]:
+        if mode == "jvp":
+            return dict(zip(("output", "tangent"), step(), strict=True))
+        named: dict[str, Tensor] = {}
+        for kind, (of_weights, of_input) in zip(("grad", "product"), step(), strict=True):
+            named |= {f"{kind}_{name}": x for name, x in {"input": of_input, **of_weights}.items()}
+        return named
+
+    return Prepared(step, results)
 
 
 def gradient_targets(case: Case, result: Any) -> list[Tensor]:

@@ -57,6 +57,14 @@ using OptionalTensor = std::optional<Tensor>;
 #define FASTRNN_FOR_EACH_RECURRENT_GRADIENT(X) \
   X(gates_ih) X(gates_hh) X(projected) X(h_0) X(c_0) X(reset_h) X(reset_c) X(params)
 
+// Of the recurrence's ops, what may have a tangent (a derivative in one direction), in the order in which those ops with
+// tangents take them.
+#define FASTRNN_FOR_EACH_FORWARD_TANGENT(X) \
+  X(gates_ih) X(weight_hh) X(bias_hh) FASTRNN_FOR_EACH_RECURRENT_WEIGHT(X) X(h_0) X(c_0) X(reset_h) X(reset_c)
+#define FASTRNN_FOR_EACH_BACKWARD_TANGENT(X)                                                                        \
+  X(grad_output) X(grad_h_n) X(grad_c_n) X(weight_hh) FASTRNN_FOR_EACH_RECURRENT_WEIGHT(X) X(h_0) X(c_0) X(reset_h) \
+  X(reset_c) X(output) X(saved)
+
 using Group = c10::SmallVector<Tensor, 2>;  // of one field, a tensor for every group; empty: there is none
 
 struct Weights {
@@ -121,12 +129,19 @@ using LayerGradients = std::array<Tensor, kGradients>;
 inline constexpr char kStatesText[] = FASTRNN_FOR_EACH_STATE(FASTRNN_TEXT);
 inline constexpr char kRecurrentWeightsText[] = FASTRNN_FOR_EACH_RECURRENT_WEIGHT(FASTRNN_TEXT);
 #undef FASTRNN_TEXT
+#define FASTRNN_TEXT(name) ", Tensor? tangent_" #name
+inline constexpr char kForwardTangentsText[] = FASTRNN_FOR_EACH_FORWARD_TANGENT(FASTRNN_TEXT);
+inline constexpr char kBackwardTangentsText[] = FASTRNN_FOR_EACH_BACKWARD_TANGENT(FASTRNN_TEXT);
+#undef FASTRNN_TEXT
 #define FASTRNN_TEXT(name) "Tensor[] " #name ", "
 inline constexpr char kWeightsText[] = FASTRNN_FOR_EACH_WEIGHT(FASTRNN_TEXT);
 #undef FASTRNN_TEXT
 #define FASTRNN_TEXT(name) ", Tensor grad_" #name
 inline constexpr char kGradientsText[] = FASTRNN_FOR_EACH_GRADIENT(FASTRNN_TEXT);
 inline constexpr char kRecurrentGradientsText[] = FASTRNN_FOR_EACH_RECURRENT_GRADIENT(FASTRNN_TEXT);
+#undef FASTRNN_TEXT
+#define FASTRNN_TEXT(name) ", Tensor tangent_grad_" #name
+inline constexpr char kTangentGradientsText[] = FASTRNN_FOR_EACH_RECURRENT_GRADIENT(FASTRNN_TEXT);
 #undef FASTRNN_TEXT
 
 // ---- and on a stack ----

@@ -215,32 +215,14 @@ const RecurrentKernels& kernels_for(const Tensor& x, const char* op, const char*
 
 void recurrent_forward(const c10::OperatorHandle& op, Stack* stack) {
   Reader from = reader(op, *stack);
-  Recurrence args;
-  args.cell = from.text();
-  const Tensor gates_ih = from.tensor();
-  args.weight_hh = from.tensor();
-  args.bias_hh = from.optional();
-  read_recurrence(from, args);
-  const bool save = from.value().toBool();
-  check_grad_clip("recurrent_forward", from.value().toDouble());
+  const auto [args, gates_ih, save] = read_recurrent_forward(from);
   const LayerResults out = kernels_for(gates_ih, "recurrent_forward", "gates_ih").forward(args, gates_ih, save, {});
   give(op, *stack, out.output, out.h_n, out.c_n, out.saved);
 }
 
 void recurrent_backward(const c10::OperatorHandle& op, Stack* stack) {
   Reader from = reader(op, *stack);
-  Recurrence args;
-  Given given;
-  args.cell = from.text();
-  given.grad_output = from.optional();
-  given.grad_h_n = from.optional();
-  given.grad_c_n = from.optional();
-  args.weight_hh = from.tensor();
-  read_recurrence(from, args);
-  given.output = from.tensor();
-  given.saved = from.tensor();
-  const bool initial = from.value().toBool();
-  args.grad_clip = from.value().toDouble();
+  const auto [args, given, initial] = read_recurrent_backward(from);
   const RecurrentGradients out =
       kernels_for(given.output, "recurrent_backward", "output").backward(args, given, initial, /*together=*/false);
   torch::jit::drop(*stack, op.schema().arguments().size());
@@ -283,6 +265,33 @@ void layer_backward_kernel(const c10::OperatorHandle& op, Stack* stack) {
 }
 
 }  // namespace
+
+RecurrentForwardArguments read_recurrent_forward(Reader& from) {
+  RecurrentForwardArguments args;
+  args.call.cell = from.text();
+  args.gates_ih = from.tensor();
+  args.call.weight_hh = from.tensor();
+  args.call.bias_hh = from.optional();
+  read_recurrence(from, args.call);
+  args.save = from.value().toBool();
+  check_grad_clip("recurrent_forward", from.value().toDouble());
+  return args;
+}
+
+RecurrentBackwardArguments read_recurrent_backward(Reader& from) {
+  RecurrentBackwardArguments args;
+  args.call.cell = from.text();
+  args.given.grad_output = from.optional();
+  args.given.grad_h_n = from.optional();
+  args.given.grad_c_n = from.optional();
+  args.call.weight_hh = from.tensor();
+  read_recurrence(from, args.call);
+  args.given.output = from.tensor();
+  args.given.saved = from.tensor();
+  args.initial = from.value().toBool();
+  args.call.grad_clip = from.value().toDouble();
+  return args;
+}
 
 LayerArguments read_layer_forward(Reader from) {
   LayerArguments args;
@@ -359,13 +368,21 @@ TORCH_LIBRARY(fastrnn, m) {
     for (const char* part : parts) schema += part;
     m.def(schema.c_str(), {at::Tag::pt2_compliant_tag});
   };
-  def({"recurrent_forward(str cell, Tensor gates_ih, Tensor weight_hh, Tensor? bias_hh, ", kRecurrentWeightsText,
-       kStatesText,
-       "bool[] reverse, bool save, float grad_clip=0.0) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)"});
-  def({"recurrent_backward(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor weight_hh, ",
-       kRecurrentWeightsText, kStatesText,
+  const char forward[] = "(str cell, Tensor gates_ih, Tensor weight_hh, Tensor? bias_hh, ",
+             backward[] = "(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor weight_hh, ",
+             forward_results[] = "Tensor output, Tensor h_n, Tensor c_n, Tensor saved";
+  def({"recurrent_forward", forward, kRecurrentWeightsText, kStatesText,
+       "bool[] reverse, bool save, float grad_clip=0.0) -> (", forward_results, ")"});
+  def({"recurrent_backward", backward, kRecurrentWeightsText, kStatesText,
        "bool[] reverse, Tensor output, Tensor saved, bool initial=True, float grad_clip=0.0) -> (",
        kRecurrentGradientsText + 2, ")"});
+  // Both with tangents beside their arguments and results: jvp.cpp.
+  def({"recurrent_forward_jvp", forward, kRecurrentWeightsText, kStatesText, "bool[] reverse, bool save, float grad_clip",
+       kForwardTangentsText, ") -> (", forward_results,
+       ", Tensor tangent_output, Tensor tangent_h_n, Tensor tangent_c_n, Tensor tangent_saved)"});
+  def({"recurrent_backward_jvp", backward, kRecurrentWeightsText, kStatesText,
+       "bool[] reverse, Tensor output, Tensor saved, bool initial, float grad_clip", kBackwardTangentsText, ") -> (",
+       kRecurrentGradientsText + 2, kTangentGradientsText, ")"});
   // recurrent_forward of gates_ih = weight_ih input + bias_ih, which on a CPU are made a few steps at a time and never
   // stored. Its derivative is made by autograd.cpp.
   def({"layer_forward(str cell, Tensor input, ", kWeightsText, kStatesText,

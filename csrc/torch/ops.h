@@ -21,6 +21,21 @@ struct LayerBackwardArguments {
 LayerBackwardArguments read_layer_backward(Reader from);
 torch::jit::Stack stack_of(const LayerCall& call, const LayerGiven& given, const Needed& needed);
 
+// The recurrence's, which fastrnn/autograd.py calls.
+struct RecurrentForwardArguments {
+  Recurrence call;
+  Tensor gates_ih;
+  bool save;
+};
+RecurrentForwardArguments read_recurrent_forward(Reader& from);
+
+struct RecurrentBackwardArguments {
+  Recurrence call;
+  Given given;
+  bool initial;
+};
+RecurrentBackwardArguments read_recurrent_backward(Reader& from);
+
 // The recurrence's ops and the layer's, for a device that set_recurrent_kernels knows.
 void register_kernels(torch::Library& m);
 

@@ -7,14 +7,12 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/complex.h>
-#include <ATen/ops/imag.h>
-#include <ATen/ops/zeros_like.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "autograd.h"
 #include "call_tensors.h"
+#include "dual_tensors.h"
 #include "layer.h"
 
 namespace fastrnn {
@@ -25,12 +23,6 @@ using torch::autograd::variable_list;
 
 constexpr OptionalTensor LayerGiven::* kGivenGradients[] = {&LayerGiven::grad_output, &LayerGiven::grad_h_n,
                                                             &LayerGiven::grad_c_n, &LayerGiven::grad_cells};
-
-// slope undefined: 0.
-Tensor dual(const Tensor& value, const Tensor& slope = {}) {
-  return at::complex(value, slope.defined() ? slope : at::zeros_like(value));
-}
-Tensor slope_of(const Tensor& x) { return at::imag(x).contiguous(); }  // a view would hold the values, too
 
 // What the node is about.
 struct Twice {
@@ -69,7 +61,7 @@ SecondGradients by_duals(const Twice& twice, const Needed& wanted) {
   SecondGradients found;
   const Tensor* results[] = {&out.output, &out.h_n, &out.c_n, &out.cells};
   for (int i = 0; i < 4; ++i)
-    if (twice.given.*kGivenGradients[i]) found.of_given[i] = slope_of(*results[i]);
+    if (twice.given.*kGivenGradients[i]) found.of_given[i] = slopes_of(*results[i]);
 
   bool any = false;
   for (const bool one : wanted) any |= one;
@@ -82,7 +74,7 @@ SecondGradients by_duals(const Twice& twice, const Needed& wanted) {
   given.may_overwrite = true;
   found.of_call = layer_backward(call, given, wanted);
   for (Tensor& x : found.of_call)
-    if (x.defined()) x = slope_of(x);
+    if (x.defined()) x = slopes_of(x);
   return found;
 }
 

@@ -307,6 +307,15 @@ def test_unbatched_input(mode: str) -> None:
     assert result.status == "ok", result.message
 
 
+@pytest.mark.parametrize("mode", cases.FORWARD_MODE)
+def test_forward_mode(mode: str) -> None:
+    """Against each peer; a row of torch.nn's LSTM says that it has none."""
+    for cell, peer in (("GRU", "torch"), ("RNN", "torch"), ("LSTM", "loop")):
+        result = measure.run_timing(tiny_row(cell, mode), PEERS["fastrnn"], PEERS[peer], FAST)
+        assert result.status == "ok", result.message
+    assert PEERS["torch"].supports(tiny_row("LSTM", mode).case, mode) == "its LSTM has no forward-mode AD"
+
+
 def test_everything_that_training_makes_is_compared() -> None:
     def names(row: Row) -> set[str]:
         return set(measure.prepare(TORCH, row, make_data(row.case))[1])

@@ -33,7 +33,8 @@ def test_private_names_that_autograd_py_needs_exist():
     for owner, names in {
         torch._C: "_AutoDispatchBelowAutograd _ExcludeDispatchKeyGuard _after_autograd_keyset DispatchKeySet "
         "_any_requires_grad _are_functorch_transforms_active DispatchKey _get_dispatch_mode _TorchDispatchModeKey",
-        torch._C._functorch: "peek_interpreter_stack get_interpreter_stack TransformType",
+        torch._C._functorch: "peek_interpreter_stack get_interpreter_stack TransformType unwrap_if_dead get_unwrapped "
+        "is_gradtrackingtensor",
         torch._functorch.utils: "enable_single_level_autograd_function",
         torch.autograd.function: "_SingleLevelFunction",
         forward_ad: "_current_level _set_fwd_grad_enabled",
@@ -134,7 +135,9 @@ def test_dual_numbers(cell: str, options: dict):
             results = function(*map(forward_ad.make_dual, case.inputs, tangents))
             return [tuple(forward_ad.unpack_dual(y)) for y in results]
 
-    actual = run(case.fused)
+    with count_calls() as calls:
+        actual = run(case.fused)
+    assert calls == {"forward jvp": 1}
     assert_close(actual, run(case.composite))
     assert_close([primal for primal, _ in actual], list(case.fused(*case.inputs)))
 

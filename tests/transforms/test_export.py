@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 import fastrnn
-from fastrnn.ops import recurrent_backward, recurrent_forward
+from fastrnn.ops import names_of, recurrent_backward, recurrent_backward_jvp, recurrent_forward, recurrent_forward_jvp
 from tests.transform_cases import (
     FUSED,
     assert_close,
@@ -168,9 +168,19 @@ def _samples() -> dict[str, tuple[Any, ...]]:
         [True] * 3 + [False] + [True] + [False] * 2 + [True] * 2 + [False] * 2,
     )
     groups = torch.randn(70, 2, 40)
+
+    def with_tangents(op: Any, jvp: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        named = dict(zip(names_of(op), given, strict=False)) | {"grad_clip": 0.0}
+        tangents = {f"tangent_{name}": x.cos() for name, x in named.items() if isinstance(x, torch.Tensor)}
+        return tuple((named | tangents).get(name) for name in names_of(jvp))
+
     return {
         "recurrent_forward": (*case.arguments(), True),
         "recurrent_backward": tuple(backward_arguments(case)),
+        "recurrent_forward_jvp": with_tangents(recurrent_forward, recurrent_forward_jvp, (*case.arguments(), True)),
+        "recurrent_backward_jvp": with_tangents(
+            recurrent_backward, recurrent_backward_jvp, tuple(backward_arguments(case))
+        ),
         "layer_forward": ("lstm", x, *weights, *states, True, 0.0, True),
         "layer_backward": ("lstm", *grads, x, *weights, *states, output, saved, needed),
         "quantized_forward": ("lstm", torch.randn(5, 3, 3), *narrow, *rest),

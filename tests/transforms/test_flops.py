@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -173,6 +173,23 @@ def test_every_road_counts_the_same() -> None:
             assert counted(lambda: compiled(x)) == (forward, backward)
     exported = torch.export.export(module, (x,)).module()
     assert counted(lambda: exported(x)) == (forward, backward)
+
+
+def test_forward_mode() -> None:
+    """A product is two where one factor has a slope, and three where both have."""
+    module, x = fastrnn.LSTM(I, H, num_layers=2, proj_size=2), randn(T, B, I, dtype=torch.float32)
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+    forward, backward = counted(lambda: module(x))
+
+    def run(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(module, weights, (x,))[0].sum()
+
+    everything = (weights, x)
+    of_inputs = 2 * T * B * 4 * H * (I + 2)  # torch's linear multiplies with slopes that are zero, too
+    assert counted(lambda: jvp(lambda x: run(weights, x), (x,), (x,)), False)[0] == 2 * forward + of_inputs
+    assert counted(lambda: jvp(run, everything, everything), False)[0] == 3 * forward
+    found = counted(lambda: jvp(grad(run), everything, everything)[1]["weight_ih_l0"], False)[0]
+    assert found == 3 * (forward + backward)
 
 
 def test_an_ensemble_counts_its_members() -> None:

@@ -51,19 +51,59 @@ def test_jvp(cell: str, options: dict):
     """[r03c] torch.func.jvp."""
     case = make_case(cell, requires_grad=False, **options)
     tangents = tuple(torch.randn_like(x) for x in case.inputs)
-    actual = jvp(case.fused, case.inputs, tangents)
+    with count_calls() as calls:
+        actual = jvp(case.fused, case.inputs, tangents)
+    assert calls == {"forward jvp": 1}
     assert_close(actual, jvp(case.composite, case.inputs, tangents))
     assert any(t.any() for t in actual[1])
 
 
 @variants("plain", "everything", "projection-everything")
 def test_hessian(cell: str, options: dict):
-    """[r03d] Forward over reverse, by every pair of arguments."""
+    """[r03d] Forward over reverse, by every pair of arguments: all directions of an argument in one call."""
     case = make_case(cell, requires_grad=False, **(options | {"T": 2, "B": 1}))
     every = tuple(range(len(case.inputs)))
-    actual = hessian(loss_of(case.fused), argnums=every)(*case.inputs)
+    with count_calls() as calls:
+        actual = hessian(loss_of(case.fused), argnums=every)(*case.inputs)
+    assert calls == {"forward jvp": 1, "backward jvp": 1}
     assert_close(actual, hessian(loss_of(case.composite), argnums=every)(*case.inputs))
     assert actual[0][0].any()
+
+
+@variants("plain", "everything", "projection-everything")
+def test_grad_of_grad(cell: str, options: dict):
+    """Reverse over reverse, by every argument, and through the arguments of what was outside of torch.func."""
+    case = make_case(cell, **options)
+    every = tuple(range(len(case.inputs)))
+
+    def first(run: Function) -> Function:
+        return loss_of(grad(loss_of(run), argnums=every))
+
+    constant = [x.detach() for x in case.inputs]
+    with count_calls() as calls:
+        actual = grad(first(case.fused), argnums=every)(*constant)
+    assert set(calls) == {"forward", "backward", "forward jvp", "backward jvp"}
+    assert_close(actual, grad(first(case.composite), argnums=every)(*constant))
+    with count_calls() as calls:
+        actual = torch.autograd.grad(first(case.fused)(*case.inputs), case.inputs)
+    assert set(calls) == {"forward", "backward", "forward jvp", "backward jvp"}
+    assert_close(actual, torch.autograd.grad(first(case.composite)(*case.inputs), case.inputs))
+
+
+def test_third_order_of_grad():
+    """grad of grad of grad, and forward over a pullback of a pullback that was made outside."""
+    case = make_case("gru", T=2, B=1, requires_grad=False, resets="rows", reset_state=True)
+    every = tuple(range(len(case.inputs)))
+
+    def third(run: Function) -> tuple:
+        function = loss_of(run)
+        for _ in range(2):
+            function = loss_of(grad(function, argnums=every))
+        _, pull = vjp(grad(loss_of(run), argnums=every), *case.inputs)
+        along = tuple(x.cos() for x in case.inputs)
+        return grad(function, argnums=every)(*case.inputs), jvp(lambda *u: pull(u), along, along)
+
+    assert_close(third(case.fused), third(case.composite))
 
 
 @pytest.mark.parametrize("inner", [jacfwd, jacrev])
@@ -353,6 +393,9 @@ def test_module_jvp_and_hessian(kind: str):
         bias = torch.zeros(1, module.weight_hh_l0.shape[1], dtype=torch.float64)
         return jvp(of_parameters, (parameters,), (tangents,)), hessian(of_bias)(bias)
 
-    actual = run()
+    with count_calls() as calls:
+        actual = run()
+    layers = calls_of(module)
+    assert calls == {"forward jvp": 2 * layers, "backward jvp": layers}
     with modules_by_reference():
         assert_close(actual, run())

@@ -1,0 +1,20 @@
+// Tensors of dual numbers (csrc/cpu/dual-inl.h), which torch has as complex ones.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/complex.h>
+#include <ATen/ops/imag.h>
+#include <ATen/ops/real.h>
+#include <ATen/ops/zeros_like.h>
+
+namespace fastrnn {
+
+// slope undefined: 0.
+inline at::Tensor dual(const at::Tensor& value, const at::Tensor& slope = {}) {
+  return at::complex(value, slope.defined() ? slope : at::zeros_like(value));
+}
+
+// Tensors of their own, for a view would hold both.
+inline at::Tensor values_of(const at::Tensor& x) { return at::real(x).clone(at::MemoryFormat::Contiguous); }
+inline at::Tensor slopes_of(const at::Tensor& x) { return at::imag(x).clone(at::MemoryFormat::Contiguous); }
+
+}  // namespace fastrnn

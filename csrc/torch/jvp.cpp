@@ -1,0 +1,100 @@
+// The recurrence's ops in forward-mode AD, on a CPU in float32 and float64: arguments and their tangents in, results and
+// their tangents out. One run of the op's own kernel on dual numbers (csrc/cpu/dual-inl.h) makes both. Of backward that is
+// half of a Hessian-vector product, forward over reverse. fastrnn/autograd.py calls them, and makes their derivatives.
+#include <torch/library.h>
+
+#include <initializer_list>
+
+#include "check.h"
+#include "dual_tensors.h"
+#include "ops.h"
+
+namespace fastrnn {
+namespace {
+
+using torch::jit::Stack;
+
+// The tangents of a call, in their order.
+class Tangents {
+ public:
+  Tangents(const c10::OperatorHandle& op, Reader& from) : op_(op), from_(from) {}
+  // Makes x dual with the next one. Is there one?
+  bool join(Tensor& x) {
+    const OptionalTensor tangent = from_.optional();
+    x = dual(x, tangent ? *tangent : Tensor());
+    return tangent.has_value();
+  }
+  bool join(OptionalTensor& x) {
+    if (x) return join(*x);
+    RNN_CHECK(!from_.optional(), op_.operator_name().name, ": expected no tangent of an argument that is none, got one");
+    return false;
+  }
+
+ private:
+  const c10::OperatorHandle& op_;
+  Reader& from_;
+};
+
+const RecurrentKernels& kernels_for(const c10::OperatorHandle& op, const char* name, const Tensor& x) {
+  RNN_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, op.operator_name().name, ": ", name,
+                 ": expected float32 or float64, got ", x.scalar_type());
+  return *recurrent_kernels(at::kCPU);
+}
+
+// Says that a call's tensors are dual, and makes its constants so.
+void mark_dual(Recurrence& args) {
+  args.dual = true;
+  for (OptionalTensor* x : {&args.states.mask_h, &args.states.keep_h, &args.states.keep_c})
+    if (*x) *x = dual(**x);
+}
+
+// As a call's results: the values of dual ones, and then their slopes.
+void give(const c10::OperatorHandle& op, Stack& stack, std::initializer_list<const Tensor*> results) {
+  torch::jit::drop(stack, op.schema().arguments().size());
+  for (const Tensor* x : results) stack.emplace_back(values_of(*x));
+  for (const Tensor* x : results) stack.emplace_back(slopes_of(*x));
+}
+
+#define FASTRNN_JOIN(name) [[maybe_unused]] const bool slope_of_##name = tangents.join(name);
+
+void recurrent_forward_jvp(const c10::OperatorHandle& op, Stack* stack) {
+  Reader from(torch::jit::last(*stack, op.schema().arguments().size()));
+  RecurrentForwardArguments args = read_recurrent_forward(from);
+  auto& [h_0, c_0, lengths, resets, reset_h, reset_c, mask_h, keep_h, keep_c] = args.call.states;
+  Tensor &gates_ih = args.gates_ih, &weight_hh = args.call.weight_hh;
+  OptionalTensor &bias_hh = args.call.bias_hh, &weight_hr = args.call.weight_hr, &params = args.call.params;
+  const RecurrentKernels& kernels = kernels_for(op, "gates_ih", gates_ih);
+  Tangents tangents(op, from);
+  FASTRNN_FOR_EACH_FORWARD_TANGENT(FASTRNN_JOIN)
+  args.call.constant_weights = !slope_of_weight_hh && !slope_of_weight_hr;
+  mark_dual(args.call);
+  const LayerResults out = kernels.forward(args.call, gates_ih, args.save, {});
+  give(op, *stack, {&out.output, &out.h_n, &out.c_n, &out.saved});
+}
+
+void recurrent_backward_jvp(const c10::OperatorHandle& op, Stack* stack) {
+  Reader from(torch::jit::last(*stack, op.schema().arguments().size()));
+  RecurrentBackwardArguments args = read_recurrent_backward(from);
+  auto& [h_0, c_0, lengths, resets, reset_h, reset_c, mask_h, keep_h, keep_c] = args.call.states;
+  auto& [grad_output, grad_h_n, grad_c_n, grad_cells, output, saved, in_place] = args.given;
+  Tensor& weight_hh = args.call.weight_hh;
+  OptionalTensor &weight_hr = args.call.weight_hr, &params = args.call.params;
+  const RecurrentKernels& kernels = kernels_for(op, "output", output);
+  Tangents tangents(op, from);
+  FASTRNN_FOR_EACH_BACKWARD_TANGENT(FASTRNN_JOIN)
+  args.call.constant_weights = !slope_of_weight_hh && !slope_of_weight_hr;
+  mark_dual(args.call);
+  const RecurrentGradients out = kernels.backward(args.call, args.given, args.initial, /*together=*/false);
+#define FASTRNN_ADDRESS(name) &out.name,
+  give(op, *stack, {FASTRNN_FOR_EACH_RECURRENT_GRADIENT(FASTRNN_ADDRESS)});
+#undef FASTRNN_ADDRESS
+}
+#undef FASTRNN_JOIN
+
+TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
+  m.impl("recurrent_forward_jvp", torch::CppFunction::makeFromBoxedFunction<&recurrent_forward_jvp>());
+  m.impl("recurrent_backward_jvp", torch::CppFunction::makeFromBoxedFunction<&recurrent_backward_jvp>());
+}
+
+}  // namespace
+}  // namespace fastrnn
