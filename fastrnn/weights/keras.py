@@ -15,7 +15,19 @@ from torch import Tensor, nn
 
 from .. import modules
 from ..records import LayerWeights
-from .parameters import Cell, Module, check_module, copy_into, directions, gates, names, reordered, restored, tensor
+from .parameters import (
+    Cell,
+    Module,
+    check_module,
+    check_rank,
+    copy_into,
+    directions,
+    gates,
+    names,
+    reordered,
+    restored,
+    tensor,
+)
 
 _ORDERS: dict[Cell, tuple[int, ...]] = {"LSTM": (0, 1, 2, 3), "GRU": (1, 0, 2), "RNN": (0,)}
 _KINDS = {
@@ -43,7 +55,7 @@ def from_keras(source: Any, *, batch_first: bool = True) -> Module:
         TypeError: another kind of layer.
         ValueError: what the equations of torch's modules lack: activations other than tanh and sigmoid (relu for
             SimpleRNN), ``reset_after=False`` of a cell, ``go_backwards``, a ``merge_mode`` other than 'concat'; layers
-            that do not fit on each other; a layer that is not built.
+            that do not fit on each other; a layer that is not built; a config or an array that is none.
     """
     layers = list(source) if isinstance(source, (list, tuple)) else [source]
     if not layers:
@@ -70,8 +82,9 @@ def from_keras(source: Any, *, batch_first: bool = True) -> Module:
     arrays = [layer.get_weights() for layer in layers]
     if not arrays[0]:
         raise ValueError("source: expected a layer that is built, got one without weights")
-    given: dict[str, Any] = dict(input_size=len(arrays[0][0]), hidden_size=units, bias=use_bias)
-    given["dtype"] = tensor(arrays[0][0]).dtype
+    kernel = tensor("kernel", arrays[0][0])
+    check_rank("kernel", kernel, "[I, gates * units]")
+    given: dict[str, Any] = dict(input_size=len(kernel), hidden_size=units, bias=use_bias, dtype=kernel.dtype)
     if kind.startswith("RNN"):
         given["nonlinearity"] = activation
     if not kind.endswith("Cell"):
@@ -163,7 +176,9 @@ def _by_layer(source: Any) -> list[Sequence[Any]]:
 
 def _from_arrays(kind: Cell, H: int, arrays: Sequence[Any], two_biases: bool) -> LayerWeights:
     order = _ORDERS[kind]
-    kernel, recurrent_kernel, *biases = map(tensor, arrays)
+    kernel, recurrent_kernel, *biases = (
+        tensor(name, x) for name, x in zip(("kernel", "recurrent_kernel", "bias"), arrays, strict=False)
+    )
     for name, x in (("kernel", kernel), ("recurrent_kernel", recurrent_kernel)):
         if x.dim() != 2 or x.shape[1] != len(order) * H:
             raise ValueError(f"{name}: expected [*, {len(order) * H}] ({len(order)} * units), got {list(x.shape)}")
@@ -208,4 +223,11 @@ def _checked_config(layer: Any, *, reverse: bool) -> tuple[int, bool, str, bool]
         if config.get(name, values[0]) not in values:
             wanted = " or ".join(map(repr, values))
             raise ValueError(f"{name}: expected {wanted}, got {config[name]!r}")
-    return config["units"], config["use_bias"], config["activation"], config.get("reset_after", True)
+    kinds = {"units": int, "use_bias": bool, "activation": str, "reset_after": bool}
+    found = {name: config.get(name, True if name == "reset_after" else None) for name in kinds}
+    for name, type_ in kinds.items():
+        if type(found[name]) is not type_:
+            raise ValueError(f"{name}: expected {type_.__name__} in the layer's config, got {found[name]!r:.80}")
+    if found["units"] < 1:
+        raise ValueError(f"units: expected a number above 0, got {found['units']}")
+    return found["units"], found["use_bias"], found["activation"], found["reset_after"]

@@ -16,7 +16,18 @@ from torch import Tensor, nn
 from .. import heads, modules
 from ..checks import are_tokens, given_lengths
 from ..records import LayerWeights
-from .parameters import Cell, Module, check_module, copy_into, directions, gates, reordered, restored, tensor
+from .parameters import (
+    Cell,
+    Module,
+    check_module,
+    check_rank,
+    copy_into,
+    directions,
+    gates,
+    reordered,
+    restored,
+    tensor,
+)
 
 ORDERS: dict[Cell, tuple[int, ...]] = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
 _INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
@@ -95,9 +106,8 @@ def from_onnx(node: Any, initializers: Mapping[str, Any]) -> OnnxLayer:
 
     Raises:
         TypeError: another operator.
-        ValueError: W, R or B is not there or has another shape; what the equations of torch's modules lack: other than
-            the default activations (Relu for an RNN), ``input_forget``,
-            ``clip``.
+        ValueError: an initialiser is not there, has another shape or is no array of numbers; what the equations of
+            torch's modules lack: other than the default activations (Relu for an RNN), ``input_forget``, ``clip``.
     """
     kind = getattr(node, "op_type", type(node).__name__)
     if kind not in ORDERS or node.domain not in ("", "ai.onnx"):
@@ -120,7 +130,7 @@ def from_onnx(node: Any, initializers: Mapping[str, Any]) -> OnnxLayer:
 
     def given(name: str) -> Tensor | None:
         x = initializers.get(inputs.get(name, ""))
-        return None if x is None else tensor(_array(x))
+        return None if x is None else tensor(name, _array(x))
 
     W, R, B, P = (given(name) for name in "WRBP")
     for name, x in (("W", W), ("R", R), ("B", B), ("P", P)):
@@ -128,6 +138,10 @@ def from_onnx(node: Any, initializers: Mapping[str, Any]) -> OnnxLayer:
             raise ValueError(f"{name}: expected {inputs.get(name, '')!r} to be among the initialisers")
     assert W is not None
     assert R is not None
+    check_rank("W", W, "[D, gates * H, I]")
+    check_rank("R", R, "[D, gates * H, H]")
+    if integer("layout") not in (0, 1):
+        raise ValueError(f"layout: expected 0 or 1, got {integer('layout')}")
     G, H = gates(kind), R.shape[-1]
     if "hidden_size" in attributes and integer("hidden_size") != H:
         raise ValueError(f"R: expected hidden_size {integer('hidden_size')} for its last dimension, got {H}")
@@ -159,6 +173,11 @@ def from_onnx(node: Any, initializers: Mapping[str, Any]) -> OnnxLayer:
     states = {name: x for name in names if (x := given(name)) is not None}
     if states and len(states) < len(names):
         raise ValueError(f"{names}: expected all of them or none to be among the initialisers, got {list(states)}")
+    for name, x in states.items():
+        check_rank(name, x, "[D, B, H]")
+    lengths = given("sequence_lens")
+    if lengths is not None and (lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype is torch.bool):
+        raise ValueError(f"sequence_lens: expected integers [B], got {lengths.dtype} {list(lengths.shape)}")
     hx: Any = None
     if states:
         zeros = torch.zeros_like(next(iter(states.values())))
@@ -166,7 +185,7 @@ def from_onnx(node: Any, initializers: Mapping[str, Any]) -> OnnxLayer:
         if module.batch_first:  # ONNX' states are then, too
             h, c = h.transpose(0, 1).contiguous(), c.transpose(0, 1).contiguous()
         hx = (h, c) if kind == "LSTM" else h
-    return OnnxLayer(Reversed(module) if direction == "reverse" else module, hx, given("sequence_lens"))
+    return OnnxLayer(Reversed(module) if direction == "reverse" else module, hx, lengths)
 
 
 def to_onnx(module: Module | Reversed, *, states: bool = False, lengths: bool = False) -> Any:

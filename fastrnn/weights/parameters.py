@@ -68,13 +68,29 @@ def restored(x: Tensor, order: Sequence[int]) -> Tensor:
     return reordered(x, [order.index(k) for k in range(len(order))])
 
 
-def tensor(x: Any) -> Tensor:
+def tensor(name: str, x: Any) -> Tensor:
     """A tensor with a copy of an array; NumPy's bfloat16 of ml_dtypes included."""
     if isinstance(x, Tensor):
-        return x.detach().clone()
-    if getattr(getattr(x, "dtype", None), "name", "") == "bfloat16":
-        return torch.tensor(x.astype("float32")).to(torch.bfloat16)
-    return torch.tensor(x)
+        found = x.detach().clone()
+    elif getattr(getattr(x, "dtype", None), "name", "") == "bfloat16":
+        found = torch.tensor(x.astype("float32")).to(torch.bfloat16)
+    else:
+        try:
+            found = torch.tensor(x)
+        except (TypeError, ValueError, RuntimeError) as error:  # of whatever stands in a file in an array's place
+            of = getattr(x, "dtype", type(x).__name__)
+            raise ValueError(f"{name}: expected an array of numbers, got {of}") from error
+    if found.is_complex():
+        raise ValueError(f"{name}: expected an array of real numbers, got {found.dtype}")
+    return found
+
+
+def check_rank(name: str, x: Tensor, sizes: str) -> None:
+    """Of an array of a float dtype; sizes: as a message tells them, "[D, B, H]"."""
+    if x.dim() != sizes.count(",") + 1:
+        raise ValueError(f"{name}: expected {sizes}, got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: expected a float dtype, got {x.dtype}")
 
 
 def copy_into(module: Module, weights: Sequence[Sequence[LayerWeights]]) -> None:
