@@ -264,6 +264,8 @@ class _ClampLevel(torch.autograd.function._SingleLevelFunction):
 
 
 def _clamp_kernel(keyset: Any, x: Tensor, limit: float) -> Tensor:
+    if x is None:  # which a schema's Tensor may be
+        raise TypeError("clamp_gradient: x: expected a tensor, got None")
     if _tangents_of((x,)):  # the tangent is the derivative's: nothing is clamped on the way forward
         primal, tangent = forward_ad.unpack_dual(x, level=0)
         return forward_ad.make_dual(clamp_gradient(primal, limit), tangent, level=0)

@@ -111,8 +111,7 @@ class _Checker:
 
     def __init__(self, op: str, name: str, args: dict[str, Any]) -> None:
         cell, reference, weight_hh = args["cell"], args[name], args["weight_hh"]
-        if cell not in CELLS:
-            raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
+        _check_cell(cell)
         self.op, self.name, self.reference, self.info = op, name, reference, CELLS[cell]
         if reference.dtype not in _DTYPES:
             raise TypeError(f"{op}: {name}: expected float32, float64, bfloat16 or float16, got {reference.dtype}")
@@ -242,15 +241,36 @@ layer_forward = torch.ops.fastrnn.layer_forward.default
 layer_backward = torch.ops.fastrnn.layer_backward.default
 
 
-def _layer_sizes(given: dict[str, Any]) -> tuple[int, int, int]:
+def _check_cell(cell: str) -> None:
+    if cell not in CELLS:
+        raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
+
+
+def _layer_sizes(op: str, given: dict[str, Any]) -> tuple[int, int, int]:
     """P, R, h"""
-    Gh, R = given["weight_hh"][0].shape
-    return len(given["reverse"]), R, Gh // CELLS[given["cell"]].gates
+    _check_cell(given["cell"])
+    P = len(given["reverse"])
+    if P == 0:
+        raise RuntimeError(f"{op}: reverse: expected a value for every group, got none")
+    for name in LayerWeights._fields:
+        count = len(given[name] or ())
+        if count != P and (count or name == "weight_hh"):
+            raise RuntimeError(f"{op}: {name}: expected {P} tensors (groups), got {count}")
+    weight = given["weight_hh"][0]
+    if weight.dim() != 2:
+        raise RuntimeError(f"{op}: weight_hh: expected 2 dimensions (gates * hidden, width), got {list(weight.shape)}")
+    Gh, R = weight.shape
+    return P, R, Gh // CELLS[given["cell"]].gates
+
+
+def _input_sizes(given: dict[str, Any]) -> str:
+    rows = "T, B" if given["batch_sizes"] is None else "N"
+    return f"[{rows}, features], or tokens [{rows}] of an integer dtype"
 
 
 def _check_layer(given: dict[str, Any], B: int) -> None:
     """That tensors of a call of layer_forward fit each other: one without data brings all of them here."""
-    P, R, h = _layer_sizes(given)
+    P, R, h = _layer_sizes("layer_forward", given)
     input = given["input"]
     dense = input.is_floating_point()
     first, whose = (input, "input") if dense else (given["weight_ih"][0], "weight_ih")
@@ -282,9 +302,13 @@ def _check_layer(given: dict[str, Any], B: int) -> None:
 @torch.library.register_fake("fastrnn::layer_forward", lib=library)
 def _(*args, **kwargs):
     given = named(layer_forward, args, kwargs)
-    P, R, h = _layer_sizes(given)
+    P, R, h = _layer_sizes("layer_forward", given)
     input, h_0, info = given["input"], given["h_0"], CELLS[given["cell"]]
     tokens = not input.is_floating_point()
+    if input.dim() != 3 - tokens - (given["batch_sizes"] is not None):
+        raise RuntimeError(f"layer_forward: input: expected {_input_sizes(given)}, got {list(input.shape)}")
+    if not given["weight_ih"]:
+        raise RuntimeError(f"layer_forward: weight_ih: expected {P} tensors (groups), got 0")
     steps = input.shape if tokens else input.shape[:-1]  # T, B or N
     if h_0 is not None:
         B = h_0.shape[1]
@@ -304,7 +328,7 @@ def _(*args, **kwargs):
 @torch.library.register_fake("fastrnn::layer_backward", lib=library)
 def _(*args, **kwargs):
     given = named(layer_backward, args, kwargs)
-    P, R, h = _layer_sizes(given)
+    P, R, h = _layer_sizes("layer_backward", given)
     input, weight_ih, output = given["input"], given["weight_ih"], given["output"]
     dense = input is not None and input.is_floating_point()
     I = input.shape[-1] if dense else weight_ih[0].shape[1] if weight_ih else 0  # noqa: E741

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
-#include <new>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -47,9 +46,11 @@ struct Free {
 
 using Memory = std::unique_ptr<char, Free>;
 
+// Fails as torch's allocator does, with its words: they are what callers look for.
 Memory allocate(int64_t bytes) {
   Memory memory(static_cast<char*>(std::aligned_alloc(64, bytes)));
-  if (!memory) throw std::bad_alloc();
+  if (!memory)
+    throw std::runtime_error("can't allocate memory: the workspace of a call takes " + std::to_string(bytes) + " bytes");
   return memory;
 }
 

@@ -56,28 +56,39 @@ struct Padded {
   Tensor lengths;  // on the CPU, falling
 
   // like: of whose rows there are as many as the sequences have together
-  Padded(const char* op, const LayerCall& packed, const Tensor& like) : call(packed), batch_sizes_(*packed.batch_sizes) {
+  Padded(const char* op, const LayerCall& packed, const Tensor& like)
+      : call(packed), op_(op), rows_(like.dim() > 0 ? like.size(0) : 0), batch_sizes_(*packed.batch_sizes) {
     RNN_CHECK(like.dim() > 0, op, ": input: expected rows of a packed sequence, got ", like.sizes());
     check_packed(op, packed, like.size(0));
     call.batch_sizes = std::nullopt;
   }
   // [N, n] -> [T, B, n], zeros behind each row's end
-  Tensor pad(const Tensor& x) {
-    auto [padded, of_rows] = at::_pad_packed_sequence(x, batch_sizes_, false, 0.0, batch_sizes_.size(0));
+  Tensor pad(const char* name, const Tensor& x) {
+    check_storage(op_, name, x);
+    RNN_CHECK(x.dim() > 0 && x.size(0) == rows_, op_, ": ", name, ": expected ", rows_,
+              " rows of a packed sequence, got ", x.sizes());
+    const bool empty = x.dim() == 2 && x.size(1) == 0;  // which torch's routine takes no views of
+    auto [padded, of_rows] = at::_pad_packed_sequence(empty ? x.new_zeros({rows_, 1}) : x, batch_sizes_, false, 0.0,
+                                                      batch_sizes_.size(0));
     lengths = of_rows;
     call.states.lengths = lengths;
-    return padded;
+    return empty ? padded.narrow(2, 0, 0) : padded;
   }
-  OptionalTensor pad(const OptionalTensor& x) { return x ? OptionalTensor(pad(*x)) : std::nullopt; }
+  OptionalTensor pad(const char* name, const OptionalTensor& x) {
+    return x ? OptionalTensor(pad(name, *x)) : std::nullopt;
+  }
   void pad_states() {
-    call.states.keep_h = pad(call.states.keep_h);
-    call.states.keep_c = pad(call.states.keep_c);
+    call.states.keep_h = pad("keep_h", call.states.keep_h);
+    call.states.keep_c = pad("keep_c", call.states.keep_c);
   }
   Tensor pack(const Tensor& x) const {
+    if (x.defined() && x.dim() == 3 && x.size(2) == 0) return x.new_empty({rows_, 0});  // an Elman network saves nothing
     return x.defined() && x.numel() ? std::get<0>(at::_pack_padded_sequence(x, lengths, false)) : x;
   }
 
  private:
+  const char* op_;
+  int64_t rows_;
   Tensor batch_sizes_;
 };
 
@@ -133,9 +144,10 @@ Tensor look_up(const Tensor& tokens, const Tensor& weight) {
 
 LayerResults forward_by_products(const LayerCall& call, bool save) {
   check_storage("layer_forward", "input", call.input);
+  if (call.states.lengths) check_storage("layer_forward", "lengths", *call.states.lengths);
   if (call.batch_sizes) {
     Padded padded("layer_forward", call, call.input);
-    padded.call.input = padded.pad(call.input);
+    padded.call.input = padded.pad("input", call.input);
     padded.pad_states();
     LayerResults out = forward_by_products(padded.call, save);
     out.output = padded.pack(out.output);
@@ -189,6 +201,7 @@ Tensor states_before(const LayerCall& call, const Tensor& after, const OptionalT
   const OptionalTensor &resets = call.states.resets, &lengths = call.states.lengths;
   const bool reverse = call.reverse[p];
   const int64_t T = after.size(0);
+  if (T == 0) return after;
   const Tensor start = own(initial);
   Tensor before = reverse ? at::cat({after.narrow(0, 1, T - 1), start}) : at::cat({start, after.narrow(0, 0, T - 1)});
   if (resets) {
@@ -215,6 +228,7 @@ void weight_hh_gradient(const LayerCall& call, const Tensor& gates, const Tensor
     kernels_of(output).product(out, a.t(), b, add, output.size(0));
   };
   const int64_t T = output.size(0), B = output.size(1);
+  if (T == 0) return void(out.zero_());
   const Tensor grad = gates.flatten(0, 1), h = output.flatten(0, 1);
   if (call.states.resets || call.states.mask_h)
     return product(grad, multiplied_states(call, output, p).flatten(0, 1), false);
@@ -255,12 +269,12 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
   const RecurrentKernels& kernels = kernels_of(given.output);
   if (call.batch_sizes) {
     Padded padded("layer_backward", call, given.output);
-    if (call.input.defined()) padded.call.input = padded.pad(call.input);
+    if (call.input.defined()) padded.call.input = padded.pad("input", call.input);
     LayerGiven all = given;
-    all.output = padded.pad(given.output);
-    all.saved = padded.pad(given.saved);
-    all.grad_output = padded.pad(given.grad_output);
-    all.grad_cells = padded.pad(given.grad_cells);
+    all.output = padded.pad("output", given.output);
+    all.saved = padded.pad("saved", given.saved);
+    all.grad_output = padded.pad("grad_output", given.grad_output);
+    all.grad_cells = padded.pad("grad_cells", given.grad_cells);
     all.may_overwrite = true;  // the padded copy
     padded.pad_states();
     LayerGradients grads = backward_by_products(padded.call, all, needed);
@@ -277,6 +291,12 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
   const RecurrentGradients found = kernels.backward(args, of_kernel, initial, /*together=*/true);
   LayerGradients grads = from_recurrence(call, given, found, needed);
   const int64_t T = given.output.size(0), B = given.output.size(1), P = call.groups();
+  if (call.input.defined()) {
+    const int64_t dims = are_tokens(call.input) ? 2 : 3;
+    RNN_CHECK(call.input.dim() == dims && call.input.size(0) == T && call.input.size(1) == B,
+              "layer_backward: input: expected ", dims, " dimensions that begin with ", T, " steps of ", B,
+              " rows, got ", call.input.sizes());
+  }
   const int64_t Gh = found.gates_ih.size(2) / P;
   const Tensor gates_hh = found.gates_hh.numel() ? found.gates_hh : found.gates_ih;
   const Tensor rows = found.gates_ih.flatten(0, 1);  // a view, in place too
@@ -419,6 +439,13 @@ bool takes_grad_cells(const Tensor& output) {
 }
 
 LayerGradients layer_backward(const LayerCall& call, const LayerGiven& given, const Needed& needed) {
+  const char* op = "layer_backward";
+  const bool weight_ih = !call.weights.weight_ih.empty();
+  RNN_CHECK(!needed[kOf_input] || weight_ih, op, ": weight_ih: expected a tensor where input's gradient is needed, got none");
+  RNN_CHECK(!needed[kOf_weight_ih] || call.input.defined(), op,
+            ": input: expected a tensor where weight_ih's gradient is needed, got none");
+  RNN_CHECK(!needed[kOf_weight_ih] || weight_ih || !are_tokens(call.input), op,
+            ": weight_ih: expected a tensor where its gradient is of tokens, got none");
   LayerGradients grads = is_one_kernel(call, given.output) ? backward_by_kernel(call, given, needed)
                                                            : backward_by_products(call, given, needed);
   for (int i = 0; i < kGradients; ++i)

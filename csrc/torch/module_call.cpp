@@ -51,10 +51,15 @@ const Tensor* plain(PyObject* x, std::optional<at::ScalarType> dtype, bool& diff
   return t;
 }
 
-// Contiguous, and with its memory: somebody may have resized the storage.
+// Has it its memory? Somebody may have resized the storage.
+bool has_memory(const Tensor& t) {
+  if (t.is_contiguous()) return (t.storage_offset() + t.numel()) * t.itemsize() <= t.storage().nbytes();
+  return at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.itemsize(), t.storage_offset()) <=
+         t.storage().nbytes();
+}
+
 bool has_sizes(const Tensor& t, std::initializer_list<int64_t> sizes) {
-  return t.sizes() == at::IntArrayRef(sizes) && t.is_contiguous() &&
-         (t.storage_offset() + t.numel()) * t.itemsize() <= t.storage().nbytes();
+  return t.sizes() == at::IntArrayRef(sizes) && t.is_contiguous() && has_memory(t);
 }
 
 // What a call reads once the GIL is released: another thread may give a parameter other memory then, or let it go.
@@ -244,7 +249,8 @@ bool find_states(PyObject* hx, ModuleCall& call) {
 bool find_resets(PyObject* resets, int time, ModuleCall& call) {
   if (resets == Py_None) return true;
   const Tensor* t = plain(resets, at::kBool, call.differentiable);
-  if (!t || call.step || t->dim() != 2 || t->size(time) != call.T || t->size(1 - time) != call.B) return false;
+  if (!t || call.step || t->dim() != 2 || t->size(time) != call.T || t->size(1 - time) != call.B || !has_memory(*t))
+    return false;
   call.resets = Held(*t);
   call.resets_stride_t = t->stride(time);
   call.resets_stride_b = t->stride(1 - time);
@@ -353,7 +359,7 @@ PyObject* module_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   call.stride_t = call.step ? 0 : input->stride(time);
   call.B = input->size(batch);
   call.stride_b = input->stride(batch);
-  if (call.T < 1 || call.B < 1 || !find_layers(args[0], args[1], input->size(-1), call) ||
+  if (call.T < 1 || call.B < 1 || !has_memory(*input) || !find_layers(args[0], args[1], input->size(-1), call) ||
       !find_states(args[5], call) || !find_resets(args[6], time, call))
     Py_RETURN_NONE;
   std::array<Tensor, 3> results;

@@ -69,6 +69,7 @@ void draw(S* to, int64_t count, uint64_t seed, uint64_t below) {
 
 Tensor bernoulli_cpu(const Tensor& seed, at::IntArrayRef size, double p, at::ScalarType dtype) {
   RNN_CHECK_TYPE(seed.scalar_type() == at::kLong, "bernoulli: seed: expected dtype int64, got ", seed.scalar_type());
+  check_storage("bernoulli", "seed", seed);
   RNN_CHECK_VALUE(p >= 0 && p <= 1, "bernoulli: p: expected a probability, 0 to 1, got ", p);
   std::vector<int64_t> sizes = seed.sizes().vec();
   sizes.insert(sizes.end(), size.begin(), size.end());
@@ -434,7 +435,10 @@ TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
-  m.impl("clamp_gradient", [](const Tensor& x, double) { return x.clone(); });
+  m.impl("clamp_gradient", [](const Tensor& x, double) {
+    check_storage("clamp_gradient", "x", x);
+    return x.clone();
+  });
 }
 
 TORCH_LIBRARY_IMPL(fastrnn, Autograd, m) {

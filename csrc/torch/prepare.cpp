@@ -10,6 +10,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
+#include <initializer_list>
 #include <string>
 
 #include "../cells/registry.h"
@@ -26,6 +28,7 @@ struct Dims {
 
 // Checked: what a packed sequence's batch sizes must be for [N, ..] tensors of `rows` rows.
 const int64_t* checked_batch_sizes(const char* op, const Tensor& x, int64_t rows) {
+  check_storage(op, "batch_sizes", x);
   RNN_CHECK(x.scalar_type() == at::kLong && x.is_cpu() && x.dim() == 1 && x.size(0) > 0 && x.is_contiguous(), op,
             ": batch_sizes: expected a contiguous vector of int64 on the CPU, got ", x.scalar_type(), " ",
             x.sizes(), " on ", x.device());
@@ -34,10 +37,19 @@ const int64_t* checked_batch_sizes(const char* op, const Tensor& x, int64_t rows
   for (int64_t t = 0; t < x.size(0); ++t) {
     RNN_CHECK_VALUE(sizes[t] >= 0 && (t == 0 || sizes[t] <= sizes[t - 1]), op,
                     ": batch_sizes: expected sizes that do not grow, got ", sizes[t], " at index ", t);
-    sum += sizes[t];
+    RNN_CHECK_VALUE(!__builtin_add_overflow(sum, sizes[t], &sum), op, ": batch_sizes: expected a sum of ", rows,
+                    " (rows of data), got one past 64 bits");
   }
   RNN_CHECK_VALUE(sum == rows, op, ": batch_sizes: expected a sum of ", rows, " (rows of data), got ", sum);
   return sizes;
+}
+
+// Does the product, in bytes, fit an offset? Sizes of 0 hide no others: what has no elements may have any size besides.
+bool is_addressable(std::initializer_list<int64_t> sizes) {
+  int64_t bytes = 16;  // of the widest element, a dual number in float64
+  for (const int64_t size : sizes)
+    if (__builtin_mul_overflow(bytes, std::max<int64_t>(size, 1), &bytes)) return false;
+  return true;
 }
 
 }  // namespace
@@ -100,6 +112,11 @@ class Checker {
     dims_ = {reference.size(0), reference.size(1), weight[0], info_.gates, weight[1] / info_.gates, weight[2],
              saved_values(info_, args.states.keep_h.has_value(), args.states.keep_c.has_value()), info_.in_c(),
              args.batch_sizes.has_value(), 0};
+    // From here on, in the kernels too, sizes are multiplied without a look: so this is the one at their products.
+    RNN_CHECK(is_addressable({dims_.T, dims_.B, dims_.P, dims_.G + dims_.S + dims_.C, dims_.h}) &&
+                  is_addressable({dims_.T, dims_.B, dims_.P, dims_.R}) && is_addressable({dims_.P, weight[1], dims_.R}),
+              op_, ": ", reference_name, ": expected sizes whose products fit 64 bits, got ", reference.sizes(),
+              " with weight_hh ", weight);
     dims_.rows = dims_.packed ? reference.size(0) : dims_.T * dims_.B;
     if (dims_.packed) {
       batch_sizes_ = checked_batch_sizes(op, *args.batch_sizes, dims_.rows);
@@ -276,6 +293,7 @@ class Checker {
     const Tensor& x = *args.lengths;
     RNN_CHECK_TYPE(at::isIntegralType(x.scalar_type(), /*includeBool=*/false), op_,
                    ": lengths: expected an integer dtype, got ", x.scalar_type());
+    check_storage(op_, "lengths", x);
     RNN_CHECK(x.dim() >= 1 && x.dim() <= 2 && x.size(0) == dims_.B && (x.dim() == 1 || x.size(1) == dims_.P), op_,
               ": lengths: expected [", dims_.B, "] or [", dims_.B, ", ", dims_.P, "] (batch, groups), got ",
               x.sizes());
@@ -351,6 +369,7 @@ OptionalTensor stacked(const Group& group) {
 Recurrence recurrence_of(const LayerCall& call) {
   const Weights& w = call.weights;
   const int64_t P = call.groups();
+  RNN_CHECK(P > 0, "layer_forward: reverse: expected a value for every group, got none");
   const auto check = [&](const char* name, const Group& group, bool wanted) {
     const int64_t count = group.size();
     RNN_CHECK(count == P || (count == 0 && !wanted), "layer_forward: ", name, ": expected ", P, " tensors (groups), got ",
@@ -378,6 +397,12 @@ void check_grad_clip(const char* op, double grad_clip) {
 }
 
 namespace {
+
+// The same look at products with a layer's number of input features.
+void check_features(const char* op, const Dims& dims, int64_t size) {
+  RNN_CHECK(is_addressable({dims.T, dims.B, dims.P, size}) && is_addressable({dims.P, dims.G, dims.h, size}), op,
+            ": input: expected sizes whose products fit 64 bits, got ", size, " features");
+}
 
 // What both forms of the forward call share, once the sequence has been checked.
 void prepare_results(Checker& checker, const Recurrence& args, bool save, PreparedForward& out,
@@ -441,6 +466,7 @@ PreparedForward prepare_layer(const LayerCall& call, bool save) {
   PreparedForward out;
   LayerParams& p = out.layer;
   p.size = call.input.size(-1);
+  check_features("layer_forward", checker.dims(), p.size);
   p.input = checker.read_strided("input", call.input, p.size, p.input_stride_t, p.input_stride_b);
   p.weight = checker.read_weight("weight_ih", stacked(call.weights.weight_ih), {P, G * h, p.size});
   p.bias = checker.read_weight("bias_ih", stacked(call.weights.bias_ih), {P, G * h});
@@ -460,7 +486,7 @@ PreparedForward prepare_quantized(const Recurrence& args, const Tensor& input, c
   // Blocks do not tell how many units there are: the states do.
   const auto width = [&](const char* name, const Tensor& x) {
     const int64_t groups = args.reverse.size();
-    RNN_CHECK(groups > 0 && x.dim() == 2 && x.size(1) % groups == 0, op, ": ", name, ": expected [batch, ", groups,
+    RNN_CHECK(groups > 0 && x.dim() == 2 && x.size(1) % groups == 0 && is_addressable({x.size(1), 64}), op, ": ", name, ": expected [batch, ", groups,
               " * width], got ", x.sizes());
     return x.size(1) / groups;
   };
@@ -473,6 +499,7 @@ PreparedForward prepare_quantized(const Recurrence& args, const Tensor& input, c
   PreparedForward out;
   LayerParams& p = out.layer;
   p.size = input.size(2);
+  check_features(op, checker.dims(), p.size);
   p.weight_dtype = int8 ? DType::kInt8 : DType::kBFloat16;
   p.input = checker.read_strided("input", input, p.size, p.input_stride_t, p.input_stride_b);
   p.bias = checker.read("bias_ih", bias_ih, {P, G * h});
@@ -575,10 +602,6 @@ PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bo
 PreparedBackward prepare_layer_backward(const LayerCall& call, const LayerGiven& given, const Needed& needed) {
   const char* op = "layer_backward";
   const Weights& w = call.weights;
-  RNN_CHECK(!needed[kOf_input] || !w.weight_ih.empty(), op,
-            ": weight_ih: expected a tensor where input's gradient is needed, got none");
-  RNN_CHECK(!needed[kOf_weight_ih] || call.input.defined(), op,
-            ": input: expected a tensor where weight_ih's gradient is needed, got none");
   const Recurrence args = recurrence_of(call);
   Checker checker(op, args, given.output, "output", weight_sizes(args));
   const auto [T, B, P, G, h, R, S, C, packed, rows] = checker.dims();
@@ -587,6 +610,7 @@ PreparedBackward prepare_layer_backward(const LayerCall& call, const LayerGiven&
   prepare_gradients(op, checker, args, of_recurrence(given), needed[kOf_h_0] || needed[kOf_c_0], out);
   const OptionalTensor input = call.input.defined() ? OptionalTensor(call.input) : std::nullopt;
   p.size = input ? input->size(-1) : w.weight_ih.empty() ? 0 : w.weight_ih[0].size(-1);
+  check_features(op, checker.dims(), p.size);
   p.rows = rows;
   p.separate_gates_hh = checker.info().separate_gates_hh;
   p.input = checker.read_strided("input", input, p.size, p.input_stride_t, p.input_stride_b);
@@ -635,6 +659,7 @@ PreparedGemm prepare_gemm(const Tensor& a, const Tensor& b, const OptionalTensor
     RNN_CHECK(x.scalar_type() == dtype && x.device() == a.device(), "gemm: ", name, ": expected ", dtype, " on ",
               a.device(), " (as a is), got ", x.scalar_type(), " on ", x.device());
     // Rows may lie apart but must not overlap, and each must be contiguous.
+    check_storage("gemm", name, x);
     const bool rows = x.dim() == 1 ? x.stride(0) == 1 : x.stride(1) == 1 && x.stride(0) >= x.size(1);
     call.keep.push_back(rows ? x : x.contiguous());
     return call.keep.back();
@@ -651,6 +676,9 @@ PreparedGemm prepare_gemm(const Tensor& a, const Tensor& b, const OptionalTensor
 }
 
 void check_grouped_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  check_storage("grouped_linear", "input", input);
+  check_storage("grouped_linear", "weight", weight);
+  if (bias) check_storage("grouped_linear", "bias", *bias);
   RNN_CHECK(input.dim() == 3 && weight.dim() == 3 && input.size(1) == weight.size(0) &&
                 input.size(2) == weight.size(2) && (!bias || bias->sizes() == weight.sizes().slice(0, 2)),
             "grouped_linear: expected input [rows, P, n], weight [P, m, n] and bias [P, m], got ", input.sizes(), ", ",
@@ -658,6 +686,8 @@ void check_grouped_linear(const Tensor& input, const Tensor& weight, const Optio
 }
 
 void check_grouped_outer(const Tensor& a, const Tensor& b) {
+  check_storage("grouped_outer", "a", a);
+  check_storage("grouped_outer", "b", b);
   RNN_CHECK(a.dim() == 3 && b.dim() == 3 && a.sizes().slice(0, 2) == b.sizes().slice(0, 2),
             "grouped_outer: expected a [rows, P, m] and b [rows, P, n], got ", a.sizes(), " and ", b.sizes());
 }
