@@ -3,6 +3,8 @@
 # make bench-peers      installs the other runtimes into an environment of their own (.venv-peers, 3 GB) and times those
 # make test-extras      other packages' models and runtimes, in an environment of their own (.venv-extras, 4 GB)
 # make examples         every program of docs/examples.md on both backends, and the table of that page
+# make fuzz    50,000 random calls (CASES=) of modules and ops, against the reference or with wrong arguments
+# make soak    100,000 calls (CALLS=) that leave no memory behind, and a result of 2^31 elements (9 GB)
 # make lint    formatting, lint and types
 # make test-sdist       packs the sources, builds a wheel from them in a clean environment (.venv-sdist) and uses it there
 # make check-cuda       compiles the kernels for every architecture; registers, spills, disassembly (needs nvcc)
@@ -25,9 +27,12 @@ OUT := out/bench
 WRITE = --json $(OUT)/$(1).json --markdown $(OUT)/$(1).md --html $(OUT)/$(1).html --plots $(OUT)/$(1)-plots
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py
 
+CASES ?= 50000
+CALLS ?= 100000
+
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup build test test-extras test-sdist bench bench-peers examples lint check-cuda test-cuda-build clean distclean
+.PHONY: setup build test test-extras test-sdist bench bench-peers examples fuzz soak lint check-cuda test-cuda-build clean distclean
 
 setup: $(STAMP)
 build: $(BUILT)
@@ -91,6 +96,12 @@ $(EXAMPLES_DATA)/.installed: examples/requirements.txt $(STAMP)
 
 examples: $(BUILT) $(EXAMPLES_DATA)/.installed
 	PYTHONPATH=$(CURDIR):$(EXAMPLES_DATA) $(PY) examples/table.py --run $(ARGS)
+
+fuzz: $(BUILT)
+	$(PY) -m tests.fuzz --cases $(CASES) --processes $(JOBS) $(ARGS)
+
+soak: $(BUILT)
+	$(PY) -m tests.fuzz.soak --calls $(CALLS) --large $(ARGS)
 
 lint: $(BUILT)
 	$(PY) -m ruff check .
