@@ -48,7 +48,7 @@ def counted(mean: dict[str, Any]) -> str:
 
 
 def families(data: dict[str, Any]) -> list[str]:
-    """Geometric means: a line per family and peer, a column per mode."""
+    """Geometric means: a line per family and peer that has one of these modes, a column per mode."""
     means = {(mean["family"], mean["peer"], mean["mode"]): mean for mean in data["summary"]["families"]}
     keys = sorted(
         {key[:2] for key in means}, key=lambda key: (list(TITLES).index(key[0]) if key[0] in TITLES else 99, key)
@@ -66,6 +66,7 @@ def families(data: dict[str, Any]) -> list[str]:
             *(cell(means.get((family, peer, mode))) for mode in ("fwd", "train")),
         )
         for family, peer in keys
+        if (family, peer, "fwd") in means or (family, peer, "train") in means
     ]
     return markdown_table(("", "forward", "training step"), lines)
 

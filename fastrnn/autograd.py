@@ -42,6 +42,7 @@ from .ops import (
 )
 from .products import grouped_linear, grouped_outer, linear_by_aten, outer_by_aten
 from .second_order import (
+    are_batched,
     by_composite,
     composite_jvp,
     forward_levels,
@@ -198,7 +199,7 @@ def _is_one_kernel(rule: _Rule, args: Sequence[Any], tangents: Sequence[Tensor])
     legacy vmap has batched would be no tensors to give tangents to."""
     if rule.jvp is None or forward_levels() > 1 or not has_kernel(args):
         return False
-    return not any(map(torch._C._functorch.is_legacy_batchedtensor, tangents))
+    return not are_batched(tangents)
 
 
 def _with_tangents(rule: _Rule, args: Sequence[Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

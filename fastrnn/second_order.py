@@ -44,6 +44,11 @@ def _levels() -> Sequence[Any]:
     return torch._C._functorch.get_interpreter_stack() or ()
 
 
+def are_batched(tensors: Iterable[Tensor | None]) -> bool:
+    """By the legacy vmap of torch.autograd (is_grads_batched, vectorize), whose tensors take no tangents?"""
+    return any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
+
+
 def forward_levels() -> int:
     """How many derivatives forward are being made here?"""
     count = sum(level.key() == _TransformType.Jvp for level in _levels())
@@ -153,7 +158,8 @@ def pull_forward_jvp(args: Args, results: Sequence[Tensor], needed: Collection[s
     """recurrent_forward_jvp's gradients."""
     count = len(grads) // 2
     (*of_results, of_saved), (*of_tangents, of_saved_tangent) = grads[:count], grads[count:]
-    if not in_reverse_alone() or args["grad_clip"] or of_saved is not None or of_saved_tangent is not None:
+    of_saves = of_saved is not None or of_saved_tangent is not None
+    if not in_reverse_alone() or args["grad_clip"] or of_saves or are_batched(grads):
 
         def forward(save: bool, **given: Any) -> tuple[Tensor, ...]:
             return reference.forward(**given)
@@ -195,7 +201,7 @@ class _Gradients(torch.autograd.Function):
         asked = [name for name in asked if name not in ("output", "saved")]
         tangents = {name: u for name, u in zip(ctx.needed, along, strict=True) if u is not None}
         found: Pulled = {}
-        if tangents and forward_levels():
+        if tangents and (forward_levels() or are_batched(along)):
             found = by_composite(_composite_gradients(ctx.needed), args, asked, along)
         elif tangents:
             grads = tuple(args.get(name) for name in _GRADS)

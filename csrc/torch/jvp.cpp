@@ -8,44 +8,63 @@
 #include "check.h"
 #include "dual_tensors.h"
 #include "ops.h"
+#include "prepare.h"
 
 namespace fastrnn {
 namespace {
 
 using torch::jit::Stack;
 
+// As messages say it: without its namespace.
+const char* name_of(const c10::OperatorHandle& op) {
+  return op.operator_name().name.c_str() + sizeof("fastrnn::") - 1;
+}
+
 // The tangents of a call, in their order.
 class Tangents {
  public:
-  Tangents(const c10::OperatorHandle& op, Reader& from) : op_(op), from_(from) {}
+  Tangents(const c10::OperatorHandle& op, Reader& from) : op_(name_of(op)), from_(from) {}
   // Makes x dual with the next one. Is there one?
-  bool join(Tensor& x) {
+  bool join(const char* name, Tensor& x) {
     const OptionalTensor tangent = from_.optional();
+    check_storage(op_, name, x);
+    if (tangent) {
+      RNN_CHECK(tangent->sizes() == x.sizes() && tangent->scalar_type() == x.scalar_type(), op_, ": tangent of ", name,
+                ": expected ", x.sizes(), " of ", x.scalar_type(), ", got ", tangent->sizes(), " of ",
+                tangent->scalar_type());
+      check_storage(op_, name, *tangent);
+    }
     x = dual(x, tangent ? *tangent : Tensor());
     return tangent.has_value();
   }
-  bool join(OptionalTensor& x) {
-    if (x) return join(*x);
-    RNN_CHECK(!from_.optional(), op_.operator_name().name, ": expected no tangent of an argument that is none, got one");
+  bool join(const char* name, OptionalTensor& x) {
+    if (x) return join(name, *x);
+    RNN_CHECK(!from_.optional(), op_, ": tangent of ", name, ": expected none, as there is no ", name, ", got one");
     return false;
   }
 
  private:
-  const c10::OperatorHandle& op_;
+  const char* const op_;
   Reader& from_;
 };
 
 const RecurrentKernels& kernels_for(const c10::OperatorHandle& op, const char* name, const Tensor& x) {
-  RNN_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, op.operator_name().name, ": ", name,
+  RNN_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, name_of(op), ": ", name,
                  ": expected float32 or float64, got ", x.scalar_type());
   return *recurrent_kernels(at::kCPU);
 }
 
 // Says that a call's tensors are dual, and makes its constants so.
-void mark_dual(Recurrence& args) {
+void mark_dual(const c10::OperatorHandle& op, Recurrence& args) {
   args.dual = true;
-  for (OptionalTensor* x : {&args.states.mask_h, &args.states.keep_h, &args.states.keep_c})
-    if (*x) *x = dual(**x);
+  const auto join = [&](const char* name, OptionalTensor& x) {
+    if (!x) return;
+    check_storage(name_of(op), name, *x);
+    x = dual(*x);
+  };
+  join("mask_h", args.states.mask_h);
+  join("keep_h", args.states.keep_h);
+  join("keep_c", args.states.keep_c);
 }
 
 // As a call's results: the values of dual ones, and then their slopes.
@@ -55,7 +74,7 @@ void give(const c10::OperatorHandle& op, Stack& stack, std::initializer_list<con
   for (const Tensor* x : results) stack.emplace_back(slopes_of(*x));
 }
 
-#define FASTRNN_JOIN(name) [[maybe_unused]] const bool slope_of_##name = tangents.join(name);
+#define FASTRNN_JOIN(name) [[maybe_unused]] const bool slope_of_##name = tangents.join(#name, name);
 
 void recurrent_forward_jvp(const c10::OperatorHandle& op, Stack* stack) {
   Reader from(torch::jit::last(*stack, op.schema().arguments().size()));
@@ -67,7 +86,7 @@ void recurrent_forward_jvp(const c10::OperatorHandle& op, Stack* stack) {
   Tangents tangents(op, from);
   FASTRNN_FOR_EACH_FORWARD_TANGENT(FASTRNN_JOIN)
   args.call.constant_weights = !slope_of_weight_hh && !slope_of_weight_hr;
-  mark_dual(args.call);
+  mark_dual(op, args.call);
   const LayerResults out = kernels.forward(args.call, gates_ih, args.save, {});
   give(op, *stack, {&out.output, &out.h_n, &out.c_n, &out.saved});
 }
@@ -83,7 +102,7 @@ void recurrent_backward_jvp(const c10::OperatorHandle& op, Stack* stack) {
   Tangents tangents(op, from);
   FASTRNN_FOR_EACH_BACKWARD_TANGENT(FASTRNN_JOIN)
   args.call.constant_weights = !slope_of_weight_hh && !slope_of_weight_hr;
-  mark_dual(args.call);
+  mark_dual(op, args.call);
   const RecurrentGradients out = kernels.backward(args.call, args.given, args.initial, /*together=*/false);
 #define FASTRNN_ADDRESS(name) &out.name,
   give(op, *stack, {FASTRNN_FOR_EACH_RECURRENT_GRADIENT(FASTRNN_ADDRESS)});

@@ -160,3 +160,29 @@ def test_reverse_over_forward(kind, packed):
             found = results(ours, way)
         assert set(calls) <= {"forward", "backward", "forward jvp", "backward jvp"} and calls["forward jvp"] == 4
         torch.testing.assert_close(found, results(theirs, way), rtol=0, atol=1e-11)
+
+
+def without_memory(x):
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("weight_hh", without_memory, "weight_hh: .* out of bounds for storage of size 0"),
+        ("tangent_h_0", without_memory, "h_0: .* out of bounds for storage of size 0"),
+        ("keep_h", without_memory, "keep_h: .* out of bounds for storage of size 0"),
+        ("tangent_h_0", lambda x: x[:1], r"tangent of h_0: expected \[3, 4\] of Double, got \[1, 4\] of Double"),
+        ("tangent_h_0", torch.Tensor.float, r"tangent of h_0: expected \[3, 4\] of Double, got \[3, 4\] of Float"),
+        ("params", lambda _: None, "tangent of params: expected none, as there is no params, got one"),
+    ],
+)
+def test_wrong_tangents_of_the_op(name, change, message):
+    given = Case("lstm_peephole", 2, 3, 1, 4, noise="zoneout").arguments()
+    given |= {f"tangent_{k}": x.cos() for k, x in given.items() if isinstance(x, torch.Tensor) and k not in CONSTANTS}
+    given |= {name: change(given[name]), "save": True, "grad_clip": 0.0}
+    op = ops.recurrent_forward_jvp
+    with pytest.raises(RuntimeError, match=f"^recurrent_forward_jvp: {message}"):
+        op(*(given.get(k) for k in ops.names_of(op)))
