@@ -1,7 +1,7 @@
-"""``python -m fastrnn.info``: versions, how the extension was built, and which kernel a call takes.
+"""``python -m fastrnn``: versions, how the extension was built, and which kernel a call takes::
 
-    python -m fastrnn.info
-    python -m fastrnn.info --cell gru --steps 100 --batch 32 --hidden 512 --dtype bfloat16 --device cuda --gpu h100
+    python -m fastrnn
+    python -m fastrnn --cell gru --steps 100 --batch 32 --hidden 512 --dtype bfloat16 --device cuda --gpu h100
 
 A call is named by its sizes; nothing is computed. What CUDA would choose is answered without a GPU too, by a build with
 CUDA kernels, for the GPU that ``--gpu`` names.
@@ -136,7 +136,7 @@ def cuda_choice(call: Sizes, gpu: Gpu, backward: bool, tf32: bool, tier: str = "
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m fastrnn.info", description="Versions, build, and which kernel a call takes."
+        prog="python -m fastrnn", description="Versions, build, and which kernel a call takes."
     )
     call = parser.add_argument_group("the call (any of these asks for it)")
     call.add_argument("--cell", choices=list(CELLS), help="default: lstm")
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         call = describe(options)
     except (RuntimeError, ValueError) as error:
-        print(f"fastrnn.info: {error}", file=sys.stderr)
+        print(f"fastrnn: {error}", file=sys.stderr)
         return 2
     facts = environment() | (call or {})
     print(json.dumps(facts, indent=1) if options.json else "\n".join(lines(facts)))

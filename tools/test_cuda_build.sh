@@ -42,7 +42,7 @@ for op in ("recurrent_forward", "recurrent_backward", "layer_forward", "layer_ba
     for key in ("CPU", "CUDA"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastrnn::{op}", key), (op, key)
 END
-"$python" -m fastrnn.info --dtype bfloat16 --hidden 512 --device cuda --gpu h100
+"$python" -m fastrnn --dtype bfloat16 --hidden 512 --device cuda --gpu h100
 if [ $# -eq 0 ]; then
   set -- tests --ignore-glob '*host*.py' -n "${MAX_JOBS:-$(nproc)}"
 fi

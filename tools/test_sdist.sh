@@ -60,4 +60,4 @@ for name in ("LSTM", "GRU", "RNN"):
     torch.testing.assert_close(ours(x)[0], theirs(x)[0])
     ours(x)[0].sum().backward()
 END
-"$python" -m fastrnn.info --hidden 64
+"$python" -m fastrnn --hidden 64

@@ -46,7 +46,7 @@ def _torch_kernel(case: Case, mode: str, onednn: bool) -> str:
 
 
 def fastrnn_kernel(case: Case, mode: str) -> str:
-    """Instruction set and how the call is shared out over threads, as `python -m fastrnn.info` tells it."""
+    """Instruction set and how the call is shared out over threads, as `python -m fastrnn` tells it."""
     from fastrnn import info
 
     cell = case.cell.removesuffix("Cell").lower()
