@@ -135,12 +135,12 @@ _CALLS = """\
 input: [T, B, I], or as ``batch_first`` and ``token_input`` say; [T, I] unbatched; a PackedSequence; or a nested tensor
   [B, j, I] of layout torch.jagged, tokens [B, j], whatever ``batch_first`` says. What comes laid out like the input is
   nested then, with its offsets (of an input with holes, those without); states are as of any batch.
-hx: the initial state, {state}; None for zeros.
-lengths: integer [B]: row b has the steps 0 .. lengths[b] - 1. The output is 0 behind them, and the final state is the
-  one after the last of them.
-resets: bool [T, B], laid out like the input: where True at t, nothing is carried between steps t-1 and t, in either
-  direction; the state is ``reset_state`` instead.
-reset_state: like hx; None for zeros. Needs ``resets``.
+hx (default None): the initial state, {state}; None for zeros.
+lengths (by keyword, default None): integer [B]: row b has the steps 0 .. lengths[b] - 1. The output is 0 behind them,
+  and the final state is the one after the last of them.
+resets (by keyword, default None): bool [T, B], laid out like the input: where True at t, nothing is carried between
+  steps t-1 and t, in either direction; the state is ``reset_state`` instead.
+reset_state (by keyword, default None): like hx; None for zeros. Needs ``resets``.
 """
 
 C = TypeVar("C", bound=type)
@@ -263,13 +263,11 @@ def documented(cls: C) -> C:
     state = "``(h_0, c_0)`` of [L*D, B, R] and [L*D, B, H]" if lstm else getattr(cls, "_STATE", "[L*D, B, H]")
     parts = {
         "Args:": by_position,
-        "Keyword-only arguments, which torch.nn does not have:": ours,
-        "A call takes ``(input, hx=None, *, lengths=None, resets=None, reset_state=None)``:": [
-            _item(name, text.format(state=state)) for name, text in calls.items()
-        ],
+        "Keyword arguments that torch lacks:": ours,
+        "Arguments of a call:": [_item(name, text.format(state=state)) for name, text in calls.items()],
     }
     told = ["\n".join([title, *items]) for title, items in parts.items()]
-    cls.__doc__ = "\n\n".join([cls.__doc__ or "", *told]) + "\n"
+    cls.__doc__ = "\n\n".join([inspect.cleandoc(cls.__doc__ or ""), *told]) + "\n"
     return cls
 
 
@@ -278,4 +276,7 @@ def _by_name(texts: str) -> dict[str, str]:
 
 
 def _item(name: str, text: str) -> str:
-    return textwrap.fill(f"{name}: {text}", 100, initial_indent=" " * 4, subsequent_indent=" " * 8)
+    """Broken at spaces alone: what is joined again elsewhere has no spaces behind its hyphens."""
+    return textwrap.fill(
+        f"{name}: {text}", 100, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False
+    )

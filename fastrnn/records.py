@@ -17,12 +17,12 @@ from torch import Tensor
 class LayerWeights(NamedTuple):
     """The parameters of one layer in one direction, with torch.nn's names, shapes and gate order."""
 
-    weight_ih: Tensor  # [G*H, I]
-    weight_hh: Tensor  # [G*H, R], or of N heads [N, G*H/N, H/N]
-    bias_ih: Tensor | None = None  # [G*H]
-    bias_hh: Tensor | None = None  # [G*H]
-    weight_hr: Tensor | None = None  # [R, H], LSTM only
-    params: Tensor | None = None  # [K, H]: numbers of a unit that its cell reads beside the gates
+    weight_ih: Tensor  #: [G*H, I]
+    weight_hh: Tensor  #: [G*H, R], or of N heads [N, G*H/N, H/N]
+    bias_ih: Tensor | None = None  #: [G*H]
+    bias_hh: Tensor | None = None  #: [G*H]
+    weight_hr: Tensor | None = None  #: [R, H], LSTM only
+    params: Tensor | None = None  #: [K, H], numbers of a unit that its cell reads beside the gates
 
     @property
     def widths(self) -> tuple[int, int]:

@@ -39,7 +39,7 @@ def pool(
             reverse direction has begun with, which has seen no other. Mean and max are the same for both.
 
     Returns:
-        [B, N], in the order of the batch (for a PackedSequence: before it was sorted). A row of length 0 is 0.
+        [B, N], in the order of the batch (a PackedSequence's before it was sorted). A row of length 0 is 0.
 
     Raises:
         TypeError: output or lengths of another kind or dtype.

@@ -83,11 +83,11 @@ def _flipped(x: Tensor, lengths: Tensor, time: int) -> Tensor:
 
 
 class OnnxLayer(NamedTuple):
-    """What :func:`from_onnx` makes of a node: call ``module(X, hx, lengths=lengths)``."""
+    """What :func:`fastrnn.from_onnx` makes of a node: call ``module(X, hx, lengths=lengths)``."""
 
-    module: Module | Reversed
-    hx: Any  # (h_0, c_0) or h_0, [D, B, H] each; None where the initialisers have none
-    lengths: Tensor | None  # [B]
+    module: Module | Reversed  #: of the node's weights
+    hx: Any  #: (h_0, c_0) or h_0, [D, B, H] each; None where the initialisers have none
+    lengths: Tensor | None  #: [B]
 
 
 def from_onnx(node: Any, initializers: Mapping[str, Any]) -> OnnxLayer:
@@ -99,10 +99,11 @@ def from_onnx(node: Any, initializers: Mapping[str, Any]) -> OnnxLayer:
             their place. W, R and, if the node has it, B must be among them.
 
     Returns:
-        ``module``: a new :class:`fastrnn.LSTM`, ``GRU`` or ``RNN`` of one layer on the CPU in the dtype of W, with
-        ``batch_first`` where the node's layout is 1; inside a :class:`Reversed` where its direction is "reverse".
-        ``hx`` and ``lengths``: initial states and sequence_lens, where they are initialisers; where they are computed
-        by the graph, they are the caller's to pass. ``module``'s output is [T, B, D*H], that of the node [T, D, B, H].
+        ``module``, a new :class:`fastrnn.LSTM`, ``GRU`` or ``RNN`` of one layer on the CPU in the dtype of W, with
+        ``batch_first`` where the node's layout is 1; inside a :class:`fastrnn.weights.Reversed` where its direction is
+        "reverse". ``hx`` and ``lengths``, initial states and sequence_lens, where they are initialisers; where they are
+        computed by the graph, they are the caller's to pass. ``module``'s output is [T, B, D*H], that of the node
+        [T, D, B, H].
 
     Raises:
         TypeError: another operator.
@@ -192,7 +193,8 @@ def to_onnx(module: Module | Reversed, *, states: bool = False, lengths: bool = 
     """An ``onnx.ModelProto`` (opset 14) that computes what a module computes in eval mode; T and B stay free.
 
     Args:
-        module: LSTM, GRU or RNN, fastrnn's or torch.nn's, or a :class:`Reversed` of one; float32, float64 or float16.
+        module: LSTM, GRU or RNN, fastrnn's or torch.nn's, or a :class:`fastrnn.weights.Reversed` of one; float32,
+            float64 or float16.
         states: the model has inputs ``h_0`` (and ``c_0``), [L*D, B, H]; zeros otherwise.
         lengths: the model has an input ``lengths``, int32 [B]. For a row of length 0 ONNX Runtime 1.31 gives final
             states of 0, where the module gives the initial ones.

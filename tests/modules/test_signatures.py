@@ -46,8 +46,10 @@ def test_help_tells_every_argument(name: str) -> None:
     for argument, p in parameters(cls).items():
         default = "" if p.default is p.empty else f" (default {p.default!r})"
         assert len(re.findall(rf"(?m)^ \|\s+{re.escape(argument + default)}: \S+", head)) == 1, argument
-    for argument in parameters(cls.forward):
-        assert re.search(rf"(?m)^ \|\s+{argument}: \S+", head), argument
+    for argument, p in parameters(cls.forward).items():
+        how = ("by keyword, " if p.kind is p.KEYWORD_ONLY else "") + f"default {p.default!r}"
+        told = argument if p.default is p.empty else f"{argument} ({how})"
+        assert re.search(rf"(?m)^ \|\s+{re.escape(told)}: \S+", head), argument
     assert ("return_all_states (default" in head) == ("peephole (default" in head) == (name == "LSTM")
 
 
