@@ -5,6 +5,7 @@
 # make examples         every program of docs/examples.md on both backends, and the table of that page
 # make fuzz    50,000 random calls (CASES=) of modules and ops, against the reference or with wrong arguments
 # make soak    100,000 calls (CALLS=) that leave no memory behind, and a result of 2^31 elements (9 GB)
+# make docs    the pages and the API as a site (out/docs/index.html); Sphinx has an environment of its own (.venv-docs)
 # make lint    formatting, lint and types
 # make test-sdist       packs the sources, builds a wheel from them in a clean environment (.venv-sdist) and uses it there
 # make check-cuda       compiles the kernels for every architecture; registers, spills, disassembly (needs nvcc)
@@ -22,17 +23,22 @@ PEERS_VENV ?= .venv-peers
 PEERS_STAMP := $(PEERS_VENV)/.installed-torch-$(TORCH)
 EXTRAS_VENV ?= .venv-extras
 EXAMPLES_DATA := $(CURDIR)/build/examples-data
+DOCS_VENV ?= .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.installed
 EXTRAS_STAMP := $(EXTRAS_VENV)/.installed-torch-$(TORCH)
 OUT := out/bench
 WRITE = --json $(OUT)/$(1).json --markdown $(OUT)/$(1).md --html $(OUT)/$(1).html --plots $(OUT)/$(1)-plots
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py
+
+PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 
 CASES ?= 50000
 CALLS ?= 100000
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup build test test-extras test-sdist bench bench-peers examples fuzz soak lint check-cuda test-cuda-build clean distclean
+.PHONY: setup build test test-extras test-sdist bench bench-peers examples fuzz soak docs lint check-cuda
+.PHONY: test-cuda-build clean distclean
 
 setup: $(STAMP)
 build: $(BUILT)
@@ -49,7 +55,7 @@ $(STAMP): requirements-dev.txt
 # environments the last one's build is in place, so that no other's counts as built.
 $(BUILT): $(STAMP) $(SOURCES)
 	MAX_JOBS=$(JOBS) $(PY) setup.py --quiet build_ext --inplace
-	echo "$(CURDIR)" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastrnn-clone.pth"
+	echo "$(CURDIR)" > "$$($(PY) -c "$(PACKAGES)")/fastrnn-clone.pth"
 	mkdir -p build && rm -f build/.built-* && touch $@
 
 # An exported PYTHONPATH would show the package of this folder where the installed one is meant.
@@ -103,6 +109,20 @@ fuzz: $(BUILT)
 soak: $(BUILT)
 	$(PY) -m tests.fuzz.soak --calls $(CALLS) --large $(ARGS)
 
+# It finds torch and what the package needs in the other environment.
+$(DOCS_STAMP): docs/requirements.txt $(STAMP)
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --requirement docs/requirements.txt
+	$(PY) -c "$(PACKAGES)" > "$$($(DOCS_VENV)/bin/python -c "$(PACKAGES)")/fastrnn-environment.pth"
+	touch $@
+
+# Anew each time: what is kept from the last time tells its warnings no second time.
+docs: $(BUILT) $(DOCS_STAMP)
+	rm -rf out/docs
+	$(DOCS_VENV)/bin/python -m sphinx --fail-on-warning --fresh-env --quiet -c docs -d build/docs . out/docs
+	cp out/docs/README.html out/docs/index.html
+	@echo "the site: out/docs/index.html"
+
 lint: $(BUILT)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -118,4 +138,4 @@ clean:
 	rm -rf build dist fastrnn/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
 distclean: clean
-	rm -rf $(VENV) $(PEERS_VENV) $(EXTRAS_VENV) .venv-sdist .venv-cuda
+	rm -rf $(VENV) $(PEERS_VENV) $(EXTRAS_VENV) $(DOCS_VENV) .venv-sdist .venv-cuda
