@@ -12,8 +12,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = (
-    "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "requirements-dev.txt",
-    "csrc", "fastrnn", "tests", "benchmarks", "tools", "examples", "docs", ".ci", ".gitignore",
+    "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile",
+    "requirements-dev.txt", "csrc", "fastrnn", "tests", "benchmarks", "tools", "examples", "docs", ".ci", ".github",
+    ".gitignore",
 )  # fmt: skip
 
 

@@ -1,8 +1,11 @@
 """What comes first: the source distribution, what a build asks for and says, an extension module that does not fit."""
 
 import email
+import inspect
 import os
+import pydoc
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -24,6 +27,7 @@ import build_backend  # noqa: E402
 from build_copy import mirror  # noqa: E402
 
 PUBLIC = torch.__version__.partition("+")[0]
+PAGES = sorted(page for folder in (".", "docs", "benchmarks") for page in (ROOT / folder).glob("*.md"))
 
 
 def python(*arguments, cwd=ROOT, **environment):
@@ -99,9 +103,7 @@ def test_wheel_is_for_the_torch_it_was_built_with(sources, tmp_path):
     assert not re.findall(r"\]\((?!https?:)", text), "a link that leads nowhere outside of the repository"
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_of_a_page_leads_somewhere(page):
     """Files, and sections by their headings."""
     for link in re.findall(r"\]\((?!https?:)([^)]*)\)", page.read_text()):
@@ -116,9 +118,36 @@ def test_every_link_of_a_page_leads_somewhere(page):
 
 def test_the_pages_name_files_that_exist():
     """What stands in backquotes and looks like a path of the repository."""
-    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"):
+    for page in PAGES:
         for name in re.findall(r"`((?:csrc|fastrnn|tests|tools|benchmarks|docs|examples)/[\w./*-]+)", page.read_text()):
             assert list(ROOT.glob(name.partition("::")[0].rstrip("."))), f"{page.name}: {name}"
+
+
+def test_every_page_is_on_the_site():
+    """`make docs` itself tells what it cannot render, and links that lead nowhere there."""
+    config = runpy.run_path(str(ROOT / "docs/conf.py"))
+    listed = [config["root_doc"], *(page for pages in config["CONTENTS"].values() for page in pages)]
+    pages = [*PAGES, *ROOT.glob("docs/*.rst")]
+    assert sorted(listed) == sorted(str(page.relative_to(ROOT).with_suffix("")) for page in pages)
+
+
+def test_every_public_name_is_on_the_page_of_the_api():
+    told, module = [], ""
+    for directive, name in re.findall(r"^\.\. (\w+):: (\S+)$", (ROOT / "docs/api.rst").read_text(), re.M):
+        if directive in ("module", "currentmodule"):
+            module = name
+        elif directive in ("autoclass", "autofunction"):
+            told.append(name if name.startswith("fastrnn.") else f"{module}.{name}")
+    functional = [name for name, x in vars(fastrnn.functional).items() if is_public(name, x, fastrnn.functional)]
+    public = {f"fastrnn.{name}" for name in set(fastrnn.__all__) - {"functional"}}
+    public |= {f"fastrnn.functional.{name}" for name in [*functional, "LayerWeights"]}
+    public |= {f"fastrnn.weights.{name}" for name in set(fastrnn.weights.__all__) - set(fastrnn.__all__)}
+    assert sorted(told) == sorted(public)
+    assert all(inspect.getdoc(pydoc.locate(name)) for name in public)
+
+
+def is_public(name, x, module):
+    return not name.startswith("_") and getattr(x, "__module__", None) == module.__name__
 
 
 # ---- what a build asks for and says ----
@@ -287,7 +316,7 @@ def has_cuda():
     not list(Path(sys.prefix).glob(".installed-torch-*")), reason="an environment that `make` did not make"
 )
 @pytest.mark.parametrize(
-    "command", ["{root}/examples/ddp.py --steps 1", "{root}/examples/char_lm.py --help", "-m fastrnn.info"]
+    "command", ["{root}/examples/ddp.py --steps 1", "{root}/examples/char_lm.py --help", "-m fastrnn"]
 )
 def test_commands_of_the_readme_run_from_any_folder(command, tmp_path):
     """In the environment that `make test` leaves, as it stands."""
