@@ -1,9 +1,15 @@
 """fastrnn: fused LSTM, GRU and Elman networks for PyTorch, drop-in for torch.nn's."""
 
+from .interpreter import check_gil, check_interpreter
+
+check_interpreter()
+
 from . import binary
 
 with binary.checked():  # everything below imports it, too
     from . import _C
+
+check_gil()
 
 from . import autograd as _autograd  # noqa: F401  (gives the ops their derivatives)
 from . import flops as _flops  # noqa: F401  (tells FlopCounterMode about the ops)
