@@ -33,6 +33,7 @@ TITLES = (
     "Nested tensors",
     "What a model costs",
     "The gradient of every sample, private training",
+    "Threads and processes",
 )
 
 
