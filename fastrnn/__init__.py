@@ -15,7 +15,7 @@ from . import autograd as _autograd  # noqa: F401  (gives the ops their derivati
 from . import flops as _flops  # noqa: F401  (tells FlopCounterMode about the ops)
 from . import functional
 from .modules import GRU, LSTM, MGU, RNN, GRUCell, LiGRU, LSTMCell, RNNCell
-from .quantized import quantize
+from .quantized import fake_quantize, quantize
 from .sequences import detach, pool, streaming
 from .slstm import SLSTM
 from .swap import convert, patch, to_torch, unconverted
@@ -35,6 +35,7 @@ __all__ = [
     "build_info",
     "convert",
     "detach",
+    "fake_quantize",
     "from_keras",
     "from_onnx",
     "functional",

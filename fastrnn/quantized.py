@@ -1,4 +1,5 @@
-"""Inference with narrower weights: ``fastrnn.quantize(module, dtype=torch.int8)``, or ``torch.bfloat16``.
+"""Inference with narrower weights: ``fastrnn.quantize(module, dtype=torch.int8)``, or ``torch.bfloat16``; and training
+with weights that are rounded so: ``fastrnn.fake_quantize``.
 
 A step of a few rows is as long as it takes to read the weights, so half or a quarter of the bytes is up to two or four
 times the speed. Activations, biases and states stay float32.
@@ -12,21 +13,23 @@ times the speed. Activations, biases and states stay float32.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from . import fallback, heads
 from .composed import fold, unfold
 from .modules import GRU, LSTM, MGU, RNN, LiGRU, _Recurrent
 from .ops import CELLS
 from .records import LayerWeights, States, name_of
+from .rounding import DTYPES, Rounded, int8_rows, is_rounded, narrow_fields, unrounded
 from .swap import check_module
 
 _quantized_forward = torch.ops.fastrnn.quantized_forward.default
 _UNITS, _DEPTH = 16, 4  # of a block; see LayerParams in csrc/params.h
-DTYPES = (torch.int8, torch.bfloat16)
+M = TypeVar("M", bound=nn.Module)
 _FIELDS = (  # of a layer's weights, by name and suffix, in the order of csrc/torch/module_call.cpp
     *((field, "") for field in LayerWeights._fields if field != "params"),  # which that knows nothing of
     *((field, suffix) for field in ("weight_ih", "weight_hh") for suffix in ("_scale", "_sum")),
@@ -53,6 +56,53 @@ def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
         RuntimeError: at a call, where a gradient of the input or a state is asked for.
         TypeError: by the copy's recurrent modules, where they are to move or to be cast: ``half()``, ``cuda()``.
     """
+    found = _candidates(module, dtype)
+    for m in found:
+        for name, weight in _named_weights(m):
+            if weight.device.type != "cpu":
+                raise ValueError(f"{name}: expected device cpu, got {weight.device}")
+    memo: dict[int, Any] = {id(m): _converted(m, dtype) for m in found}  # deepcopy puts these in their places
+    return copy.deepcopy(module, memo)
+
+
+def fake_quantize(module: M, dtype: torch.dtype = torch.int8) -> M:
+    """Trains with the weights that :func:`quantize` will make: rounds the weight matrices of every
+    :class:`fastrnn.LSTM`, ``GRU``, ``RNN``, ``LiGRU`` and ``MGU`` in a module at each forward pass, in place.
+
+    The rounding is a parametrization (``torch.nn.utils.parametrize``) of ``weight_ih`` and ``weight_hh``, for bfloat16
+    of an LSTM's ``weight_hr`` too, behind any that is there already. Gradients pass it as if it were not there (the
+    straight-through estimator: Bengio, Leonard and Courville 2013; in training for inference in integers: Jacob et al.
+    2018). All else is as ever: the fused kernels, every option, device and transform; the Parameters stay the same
+    objects and keep the exact values, which an optimizer moves.
+
+    Args:
+        module: one of them, or a module that holds some anywhere; float32. Cells and other modules are left alone.
+        dtype: ``torch.int8`` or ``torch.bfloat16``, as ``quantize`` will be given.
+
+    Returns:
+        The module. ``module.weight_hh_l0`` [G*H, R] is then the rounded weight, and the exact one is
+        ``module.parametrizations.weight_hh_l0.original``, also in the state_dict. ``quantize(module, dtype)`` has the
+        rounded weights of the training, to the bit. Beside int8 weights it rounds each row of the input and of h as
+        well, to 8 bits of its own largest magnitude, which was not trained with.
+        ``torch.nn.utils.parametrize.remove_parametrizations(module, name, leave_parametrized=False)`` is the way back.
+
+    Raises:
+        TypeError: ``module`` is or holds none of them; a weight that is not float32, or is rounded already.
+        ValueError: another ``dtype``; a module with ``return_all_states`` or ``token_input``, of which ``quantize``
+            makes none.
+    """
+    found = [(m, name) for m in _candidates(module, dtype) for name, _ in _named_weights(m)]
+    for m, name in found:
+        if is_rounded(m, name):
+            raise TypeError(f"{name}: expected an exact weight, got one that is rounded at each forward pass already")
+    for m, name in found:
+        if name.rpartition("_l")[0] in narrow_fields(dtype):
+            parametrize.register_parametrization(m, name, Rounded(dtype))
+    return module
+
+
+def _candidates(module: nn.Module, dtype: torch.dtype) -> list[_Recurrent]:
+    """Those in it that can have narrow weights, all that there are; see the errors of :func:`quantize`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected torch.int8 or torch.bfloat16, got {dtype}")
     check_module("module", module)
@@ -76,10 +126,7 @@ def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
         for name, weight in _named_weights(m):
             if weight.dtype != torch.float32:
                 raise TypeError(f"{name}: expected torch.float32, got {weight.dtype}")
-            if weight.device.type != "cpu":
-                raise ValueError(f"{name}: expected device cpu, got {weight.device}")
-    memo: dict[int, Any] = {id(m): _converted(m, dtype) for m in found}  # deepcopy puts these in their places
-    return copy.deepcopy(module, memo)
+    return found
 
 
 def _name(module: nn.Module) -> str:
@@ -106,7 +153,7 @@ def _converted(module: _Recurrent, dtype: torch.dtype) -> _Quantized:
     out.dtype = dtype
     out._flat_weights_names = []
     out._init_flat_weights()
-    for layer, directions in enumerate(module._weights()):
+    for layer, directions in enumerate(_exact_weights(module)):
         if module.num_heads > 1:
             directions = [head for weights in directions for head in heads.by_head(weights)]
         for field in LayerWeights._fields:
@@ -114,7 +161,7 @@ def _converted(module: _Recurrent, dtype: torch.dtype) -> _Quantized:
             if not parts:
                 continue
             name, weight = f"{name_of(field, module._cell)}_l{layer}", torch.stack(parts)  # [D*N, ...]: no call stacks
-            if field.startswith("bias") or field == "params" or (field == "weight_hr" and dtype == torch.int8):
+            if field not in narrow_fields(dtype):
                 out.register_buffer(name, weight)
             elif dtype == torch.bfloat16:
                 out.register_buffer(name, weight.to(dtype))
@@ -138,6 +185,17 @@ def _converted(module: _Recurrent, dtype: torch.dtype) -> _Quantized:
     return out.eval()
 
 
+def _exact_weights(module: _Recurrent) -> list[list[LayerWeights]]:
+    """``[layer][direction]``, as they are before :func:`fake_quantize` rounds them. Of rounded ones, rounded once more,
+    a scale might differ by a bit."""
+    names = iter(module._all_weights)
+
+    def exact(weights: LayerWeights, own: list[str]) -> LayerWeights:
+        return weights._replace(**{n.rpartition("_l")[0]: unrounded(module, n) for n in own if is_rounded(module, n)})
+
+    return [[exact(weights, next(names)) for weights in layer] for layer in module._weights()]
+
+
 def _gates(module: _Recurrent) -> int:
     return CELLS[module._cell].gates
 
@@ -150,8 +208,7 @@ def int8_blocks(weight: Tensor, gates: int) -> tuple[Tensor, Tensor, Tensor]:
     H, K = weight.shape[0] // gates, weight.shape[1]
     rows = nn.functional.pad(weight.view(gates, H, K), (0, -K % _DEPTH, 0, -H % _UNITS))
     B, Q = rows.shape[1] // _UNITS, rows.shape[2] // _DEPTH
-    scale = rows.abs().amax(2) / 127  # [G, B*16]
-    quantized = (rows / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round().clamp(-127, 127)
+    quantized, scale = int8_rows(rows)  # [G, B*16, Q*4], [G, B*16]
     blocks = quantized.view(gates, B, _UNITS, Q, _DEPTH).permute(1, 3, 0, 2, 4)
 
     def of_rows(x: Tensor) -> Tensor:
