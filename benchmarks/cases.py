@@ -62,6 +62,8 @@ class Case:
     recurrent_dropout: float = 0.0
     zoneout: float = 0.0  # of h and of c
     frozen: bool = False  # training asks for no gradient of the input
+    gain: float = 1.0  # the recurrent matrices are torch.nn's initial ones times this
+    trained: bool = False  # weights and input are those of a trained character model (drift.py), T and B of its text
 
     @property
     def beyond_torch(self) -> list[str]:
@@ -104,6 +106,8 @@ class Case:
             f"zoneout{self.zoneout:.0%}".rstrip("%") if self.zoneout else "",
             "layernorm" if self.layer_norm else "",
             "frozen" if self.frozen else "",
+            f"gain{self.gain:g}" if self.gain != 1 else "",
+            "trained" if self.trained else "",
         ]
         return "-".join([self.cell.lower(), f"{self.T}x{self.B}x{self.I}x{self.H}", *filter(None, options)])
 
@@ -112,7 +116,7 @@ class Case:
 class Row:
     """One line of a report: a case, what is done with it, and who it is compared with."""
 
-    kind: str  # what runs it: "timing", "accuracy" or "memory", see runner.run_row
+    kind: str  # what runs it: "timing", "accuracy", "memory" or "drift", see runner.run_row
     case: Case
     mode: str
     peer: str  # a key of peers.PEERS
@@ -122,8 +126,8 @@ class Row:
     @property
     def id(self) -> str:
         subject = f"accuracy-{self.case.name}" if self.kind == "accuracy" else f"{self.case.name}-{self.mode}"
-        if self.kind == "memory":
-            subject = f"memory-{subject}"
+        if self.kind in ("memory", "drift"):
+            subject = f"{self.kind}-{subject}"
         threads = f"-threads{self.threads}" if self.threads else ""
         busy = f"-busy{self.busy}" if self.busy else ""
         return f"{subject}{threads}{busy}-vs-{self.peer}"

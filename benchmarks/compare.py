@@ -64,6 +64,11 @@ def change_of(a: dict[str, Any], b: dict[str, Any], threshold: float) -> Change:
             a["memory"]["ours"]
         )
         return Change(name, judge(change, apart, False, threshold), before, after, change, "our peak memory")
+    if b.get("drift") and a.get("drift"):
+        errors = [each["drift"]["rms"][-1] for each in (a, b)]
+        change = errors[0] / errors[1] if errors[1] else 1.0
+        outcome = "unclear" if change < 0.5 else "same"
+        return Change(name, outcome, f"{errors[0]:.1e}", f"{errors[1]:.1e}", change, "error after all steps")
     first, second = a["accuracy"], b["accuracy"]
     change = first["worst_error"] / second["worst_error"] if second["worst_error"] else 1.0
     # both passed: twice the error is the least that is worth a look, and is no failure

@@ -54,7 +54,8 @@ def module_arguments(case: Case) -> dict[str, Any]:
 def make_data(case: Case, seed: int = 0) -> Data:
     """Drawn in float64, then rounded to the case's dtype. Leaves the global random state alone.
 
-    Weights are torch.nn's own initialisation, inputs and gradients are normal, states uniform in [-1, 1].
+    Weights are torch.nn's own initialisation, recurrent ones times the case's gain; inputs and gradients are normal,
+    states uniform in [-1, 1].
     """
     wide = torch.float64
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +66,10 @@ def make_data(case: Case, seed: int = 0) -> Data:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = getattr(torch.nn, case.cell)(**module_arguments(case) | {"dtype": wide})
-    weights = {name: weight.detach() for name, weight in module.state_dict().items()}
+    weights = {
+        name: weight.detach() * (case.gain if name.startswith("weight_hh") else 1)
+        for name, weight in module.state_dict().items()
+    }
 
     if case.peephole:
         weights["weight_ch_l0"] = (2 * torch.rand(3, case.H, generator=generator, dtype=wide) - 1) * case.H**-0.5

@@ -12,7 +12,12 @@ from benchmarks import plots, report
 from benchmarks.results import FAILED, VERDICTS
 
 TEMPLATES = Path(__file__).parent / "templates"
-KIND_TITLES = {"timing": "Time", "accuracy": "Error against float64", "memory": "Peak memory"}
+KIND_TITLES = {
+    "timing": "Time",
+    "accuracy": "Error against float64",
+    "memory": "Peak memory",
+    "drift": "Error by steps",
+}
 
 
 def inline_svg(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Plots of a document, as matplotlib figures: ratios, heat maps, time against floor, error, memory, scaling."""
+"""Plots of a document, as matplotlib figures: ratios, heat maps, time against floor, errors, memory, scaling."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
 from benchmarks.report import row_verdict
@@ -209,6 +210,30 @@ def errors(document: dict[str, Any]) -> Figure | None:
     return figure
 
 
+def drift(document: dict[str, Any]) -> Figure | None:
+    """Root mean square error after each number of steps, a panel for each kind of layer and a line for each row."""
+    rows = [row for row in document["rows"] if row.get("drift")]
+    if not rows:
+        return None
+    kinds, peers = (sorted({at(row) for row in rows}) for at in (lambda r: r["case"]["cell"], lambda r: r["peer"]))
+    figure = Figure((1 + 3.2 * len(kinds), 3.8), layout="constrained")
+    colours = (THEIRS, "#1d4ed8", OURS, "#a16207")
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0], kinds, strict=True):
+        for row in (row for row in rows if row["case"]["cell"] == kind):
+            colour = colours[peers.index(row["peer"]) % len(colours)]
+            style = "--" if row["case"]["trained"] else "-"
+            axes.loglog(
+                row["drift"]["steps"], row["drift"]["rms"], style, marker="o", color=colour, markersize=3, alpha=0.6
+            )
+        axes.set_title(kind, fontsize=9)
+        axes.set_xlabel("steps")
+    figure.axes[0].set_ylabel("error, over the output's root mean square")
+    handles = [Line2D([], [], color=colours[i % len(colours)], label=peer) for i, peer in enumerate(peers)]
+    handles.append(Line2D([], [], color="black", linestyle="--", label="trained"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    return figure
+
+
 def memory(document: dict[str, Any]) -> Figure | None:
     """Peak memory of a step, both sides."""
     rows = [row for row in document["rows"] if row["status"] == "ok" and row["memory"]]
@@ -265,6 +290,7 @@ PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], Figure | None]]] = {
     "floor": ("Time against the floor of this machine", floors),
     "memory": ("Peak memory", memory),
     "error": ("Error against float64", errors),
+    "drift": ("Error after so many steps", drift),
     "scaling": ("Cost against size and threads", scaling),
 }
 

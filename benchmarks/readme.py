@@ -16,10 +16,11 @@ import json
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import FITS_HEADER, fit_cells, markdown_table, median, megabytes, row_verdict
+from benchmarks.report import FITS_HEADER, fit_cells, markdown_table, median, megabytes, part, row_verdict
 from benchmarks.results import FAILED, VERDICTS, Document, judged
 from benchmarks.stats import geometric_mean
 
@@ -124,6 +125,23 @@ def peers(data: dict[str, Any]) -> list[str]:
     return markdown_table(("theirs / ours", *keys), lines)
 
 
+def drift(data: dict[str, Any], peer: str) -> list[str]:
+    """A peer's error after each number of steps: root mean square, in brackets the largest."""
+    rows = [row for row in data["rows"] if row.get("drift") and row["peer"] == peer]
+    rows.sort(key=lambda row: (row["case"]["cell"], row["case"]["trained"], row["case"]["gain"], row["case"]["H"]))
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        case, found = row["case"], row["drift"]
+        what = "trained" if case["trained"] else f"initial x{case['gain']:g}"
+        errors = (f"{part(rms)} ({part(most)})" for rms, most in zip(found["rms"], found["largest"], strict=True))
+        return [f"{case['cell']} {case['H']}, {what}", *errors]
+
+    steps: list[int] = next((row["drift"]["steps"] for row in rows), [])
+    return markdown_table(
+        ("error after", *(f"{count:,} step" + "s" * (count > 1) for count in steps)), map(cells, rows)
+    )
+
+
 def scaling(data: dict[str, Any]) -> list[str]:
     """Fitted exponents."""
     return markdown_table(FITS_HEADER, map(fit_cells, data["summary"]["fits"]))
@@ -202,7 +220,8 @@ def gpu_conditions(data: dict[str, Any]) -> list[str]:
 View = Callable[[dict[str, Any]], list[str]]
 VIEWS: dict[str, View] = {
     "families": families, "headline": headline, "losses": losses, "memory": memory, "peers": peers, "scaling": scaling,
-    "threads": threads, "conditions": conditions,
+    "threads": threads, "conditions": conditions, "drift-int8": partial(drift, peer="ourint8"),
+    "drift-bf16": partial(drift, peer="ourbf16"),
 }  # fmt: skip
 GPU_VIEWS: dict[str, View] = {"gpu-means": gpu_means, "gpu-conditions": gpu_conditions}
 

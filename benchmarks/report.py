@@ -19,6 +19,7 @@ ACCURACY_HEADER = (
     "row", "verdict", "ours out", "theirs out", "ours grad", "theirs grad", "of allowed", "note",
 )  # fmt: skip
 MEMORY_HEADER = ("row", "verdict", "ratio", "ours", "theirs", "ours / TBH", "theirs / TBH", "note")
+DRIFT_HEADER = ("row", "verdict", "rms error after 1, 10, .. steps", "largest", "note")
 FITS_HEADER = ("cell", "mode", "peer", "threads", "against", "at", "sizes", "our exponent", "theirs")
 SPEEDUPS_HEADER = ("case", "mode", "peer", "threads", "our speed-up", "theirs")
 
@@ -114,10 +115,24 @@ def memory_cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (row["id"], row_verdict(row), f"{memory['ratio']:.2f}", *map(megabytes, peaks), *units, notes(row))
 
 
+def part(value: float) -> str:
+    """0.0123 as 1.2%."""
+    return f"{100 * value:.2g}%" if value < 0.995 else f"{100 * value:.0f}%"
+
+
+def drift_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    drift = row.get("drift")
+    if not drift:
+        return (row["id"], row_verdict(row), "", "", notes(row))
+    columns = (", ".join(map(part, drift[name])) for name in ("rms", "largest"))
+    return (row["id"], row_verdict(row), *columns, notes(row))
+
+
 KINDS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], tuple[str, ...]]]] = {
     "timing": (TIMING_HEADER, timing_cells),
     "accuracy": (ACCURACY_HEADER, accuracy_cells),
     "memory": (MEMORY_HEADER, memory_cells),
+    "drift": (DRIFT_HEADER, drift_cells),
 }
 
 
@@ -173,6 +188,11 @@ def method_lines(document: dict[str, Any]) -> list[str]:
         lines += [
             "memory: peak resident size of one step above what was resident before it, median of fresh processes, each "
             "with one side. ratio = theirs / ours. TBH: the size of T * B * H elements, that is of one output."
+        ]
+    if "drift" in kinds:
+        lines += [
+            "drift: difference of the output from torch.nn in float64 over the first 1, 10, 100, .. steps, over the "
+            "root mean square of these steps' outputs. A chaotic network's error grows to about 140% in any arithmetic."
         ]
     if "accuracy" in kinds:
         lines += [

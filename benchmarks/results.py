@@ -106,8 +106,18 @@ class Memory:
 
 
 @dataclass
+class Drift:
+    """The peer's error against float64 over the first steps of its output, over the root mean square of these; see
+    drift.py."""
+
+    steps: list[int]  # 1, 10, 100, ..
+    rms: list[float]  # root mean square, for each of them
+    largest: list[float]
+
+
+@dataclass
 class Result:
-    """One row of a report. Exactly one of `timing`, `accuracy`, `memory` is there when `status` is ok."""
+    """One row of a report. Exactly one of `timing`, `accuracy`, `memory`, `drift` is there when `status` is ok."""
 
     row: Row
     status: str
@@ -115,6 +125,7 @@ class Result:
     timing: Timing | None = None
     accuracy: Accuracy | None = None
     memory: Memory | None = None
+    drift: Drift | None = None
     command: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -132,6 +143,7 @@ class Result:
             "timing": asdict(self.timing) if self.timing else None,
             "accuracy": asdict(self.accuracy) if self.accuracy else None,
             "memory": asdict(self.memory) if self.memory else None,
+            "drift": asdict(self.drift) if self.drift else None,
             "command": self.command,
         }
 
@@ -151,6 +163,8 @@ def sort_key(row: dict[str, Any]) -> tuple[int, float, str]:
         return (5, 0.0, row["id"])
     if found := judged(row):
         return (1 + VERDICTS.index(found[0]), found[1], row["id"])
+    if drift := row.get("drift"):
+        return (4, -drift["rms"][-1], row["id"])
     return (4, -row["accuracy"]["worst_error"] / row["accuracy"]["worst_allowed"], row["id"])
 
 

@@ -13,6 +13,7 @@ from benchmarks import suites
 from benchmarks.accuracy import run_accuracy
 from benchmarks.cases import Row, Suite
 from benchmarks.command_line import PROGRAM
+from benchmarks.drift import run_drift
 from benchmarks.floor import floor
 from benchmarks.measure import run_timing
 from benchmarks.memory import run_memory
@@ -56,6 +57,8 @@ def run_row(row: Row, suite: Suite, peers: dict[str, Peer], settings: Settings, 
         return run_accuracy(row, ours, theirs, settings)
     if row.kind == "memory":
         return run_memory(row, ours.key, theirs.key, settings)
+    if row.kind == "drift":
+        return run_drift(row, theirs, settings)
     return run_timing(row, ours, theirs, settings, floor)
 
 

@@ -261,6 +261,20 @@ QUANTIZED = [
     *entries("gru", "GRU", (1, 1, 512, 512), (100, 1, 512, 512), (64, 16, 512, 512), modes=FORWARD),
 ]
 
+QUANTIZED_ERROR = [  # errors die away in a fresh layer, last longer with larger recurrent weights, and grow in chaos
+    entry
+    for cell in ("LSTM", "GRU", "RNN")
+    for entry in [
+        *(
+            entry
+            for H in (64, 256, 1024)
+            for gain in (1.0, 2.0, 4.0)
+            for entry in entries("drift", cell, (10_000, 4, H, H), modes=FORWARD, gain=gain)
+        ),
+        *entries("drift", cell, (10_000, 4, 64, 256), modes=FORWARD, trained=True),
+    ]
+]
+
 PER_SAMPLE_LAYERS = [  # gradients a sample, as in differentially private training
     *entries("persample", "LSTM", (64, 64, 128, 128), (16, 64, 64, 64), (256, 16, 128, 128), modes=PER_SAMPLE),
     *entries("persample", "GRU", (64, 64, 128, 128), modes=PER_SAMPLE),
@@ -356,6 +370,10 @@ SUITES: dict[str, Suite] = {
         threads=(1, CORES, CORES + 1, 2 * CORES, 4 * CORES), busy_threads=(1, CORES), busy=CORES,
     ),
     "quantized": Suite("narrow weights: with --ours ourint8 or ourbf16", tuple(QUANTIZED), peers=("fastrnn", "int8")),
+    "quantizederror": Suite(
+        "error of narrow weights after 1 to 10,000 steps", tuple(QUANTIZED_ERROR), kind="drift",
+        peers=("fastrnn", "ourint8", "ourbf16"),
+    ),
     "peers": Suite("common shapes against every runtime there is", tuple(PEER_TABLE), peers=RUNTIMES, budget_s=2.0),
 }  # fmt: skip
 

@@ -90,6 +90,12 @@ def accurate(error: float, dtype: str = "float32") -> results.Result:
     return results.Result(Row("accuracy", case, "train", "torch"), "ok", accuracy=accuracy, command="rerun")
 
 
+def drifted(rms: float, peer: str = "torch", **case: Any) -> results.Result:
+    fields: dict[str, Any] = {"family": "drift", "cell": "GRU", "T": 10, "B": 2, "I": 8, "H": 8} | case
+    errors = results.Drift([1, 10], [rms / 2, rms], [rms, 5 * rms])
+    return results.Result(Row("drift", Case(**fields), "fwd", peer), "ok", drift=errors, command="rerun")
+
+
 def document(*made: results.Result, planned: int | None = None, **facts: Any) -> dict[str, Any]:
     """`facts` stand in for entries of the machine."""
     peers = {
@@ -111,5 +117,5 @@ def every_kind() -> dict[str, Any]:
         timed(2.0, half_width=0.5, noisy=True, T=55),
         failed("mismatch", "output: <differs> | by 1", T=56), failed("skipped", "inference only", T=57),
         measured_memory([100 << 20] * 3, [300 << 20] * 3), measured_memory([9 << 20] * 3, [3 << 20] * 3, cell="RNN"),
-        accurate(1e-7), accurate(1e-3, "bfloat16"),
+        accurate(1e-7), accurate(1e-3, "bfloat16"), drifted(0.01), drifted(1.4, gain=4.0), drifted(0.1, trained=True),
     )  # fmt: skip

@@ -30,6 +30,7 @@ from benchmarks import (  # noqa: E402
     cases,
     command_line,
     commands,
+    drift,
     machine,
     measure,
     report,
@@ -43,6 +44,7 @@ from benchmarks import (  # noqa: E402
 from benchmarks.accuracy import run_accuracy  # noqa: E402
 from benchmarks.cases import Case, Row, Suite, entries  # noqa: E402
 from benchmarks.data import Data, make_data  # noqa: E402
+from benchmarks.drift import run_drift  # noqa: E402
 from benchmarks.peers import PEERS, ModulePeer, Prepared, prepare_module  # noqa: E402
 
 FAST = results.Settings(ours="torch", rounds=2, budget_s=0.0, min_sample_s=1e-5, warmup_s=0.0)
@@ -405,6 +407,36 @@ def test_accuracy_row() -> None:
     assert "planted failure" in (result.accuracy.theirs_missing or "")
 
 
+def test_drift_row() -> None:
+    ((case, _),) = entries("tiny", "LSTM", (100, 2, 3, 5), modes=("fwd",))
+    row = Row("drift", case, "fwd", "ourbf16")
+    exact, narrow = (run_drift(row, PEERS[key], FAST).drift for key in ("fastrnn", "ourbf16"))
+    assert exact is not None and narrow is not None
+    assert exact.steps == narrow.steps == [1, 10, 100]
+    for small, large in zip(exact.rms + exact.largest, narrow.rms + narrow.largest, strict=True):
+        assert 0 < 100 * small < large < 0.1
+    result = run_drift(row, Planted("planted", LSTM=Raises), FAST)
+    assert result.status == "error" and "planted failure" in result.message
+    assert "not finite" in run_drift(row, Planted("planted", LSTM=NotANumber), FAST).message
+    for gain in (1.0, 4.0):
+        weights = make_data(replace(case, gain=gain)).weights
+        assert torch.equal(weights["weight_hh_l0"], make_data(case).weights["weight_hh_l0"] * gain)
+        assert torch.equal(weights["weight_ih_l0"], make_data(case).weights["weight_ih_l0"])
+
+
+def test_drift_of_a_trained_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its text is short here, and it is trained for two steps."""
+    monkeypatch.setattr(drift, "TRAINING_STEPS", 2)
+    drift.trained.cache_clear()
+    ((case, _),) = entries("tiny", "GRU", (10, 2, 4, 8), modes=("fwd",), trained=True)
+    data = drift.drift_data(case, 0)
+    drift.trained.cache_clear()
+    assert data.input.shape == (10, 2, 4) and data.weights["weight_hh_l0"].shape == (24, 8)
+    assert not torch.equal(
+        data.weights["weight_hh_l0"], make_data(replace(case, trained=False)).weights["weight_hh_l0"]
+    )
+
+
 # ---- the table
 
 
@@ -419,7 +451,7 @@ def test_ids_are_unique_and_each_selects_exactly_its_row() -> None:
 
 def test_default_is_quick_and_a_filter_looks_everywhere() -> None:
     assert set(suites.select(None, None)) == set(suites.SUITES["quick"].rows())
-    assert {row.kind for row in suites.select(None, "lstm")} == {"timing", "accuracy", "memory"}
+    assert {row.kind for row in suites.select(None, "lstm")} == {"timing", "accuracy", "memory", "drift"}
     assert {row.case.shortest > 0 for row in suites.select(["packed"], "lstm")} == {True}
     assert not suites.select(["packed"], "cell")
 

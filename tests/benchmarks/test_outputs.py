@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.benchmarks.documents import ROOT, document, every_kind, failed, measured_memory, timed
+from tests.benchmarks.documents import ROOT, document, drifted, every_kind, failed, measured_memory, timed
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -148,7 +148,7 @@ def test_a_page_without_losses_says_so() -> None:
 
 def test_there_is_a_plot_for_every_kind_of_row(everything: dict[str, Any], tmp_path: Path) -> None:
     made = {file.name for file in plots.save(everything, tmp_path)}
-    names = {"ratios", "peers", "floor", "memory", "error", "scaling", "heat-lstm-vs-torch"}
+    names = {"ratios", "peers", "floor", "memory", "error", "drift", "scaling", "heat-lstm-vs-torch"}
     assert made == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
     for file in tmp_path.iterdir():
         if file.suffix == ".svg":
@@ -199,6 +199,8 @@ def test_what_counts_as_a_regression() -> None:
     assert outcome(timed(2.0), failed("skipped", "not installed")) == "unclear"
     assert outcome(measured_memory([10, 11, 12], [30] * 3), measured_memory([20, 21, 22], [30] * 3)) == "regression"
     assert outcome(measured_memory([10, 11, 12], [30] * 3), measured_memory([10, 11, 12], [60] * 3)) == "same"
+    assert outcome(drifted(0.01), drifted(0.011)) == "same"
+    assert outcome(drifted(0.01), drifted(0.03)) == "unclear", "no failure, but worth a look"
 
 
 @given(st.floats(0.1, 10), st.floats(0.1, 10), st.floats(0.01, 0.5), st.booleans())

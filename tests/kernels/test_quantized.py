@@ -1,6 +1,7 @@
 """Narrow weights: the op against the same arithmetic in float64, and what quantize() makes of modules."""
 
 import copy
+import json
 import os
 import pickle
 import subprocess
@@ -160,6 +161,63 @@ def test_accuracy_is_no_worse_than_torchs_int8(kind):
     assert sums[0].sqrt() <= 1.1 * sums[1].sqrt()
 
 
+# Of the error of output, over its root mean square: root mean square and largest. docs/measured.md promises these.
+PROMISED = {torch.int8: (0.02, 0.5), torch.bfloat16: (0.004, 0.1)}
+
+
+def enlarged_recurrence(kind: str, gain: float) -> nn.Module:
+    module = build(fastrnn, kind, 64, 64)
+    with torch.no_grad():
+        module.weight_hh_l0.mul_(gain)
+    return module
+
+
+def errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
+    size, difference = exact.square().mean().sqrt(), got.double() - exact
+    return (difference.square().mean().sqrt() / size).item(), (difference.abs().max() / size).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "gain"), [*((kind, gain) for kind in KINDS[:3] for gain in (1, 2)), ("LSTM", 4), ("GRU", 4)]
+)
+def test_the_promised_error(kind, gain, dtype):
+    """Against float64 of the exact weights, at every length; it does not grow with it."""
+    module = enlarged_recurrence(kind, gain)
+    x = torch.randn(1000, 4, 64)
+    with torch.no_grad():
+        got, exact = fastrnn.quantize(module, dtype)(x)[0], copy.deepcopy(module).double()(x.double())[0]
+    found = {steps: errors(got[:steps], exact[:steps]) for steps in (1, 10, 100, 1000)}
+    for rms, largest in found.values():
+        assert rms <= PROMISED[dtype][0] and largest <= PROMISED[dtype][1]
+    assert found[1000][0] < 1.25 * found[100][0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chaos_keeps_no_promise(dtype):
+    """A network whose float32 run is another one than float64's: ten steps are near, and later ones are finite."""
+    module, x = enlarged_recurrence("RNN_TANH", 4), torch.randn(1000, 4, 64)
+    with torch.no_grad():
+        exact = copy.deepcopy(module).double()(x.double())[0]
+        wide, got = module(x)[0], fastrnn.quantize(module, dtype)(x)[0]
+    assert errors(wide, exact)[0] > 0.5 and errors(wide[:10], exact[:10])[0] < 1e-5
+    assert errors(got[:10], exact[:10])[0] < 3 * PROMISED[dtype][0] and got.abs().max() <= 1
+
+
+def test_the_promise_stands_on_the_page_and_held_in_the_stored_run():
+    page = (ROOT / "docs/measured.md").read_text()
+    for dtype, (rms, largest) in PROMISED.items():
+        assert f"| {str(dtype).removeprefix('torch.')} | {100 * rms:g}% | {100 * largest:g}% |" in page
+    run = sorted((ROOT / "benchmarks/results").glob("*-quantizederror-*.json"))[-1]
+    rows = {(row["case"]["name"], row["peer"]): row["drift"] for row in json.loads(run.read_text())["rows"]}
+    chaotic = {name for (name, peer), drift in rows.items() if peer == "fastrnn" and drift["rms"][-1] > 1e-4}
+    assert chaotic == {f"rnn-10000x4x{H}x{H}-gain4" for H in (64, 256, 1024)}
+    for (name, peer), drift in rows.items():
+        if peer != "fastrnn" and name not in chaotic:
+            rms, largest = PROMISED[torch.int8 if peer == "ourint8" else torch.bfloat16]
+            assert max(drift["rms"]) <= rms and max(drift["largest"]) <= largest
+
+
 def test_special_values():
     """A row of zeros, a NaN and an infinity: each stays in its row."""
     module = fastrnn.quantize(fastrnn.GRU(9, 20))
@@ -198,6 +256,7 @@ def test_every_instruction_set(isa):
         "for kind in KINDS:\n"
         "    for dtype in DTYPES:\n"
         "        test_rows_do_not_know_each_other(kind, 0, dtype)\n"
+        "    test_the_promised_error(kind, 2, torch.int8)\n"
         "check_against_the_same_arithmetic('LSTM', torch.int8, (3, 17))\n"
         "check_against_the_same_arithmetic('GRU', torch.bfloat16, (3, 17))\n"
     )
