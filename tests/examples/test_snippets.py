@@ -30,6 +30,7 @@ TITLES = (
     "Every sequence stops by itself",
     "A learned initial state",
     "A regularised language model",
+    "Training for narrow weights",
     "Nested tensors",
     "What a model costs",
     "The gradient of every sample, private training",
