@@ -212,7 +212,7 @@ def test_one_parameter_is_exchanged(road: str) -> None:
         setattr(module, name, other())
 
     with running(exchange, *[lambda: results.append(call(module))] * 3) as raised:
-        time.sleep(0.3)
+        time.sleep(0.15)
     assert not raised and len(results) > 3
     assert all(is_one_of(found, *wanted) for found in results)
 
@@ -230,7 +230,7 @@ def test_the_whole_module_is_exchanged(road: str) -> None:
             time.sleep(0)
 
     with running(exchange, *[lambda: results.append(call(holder["rnn"]))] * 3) as raised:
-        time.sleep(0.3)
+        time.sleep(0.15)
     assert not raised and len(results) > 3
     assert all(is_one_of(found, *wanted) for found in results)
 
@@ -270,7 +270,7 @@ def test_weights_change_in_place(road: str, how: str) -> None:
             told.append(str(error))
 
     with running(write, read, read, read) as raised:
-        time.sleep(0.3)
+        time.sleep(0.15)
     assert not raised
     assert not told or ("training" in road and how != "assign")
     second.load_state_dict(first.state_dict())
