@@ -17,17 +17,16 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 template <class Cell, class S>
 class BackwardWorker {
   using T = typename Compute<S>::type;
+  using A = typename Operand<S>::type;
   using V = Vec<T>;
   static constexpr int L = V::kLanes, G = Cell::kGates;
-  static constexpr bool kLayers = std::is_same_v<S, T>;
 
  public:
   static Paused run(const BackwardParams& p, const LayerBackwardParams* layer, const Plan& plan, char* workspace,
                     int member) {
     BackwardWorker w(p, layer, plan, workspace, member);
     const bool units_split = !plan.split_rows;
-    // The step after the last one is there for the initial state's gradient, or a reset's at the first step.
-    const int64_t steps = p.grad_h_0 || p.resets ? p.steps + 1 : p.steps;
+    const int64_t steps = w.steps();
     for (int64_t group = w.team; group < p.groups; group += plan.teams) {
       w.begin(group);
       co_yield kMeet;
@@ -46,16 +45,14 @@ class BackwardWorker {
           w.compute_cells();
         }
         if (units_split) co_yield kMeet;
-        if constexpr (kLayers)
-          if (layer && s < p.steps && w.gradients.complete(s)) {
-            w.from = w.gradients.gather(s + 1, w.from, w.step.running, w.units);
-            co_yield kMeet;
-            w.gradients.add_products(s + 1, w.sums);
-            co_yield kMeet;
-          }
+        if (layer && s < p.steps && w.gradients.complete(s)) {
+          w.from = w.gradients.gather(s + 1, w.from, w.step.running, w.units);
+          co_yield kMeet;
+          w.gradients.add_products(s + 1, w.sums);
+          co_yield kMeet;
+        }
       }
-      if constexpr (kLayers)
-        if (layer) w.gradients.finish();
+      if (layer) w.gradients.finish();
       if (group + plan.teams < p.groups) co_yield kMeet;
     }
   }
@@ -65,7 +62,7 @@ class BackwardWorker {
                  int member)
       : p(params), layer(layer), plan(plan), team(member / plan.team_size), member(member % plan.team_size),
         // Rows of the weights serve as panels where whole vectors of them, of the right type, can be read.
-        packed(plan.pack_hh || sizeof(S) != sizeof(T) || p.hidden % L != 0 || p.width % L != 0), arena(workspace),
+        packed(plan.pack_hh || !std::is_same_v<S, T> || p.hidden % L != 0 || p.width % L != 0), arena(workspace),
         b(params, layer, plan, arena, this->member), step(params, layer, b),
         gradients(params, layer, plan, this->member, b, step, packed || (layer && layer->size % L != 0)) {
     const bool all = plan.split_rows;
@@ -75,12 +72,14 @@ class BackwardWorker {
   }
   BackwardWorker(const BackwardWorker&) = delete;
 
+  // The step after the last one is there for the initial state's gradient, or a reset's at the first step.
+  int64_t steps() const { return p.grad_h_0 || p.resets ? p.steps + 1 : p.steps; }
+
   void begin(int64_t group) {
     step.enter(plan, group, member);
     step.begin();
     from = grad_gates();
-    if constexpr (kLayers)
-      if (layer) gradients.begin();
+    if (layer) gradients.begin();
     if (packed) pack(group);
     if (!p.grad_h_0) return;
     for (int64_t i = step.rows->active(0); i < step.rows->size(); ++i) {
@@ -93,30 +92,31 @@ class BackwardWorker {
   void pack(int64_t group) {
     const int64_t h = p.hidden, R = p.width;
     const S* weight = static_cast<const S*>(p.weight_hh) + group * G * h * R;
-    for_each_packed_panel(widths, kMaxVectors, plan.split_rows, member, plan.team_size, [&](int64_t v, int vectors) {
+    // The first step of this loop has no gate gradients of a step before to multiply.
+    const Range multiplied = kHasLate<Cell> || steps() > 1 ? widths : Range{0, 0};
+    for_each_packed_panel(multiplied, kMaxVectors, plan.split_rows, member, plan.team_size, [&](int64_t v, int vectors) {
       pack_columns(weight + v * L, R, vectors, R - v * L, G, h, b.gates_padded,
                    b.panels_hh + v * L * b.gates_padded * G);
     });
     if (!p.weight_hr) return;
     const S* projection = static_cast<const S*>(p.weight_hr) + group * R * h;
     for_each_packed_panel(units, kMaxVectors, plan.split_rows, member, plan.team_size, [&](int64_t v, int vectors) {
-      pack_columns(projection + v * L, h, vectors, h - v * L, 1, R, R, b.panels_hr + v * L * R);
+      pack_columns(projection + v * L, h, vectors, h - v * L, 1, R, R, b.panels_hr + v * L * padded_depth<A>(R));
     });
   }
 
-  T* grad_gates() const { return b.grad_gates + (b.slots + 1) * step.rows->first * b.gates_stride; }
+  A* grad_gates() const { return b.grad_gates + (b.slots + 1) * step.rows->first * b.gates_stride; }
 
   // The gradient of state 0 after the s-th step and, where nothing is projected, the cell's.
   void multiply(int64_t s) {
     step.enter_step(s);
     step.to = grad_gates() + (s & 1 ? 0 : step.rows->size()) * b.gates_stride;
-    if constexpr (kLayers)
-      if (layer) {
-        step.to = gradients.next_gates();
-        step.to_ih = gradients.next_gates_ih();
-        step.to_inner = gradients.next_inner();
-        if (p.weight_hr) step.grad_h = gradients.next_grad_h();
-      }
+    if (layer) {
+      step.to = gradients.next_gates();
+      step.to_ih = gradients.next_gates_ih();
+      step.to_inner = gradients.next_inner();
+      if (p.weight_hr) step.grad_h = gradients.next_grad_h();
+    }
     const int64_t was_running = step.was_running, count = step.running > was_running ? step.running : was_running;
     for_each_panel(widths, kMaxVectors, [&](int64_t v, int vectors) {
       // Rows that only start here have no gate gradients to multiply.
@@ -125,24 +125,23 @@ class BackwardWorker {
           for (int n = 0; n < vectors; ++n)
             step.state(first + m, (v + n) * L, V(sums ? load(sums + (m * vectors + n) * L) : V(0)));
       };
-      const Panel<T> panel = panel_of_columns(p.weight_hh, step.group, G * p.hidden, p.width, b.panels_hh,
+      const Panel<A> panel = panel_of_columns(p.weight_hh, step.group, G * p.hidden, p.width, b.panels_hh,
                                               b.gates_padded * G, v, vectors, packed);
       for_each_deep_tile(was_running, from, b.gates_stride, panel.weights, panel.stride,
                          b.gates_padded * kEarlyGates<Cell>, vectors, sums, body, terms_of_weights(p));
       for (int64_t i = was_running; i < count; ++i) body(i, 1, nullptr);
     });
     from = step.to;
-    if constexpr (kLayers)
-      if (layer) gradients.made(step.running);
+    if (layer) gradients.made(step.running);
   }
 
   // The rest of a step of a cell with late gates: the gradient of what their product was with, and the cells.
   void multiply_late() {
     const int64_t late = kEarlyGates<Cell> * b.gates_padded;  // where they start
     for_each_panel(units, kMaxVectors, [&](int64_t v, int vectors) {
-      const Panel<T> panel = panel_of_columns(p.weight_hh, step.group, G * p.hidden, p.width, b.panels_hh,
+      const Panel<A> panel = panel_of_columns(p.weight_hh, step.group, G * p.hidden, p.width, b.panels_hh,
                                               b.gates_padded * G, v, vectors, packed);
-      for_each_deep_tile(step.running, static_cast<const T*>(step.to + late), b.gates_stride,
+      for_each_deep_tile(step.running, static_cast<const A*>(step.to + late), b.gates_stride,
                          panel.weights + late * panel.stride, panel.stride, b.gates_padded * kLateGates<Cell>, vectors,
                          sums, [&](int64_t first, int rows_in_tile, const T* product) {
                            for (int m = 0; m < rows_in_tile; ++m)
@@ -157,10 +156,10 @@ class BackwardWorker {
   void project_gradients() {
     const int64_t count = step.running > step.was_running ? step.running : step.was_running;
     for_each_panel(units, kMaxVectors, [&](int64_t v, int vectors) {
-      const Panel<T> panel = panel_of_columns(p.weight_hr, step.group, p.width, p.hidden, b.panels_hr, p.width, v,
+      const Panel<A> panel = panel_of_columns(p.weight_hr, step.group, p.width, p.hidden, b.panels_hr, p.width, v,
                                               vectors, packed);
-      for_each_tile(count, static_cast<const T*>(step.grad_h), b.stride, panel.weights, panel.stride, p.width, vectors,
-                    static_cast<const T*>(nullptr),
+      for_each_tile(count, static_cast<const A*>(step.grad_h), b.stride, panel.weights, panel.stride, p.width, vectors,
+                    nullptr,
                     [&](int64_t first, int rows_in_tile, const T* sums) {
                       for (int m = 0; m < rows_in_tile; ++m)
                         for (int n = 0; n < vectors; ++n)
@@ -184,12 +183,12 @@ class BackwardWorker {
   const int team, member;
   const bool packed;
   Arena arena;
-  BackwardBuffers<Cell, T> b;
+  BackwardBuffers<Cell, S> b;
   BackwardStep<Cell, S> step;
   LayerGradients<Cell, S> gradients;  // of a layer's call
   Range units, widths;                // vectors that this member computes
 
-  const T* from;  // the gate gradients of the step before
+  const A* from;  // the gate gradients of the step before
   T* sums;
 };
 

@@ -47,18 +47,18 @@ FASTRNN_HD void sum_lanes(const Vec<Dual<T>> (&x)[4], Dual<T>* out) {
 }
 
 // out[m * out_stride + n] = sum_k a[m * stride + k] w[n * ld + k]
-template <class T, class S, int M, int N>
-__attribute__((noinline)) void dot(const T* a, int64_t stride, const S* w, int64_t ld, int64_t depth, T* out,
+template <class A, class S, int M, int N, class T = typename Compute<A>::type>
+__attribute__((noinline)) void dot(const A* a, int64_t stride, const S* w, int64_t ld, int64_t depth, T* out,
                                    int64_t out_stride) {
   using V = Vec<T>;
-  constexpr int L = V::kLanes;
+  constexpr int L = V::kLanes, D = kDepth<A>;
   V sum[M][4];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < 4; ++n) sum[m][n] = V(0);
   int64_t k = 0;
-  if constexpr (std::is_same_v<S, BFloat16>) {
+  if constexpr (std::is_same_v<S, BFloat16> && !std::is_same_v<A, S>) {
     // Two neighbours in 32 bits: the upper one is a float32 already but for bits below its own, the lower one after a
     // shift. So no lane has to move but the few of a.
     using Bits = typename V::Bits;
@@ -81,17 +81,17 @@ __attribute__((noinline)) void dot(const T* a, int64_t stride, const S* w, int64
     }
   }
   const auto add = [&](int64_t k, int lanes) {
-    V x[M];
+    Operands<A> x[M];
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) x[m] = load(a + m * stride + k, lanes);
+    for (int m = 0; m < M; ++m) x[m] = load_along<A>(a + m * stride + k, lanes);
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      const V weight = load(w + n * ld + k, lanes);
+      const Operands<A> weight = load_along<A>(w + n * ld + k, lanes);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) sum[m][n] = sum[m][n] + x[m] * weight;
+      for (int m = 0; m < M; ++m) sum[m][n] = add_products<Terms::kAll>(sum[m][n], x[m], weight);
     }
   };
-  for (; k + L <= depth; k += L) add(k, L);
+  for (; k + L * D <= depth; k += L * D) add(k, L * D);
   if (k < depth) add(k, int(depth - k));
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
@@ -101,25 +101,26 @@ __attribute__((noinline)) void dot(const T* a, int64_t stride, const S* w, int64
   }
 }
 
-template <class T, class S, int N>
-void dot(int rows, const T* a, int64_t stride, const S* w, int64_t ld, int64_t depth, T* out, int64_t out_stride) {
+template <int N, class A, class S, class T>
+void dot(int rows, const A* a, int64_t stride, const S* w, int64_t ld, int64_t depth, T* out, int64_t out_stride) {
   switch (rows) {
     case 1:
-      return dot<T, S, 1, N>(a, stride, w, ld, depth, out, out_stride);
+      return dot<A, S, 1, N>(a, stride, w, ld, depth, out, out_stride);
     case 2:
-      return dot<T, S, 2, N>(a, stride, w, ld, depth, out, out_stride);
+      return dot<A, S, 2, N>(a, stride, w, ld, depth, out, out_stride);
     case 3:
-      return dot<T, S, 3, N>(a, stride, w, ld, depth, out, out_stride);
+      return dot<A, S, 3, N>(a, stride, w, ld, depth, out, out_stride);
     default:
-      return dot<T, S, 4, N>(a, stride, w, ld, depth, out, out_stride);
+      return dot<A, S, 4, N>(a, stride, w, ld, depth, out, out_stride);
   }
 }
 
 // for_each_tile without packing. The outputs are those that pack_rows (panels-inl.h) would order as [n][lane]; bias
 // points at the first of them and has the same gate_stride.
-template <class T, class W, class S, class Body>
-void for_each_dot_tile(int64_t count, const T* a, int64_t stride, const W* w, int64_t ld, int64_t gate_stride,
+template <class A, class W, class S, class Body>
+void for_each_dot_tile(int64_t count, const A* a, int64_t stride, const W* w, int64_t ld, int64_t gate_stride,
                        int gates, int unit_vectors, int64_t valid, int64_t depth, const S* bias, Body body) {
+  using T = typename Compute<A>::type;
   constexpr int L = Vec<T>::kLanes;
   alignas(64) T sums[kDotRows * kMaxVectors * L];
   const int outputs = gates * unit_vectors * L;
@@ -132,9 +133,9 @@ void for_each_dot_tile(int64_t count, const T* a, int64_t stride, const W* w, in
         T* to = sums + (v * gates + g) * L;
         int i = 0;
         for (; i + kDotOutputs <= lanes; i += kDotOutputs)
-          dot<T, W, kDotOutputs>(rows, a + first * stride, stride, w + (at + i) * ld, ld, depth, to + i, outputs);
+          dot<kDotOutputs>(rows, a + first * stride, stride, w + (at + i) * ld, ld, depth, to + i, outputs);
         for (; i < lanes; ++i)
-          dot<T, W, 1>(rows, a + first * stride, stride, w + (at + i) * ld, ld, depth, to + i, outputs);
+          dot<1>(rows, a + first * stride, stride, w + (at + i) * ld, ld, depth, to + i, outputs);
         for (int m = 0; m < rows; ++m) {
           for (int j = lanes; j < L; ++j) to[m * outputs + j] = 0;
           if (bias) store(to + m * outputs, load(to + m * outputs) + load(bias + at, lanes));

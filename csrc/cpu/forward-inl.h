@@ -20,6 +20,7 @@ class ForwardWorker {
   static constexpr bool kInt8 = std::is_same_v<W, int8_t>;
   using WeightHr = std::conditional_t<kInt8, S, W>;
   using T = typename Compute<S>::type;
+  using A = typename Operand<S>::type;
   using V = Vec<T>;
   static constexpr int L = V::kLanes, G = Cell::kGates, kUnits = kWholeRows<Cell> ? 1 : kMaxVectors / G;
   static constexpr int kEarly = kEarlyGates<Cell>, kLate = kLateGates<Cell>;
@@ -100,20 +101,20 @@ class ForwardWorker {
 
   // A team that splits its rows shares all panels; a member that has units of its own packs those.
   void pack() {
-    const int64_t h = p.hidden, R = p.width, I = layer ? layer->size : 0;
+    const int64_t h = p.hidden, R = p.width;
     for_each_packed_panel(units, kUnits, plan.split_rows, member, plan.team_size, [&](int64_t v, int vectors) {
       if (plan.pack_hh) {
         pack_gates<0, kEarly>(v, vectors);
         if constexpr (kHasLate<Cell>) pack_gates<kEarly, kLate>(v, vectors);
       }
       if (plan.pack_ih) {
-        if (!plan.pack_late) pack_ih(v, vectors, b.panels_ih + v * G * L * I);
+        if (!plan.pack_late) pack_ih(v, vectors, panel_ih(v));
         if (bias_ih) pack_rows(bias_ih + v * L, 1, h, G, vectors, h - v * L, 1, b.bias_ih + v * G * L);
       }
     });
     if (!plan.pack_hh || !weight_hr) return;
     for_each_packed_panel(widths, kMaxVectors, plan.split_rows, member, plan.team_size, [&](int64_t v, int vectors) {
-      pack_rows(weight_hr + v * L * h, h, 0, 1, vectors, R - v * L, h, b.panels_hr + v * L * h);
+      pack_rows(weight_hr + v * L * h, h, 0, 1, vectors, R - v * L, h, panel_hr(v));
     });
   }
   // weight_hh and bias_hh of `count` gates, `first` being the first. All panels of the early gates stand before those of
@@ -125,14 +126,16 @@ class ForwardWorker {
     if (bias_hh) pack_rows(bias_hh + row, 1, h, count, vectors, h - v * L, 1, panel_bias<first, count>(v));
   }
   template <int first, int count>
-  T* panel_hh(int64_t v) const {
-    return b.panels_hh + (first * b.unit_vectors + count * v) * L * p.width;
+  A* panel_hh(int64_t v) const {
+    return b.panels_hh + (first * b.unit_vectors + count * v) * L * padded_depth<A>(p.width);
   }
   template <int first, int count>
   T* panel_bias(int64_t v) const {
     return b.bias + (first * b.unit_vectors + count * v) * L;
   }
-  void pack_ih(int64_t v, int vectors, T* panel) {
+  A* panel_hr(int64_t v) const { return b.panels_hr + v * L * padded_depth<A>(p.hidden); }
+  A* panel_ih(int64_t v) const { return b.panels_ih + v * G * L * padded_depth<A>(layer->size); }
+  void pack_ih(int64_t v, int vectors, A* panel) {
     const int64_t I = layer->size;
     pack_rows(weight_ih + v * L * I, I, p.hidden, G, vectors, p.hidden - v * L, I, panel);
   }
@@ -145,7 +148,7 @@ class ForwardWorker {
     const Rows& rows = *step.rows;
     const int64_t I = layer->size, mine = plan.chunk * rows.first;
     const int64_t end = begin + plan.chunk < p.steps ? begin + plan.chunk : p.steps;
-    T* input = kInt8 ? nullptr : b.input + mine * b.input_stride;
+    A* input = kInt8 ? nullptr : b.input + mine * b.input_stride;
     int64_t count = 0;
     for (int64_t s = begin; s < end; ++s) {
       const int64_t t = step.time_of(s), active = rows.active(t);
@@ -158,7 +161,7 @@ class ForwardWorker {
           const int64_t at = mine + count + i;
           b.input_scale[at] = quantize_row(from, I, b.quantized_input + at * b.quads_ih * kInt8Depth);
         } else {
-          T* to = input + (count + i) * b.input_stride;
+          A* to = input + (count + i) * b.input_stride;
           for (int64_t k = 0; k < I; k += L) store(to + k, V(load(from + k, valid_lanes<T>(I, k))));
         }
       }
@@ -171,7 +174,7 @@ class ForwardWorker {
   // chunk's gates.
   void project() {
     const int64_t I = layer->size, mine = plan.chunk * step.rows->first, count = chunk_count;
-    const T* input = kInt8 ? nullptr : b.input + mine * b.input_stride;
+    const A* input = kInt8 ? nullptr : b.input + mine * b.input_stride;
     for_each_panel(units, kUnits, [&](int64_t v, int vectors) {
       const int N = vectors * G;
       T* out = chunk_panel(v, N);
@@ -183,9 +186,9 @@ class ForwardWorker {
         for_each_int8_tile<G>(count, b.quantized_input + mine * stride, stride, b.input_scale + mine, int8_ih, v,
                               vectors, bias_ih, p.hidden, keep);
       } else if (plan.pack_ih) {
-        T* panel = b.panels_ih + (plan.pack_late ? units.begin : v) * G * L * I;
+        A* panel = panel_ih(plan.pack_late ? units.begin : v);
         if (plan.pack_late) pack_ih(v, vectors, panel);
-        for_each_tile(count, input, b.input_stride, static_cast<const T*>(panel), N * L, I, N,
+        for_each_tile(count, input, b.input_stride, static_cast<const A*>(panel), N * L, I, N,
                       bias_ih ? b.bias_ih + v * G * L : nullptr, keep, plan.uniform, terms_of_weights(p));
       } else
         for_each_dot_tile(count, input, b.input_stride, weight_ih + v * L * I, I, p.hidden, G,
@@ -225,7 +228,7 @@ class ForwardWorker {
   // The product of `count` gates, `first` being the first, with the rows x [.., stride]: body(row i, vector of units v,
   // their product [count][L], their gates_ih [G][L] of a layer's call or null).
   template <int first, int count, class Body>
-  FASTRNN_HD void multiply_gates(int64_t s, const T* x, Body body) {
+  FASTRNN_HD void multiply_gates(int64_t s, const A* x, Body body) {
     const int64_t first_row = step.rows->first, active = step.rows->active(step.t), row = first * p.hidden;
     // Every member quantises all rows that it multiplies: less work than to wait for another's.
     uint8_t* quantized = nullptr;
@@ -252,7 +255,7 @@ class ForwardWorker {
         for_each_int8_tile<G>(active, quantized, b.quads_hh * kInt8Depth, scale, int8_hh, v, vectors, bias_hh, p.hidden,
                               cells);
       else if (plan.pack_hh)
-        for_each_tile(active, x, b.stride, static_cast<const T*>(panel_hh<first, count>(v)), vectors * count * L,
+        for_each_tile(active, x, b.stride, static_cast<const A*>(panel_hh<first, count>(v)), vectors * count * L,
                       p.width, vectors * count, bias_hh ? panel_bias<first, count>(v) : nullptr, cells, plan.uniform,
                       terms_of_weights(p));
       else
@@ -280,11 +283,11 @@ class ForwardWorker {
         for (int m = 0; m < count; ++m)
           for (int n = 0; n < vectors; ++n) step.store_h(first + m, (v + n) * L, load(h + (m * vectors + n) * L));
       };
-      const T* hidden = step.hidden;
+      const A* hidden = step.hidden;
       const int64_t active = step.rows->active(step.t);
       if (plan.pack_hh)
-        for_each_tile(active, hidden, b.stride, b.panels_hr + v * L * p.hidden, vectors * L, p.hidden, vectors,
-                      static_cast<const T*>(nullptr), states, plan.uniform, terms_of_weights(p));
+        for_each_tile(active, hidden, b.stride, static_cast<const A*>(panel_hr(v)), vectors * L, p.hidden, vectors,
+                      nullptr, states, plan.uniform, terms_of_weights(p));
       else
         for_each_dot_tile(active, hidden, b.stride, weight_hr + v * L * p.hidden, p.hidden, 0, 1, vectors,
                           p.width - v * L, p.hidden, static_cast<const S*>(nullptr), states);
@@ -296,7 +299,7 @@ class ForwardWorker {
   const Plan& plan;
   const int team, member;
   Arena arena;
-  ForwardBuffers<Cell, T> b;
+  ForwardBuffers<Cell, S> b;
   ForwardStep<Cell, S> step;
   Range units, widths;  // vectors that this member computes
 

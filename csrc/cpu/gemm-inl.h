@@ -16,48 +16,53 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 constexpr int64_t kBlockK = 512, kPartK = 128, kBlockM = 96, kBlockN = 256;
 
 // What a thread has for products over k with n columns; `member` of `members` that share an arena.
-template <class T>
+template <class A>
 struct GemmBuffers {
-  static constexpr int L = Vec<T>::kLanes;
+  static constexpr int L = Vec<typename Compute<A>::type>::kLanes;
   int64_t block_n, block_k, a_stride;
-  T* panels;  // [block_n / (4 L)][block_k][4][L]
-  T* rows;    // [block_k][a_stride]: a block of a where a is transposed, copied so that its rows are adjacent in memory
+  A* panels;  // [block_n / (4 L)][block_k][4][L]
+  // [block_k][a_stride]: a block of a where a is transposed, copied so that its rows are adjacent in memory, or, where
+  // kDepth rows are multiplied together, side by side as in a panel.
+  A* rows;
 
   GemmBuffers() = default;
   GemmBuffers(int64_t n, int64_t k, bool transpose_a, Arena& arena, int members = 1, int member = 0)
-      : block_n(round_up(n < kBlockN ? n : kBlockN, L)), block_k(k < kBlockK ? k : kBlockK), a_stride(kBlockM + L) {
-    panels = arena.take<T>(block_n * block_k * members) + block_n * block_k * member;
-    rows = transpose_a ? arena.take<T>(block_k * a_stride * members) + block_k * a_stride * member : nullptr;
+      : block_n(round_up(n < kBlockN ? n : kBlockN, L)), block_k(padded_depth<A>(k < kBlockK ? k : kBlockK)),
+        a_stride(kBlockM + L) {
+    panels = arena.take<A>(block_n * block_k * members) + block_n * block_k * member;
+    rows = transpose_a ? arena.take<A>(block_k * a_stride * members) + block_k * a_stride * member : nullptr;
   }
 };
 
 // op(a) b for the rows `m` of the result and `columns`, in vectors. pack(k0, depth, v, n, panel) packs n vectors of b's
 // columns from v on; keep(row, vector, k0, sum) is called for every part of k in turn.
-template <class T, bool TransposeA, class Pack, class Keep>
-void multiply(const GemmBuffers<T>& buffers, Range m, Range columns, int64_t k, const T* a, int64_t a_stride, Pack pack,
+template <class A, bool TransposeA, class Pack, class Keep>
+void multiply(const GemmBuffers<A>& buffers, Range m, Range columns, int64_t k, const A* a, int64_t a_stride, Pack pack,
               Keep keep, Terms terms = Terms::kAll) {
-  constexpr int L = Vec<T>::kLanes;
+  using T = typename Compute<A>::type;
+  constexpr int L = Vec<T>::kLanes, D = kDepth<A>;
   const auto block = [&](Range block, int64_t k0, int64_t depth) {
     const auto panel_at = [&](int64_t v) { return buffers.panels + (v - block.begin) * L * buffers.block_k; };
     for_each_panel(block, kMaxVectors, [&](int64_t v, int n) { pack(k0, depth, v, n, panel_at(v)); });
     for (int64_t m0 = m.begin; m0 < m.end; m0 += kBlockM) {
       const int64_t rows = m.end - m0 < kBlockM ? m.end - m0 : kBlockM;
       if (TransposeA)
-        for (int64_t i = 0; i < depth; ++i)
+        for (int64_t i = 0; i < depth; i += D)
           for (int64_t j = 0; j < rows; j += L)
-            store(buffers.rows + i * buffers.a_stride + j,
-                  load(a + (k0 + i) * a_stride + m0 + j, int(rows - j < L ? rows - j : L)));
+            store_operands(buffers.rows + i * buffers.a_stride + j * D,
+                           load_across<A>(a + (k0 + i) * a_stride + m0 + j, a_stride, int(depth - i < D ? depth - i : D),
+                                          int(rows - j < L ? rows - j : L)));
       for_each_panel(block, kMaxVectors, [&](int64_t v, int n) {
         for (int64_t i = 0; i < (depth > 0 ? depth : 1); i += kPartK) {
           const int64_t part = depth - i < kPartK ? depth - i : kPartK;
-          const T* panel = panel_at(v) + i * n * L;
+          const A* panel = panel_at(v) + i * n * L;
           const auto each = [&](int64_t first, int count, const T* sums) {
             for (int j = 0; j < count; ++j)
               for (int q = 0; q < n; ++q) keep(m0 + first + j, v + q, k0 + i, load(sums + (j * n + q) * L));
           };
           const T* none = nullptr;
           if (TransposeA)
-            for_each_tile<T, true>(rows, buffers.rows + i * buffers.a_stride, buffers.a_stride, panel, n * L, part, n,
+            for_each_tile<A, true>(rows, buffers.rows + i * buffers.a_stride, buffers.a_stride, panel, n * L, part, n,
                                    none, each, false, terms);
           else
             for_each_tile(rows, a + m0 * a_stride + k0 + i, a_stride, panel, n * L, part, n, none, each, false, terms);

@@ -13,16 +13,17 @@
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
-// One member's part. Nothing of it is called but where S is float32 or float64, and so the type that sums have, too.
+// One member's part. Gradients of weights and biases have the type that is computed with, for they are sums over chunks.
 template <class Cell, class S>
 class LayerGradients {
   using T = typename Compute<S>::type;
+  using A = typename Operand<S>::type;
   using V = Vec<T>;
   static constexpr int L = V::kLanes, G = Cell::kGates;
 
  public:
   LayerGradients(const BackwardParams& params, const LayerBackwardParams* layer, const Plan& plan, int member,
-                 const BackwardBuffers<Cell, T>& buffers, const BackwardStep<Cell, S>& step, bool packed)
+                 const BackwardBuffers<Cell, S>& buffers, const BackwardStep<Cell, S>& step, bool packed)
       : p(params), layer(layer), plan(plan), member(member), b(buffers), step(step), packed(packed) {}
 
   // Of a group; step has entered it.
@@ -33,12 +34,12 @@ class LayerGradients {
   }
 
   // Where a step puts its gate gradients, whose rows are the chunk's next; `running` of them.
-  T* next_gates() const { return grad_gates(*step.rows) + (step.rows->size() + chunk_rows) * b.gates_stride; }
-  T* next_gates_ih() const {
+  A* next_gates() const { return grad_gates(*step.rows) + (step.rows->size() + chunk_rows) * b.gates_stride; }
+  A* next_gates_ih() const {
     return b.grad_gates_ih ? b.grad_gates_ih + (first_row(*step.rows) + chunk_rows) * b.gates_stride : nullptr;
   }
-  T* next_inner() const { return b.inner ? b.inner + (first_row(*step.rows) + chunk_rows) * b.stride : nullptr; }
-  T* next_grad_h() const { return b.grad_h + (first_row(*step.rows) + chunk_rows) * b.stride; }
+  S* next_inner() const { return b.inner ? b.inner + (first_row(*step.rows) + chunk_rows) * b.stride : nullptr; }
+  A* next_grad_h() const { return b.grad_h + (first_row(*step.rows) + chunk_rows) * b.stride; }
   void made(int64_t running) { chunk_rows += running; }
   // Is the chunk complete with step s?
   bool complete(int64_t s) const { return s + 1 == p.steps || s + 1 == chunk_begin + plan.chunk; }
@@ -47,7 +48,7 @@ class LayerGradients {
   // gradient goes; where units are split, the team shares all rows. `from`: the last step's gates, whose `running` rows
   // the next step's product needs, so they move to where they stay; every member moves the units and rows that it
   // makes. Returns where that is.
-  const T* gather(int64_t end, const T* from, int64_t running, Range units) {
+  const A* gather(int64_t end, const A* from, int64_t running, Range units) {
     const Rows& rows = *step.rows;
     const int64_t width = (units.end - units.begin) * L;
     for (int64_t i = 0; i < running; ++i)
@@ -55,7 +56,7 @@ class LayerGradients {
         const int64_t at = i * b.gates_stride + k * b.gates_padded + units.begin * L;
         for (int64_t j = 0; j < width; j += L) store(grad_gates(rows) + at + j, load(from + at + j));
       }
-    const T* input = static_cast<const T*>(layer->input);
+    const S* input = static_cast<const S*>(layer->input);
     int64_t at = first_row(rows);
     for (int64_t s = chunk_begin; s < end; ++s) {
       const int64_t time = step.time_of(s), active = rows.active(time);
@@ -64,7 +65,7 @@ class LayerGradients {
         b.place[at + i] = p.first_row(time) + rows.row[i];
         b.input[at + i] = input + step.offset(i, time, layer->input_stride_t, layer->input_stride_b);
         b.before[at + i] = step.h_before(i, time);
-        if (b.mask) b.mask[at + i] = static_cast<const T*>(p.mask_h) + step.place(i) * p.width;
+        if (b.mask) b.mask[at + i] = static_cast<const S*>(p.mask_h) + step.place(i) * p.width;
         if (b.inner) b.inner_row[at + i] = b.inner + (at + i) * b.stride;
       }
       at += active;
@@ -81,11 +82,11 @@ class LayerGradients {
       for (int64_t s = chunk_begin; s < end; ++s) count += x.active(step.time_of(s));
       if (count == 0) continue;
       const int64_t first = first_row(x);
-      const T* gates_hh = grad_gates(x) + x.size() * b.gates_stride;
-      const T* gates_ih = b.grad_gates_ih ? b.grad_gates_ih + first * b.gates_stride : gates_hh;
+      const A* gates_hh = grad_gates(x) + x.size() * b.gates_stride;
+      const A* gates_ih = b.grad_gates_ih ? b.grad_gates_ih + first * b.gates_stride : gates_hh;
       const int64_t all = G * b.gates_padded, late = kEarlyGates<Cell> * b.gates_padded;
-      const T* const* mask = b.mask ? b.mask + first : nullptr;
-      const auto of_gates = [&](const T* gates, int64_t begin, int64_t end) {
+      const S* const* mask = b.mask ? b.mask + first : nullptr;
+      const auto of_gates = [&](const A* gates, int64_t begin, int64_t end) {
         return Arrived{gates, b.gates_stride, {begin, end}, G, p.hidden, b.gates_padded};
       };
       add_weight_gradient(layer->grad_weight_ih, of_gates(gates_ih, 0, all), {b.input + first, nullptr, layer->size}, count);
@@ -131,12 +132,12 @@ class LayerGradients {
 
   // Where a member's rows start, in arrays of a chunk's rows and in grad_gates.
   int64_t first_row(const Rows& x) const { return b.slots * x.first; }
-  T* grad_gates(const Rows& x) const { return b.grad_gates + (b.slots + 1) * x.first * b.gates_stride; }
+  A* grad_gates(const Rows& x) const { return b.grad_gates + (b.slots + 1) * x.first * b.gates_stride; }
 
  private:
   void pack() {
     const int64_t I = layer->size;
-    const T* weight = static_cast<const T*>(layer->weight) + step.group * G * p.hidden * I;
+    const S* weight = static_cast<const S*>(layer->weight) + step.group * G * p.hidden * I;
     // All rows of the input's gradient need all of them.
     for_each_packed_panel({0, b.input_vectors}, kMaxVectors, true, member, plan.team_size, [&](int64_t v, int vectors) {
       pack_columns(weight + v * L, I, vectors, I - v * L, G, p.hidden, b.gates_padded,
@@ -146,7 +147,7 @@ class LayerGradients {
 
   // Rows of `size` values, anywhere; a null one is zeros. Where there is a mask, each is multiplied with its row of that.
   struct Multiplied {
-    const T *const *row, *const *mask;
+    const S *const *row, *const *mask;
     int64_t size;
     V operator()(int64_t i, int64_t j) const {
       const V x = load_or_zero<T>(row[i], j, valid_lanes<T>(size, j));
@@ -157,7 +158,7 @@ class LayerGradients {
   // The gradients of a product's results: `blocks` times `size` values in each row of the chunk, every block padded. Those
   // in `range` are meant, which counts the padding.
   struct Arrived {
-    const T* rows;
+    const A* rows;
     int64_t stride;
     Range range;
     int64_t blocks, size, padded;
@@ -176,10 +177,14 @@ class LayerGradients {
     T* out = static_cast<T*>(grad_weight) + step.group * grad.blocks * grad.size * size;
     const Range own = share_of(grad.range);
     if (count <= kFewRows) return add_few_rows(out, grad, own, x, count);
-    const auto pack = [&](int64_t k0, int64_t depth, int64_t v, int n, T* panel) {
-      for (int64_t k = k0; k < k0 + depth; ++k)
-        for (int q = 0; q < n; ++q, panel += L)
-          store(panel, x(k, (v + q) * L));
+    const auto pack = [&](int64_t k0, int64_t depth, int64_t v, int n, A* panel) {
+      constexpr int D = kDepth<A>;
+      for (int64_t k = k0; k < k0 + depth; k += D)
+        for (int q = 0; q < n; ++q, panel += L * D) {
+          V of_k[D];
+          for (int d = 0; d < D; ++d) of_k[d] = k + d < k0 + depth ? x(k + d, (v + q) * L) : V(0);
+          store_operands(panel, of_k);
+        }
     };
     const auto keep = [&](int64_t row, int64_t v, int64_t k0, V sum) {
       const int64_t weight_row = grad.row_of_weight(row);
@@ -189,7 +194,7 @@ class LayerGradients {
       if (k0 > 0 || !first_product) sum = sum + load(to, n);
       store(to, sum, n);
     };
-    multiply<T, true>(b.products, own, {0, ceil_div(size, L)}, count, grad.rows, grad.stride, pack, keep, Terms::kSlope);
+    multiply<A, true>(b.products, own, {0, ceil_div(size, L)}, count, grad.rows, grad.stride, pack, keep, Terms::kSlope);
   }
 
   static constexpr int64_t kFewRows = 4;  // of which packing would cost more than the product
@@ -203,7 +208,7 @@ class LayerGradients {
         T* to = out + weight_row * size + j;
         V sum = first_product ? V(0) : V(load(to, n));
         for (int64_t i = 0; i < count; ++i)
-          sum = sum + V(grad.rows[i * grad.stride + row]) * x(i, j);
+          sum = sum + V(widened(grad.rows[i * grad.stride + row])) * x(i, j);
         store(to, sum, n);
       }
     }
@@ -214,9 +219,9 @@ class LayerGradients {
   }
 
   static constexpr int64_t kBiasRows = 16;  // sums of sums, for less rounding
-  void add_bias_gradient(const T* gates_ih, const T* gates_hh, int64_t count) {
+  void add_bias_gradient(const A* gates_ih, const A* gates_hh, int64_t count) {
     const Range own = share(G * b.unit_vectors, member, plan.team_size);
-    const auto add_up = [&](const T* gates, T* sums) {
+    const auto add_up = [&](const A* gates, T* sums) {
       for_each_panel(own, kMaxVectors, [&](int64_t v, int n) {
         V total[kMaxVectors] = {V(0), V(0), V(0), V(0)};
         for (int64_t first = 0; first < count; first += kBiasRows) {
@@ -234,13 +239,13 @@ class LayerGradients {
     if (layer->grad_bias_hh) add_up(gates_hh, b.bias + b.gates_stride);
   }
 
-  void input_gradient(const T* gates, const int64_t* place, int64_t count, T* sums) {
+  void input_gradient(const A* gates, const int64_t* place, int64_t count, T* sums) {
     if (!layer->grad_input) return;
-    T* out = static_cast<T*>(layer->grad_input) + step.group * layer->rows * layer->size;
+    S* out = static_cast<S*>(layer->grad_input) + step.group * layer->rows * layer->size;
     for (int64_t begin = 0; begin < count; begin += kBlockM) {
       const int64_t end = begin + kBlockM < count ? begin + kBlockM : count;
       for_each_panel({0, b.input_vectors}, kMaxVectors, [&](int64_t v, int vectors) {
-        const Panel<T> panel = panel_of_columns(layer->weight, step.group, G * p.hidden, layer->size, b.panels_ih,
+        const Panel<A> panel = panel_of_columns(layer->weight, step.group, G * p.hidden, layer->size, b.panels_ih,
                                                 b.gates_padded * G, v, vectors, packed);
         const auto keep = [&](int64_t first, int rows_in_tile, const T* tile) {
           for (int m = 0; m < rows_in_tile; ++m)
@@ -261,7 +266,7 @@ class LayerGradients {
   const LayerBackwardParams* const layer;
   const Plan& plan;
   const int member;
-  const BackwardBuffers<Cell, T>& b;
+  const BackwardBuffers<Cell, S>& b;
   const BackwardStep<Cell, S>& step;
   const bool packed;  // weight_ih, for the input's gradient
 

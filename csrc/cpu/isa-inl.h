@@ -1,6 +1,6 @@
 // The instruction set that a translation unit compiles its kernels for: isa_avx512.cpp defines FASTRNN_AVX512,
-// isa_avx2.cpp FASTRNN_AVX2. Without either it is the baseline of any CPU: 16-byte vectors, with whatever the
-// compiler's default target has (SSE2 on x86-64, NEON on AArch64).
+// isa_avx512bf16.cpp FASTRNN_AVX512BF16, isa_avx2.cpp FASTRNN_AVX2. Without any it is the baseline of any CPU: 16-byte
+// vectors, with whatever the compiler's default target has (SSE2 on x86-64, NEON on AArch64).
 //
 // Every *-inl.h includes this first, then what else it uses, so each of them compiles by itself. There is one
 // instruction set in a translation unit, so `#pragma once` guards them. Their code is in the namespace
@@ -17,7 +17,12 @@
 
 #include "plan.h"
 
-#if defined(FASTRNN_AVX512)  // F, DQ, BW, VL: Skylake-X, Zen 4 and later
+#if defined(FASTRNN_AVX512BF16)  // and BF16, of tensors of bfloat16 alone: Cooper Lake, Zen 4 and later
+#include <immintrin.h>
+#pragma GCC target("avx512bf16,avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
+#define FASTRNN_ISA avx512bf16
+#define FASTRNN_VECTOR_BYTES 64
+#elif defined(FASTRNN_AVX512)  // F, DQ, BW, VL: Skylake-X, Zen 4 and later
 #include <immintrin.h>
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #define FASTRNN_ISA avx512
@@ -30,3 +35,6 @@
 #define FASTRNN_ISA baseline
 #define FASTRNN_VECTOR_BYTES 16
 #endif
+
+// Of a lambda that several loops call: they take it in, and leave out what they do not read.
+#define FASTRNN_INLINE_BODY __attribute__((always_inline))

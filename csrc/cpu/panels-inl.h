@@ -40,60 +40,62 @@ FASTRNN_HD void for_each_packed_panel(Range range, int step, bool shared, int me
 }
 
 // Where the weights of some vectors of outputs are, and how many elements lie between those of k and of k + 1.
-template <class T>
+template <class A>
 struct Panel {
-  const T* weights;
+  const A* weights;
   int64_t stride;
 };
 // Of vectors v .. of the columns of a [P, rows, columns] weight: packed `depth` rows deep by pack_columns (packs), or
 // those of the weight itself.
-template <class T>
-Panel<T> panel_of_columns(const void* weight, int64_t group, int64_t rows, int64_t columns, const T* packs,
+template <class A>
+Panel<A> panel_of_columns(const void* weight, int64_t group, int64_t rows, int64_t columns, const A* packs,
                           int64_t depth, int64_t v, int vectors, bool packed) {
-  constexpr int L = Vec<T>::kLanes;
-  if (packed) return {packs + v * L * depth, vectors * L};
-  return {static_cast<const T*>(weight) + group * rows * columns + v * L, columns};
+  constexpr int L = Vec<typename Compute<A>::type>::kLanes;
+  if (packed) return {packs + v * L * padded_depth<A>(depth), vectors * L};
+  return {static_cast<const A*>(weight) + group * rows * columns + v * L, columns};
 }
 
 // Outputs are rows of the matrix: panel[k][n][lane] = w[(n * gate_stride + lane) * ld + k] for lane < valid, else 0.
 // Several vectors of units: unit vector v (of `unit_vectors`) of gate g is n = v * gates + g, and starts L rows on.
-template <class S, class T>
+template <class S, class A>
 void pack_rows(const S* w, int64_t ld, int64_t gate_stride, int gates, int unit_vectors, int64_t valid, int64_t depth,
-               T* panel) {
-  constexpr int L = Vec<T>::kLanes;
+               A* panel) {
+  using T = typename Compute<A>::type;
+  constexpr int L = Vec<T>::kLanes, D = kDepth<A>;
   const int N = gates * unit_vectors;
   for (int v = 0; v < unit_vectors; ++v)
     for (int g = 0; g < gates; ++g) {
-      T* out = panel + (v * gates + g) * L;
+      A* out = panel + (v * gates + g) * L * D;
       const int lanes = int(valid - v * L < 0 ? 0 : valid - v * L < L ? valid - v * L : L);
       const S* in = w + (g * gate_stride + v * L) * ld;
-      for (int64_t k0 = 0; k0 < depth; k0 += L) {  // a square at a time
-        const int columns = int(depth - k0 < L ? depth - k0 : L);
-        Vec<T> square[L];
-        if (lanes == L && columns == L)
-          FASTRNN_UNROLL for (int lane = 0; lane < L; ++lane) square[lane] = Vec<T>(load(in + lane * ld + k0));
+      for (int64_t k0 = 0; k0 < depth; k0 += L * D) {  // a square at a time
+        const int columns = int(depth - k0 < L * D ? depth - k0 : L * D);
+        Vec<T> square[L];  // of kDepth values a lane
+        if (lanes == L && columns == L * D)
+          FASTRNN_UNROLL for (int lane = 0; lane < L; ++lane) square[lane] = lanes_of(load_along<A>(in + lane * ld + k0, L * D));
         else
           FASTRNN_UNROLL for (int lane = 0; lane < L; ++lane)
-            square[lane] = lane < lanes ? Vec<T>(load(in + lane * ld + k0, columns)) : Vec<T>(0);
+            square[lane] = lane < lanes ? lanes_of(load_along<A>(in + lane * ld + k0, columns)) : Vec<T>(0);
         transpose(square);
         FASTRNN_UNROLL for (int k = 0; k < L; ++k)
-          if (k < columns) store(out + (k0 + k) * N * L, square[k]);
+          if (k * D < columns) __builtin_memcpy(out + (k0 + k * D) * N * L, &square[k], sizeof square[k]);
       }
     }
 }
 
 // Outputs are columns: panel[k][n][lane] = w[k * ld + n * L + lane], 0 from column `valid` on. Rows come in `blocks`
 // of `rows`, each block followed by zero rows up to `padded`.
-template <class S, class T>
+template <class S, class A>
 void pack_columns(const S* w, int64_t ld, int vectors, int64_t valid, int blocks, int64_t rows, int64_t padded,
-                  T* panel) {
-  constexpr int L = Vec<T>::kLanes;
+                  A* panel) {
+  constexpr int L = Vec<typename Compute<A>::type>::kLanes, D = kDepth<A>;
   for (int block = 0; block < blocks; ++block)
-    for (int64_t k = 0; k < padded; ++k)
-      for (int n = 0; n < vectors; ++n, panel += L) {
-        const int64_t left = k < rows ? valid - n * L : 0;
-        store(panel, Vec<T>(load(w + (block * rows + (k < rows ? k : 0)) * ld + (left > 0 ? n * L : 0),
-                                 int(left < 0 ? 0 : left < L ? left : L))));
+    for (int64_t k = 0; k < padded; k += D)
+      for (int n = 0; n < vectors; ++n, panel += L * D) {
+        const int64_t left = valid - n * L;
+        const int there = int(left <= 0 || k >= rows ? 0 : rows - k < D ? rows - k : D);
+        const S* from = there > 0 ? w + (block * rows + k) * ld + n * L : w;
+        store_operands(panel, load_across<A>(from, ld, there, int(left < L ? left : L)));
       }
 }
 

@@ -85,7 +85,8 @@ class Arena {
 // One member's part of a call: a coroutine that pauses wherever its team has to meet.
 using Part = std::coroutine_handle<>;
 
-// The kernels of one instruction set. forward_workspace and its like say how many bytes a team's workspace has.
+// The kernels of one instruction set, of every dtype; those of avx512bf16 of bfloat16 alone, and without gemm.
+// forward_workspace and its like say how many bytes a team's workspace has.
 struct Kernels {
   const char* name;
   int64_t (*forward_workspace)(const ForwardParams&, const LayerParams*, const Plan&);
@@ -94,12 +95,13 @@ struct Kernels {
   Part (*forward)(const ForwardParams&, const LayerParams*, const Plan&, char* workspace, int member);
   Part (*backward)(const BackwardParams&, const LayerBackwardParams*, const Plan&, char* workspace, int member);
   // The workspace is one member's own; members do not meet.
-  int64_t (*gemm_workspace)(const GemmParams&);
-  void (*gemm)(const GemmParams&, char* workspace, int member, int members);
+  int64_t (*gemm_workspace)(const GemmParams&) = nullptr;
+  void (*gemm)(const GemmParams&, char* workspace, int member, int members) = nullptr;
 };
 
 const Kernels* baseline_kernels();
 const Kernels* avx2_kernels();    // null where not built
 const Kernels* avx512_kernels();  // null where not built
+const Kernels* avx512bf16_kernels();
 
 }  // namespace fastrnn::cpu

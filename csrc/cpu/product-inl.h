@@ -1,11 +1,12 @@
 // The product of a few rows with a panel of packed weights.
 //
 // A panel holds `depth` x N vectors: for each k, the weights that input k has for N vectors of outputs (panels-inl.h
-// packs them). It is read front to back, once per tile of rows, while the tile's M x N sums stay in registers.
+// packs them); where kDepth neighbours along k are multiplied together, they stand side by side in each lane. It is read front to back, once per tile of rows, while the tile's M x N sums stay in registers.
 #pragma once
 #include "isa-inl.h"
 
 #include "dual-inl.h"
+#include "operands-inl.h"
 #include "scalar.h"
 #include "simd-inl.h"
 
@@ -28,13 +29,17 @@ constexpr int max_rows(int vectors) {
 }
 
 // out[m][n] = sum_k a[m * stride + k] panel[k * panel_stride + n * L] + bias[n]; bias null means 0. It comes last: sums
-// that start from a large one lose their small terms. out does not alias the rest, and has `vectors` vectors a row. Turned: a is transposed, a[k * stride + m]. With few sums in flight the chain of additions would wait for
-// itself: U of them are interleaved over k.
-template <class T, bool Turned, int M, int N, int U, Terms terms>
-__attribute__((noinline)) void product(const T* a, int64_t stride, const T* panel, int64_t panel_stride, int64_t depth,
+// that start from a large one lose their small terms. out does not alias the rest, and has `vectors` vectors a row.
+// Turned: a is transposed, a[k * stride + m], with kDepth neighbours along k side by side as in a panel, zeros at the end.
+// With few sums in flight the chain of additions would wait for itself: U of them are interleaved over k.
+template <class A, bool Turned, int M, int N, int U, Terms terms, class T = typename Compute<A>::type>
+__attribute__((noinline)) void product(const A* a, int64_t stride, const A* panel, int64_t panel_stride, int64_t depth,
                                        const T* bias, T* out, int vectors) {
   using V = Vec<T>;
-  constexpr int L = V::kLanes;
+  constexpr int L = V::kLanes, D = kDepth<A>;
+  const auto x = [&](int64_t k, int m) { return a + (Turned ? (k * stride + m) * D : m * stride + k * D); };
+  const int64_t whole = Turned ? ceil_div(depth, D) : depth / D;
+  panel_stride *= D;
   V sum[U][M][N];
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n)
@@ -43,29 +48,32 @@ __attribute__((noinline)) void product(const T* a, int64_t stride, const T* pane
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) sum[u][m][n] = V(0);
   int64_t k = 0;
-  for (; k + U <= depth; k += U) {
+  for (; k + U <= whole; k += U) {
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) {
-      V w[N];
+      Operands<A> w[N];
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) w[n] = load(panel + n * L);
+      for (int n = 0; n < N; ++n) w[n] = load_operands(panel + n * L * D);
       panel += panel_stride;
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const V x(Turned ? a[(k + u) * stride + m] : a[m * stride + k + u]);
+        const Operands<A> of_row = operands_everywhere(x(k + u, m));
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) sum[u][m][n] = add_product<terms>(sum[u][m][n], x, w[n]);
+        for (int n = 0; n < N; ++n) sum[u][m][n] = add_products<terms>(sum[u][m][n], of_row, w[n]);
       }
     }
   }
-  for (; k < depth; ++k, panel += panel_stride) {
+  const auto add = [&](int left) FASTRNN_INLINE_BODY {
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n)
         sum[0][m][n] =
-            add_product<terms>(sum[0][m][n], V(Turned ? a[k * stride + m] : a[m * stride + k]), load(panel + n * L));
-  }
+            add_products<terms>(sum[0][m][n], operands_everywhere(x(k, m), left), load_operands(panel + n * L * D));
+  };
+  for (; k < whole; ++k, panel += panel_stride) add(D);
+  if constexpr (!Turned && D > 1)
+    if (depth % D) add(1);
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
     const V last = bias ? load(bias + n * L) : V(0);
@@ -78,59 +86,60 @@ __attribute__((noinline)) void product(const T* a, int64_t stride, const T* pane
   }
 }
 
-template <class T>
-using Product = void (*)(const T*, int64_t, const T*, int64_t, int64_t, const T*, T*, int);
+template <class A, class T = typename Compute<A>::type>
+using Product = void (*)(const A*, int64_t, const A*, int64_t, int64_t, const T*, T*, int);
 
-template <class T, bool Turned, Terms terms, int N, int M = 1>
-Product<T> pick_product(int rows, bool uniform) {
-  if constexpr (M < max_rows<T>(N)) {
-    if (rows > M) return pick_product<T, Turned, terms, N, M + 1>(rows, uniform);
+template <class A, bool Turned, Terms terms, int N, int M = 1>
+Product<A> pick_product(int rows, bool uniform) {
+  if constexpr (M < max_rows<A>(N)) {
+    if (rows > M) return pick_product<A, Turned, terms, N, M + 1>(rows, uniform);
   }
-  constexpr int in_flight = M * N * (kIsDual<T> ? 2 : 1);
+  constexpr int in_flight = M * N * (kIsDual<A> ? 2 : 1);
   constexpr int U = in_flight >= 8 ? 1 : in_flight >= 4 ? 2 : 4;
   if constexpr (!Turned && U > 1)
-    if (uniform) return product<T, Turned, M, N, 1, terms>;
-  return product<T, Turned, M, N, U, terms>;
+    if (uniform) return product<A, Turned, M, N, 1, terms>;
+  return product<A, Turned, M, N, U, terms>;
 }
 
-// rows in 1..max_rows<T>(vectors), vectors in 1..kTileVectors<T>. uniform (not Turned): sums are the same whatever these
+// rows in 1..max_rows<A>(vectors), vectors in 1..kTileVectors<A>. uniform (not Turned): sums are the same whatever these
 // are.
-template <class T, bool Turned, Terms terms>
-Product<T> pick_product(int rows, int vectors, bool uniform) {
-  if constexpr (kTileVectors<T> == kMaxVectors) {
-    if (vectors == 3) return pick_product<T, Turned, terms, 3>(rows, uniform);
-    if (vectors == 4) return pick_product<T, Turned, terms, 4>(rows, uniform);
+template <class A, bool Turned, Terms terms>
+Product<A> pick_product(int rows, int vectors, bool uniform) {
+  if constexpr (kTileVectors<A> == kMaxVectors) {
+    if (vectors == 3) return pick_product<A, Turned, terms, 3>(rows, uniform);
+    if (vectors == 4) return pick_product<A, Turned, terms, 4>(rows, uniform);
   }
-  if constexpr (kTileVectors<T> > 1)
-    if (vectors == 2) return pick_product<T, Turned, terms, 2>(rows, uniform);
-  return pick_product<T, Turned, terms, 1>(rows, uniform);
+  if constexpr (kTileVectors<A> > 1)
+    if (vectors == 2) return pick_product<A, Turned, terms, 2>(rows, uniform);
+  return pick_product<A, Turned, terms, 1>(rows, uniform);
 }
-template <class T, bool Turned>
-Product<T> pick_product(int rows, int vectors, bool uniform, Terms terms) {
-  if constexpr (kIsDual<T>) {
-    if (terms == Terms::kConstantWeights) return pick_product<T, Turned, Terms::kConstantWeights>(rows, vectors, uniform);
-    if (terms == Terms::kSlope) return pick_product<T, Turned, Terms::kSlope>(rows, vectors, uniform);
-    if (terms == Terms::kSlopeOfConstant) return pick_product<T, Turned, Terms::kSlopeOfConstant>(rows, vectors, uniform);
+template <class A, bool Turned>
+Product<A> pick_product(int rows, int vectors, bool uniform, Terms terms) {
+  if constexpr (kIsDual<A>) {
+    if (terms == Terms::kConstantWeights) return pick_product<A, Turned, Terms::kConstantWeights>(rows, vectors, uniform);
+    if (terms == Terms::kSlope) return pick_product<A, Turned, Terms::kSlope>(rows, vectors, uniform);
+    if (terms == Terms::kSlopeOfConstant) return pick_product<A, Turned, Terms::kSlopeOfConstant>(rows, vectors, uniform);
   }
-  return pick_product<T, Turned, Terms::kAll>(rows, vectors, uniform);
+  return pick_product<A, Turned, Terms::kAll>(rows, vectors, uniform);
 }
 
 // Calls body(first_row, M, sums) for tiles of rows a[first .. first + count), sums [M][vectors][lanes]. Tiles are as
 // even as can be, so that no tile is left with a single row.
-template <class T, bool Turned = false, class Body>
-FASTRNN_HD void for_each_tile(int64_t count, const T* a, int64_t stride, const T* panel, int64_t panel_stride,
-                              int64_t depth, int vectors, const T* bias, Body body, bool uniform = false,
-                              Terms terms = Terms::kAll) {
+template <class A, bool Turned = false, class Body>
+FASTRNN_HD void for_each_tile(int64_t count, const A* a, int64_t stride, const A* panel, int64_t panel_stride,
+                              int64_t depth, int vectors, const typename Compute<A>::type* bias, Body body,
+                              bool uniform = false, Terms terms = Terms::kAll) {
+  using T = typename Compute<A>::type;
   alignas(64) T sums[8 * kMaxVectors * Vec<T>::kLanes];
-  const int64_t tiles = ceil_div(count, max_rows<T>(vectors));
+  const int64_t tiles = ceil_div(count, max_rows<A>(vectors));
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t begin = count * i / tiles, end = count * (i + 1) / tiles;
-    for (int n = 0; n < vectors; n += kTileVectors<T>) {
-      const int some = vectors - n < kTileVectors<T> ? vectors - n : kTileVectors<T>;
+    for (int n = 0; n < vectors; n += kTileVectors<A>) {
+      const int some = vectors - n < kTileVectors<A> ? vectors - n : kTileVectors<A>;
       const int64_t at = n * Vec<T>::kLanes;
-      pick_product<T, Turned>(int(end - begin), some, uniform, terms)(
-          a + (Turned ? begin : begin * stride), stride, panel + at, panel_stride, depth, bias ? bias + at : nullptr,
-          sums + at, vectors);
+      pick_product<A, Turned>(int(end - begin), some, uniform, terms)(
+          a + begin * (Turned ? kDepth<A> : stride), stride, panel + at * kDepth<A>, panel_stride, depth,
+          bias ? bias + at : nullptr, sums + at, vectors);
     }
     body(begin, int(end - begin), static_cast<const T*>(sums));
   }
@@ -138,16 +147,19 @@ FASTRNN_HD void for_each_tile(int64_t count, const T* a, int64_t stride, const T
 
 // for_each_tile where a panel may be deeper than the second-level cache holds: all tiles take one part of it after the
 // other, and `sums` [count][vectors][lanes] is where they add up.
-template <class T, class Body>
-FASTRNN_HD void for_each_deep_tile(int64_t count, const T* a, int64_t stride, const T* panel, int64_t panel_stride,
-                                   int64_t depth, int vectors, T* sums, Body body, Terms terms = Terms::kAll) {
+template <class A, class Body>
+FASTRNN_HD void for_each_deep_tile(int64_t count, const A* a, int64_t stride, const A* panel, int64_t panel_stride,
+                                   int64_t depth, int vectors, typename Compute<A>::type* sums, Body body,
+                                   Terms terms = Terms::kAll) {
+  using T = typename Compute<A>::type;
   constexpr int64_t kPart = (256 << 10) / (kMaxVectors * FASTRNN_VECTOR_BYTES);
   const T* none = nullptr;
   if (depth < 2 * kPart)
     return for_each_tile(count, a, stride, panel, panel_stride, depth, vectors, none, body, false, terms);
   const int64_t parts = depth / kPart;
+  const auto first_of_part = [&](int64_t i) { return i == parts ? depth : depth * i / parts / kDepth<A> * kDepth<A>; };
   for (int64_t i = 0; i < parts; ++i) {
-    const int64_t k = depth * i / parts, end = depth * (i + 1) / parts;
+    const int64_t k = first_of_part(i), end = first_of_part(i + 1);
     for_each_tile(count, a + k, stride, panel + k * panel_stride, panel_stride, end - k, vectors, none,
                   [&](int64_t first, int rows, const T* part) {
                     T* to = sums + first * vectors * Vec<T>::kLanes;

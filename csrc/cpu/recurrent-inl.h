@@ -12,7 +12,10 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 
 // Calls f.operator()<Cell, S>() for the cell and storage type that p names.
 template <class Cell, class F>
-auto with_dtype(DType dtype, F f) {
+auto with_dtype([[maybe_unused]] DType dtype, F f) {
+#if defined(FASTRNN_AVX512BF16)
+  return f.template operator()<Cell, BFloat16>();
+#else
   switch (dtype) {
     case DType::kFloat64:
       return f.template operator()<Cell, double>();
@@ -29,6 +32,7 @@ auto with_dtype(DType dtype, F f) {
       break;
   }
   return f.template operator()<Cell, float>();
+#endif
 }
 
 template <class F>
@@ -80,7 +84,7 @@ struct ForwardWorkspace {
   template <class Cell, class S>
   int64_t operator()() const {
     Arena arena;
-    ForwardBuffers<Cell, typename Compute<S>::type>(p, layer, plan, arena);
+    ForwardBuffers<Cell, S>(p, layer, plan, arena);
     return arena.used();
   }
 };
@@ -92,7 +96,7 @@ struct BackwardWorkspace {
   template <class Cell, class S>
   int64_t operator()() const {
     Arena arena;
-    BackwardBuffers<Cell, typename Compute<S>::type>(p, layer, plan, arena);
+    BackwardBuffers<Cell, S>(p, layer, plan, arena);
     return arena.used();
   }
 };
@@ -111,6 +115,7 @@ inline Part backward(const BackwardParams& p, const LayerBackwardParams* layer, 
   return with_cell(p, Backward{p, layer, plan, workspace, member});
 }
 
+#if !defined(FASTRNN_AVX512BF16)
 inline int64_t gemm_workspace(const GemmParams& p) {
   Arena arena;
   p.dtype == DType::kFloat64 ? void(GemmBuffers<double>(p.n, p.k, p.transpose_a, arena))
@@ -121,11 +126,15 @@ inline void gemm(const GemmParams& p, char* workspace, int member, int members) 
   p.dtype == DType::kFloat64 ? gemm_worker<double>(p, workspace, member, members)
                              : gemm_worker<float>(p, workspace, member, members);
 }
+#endif
 
 #define FASTRNN_STRING(x) #x
 #define FASTRNN_NAME(x) FASTRNN_STRING(x)
 constexpr Kernels kKernels{FASTRNN_NAME(FASTRNN_ISA), forward_workspace, backward_workspace, forward, backward,
-                           gemm_workspace, gemm};
+#if !defined(FASTRNN_AVX512BF16)
+                           gemm_workspace, gemm
+#endif
+};
 #undef FASTRNN_NAME
 #undef FASTRNN_STRING
 

@@ -22,23 +22,34 @@ bool supported(const std::string& name) {
   if (name == "avx512")
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+  if (name == "avx512bf16") return supported("avx512") && __builtin_cpu_supports("avx512bf16");
   if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return name == "baseline";
 }
 
-const Kernels& choose() {
+struct Choice {
+  const Kernels *all, *of_bfloat16;
+};
+
+Choice choose() {
   const char* wanted = std::getenv("FASTRNN_ISA");
-  for (const Kernels* kernels : {avx512_kernels(), avx2_kernels(), baseline_kernels()})
-    if (kernels && (!wanted || std::string(wanted) == kernels->name) && supported(kernels->name)) return *kernels;
-  throw std::invalid_argument("FASTRNN_ISA: expected avx512, avx2 or baseline, as this CPU and build have them, got " +
-                              std::string(wanted ? wanted : ""));
+  for (const Choice& choice : {Choice{avx512_kernels(), avx512bf16_kernels()}, {avx512_kernels(), avx512_kernels()},
+                               {avx2_kernels(), avx2_kernels()}, {baseline_kernels(), baseline_kernels()}}) {
+    const Kernels* newest = choice.of_bfloat16;
+    if (choice.all && newest && (!wanted || std::string(wanted) == newest->name) && supported(newest->name))
+      return choice;
+  }
+  throw std::invalid_argument("FASTRNN_ISA: expected avx512bf16, avx512, avx2 or baseline, as this CPU and build have "
+                              "them, got " + std::string(wanted ? wanted : ""));
 }
 
-const Kernels& kernels() {
-  static const Kernels& chosen = choose();
+const Choice& choice() {
+  static const Choice chosen = choose();
   return chosen;
 }
+
+const Kernels& kernels(DType dtype) { return dtype == DType::kBFloat16 ? *choice().of_bfloat16 : *choice().all; }
 
 struct Free {
   void operator()(char* p) const { std::free(p); }
@@ -76,14 +87,16 @@ void run(const Plan& plan, int64_t workspace_bytes, const Make& make) {
 
 void run_forward(const ForwardParams& params, const LayerParams* layer, int threads) {
   const Plan plan = fitting_plan(threads, [&](int threads) { return make_plan(params, layer, threads); });
-  run(plan, kernels().forward_workspace(params, layer, plan),
-      [&](char* own, int member) { return kernels().forward(params, layer, plan, own, member); });
+  const Kernels& of_dtype = kernels(params.dtype);
+  run(plan, of_dtype.forward_workspace(params, layer, plan),
+      [&](char* own, int member) { return of_dtype.forward(params, layer, plan, own, member); });
 }
 
 void run_backward(const BackwardParams& params, const LayerBackwardParams* layer, int threads) {
   const Plan plan = fitting_plan(threads, [&](int threads) { return make_backward_plan(params, layer, threads); });
-  run(plan, kernels().backward_workspace(params, layer, plan),
-      [&](char* own, int member) { return kernels().backward(params, layer, plan, own, member); });
+  const Kernels& of_dtype = kernels(params.dtype);
+  run(plan, of_dtype.backward_workspace(params, layer, plan),
+      [&](char* own, int member) { return of_dtype.backward(params, layer, plan, own, member); });
 }
 
 thread_local bool uniform = false;
@@ -92,7 +105,7 @@ thread_local bool uniform = false;
 
 bool set_uniform(bool on) { return std::exchange(uniform, on); }
 
-const char* instruction_set() { return kernels().name; }
+const char* instruction_set() { return choice().of_bfloat16->name; }
 
 void share_rows(const ForwardParams& p, Plan& plan) {
   plan.shared_lengths = !p.lengths || p.lengths_stride_p == 0;
@@ -209,9 +222,9 @@ void gemm(const GemmParams& params, int threads) {
   const int64_t work = params.m * params.n * params.k;
   int members = static_cast<int>(std::clamp<int64_t>(work / kWorthAThread, 1, std::max(threads, 1)));
   if (members > 1) members = std::min(members, usable_processors());
-  const int64_t bytes = round_up(std::max<int64_t>(kernels().gemm_workspace(params), 64), 64);
+  const int64_t bytes = round_up(std::max<int64_t>(kernels(params.dtype).gemm_workspace(params), 64), 64);
   const Memory workspace = allocate(bytes * members);
-  const auto one = [&](int member) { kernels().gemm(params, workspace.get() + member * bytes, member, members); };
+  const auto one = [&](int member) { kernels(params.dtype).gemm(params, workspace.get() + member * bytes, member, members); };
   share_out(
       members, work, [&](int member) { return one(member), 0; },
       [&] {

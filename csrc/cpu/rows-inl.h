@@ -5,9 +5,6 @@
 #include "../cells/cell.h"
 #include "simd-inl.h"
 
-// Of a lambda that several loops call: they take it in, and leave out what they do not read.
-#define FASTRNN_INLINE_BODY __attribute__((always_inline))
-
 namespace fastrnn::cpu::FASTRNN_ISA {
 
 // The rows of one group that a member computes, longest first, and how they meet time: i counts them, t is a time of

@@ -205,6 +205,9 @@ FASTRNN_HD Vec<float> from_storage(Half16 x, const BFloat16*) {
   return (Vec<float>::Native)(__builtin_convertvector(x, Vec<float>::Bits) << 16);
 }
 FASTRNN_HD Vec<float> from_storage(Half16 x, const Half*) {
+#if FASTRNN_VECTOR_BYTES == 64
+  return (Vec<float>::Native)_mm512_maskz_cvtph_ps(0xffff, (__m256i)x);
+#endif
   using F = Vec<float>::Native;
   using I = Vec<float>::Bits;
   const I bits = __builtin_convertvector(x, I), magnitude = bits & 0x7fff;
@@ -219,8 +222,12 @@ template <class T>
 FASTRNN_HD typename Vec<T>::Native to_storage(Vec<T> x, const T*) {
   return x.v;
 }
-// Round to nearest even, as torch does.
+// Round to nearest even, as torch does. The processor's own instruction, like its products, takes denormal numbers for 0,
+// which are below 1e-38 here.
 FASTRNN_HD Half16 to_storage(Vec<float> x, const BFloat16*) {
+#if defined(FASTRNN_AVX512BF16)
+  return (Half16)_mm512_cvtneps_pbh((__m512)x.v);
+#endif
   using I = Vec<float>::Bits;
   const I bits = (I)x.v;
   const I rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -228,6 +235,9 @@ FASTRNN_HD Half16 to_storage(Vec<float> x, const BFloat16*) {
   return __builtin_convertvector(value & 0xffff, Half16);
 }
 FASTRNN_HD Half16 to_storage(Vec<float> x, const Half*) {
+#if FASTRNN_VECTOR_BYTES == 64
+  return (Half16)_mm512_maskz_cvtps_ph(0xffff, (__m512)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#endif
   using F = Vec<float>::Native;
   using I = Vec<float>::Bits;
   const I bits = (I)x.v, magnitude = bits & 0x7fffffff;

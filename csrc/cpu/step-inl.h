@@ -51,19 +51,22 @@ FASTRNN_HD int64_t saved_values(const ForwardParams& p) {
 template <class Cell, class S>
 struct ForwardStep : Walk<ForwardParams> {
   using T = typename Compute<S>::type;
+  using A = typename Operand<S>::type;
   using V = Vec<T>;
   static constexpr int L = V::kLanes, G = Cell::kGates;
   static constexpr int C = kInC<Cell>;
   static constexpr bool kHasC = C > 0;
 
-  const ForwardBuffers<Cell, T>& b;
+  const ForwardBuffers<Cell, S>& b;
   const int64_t stride;  // the buffers'
   int64_t t = 0;         // the step's time
-  const T *h_prev = nullptr, *multiplied = nullptr;  // state 0 before the step, and as the product reads it
-  // Of this member's rows, like h_prev.
-  T *h_next = nullptr, *masked_next = nullptr, *c = nullptr, *hidden = nullptr, *late = nullptr;
+  const T* h_prev = nullptr;      // state 0 before the step
+  const A* multiplied = nullptr;  // as the product reads it
+  // Of this member's rows, like h_prev; multiplied_next is null where the product reads h itself.
+  T *h_next = nullptr, *c = nullptr;
+  A *multiplied_next = nullptr, *hidden = nullptr, *late = nullptr;
 
-  ForwardStep(const ForwardParams& params, const ForwardBuffers<Cell, T>& buffers)
+  ForwardStep(const ForwardParams& params, const ForwardBuffers<Cell, S>& buffers)
       : Walk<ForwardParams>(params), b(buffers), stride(b.stride) {}
 
   int64_t time_of(int64_t s) const { return reverse ? p.steps - 1 - s : s; }
@@ -73,8 +76,12 @@ struct ForwardStep : Walk<ForwardParams> {
     t = time_of(s);
     h_prev = b.h[s & 1] + rows->first * stride;
     h_next = b.h[(s + 1) & 1] + rows->first * stride;
-    multiplied = p.mask_h ? b.masked[s & 1] + rows->first * stride : h_prev;
-    masked_next = p.mask_h ? b.masked[(s + 1) & 1] + rows->first * stride : nullptr;
+    multiplied_next = nullptr;
+    if constexpr (std::is_same_v<A, T>) multiplied = h_prev;
+    if (b.multiplied[0]) {
+      multiplied = b.multiplied[s & 1] + rows->first * stride;
+      multiplied_next = b.multiplied[(s + 1) & 1] + rows->first * stride;
+    }
     c = b.c + rows->first * stride;
     hidden = b.hidden ? b.hidden + rows->first * stride : nullptr;
     if constexpr (kHasLate<Cell>) late = b.late + rows->first * stride;
@@ -84,8 +91,8 @@ struct ForwardStep : Walk<ForwardParams> {
   void start_h(int64_t i, int64_t j) {
     const V h = start(i, place(i) * p.width + j, p.h_0, p.h_n, p.reset_h, valid_lanes<T>(p.width, j));
     for (T* x : b.h) store(x + (rows->first + i) * stride + j, h);
-    if (p.mask_h)
-      for (T* x : b.masked) store(x + (rows->first + i) * stride + j, masked(i, j, h));
+    if (b.multiplied[0])
+      for (A* x : b.multiplied) store(x + (rows->first + i) * stride + j, p.mask_h ? masked(i, j, h) : h);
   }
   void start_c(int64_t i, int64_t j) {
     for (int k = 0; k < C; ++k)
@@ -206,7 +213,7 @@ struct ForwardStep : Walk<ForwardParams> {
     store(static_cast<S*>(p.output) + place(i, t) * p.width + j, h, n);
     const V next = carry(i, place(i) * p.width + j, h, p.h_n, p.reset_h, n);
     store(h_next + i * stride + j, next);
-    if (p.mask_h) store(masked_next + i * stride + j, masked(i, j, next));
+    if (multiplied_next) store(multiplied_next + i * stride + j, p.mask_h ? masked(i, j, next) : next);
   }
 
   // What a product reads, columns j .., where it would be h without a mask.
@@ -247,23 +254,26 @@ struct ForwardStep : Walk<ForwardParams> {
 template <class Cell, class S>
 struct BackwardStep : Walk<BackwardParams> {
   using T = typename Compute<S>::type;
+  using A = typename Operand<S>::type;
   using V = Vec<T>;
   static constexpr int L = V::kLanes, G = Cell::kGates;
   static constexpr int C = kInC<Cell>;
   static constexpr bool kHasC = C > 0;
 
   const LayerBackwardParams* const layer;  // null where gate gradients are asked for
-  const BackwardBuffers<Cell, T>& b;
+  const BackwardBuffers<Cell, S>& b;
   // The buffers' strides, and where this member's rows start in them.
   const int64_t stride, gates_stride, gates_padded;
-  T *carry_h = nullptr, *carry_c = nullptr, *grad_h = nullptr;
+  T *carry_h = nullptr, *carry_c = nullptr;
+  A* grad_h = nullptr;
   int64_t t = 0;                         // the step's time; that of the step met before it is next_time(t)
   int64_t running = 0, was_running = 0;  // rows that have a step at t, and at next_time(t)
   // Where the step's grad_gates_hh go, grad_gates_ih or null, and what the product of late gates, or the projection, was
   // with, or null.
-  T *to = nullptr, *to_ih = nullptr, *to_inner = nullptr;
+  A *to = nullptr, *to_ih = nullptr;
+  S* to_inner = nullptr;
 
-  BackwardStep(const BackwardParams& params, const LayerBackwardParams* layer, const BackwardBuffers<Cell, T>& buffers)
+  BackwardStep(const BackwardParams& params, const LayerBackwardParams* layer, const BackwardBuffers<Cell, S>& buffers)
       : Walk<BackwardParams>(params), layer(layer), b(buffers), stride(b.stride), gates_stride(b.gates_stride),
         gates_padded(b.gates_padded) {}
 

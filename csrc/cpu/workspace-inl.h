@@ -10,33 +10,38 @@
 #include "../cells/registry.h"
 #include "gemm-inl.h"
 #include "int8-inl.h"
+#include "operands-inl.h"
 #include "product-inl.h"
 #include "scalar.h"
 #include "simd-inl.h"
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
-template <class Cell, class T>
+template <class Cell, class S>
 struct ForwardBuffers {
+  using T = typename Compute<S>::type;
+  using A = typename Operand<S>::type;
   static constexpr int L = Vec<T>::kLanes;
   int64_t unit_vectors, width_vectors;  // of a row of h hidden units, and of a row of width R
   int64_t stride;                       // elements from row to row
-  T *panels_hh, *bias;                  // weight_hh and bias_hh, packed; see panels-inl.h
-  T* panels_hr;
-  T* h[2];    // [B, stride]: state 0 before and after a step, in turn
-  T* masked[2];  // [B, stride]: the same times mask_h, for the product; null without one
-  T* c;       // [C, B, stride]: the states besides h
-  T* hidden;  // [B, stride]: o tanh(c), before it is projected
+  A *panels_hh, *panels_hr;             // weight_hh and weight_hr, packed; see panels-inl.h
+  T* bias;                              // bias_hh, likewise
+  T* h[2];           // [B, stride]: state 0 before and after a step, in turn
+  A* multiplied[2];  // [B, stride]: the same as the product reads it, where that differs: times mask_h, or as operands
+  T* c;              // [C, B, stride]: the states besides h
+  A* hidden;         // [B, stride]: o tanh(c), before it is projected
   // Of a cell that looks at whole rows or has late gates: a step's recurrent product, [B][unit_vectors][G][L]. Of the
   // first each member's room for one row, of the second [B, stride] what the late gates' product is with.
-  T *gates_hh, *row_scratch, *late;
+  T *gates_hh, *row_scratch;
+  A* late;
   int64_t row_scratch_size;
 
   // The rest is of a layer's call, whose gates_ih are made here, for a chunk of steps at a time. In arrays of
   // chunk_rows a member's part starts at chunk * Rows::first, and a step's rows follow those of the step before.
   int64_t chunk_rows, input_stride;
-  T *panels_ih, *bias_ih;
-  T* input;            // [chunk_rows, input_stride]
+  A* panels_ih;
+  T* bias_ih;
+  A* input;            // [chunk_rows, input_stride]
   T* gates_ih;         // [panels][chunk_rows][a panel's vectors]
   int64_t* chunk_row;  // [team_size, chunk]: where each step's rows start in the member's part
   // With int8 weights, the chunk's input instead of `input`, and each member's copy of the rows of h; see int8-inl.h.
@@ -47,16 +52,17 @@ struct ForwardBuffers {
   ForwardBuffers(const ForwardParams& p, const LayerParams* layer, const Plan& plan, Arena& arena)
       : unit_vectors(ceil_div(p.hidden, L)), width_vectors(ceil_div(p.width, L)) {
     stride = ((unit_vectors > width_vectors ? unit_vectors : width_vectors) + kMaxVectors) * L;
-    panels_hh = plan.pack_hh ? arena.take<T>(unit_vectors * Cell::kGates * L * p.width) : nullptr;
+    panels_hh = plan.pack_hh ? arena.take<A>(unit_vectors * Cell::kGates * L * padded_depth<A>(p.width)) : nullptr;
     bias = arena.take<T>(unit_vectors * Cell::kGates * L);
-    panels_hr = p.weight_hr && plan.pack_hh ? arena.take<T>(width_vectors * L * p.hidden) : nullptr;
+    panels_hr = p.weight_hr && plan.pack_hh ? arena.take<A>(width_vectors * L * padded_depth<A>(p.hidden)) : nullptr;
     for (T*& x : h) x = arena.take<T>(p.batch * stride);
-    for (T*& x : masked) x = p.mask_h ? arena.take<T>(p.batch * stride) : nullptr;
+    const bool differs = p.mask_h || !std::is_same_v<A, T>;
+    for (A*& x : multiplied) x = differs ? arena.take<A>(p.batch * stride) : nullptr;
     c = arena.take<T>(kInC<Cell> * p.batch * stride);
-    hidden = p.weight_hr ? arena.take<T>(p.batch * stride) : nullptr;
+    hidden = p.weight_hr ? arena.take<A>(p.batch * stride) : nullptr;
     if constexpr (kWholeRows<Cell> || kHasLate<Cell>)
       gates_hh = arena.take<T>(p.batch * unit_vectors * Cell::kGates * L);
-    if constexpr (kHasLate<Cell>) late = arena.take<T>(p.batch * stride);
+    if constexpr (kHasLate<Cell>) late = arena.take<A>(p.batch * stride);
     if constexpr (kWholeRows<Cell>) {
       row_scratch_size = unit_vectors * (Cell::kGates + ForwardPasses<Cell>::kWork) * L;
       row_scratch = arena.take<T>(plan.team_size * row_scratch_size);
@@ -64,7 +70,8 @@ struct ForwardBuffers {
     if (!layer) return;
     chunk_rows = plan.chunk * p.batch;
     input_stride = round_up(layer->size, L) + L;
-    panels_ih = plan.pack_ih ? arena.take<T>(unit_vectors * Cell::kGates * L * layer->size) : nullptr;
+    panels_ih =
+        plan.pack_ih ? arena.take<A>(unit_vectors * Cell::kGates * L * padded_depth<A>(layer->size)) : nullptr;
     bias_ih = arena.take<T>(unit_vectors * Cell::kGates * L);
     if (layer->weight_dtype == DType::kInt8) {
       quads_ih = ceil_div(layer->size, kInt8Depth);
@@ -74,26 +81,28 @@ struct ForwardBuffers {
       quantized_h = arena.take<uint8_t>(plan.team_size * p.batch * quads_hh * kInt8Depth);
       h_scale = arena.take<float>(plan.team_size * p.batch);
     } else
-      input = arena.take<T>(chunk_rows * input_stride);
+      input = arena.take<A>(chunk_rows * input_stride);
     gates_ih = arena.take<T>(chunk_rows * unit_vectors * Cell::kGates * L);
     chunk_row = arena.take<int64_t>(plan.team_size * plan.chunk);
   }
 };
 
-template <class Cell, class T>
+template <class Cell, class S>
 struct BackwardBuffers {
+  using T = typename Compute<S>::type;
+  using A = typename Operand<S>::type;
   static constexpr int L = Vec<T>::kLanes;
   int64_t unit_vectors, width_vectors;  // of a row of h hidden units, and of a row of width R
   int64_t stride;                       // elements from row to row of states
   int64_t gates_padded;                 // elements of a gate, padded to whole vectors
   int64_t gates_stride;                 // elements from row to row of gates
-  T *panels_hh, *panels_hr;             // weight_hh and weight_hr, packed; see panels-inl.h
+  A *panels_hh, *panels_hr;             // weight_hh and weight_hr, packed; see panels-inl.h
   // [(slots + 1) B, gates_stride]: grad_gates_hh. A member's rows are together: first those of the step before, then
   // those of the steps since, of which there are `slots`.
   int64_t slots;
-  T* grad_gates;
+  A* grad_gates;
   T *carry_h, *carry_c;  // [B, stride], [C, B, stride]: the part of grad_state_prev that does not come through weight_hh
-  T* grad_h;             // [slots * B, stride]: the gradient of the projection's output, rows as below
+  A* grad_h;             // [slots * B, stride]: the gradient of the projection's output, rows as below
   // Of a cell that looks at whole rows or has late gates: [B, stride], the gradient of o tanh(c), or of state 0 where
   // nothing is projected; of the first each member's room for one row.
   T *grad_hidden, *row_scratch;
@@ -103,17 +112,17 @@ struct BackwardBuffers {
 
   // The rest is of a layer's call, for a chunk of steps: its rows as in grad_gates, without the first B of them.
   int64_t input_vectors;      // of a row of I inputs
-  T* panels_ih;               // weight_ih, packed for the input's gradient
-  T* grad_gates_ih;           // [slots * B, gates_stride], or null where grad_gates serves
-  const T **input, **before;  // [slots * B]: the step's input, and the state before it; null for zeros
-  const T** mask;             // [slots * B]: the row of mask_h; null without one
+  A* panels_ih;               // weight_ih, packed for the input's gradient
+  A* grad_gates_ih;           // [slots * B, gates_stride], or null where grad_gates serves
+  const S **input, **before;  // [slots * B]: the step's input, and the state before it; null for zeros
+  const S** mask;             // [slots * B]: the row of mask_h; null without one
   // Of a cell with late gates, or where h is projected: what the product of those, or the projection, was with, and where
   // each row of it starts. Null else.
-  T* inner;             // [slots * B, stride]
-  const T** inner_row;  // [slots * B]
+  S* inner;             // [slots * B, stride]
+  const S** inner_row;  // [slots * B]
   int64_t* place;             // [slots * B]: the row in tensors [T, B, ..]
   T* bias;                    // [2][gates_stride]: sums of grad_gates_ih and of grad_gates_hh
-  GemmBuffers<T> products;    // the member's own
+  GemmBuffers<A> products;    // the member's own
 
   BackwardBuffers(const BackwardParams& p, const LayerBackwardParams* layer, const Plan& plan, Arena& arena,
                   int member = 0)
@@ -121,12 +130,12 @@ struct BackwardBuffers {
     stride = ((unit_vectors > width_vectors ? unit_vectors : width_vectors) + kMaxVectors) * L;
     gates_padded = unit_vectors * L;
     gates_stride = gates_padded * Cell::kGates + L;
-    panels_hh = arena.take<T>(width_vectors * L * gates_padded * Cell::kGates);
-    panels_hr = p.weight_hr ? arena.take<T>(unit_vectors * L * p.width) : nullptr;
-    grad_gates = arena.take<T>((slots + 1) * p.batch * gates_stride);
+    panels_hh = arena.take<A>(width_vectors * L * gates_padded * Cell::kGates);
+    panels_hr = p.weight_hr ? arena.take<A>(unit_vectors * L * padded_depth<A>(p.width)) : nullptr;
+    grad_gates = arena.take<A>((slots + 1) * p.batch * gates_stride);
     carry_h = arena.take<T>(p.batch * stride);
     carry_c = arena.take<T>(kInC<Cell> * p.batch * stride);
-    grad_h = p.weight_hr ? arena.take<T>(slots * p.batch * stride) : nullptr;
+    grad_h = p.weight_hr ? arena.take<A>(slots * p.batch * stride) : nullptr;
     if constexpr (kWholeRows<Cell> || kHasLate<Cell>) grad_hidden = arena.take<T>(p.batch * stride);
     if constexpr (kWholeRows<Cell>) {
       row_scratch_size = unit_vectors * (BackwardPasses<Cell>::kWork + (p.keep_c != nullptr)) * L;
@@ -136,14 +145,14 @@ struct BackwardBuffers {
     sums = arena.take<T>(plan.team_size * sums_size);
     if (!layer) return;
     input_vectors = ceil_div(layer->size, L);
-    panels_ih = layer->grad_input ? arena.take<T>(input_vectors * L * gates_padded * Cell::kGates) : nullptr;
-    grad_gates_ih = layer->separate_gates_hh ? arena.take<T>(slots * p.batch * gates_stride) : nullptr;
-    input = arena.take<const T*>(slots * p.batch);
-    before = arena.take<const T*>(slots * p.batch);
-    mask = p.mask_h ? arena.take<const T*>(slots * p.batch) : nullptr;
+    panels_ih = layer->grad_input ? arena.take<A>(input_vectors * L * gates_padded * Cell::kGates) : nullptr;
+    grad_gates_ih = layer->separate_gates_hh ? arena.take<A>(slots * p.batch * gates_stride) : nullptr;
+    input = arena.take<const S*>(slots * p.batch);
+    before = arena.take<const S*>(slots * p.batch);
+    mask = p.mask_h ? arena.take<const S*>(slots * p.batch) : nullptr;
     const bool has_inner = kHasLate<Cell> || layer->grad_weight_hr;
-    inner = has_inner ? arena.take<T>(slots * p.batch * stride) : nullptr;
-    inner_row = has_inner ? arena.take<const T*>(slots * p.batch) : nullptr;
+    inner = has_inner ? arena.take<S>(slots * p.batch * stride) : nullptr;
+    inner_row = has_inner ? arena.take<const S*>(slots * p.batch) : nullptr;
     place = arena.take<int64_t>(slots * p.batch);
     bias = arena.take<T>(2 * gates_stride);
     const int64_t states = p.hidden > p.width ? p.hidden : p.width;

@@ -1,5 +1,5 @@
-// A layer is one kernel's work on a CPU in float32 and float64 (csrc/cpu). Elsewhere (CUDA, half types, tokens) it
-// is the recurrence's kernel with the matrix products before and behind it.
+// A layer is one kernel's work on a CPU (csrc/cpu). Elsewhere (CUDA, tokens) it is the recurrence's kernel with the
+// matrix products before and behind it.
 #include "layer.h"
 
 #include <ATen/Parallel.h>
@@ -18,6 +18,8 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <utility>
+
 #include "../cells/registry.h"
 #include "../launch.h"
 #include "check.h"
@@ -35,10 +37,11 @@ const RecurrentKernels& kernels_of(const Tensor& x) {
 
 bool are_tokens(const Tensor& input) { return input.defined() && at::isIntegralType(input.scalar_type(), false); }
 
+thread_local bool by_products = false;
+
 // Is the whole layer one kernel, for tensors like this one (the input, or in backward the output)?
 bool is_one_kernel(const LayerCall& call, const Tensor& like) {
-  if (!like.is_cpu() || are_tokens(call.input)) return false;
-  return like.scalar_type() != at::kBFloat16 && like.scalar_type() != at::kHalf;
+  return like.is_cpu() && !are_tokens(call.input) && !by_products;
 }
 
 int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
@@ -388,15 +391,17 @@ LayerGradients backward_by_kernel(const LayerCall& call, const LayerGiven& given
   if (needed[kOf_input]) run.grad_input = call.groups() == 1 ? run.grad_input[0] : run.grad_input.sum(0);
   LayerGradients grads = from_recurrence(call, given, run.results(), needed);
   grads[kOf_input] = run.grad_input;
-  grads[kOf_weight_ih] = run.grad_weight_ih;
-  grads[kOf_weight_hh] = run.grad_weight_hh;
-  grads[kOf_weight_hr] = run.grad_weight_hr;
-  grads[kOf_bias_ih] = run.grad_bias_ih;
-  grads[kOf_bias_hh] = run.grad_bias_hh;
+  grads[kOf_weight_ih] = run.grad_weight_ih.to(run.dtype);
+  grads[kOf_weight_hh] = run.grad_weight_hh.to(run.dtype);
+  grads[kOf_weight_hr] = run.grad_weight_hr.to(run.dtype);
+  grads[kOf_bias_ih] = run.grad_bias_ih.to(run.dtype);
+  grads[kOf_bias_hh] = run.grad_bias_hh.to(run.dtype);
   return grads;
 }
 
 }  // namespace
+
+bool set_layers_by_products(bool on) { return std::exchange(by_products, on); }
 
 const RecurrentKernels* recurrent_kernels(c10::DeviceType device) {
   return kernels_by_device[static_cast<size_t>(device)];

@@ -24,6 +24,10 @@ struct RecurrentKernels {
 void set_recurrent_kernels(c10::DeviceType device, const RecurrentKernels& kernels);
 const RecurrentKernels* recurrent_kernels(c10::DeviceType device);  // null where there are none
 
+// Are the layers that this thread makes on a CPU the recurrence's kernel with products around it from now on, as CUDA's
+// are? So tests reach that code without a GPU. Returns whether they were: false at first.
+bool set_layers_by_products(bool on);
+
 LayerResults layer_forward(const LayerCall& call, bool save, bool all_states);
 // Can layer_backward make what follows from grad_cells? Else that is for the ops that it could be composed of.
 bool takes_grad_cells(const Tensor& output);

@@ -14,6 +14,7 @@
 #include "../cpu/processors.h"
 #include "../launch.h"
 #include "autograd.h"
+#include "layer.h"
 #include "module_call.h"
 #include "packing.h"
 #include "precision.h"
@@ -138,6 +139,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("usable_processors", &fastrnn::cpu::usable_processors);
   m.def("cpu_quota", &fastrnn::cpu::cpu_quota);
   m.def("set_uniform", &fastrnn::cpu::set_uniform);
+  m.def("set_layers_by_products", &fastrnn::set_layers_by_products);
   m.def("allow_tf32", &fastrnn::allow_tf32);
 #if defined(FASTRNN_CUDA_ARCHS)
   m.def("cuda_plan", &cuda_plan);

@@ -28,6 +28,7 @@
 #include "../launch.h"
 #include "../params.h"
 #include "autograd.h"
+#include "prepare.h"
 #include "plain_thread.h"
 
 namespace fastrnn {
@@ -40,13 +41,13 @@ const Tensor* ordinary(PyObject* x) {
   return is_ordinary(t) ? &t : nullptr;
 }
 
-// The same of this dtype, float32 or float64 if none is given. `differentiable` becomes true where a derivative by it
+// The same of this dtype, one that kernels compute if none is given. `differentiable` becomes true where a derivative by it
 // is asked for.
 const Tensor* plain(PyObject* x, std::optional<at::ScalarType> dtype, bool& differentiable) {
   const Tensor* t = ordinary(x);
   if (!t) return nullptr;
   const auto type = t->scalar_type();
-  if (dtype ? type != *dtype : type != at::kFloat && type != at::kDouble) return nullptr;
+  if (dtype ? type != *dtype : !kernel_dtype(type)) return nullptr;
   differentiable |= at::GradMode::is_enabled() && t->requires_grad();
   return t;
 }
@@ -102,7 +103,7 @@ struct ModuleCall {
   std::vector<HeldWeights> layers;
 };
 
-DType dtype_of(const ModuleCall& call) { return call.dtype == at::kDouble ? DType::kFloat64 : DType::kFloat32; }
+DType dtype_of(const ModuleCall& call) { return *kernel_dtype(call.dtype); }
 
 // output [T, B, R], h_n [L, B, R], c_n [L, B, H].
 std::array<Tensor, 3> run(const ModuleCall& call) {
@@ -364,9 +365,8 @@ PyObject* module_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
   std::array<Tensor, 3> results;
   if (call.differentiable) {
-    const DType own = call.layers[0].dtype;
-    const bool narrow = own == DType::kInt8 || own == DType::kBFloat16;
-    if (narrow || number_of(args[8]) > 0) Py_RETURN_NONE;
+    const bool quantized = call.layers[0].dtype != dtype_of(call);
+    if (quantized || number_of(args[8]) > 0) Py_RETURN_NONE;
     const double grad_clip = args[7] == Py_None ? 0 : number_of(args[7]);
     results = run_differentiable(call, args[0], args[1], batch_first, args[4], args[5], args[6], grad_clip);
   } else {

@@ -91,19 +91,11 @@ class Checker {
           at::IntArrayRef weight)
       : op_(op), reference_(reference), reference_name_(reference_name), cell_(known_cell(args.cell)),
         info_(kCells[cell_]), of_layer_(args.of_layer) {
-    switch (reference.scalar_type()) {
-      case at::kFloat: dtype_ = DType::kFloat32; break;
-      case at::kDouble: dtype_ = DType::kFloat64; break;
-      case at::kBFloat16: dtype_ = DType::kBFloat16; break;
-      case at::kHalf: dtype_ = DType::kFloat16; break;
-      default:
-        if (args.dual) {
-          dtype_ = reference.scalar_type() == at::kComplexDouble ? DType::kDualFloat64 : DType::kDualFloat32;
-          break;
-        }
-        RNN_CHECK_TYPE(false, op_, ": ", reference_name,
-                       ": expected float32, float64, bfloat16 or float16, got ", reference.scalar_type());
-    }
+    const auto known = kernel_dtype(reference.scalar_type());
+    RNN_CHECK_TYPE(known || args.dual, op_, ": ", reference_name,
+                   ": expected float32, float64, bfloat16 or float16, got ", reference.scalar_type());
+    if (known) dtype_ = *known;
+    else dtype_ = reference.scalar_type() == at::kComplexDouble ? DType::kDualFloat64 : DType::kDualFloat32;
     const int64_t dims = args.batch_sizes ? 2 : 3;
     RNN_CHECK(reference.dim() == dims, op_, ": ", reference_name, ": expected ", dims, " dimensions, got ",
               reference.sizes());
@@ -343,6 +335,16 @@ class Checker {
 void* data_or_null(const Tensor& x) { return x.numel() ? x.mutable_data_ptr() : nullptr; }
 
 }  // namespace
+
+std::optional<DType> kernel_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return DType::kFloat32;
+    case at::kDouble: return DType::kFloat64;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    default: return std::nullopt;
+  }
+}
 
 int find_cell(std::string_view name) {
   for (int i = 0; i < kNumCells; ++i) {
@@ -620,7 +622,7 @@ PreparedBackward prepare_layer_backward(const LayerCall& call, const LayerGiven&
   const bool padded = out.params.lengths && !packed;
   out.grad_input = needed[kOf_input] ? checker.result(parts, padded) : checker.absent();
   const auto gradient = [&](Gradient of, at::IntArrayRef sizes) {
-    return needed[of] ? checker.empty(sizes) : checker.absent();
+    return needed[of] ? at::empty(sizes, checker.wide()) : checker.absent();
   };
   out.grad_weight_ih = gradient(kOf_weight_ih, {P, G * h, p.size});
   out.grad_weight_hh = gradient(kOf_weight_hh, {P, G * h, R});

@@ -1,6 +1,7 @@
 // Every check of an op's arguments and every allocation of its results. Kernels take for granted what passes here. Devices
 // share this file; only what runs afterwards differs.
 #pragma once
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -21,6 +22,9 @@ struct Recurrence : Run {
   bool of_layer = false;                      // are the states [P, B, n], and not [B, P*n]?
 };
 Recurrence recurrence_of(const LayerCall& call);
+
+// What kernels call this type; none where they do not compute with it.
+std::optional<DType> kernel_dtype(at::ScalarType type);
 
 // Has the tensor the memory that its sizes claim? Somebody may have resized the storage under it.
 void check_storage(const char* op, const char* name, const Tensor& x);
@@ -71,7 +75,9 @@ struct PreparedBackward {
   LayerBackwardParams layer{};  // of a whole layer's call
   RecurrentGradients gradients;
   Tensor grad_input, grad_weight_ih, grad_weight_hh, grad_weight_hr, grad_bias_ih, grad_bias_hh;  // of a layer's
-  at::ScalarType dtype;  // of the gradients; reset_h and reset_c are added up in float32 where this is a half type
+  // Of the gradients; those that are sums over steps (reset_h, reset_c, params, weights, biases) are in float32 where this
+  // is a half type.
+  at::ScalarType dtype;
   std::vector<Tensor> keep;
   Owned own;
   // What the kernel has written, as the op returns it.

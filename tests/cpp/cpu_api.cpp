@@ -1,6 +1,6 @@
 // The CPU's kernels for callers that are not C++ (ctypes: tests/kernels/test_more_cells.py): a call is a set of named
 // pointers and numbers, those of params.h, and then it is run. Beside csrc/cpu/{recurrent,team,processors}.cpp it is
-// compiled with one isa_*.cpp, which TEST_avx512, TEST_avx2 or TEST_baseline names.
+// compiled with one isa_*.cpp, which TEST_avx512, TEST_avx2 or TEST_baseline names, or, with TEST_avx512bf16, two of them.
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -12,7 +12,10 @@
 
 #define FASTRNN_EXPORT extern "C" __attribute__((visibility("default")))
 
-namespace fastrnn::cpu {  // recurrent.cpp names all three
+namespace fastrnn::cpu {  // recurrent.cpp names all of them
+#if !defined(TEST_avx512bf16)
+const Kernels* avx512bf16_kernels() { return nullptr; }
+#endif
 #if !defined(TEST_avx512)
 const Kernels* avx512_kernels() { return nullptr; }
 #endif

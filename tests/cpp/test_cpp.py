@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 # A cell of each kind that the kernels tell apart; all would take minutes to compile under a sanitizer.
 KINDS_OF_CELLS = ("lstm", "gru", "rnn_tanh", "lstm_norm", "gru_reset_before", "slstm")
-ISAS = ("avx512", "avx2", "baseline")
+ISAS = ("avx512bf16", "avx512", "avx2", "baseline")
 
 
 def compile_and_run(source: Path, out: Path, *flags: str) -> list[list[str]]:
@@ -49,19 +49,24 @@ def test_simd_accuracy(isa, tmp_path):
     assert len(rows) == 15
 
 
+@pytest.mark.parametrize("isa", ["baseline", "avx512bf16"])
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_cpu_kernels_under_a_sanitizer(sanitizer, tmp_path):
-    """Memory, races, reads before writes; the baseline's kernels stand for all, being the same text."""
+def test_cpu_kernels_under_a_sanitizer(sanitizer, isa, tmp_path):
+    """Memory, races, reads before writes; the baseline's kernels stand for all whose text they share. Those that multiply
+    pairs have some of their own."""
+    if not runnable(isa):
+        pytest.skip(f"this CPU has no {isa}")
     empty = tmp_path / "empty.cpp"
     empty.write_text("int main() {}")
     subprocess.run(["g++", f"-fsanitize={sanitizer}", str(empty), "-o", str(tmp_path / "empty")], check=True)
     if subprocess.run([str(tmp_path / "empty")], capture_output=True).returncode != 0:
         pytest.skip("no program of this sanitizer starts here (some kernels place memory where it cannot be)")
-    sources = [str(CSRC / f"cpu/{name}.cpp") for name in ("recurrent", "team", "processors", "isa_baseline")]
+    sources = [str(CSRC / f"cpu/{name}.cpp") for name in ("recurrent", "team", "processors", f"isa_{isa}")]
     # -O0: optimised it would compile for half a minute
     flags = ["-fopenmp", f"-fsanitize={sanitizer}", "-O0", WITH_MORE_CELLS, only(*KINDS_OF_CELLS), *sources]
+    flags += [f"-DFASTRNN_TEST_{isa.upper()}"]
     rows = compile_and_run(ROOT / "tests/cpp/test_cpu.cpp", tmp_path / "cpu", *flags)
-    assert rows == [["baseline", "80", "calls"]]
+    assert rows == [[isa, "80", "calls"]]
 
 
 def test_members_of_a_call(tmp_path):

@@ -1,5 +1,5 @@
 // Accuracy of the SIMD exp, tanh and log1p, in ulp of the exact result, and exactness of the 16-bit conversions, for the
-// instruction set that FASTRNN_AVX512, FASTRNN_AVX2 or neither of them names (cpu/isa-inl.h).
+// instruction set that FASTRNN_AVX512BF16, FASTRNN_AVX512, FASTRNN_AVX2 or none of them names (cpu/isa-inl.h).
 // Prints "name value limit" lines; exits with 1 if a value is above its limit.
 #include <cmath>
 #include <cstdint>
@@ -144,6 +144,12 @@ void conversions(const char* name, Value value) {
     }
     wrong += x[0] != want || x[L - 1] != want || std::signbit(x[0]) != std::signbit(want);
     store(out, load(in));
+#if defined(FASTRNN_AVX512BF16)
+    if (std::is_same_v<S, BFloat16> && std::fpclassify(want) == FP_SUBNORMAL) {  // as the processor rounds
+      wrong += out[0].bits != (bits & 0x8000) || out[L - 1].bits != (bits & 0x8000);
+      continue;
+    }
+#endif
     wrong += out[0].bits != bits || out[L - 1].bits != bits;
     const uint16_t next = static_cast<uint16_t>(bits + 1);
     const float above = value(next);

@@ -1,5 +1,6 @@
 """Gates in the memory of `saved` (csrc/torch/layer.cpp): forward makes them there, and backward writes their gradients
-there where nobody will look again at what was saved. On a CPU that is for half types; CUDA's calls take the same road.
+there where nobody will look again at what was saved. That is for layers that are a recurrence with products around it, as
+CUDA's are, and which the CPU's are made to be here.
 """
 
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import fastrnn
+from fastrnn import _C
 from fastrnn.layer import fused
 from fastrnn.records import LayerCall, LayerStates, LayerWeights
 from tests.helpers import build
@@ -22,6 +24,13 @@ OPTIONS = {
     "lengths": {"lengths": torch.tensor([2, 5, 0])},
     "resets": {"resets": torch.rand(T, B, generator=torch.Generator().manual_seed(4)) < 0.3},
 }
+
+
+@pytest.fixture(autouse=True)
+def by_products():
+    before = _C.set_layers_by_products(True)
+    yield
+    _C.set_layers_by_products(before)
 
 
 def module_and_input(kind, dtype, **options):
@@ -93,6 +102,7 @@ import fastrnn
 from benchmarks.memory import peak_of
 
 torch.set_num_threads(1)
+fastrnn._C.set_layers_by_products(True)
 T, B, H = 64, 64, 256
 module = getattr(fastrnn, sys.argv[1])(H, H, bias=False, dtype=torch.bfloat16)
 x, grad = torch.randn(2, T, B, H).bfloat16().unbind()
@@ -119,7 +129,6 @@ def test_memory_at_most(kind, saved, gates):
 @pytest.mark.parametrize("options", [{}, {"proj_size": 3}, {"bidirectional": True}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_gradient_through_every_c_takes_the_kernel(dtype, options):
-    """Of half types and with proj_size, where a layer is a recurrence with products around it."""
     module, x = module_and_input("LSTM", dtype, return_all_states=True, **options)
     output, _, cells = module(x, lengths=OPTIONS["lengths"]["lengths"])
     grad = torch.randn(cells.shape, generator=torch.Generator().manual_seed(1)).to(dtype)

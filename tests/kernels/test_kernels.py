@@ -14,7 +14,7 @@ from fastrnn import ops, reference
 from tests.helpers import as_c
 
 ROOT = Path(__file__).resolve().parents[2]
-ISAS = ("avx512", "avx2", "baseline")
+ISAS = ("avx512bf16", "avx512", "avx2", "baseline")
 SIZES = (1, 3, 17, 129)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 FORWARD_NAMES = ("output", "h_n", "c_n", "saved")
@@ -139,9 +139,8 @@ def check(case: Case, seed: int = 0) -> None:
     assert unsaved[3].numel() == 0
     assert all(torch.equal(a, b) for a, b in zip(got[:3], unsaved[:3], strict=True))
     pulled = backward_arguments(arguments, got[0], got[3], seed)
-    wanted = backward_arguments({k: double(v) for k, v in arguments.items()}, want[0], want[3], seed)
-    for i in (1, 2, 3):  # the gradients that came in must be the same numbers
-        wanted[i] = double(pulled[i])
+    # Of what was saved: a value on the other side of relu's kink, as half types round some, has another gradient.
+    wanted = [double(x) for x in pulled]
     assert_near(ops.recurrent_backward(*pulled), reference.backward(*wanted), 10 * tolerance, BACKWARD_NAMES, case)
 
 
@@ -379,7 +378,7 @@ def test_unknown_instruction_set_is_refused():
         capture_output=True,
         text=True,
     )
-    assert done.returncode != 0 and "FASTRNN_ISA: expected avx512, avx2 or baseline" in done.stderr
+    assert done.returncode != 0 and "FASTRNN_ISA: expected avx512bf16, avx512, avx2 or baseline" in done.stderr
 
 
 def test_long_sequence_offsets():
