@@ -79,6 +79,11 @@ FASTRNN_HD Vec<typename Compute<A>::type> lanes_of(Operands<A> x) {
   if constexpr (kDepth<A> == 1) return x.v;
   else return (Vec<float>::Native)x.v;
 }
+template <class A>
+FASTRNN_HD Operands<A> operands_in(Vec<typename Compute<A>::type> lanes) {
+  if constexpr (kDepth<A> == 1) return {lanes};
+  else return {(Vec<float>::Bits)lanes.v};
+}
 // The first n columns of kDepth rows that are `ld` apart, as panels have them; `there` of the rows are there, and what is
 // not is 0.
 template <class A, class S>

@@ -78,7 +78,7 @@ void pack_rows(const S* w, int64_t ld, int64_t gate_stride, int gates, int unit_
             square[lane] = lane < lanes ? lanes_of(load_along<A>(in + lane * ld + k0, columns)) : Vec<T>(0);
         transpose(square);
         FASTRNN_UNROLL for (int k = 0; k < L; ++k)
-          if (k * D < columns) __builtin_memcpy(out + (k0 + k * D) * N * L, &square[k], sizeof square[k]);
+          if (k * D < columns) store_operands(out + (k0 + k * D) * N * L, operands_in<A>(square[k]));
       }
     }
 }

@@ -52,8 +52,9 @@ def test_simd_accuracy(isa, tmp_path):
 @pytest.mark.parametrize("isa", ["baseline", "avx512bf16"])
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_cpu_kernels_under_a_sanitizer(sanitizer, isa, tmp_path):
-    """Memory, races, reads before writes; the baseline's kernels stand for all whose text they share. Those that multiply
-    pairs have some of their own."""
+    """Memory, races, reads before writes; the baseline's kernels stand for all whose text they share. Those that
+    multiply pairs have some of their own.
+    """
     if not runnable(isa):
         pytest.skip(f"this CPU has no {isa}")
     empty = tmp_path / "empty.cpp"

@@ -1,6 +1,6 @@
 """Gates in the memory of `saved` (csrc/torch/layer.cpp): forward makes them there, and backward writes their gradients
-there where nobody will look again at what was saved. That is for layers that are a recurrence with products around it, as
-CUDA's are, and which the CPU's are made to be here.
+there where nobody will look again at what was saved. That is for layers that are a recurrence with products around it,
+as CUDA's are, and which the CPU's are made to be here.
 """
 
 import subprocess

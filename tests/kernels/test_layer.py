@@ -299,7 +299,7 @@ def test_gradients_at_odd_sizes(cell, projected, masks, roads):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("cell", "projected", "noise"), cells_with_noise())
 def test_gradients_of_half_types(cell, projected, noise, dtype, roads):
-    """Rows of odd lengths and odd numbers of them, which kernels that multiply pairs have to fill up; one chunk and two."""
+    """Rows of odd lengths and odd numbers of them, which kernels that multiply pairs fill up; one chunk and two."""
     if cell in ("rnn_relu", "ligru", "slstm"):
         pytest.skip("rounding may move a value over the kink of relu, or of a maximum; test_accuracy.py keeps off it")
     for T, B, h, size in [(3, 1, 3, 17), (2, 17, 129, 1), (4, 3, 17, 129), (41, 17, 7, 5)]:
@@ -470,7 +470,7 @@ def test_a_recorded_graph_has_derivatives(trained):
 def test_few_calls_around_a_recurrence(kind, given, by_products):
     """What a device without a kernel of whole layers does for a training step: 7 launches beside the recurrence's two.
 
-    On CUDA a bias is one launch more, where the product cannot add it; and the grid tier has one before each recurrence.
+    On CUDA a bias is one launch more, where the product cannot add it; the grid tier has one before each recurrence.
     """
     module = build(fastrnn, kind, 16, 16, dtype=torch.bfloat16)
     x, state = torch.randn(8, 4, 16).bfloat16().requires_grad_(), torch.randn(1, 4, 16).bfloat16()
