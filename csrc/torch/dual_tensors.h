@@ -1,5 +1,6 @@
 // Tensors of dual numbers (csrc/cpu/dual-inl.h), which torch has as complex ones.
 #pragma once
+#include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/complex.h>
 #include <ATen/ops/imag.h>
@@ -8,9 +9,11 @@
 
 namespace fastrnn {
 
-// slope undefined: 0.
+// slope undefined: 0. Half types' are float32's.
 inline at::Tensor dual(const at::Tensor& value, const at::Tensor& slope = {}) {
-  return at::complex(value, slope.defined() ? slope : at::zeros_like(value));
+  const auto wide = at::toOpMathType(value.scalar_type());
+  const at::Tensor real = value.to(wide);
+  return at::complex(real, slope.defined() ? slope.to(wide) : at::zeros_like(real));
 }
 
 // Tensors of their own, for a view would hold both.

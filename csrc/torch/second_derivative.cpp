@@ -60,8 +60,9 @@ SecondGradients by_duals(const Twice& twice, const Needed& wanted) {
   const LayerResults out = layer_forward(call, /*save=*/true, twice.given.grad_cells.has_value());
   SecondGradients found;
   const Tensor* results[] = {&out.output, &out.h_n, &out.c_n, &out.cells};
+  const auto dtype = twice.call.input.scalar_type();
   for (int i = 0; i < 4; ++i)
-    if (twice.given.*kGivenGradients[i]) found.of_given[i] = slopes_of(*results[i]);
+    if (twice.given.*kGivenGradients[i]) found.of_given[i] = slopes_of(*results[i]).to(dtype);
 
   bool any = false;
   for (const bool one : wanted) any |= one;
@@ -74,7 +75,7 @@ SecondGradients by_duals(const Twice& twice, const Needed& wanted) {
   given.may_overwrite = true;
   found.of_call = layer_backward(call, given, wanted);
   for (Tensor& x : found.of_call)
-    if (x.defined()) x = slopes_of(x);
+    if (x.defined()) x = slopes_of(x).to(dtype);
   return found;
 }
 
@@ -170,8 +171,7 @@ struct LayerBackwardFunction : torch::autograd::Function<LayerBackwardFunction> 
 
 bool has_second_derivative(const LayerCall& call) {
   // A clamped gradient is no linear function of what it is made of, so the two derivatives are not each other's mirror.
-  if (!call.input.defined() || !call.input.is_cpu() || call.grad_clip > 0) return false;
-  return call.input.scalar_type() == at::kFloat || call.input.scalar_type() == at::kDouble;
+  return call.input.defined() && call.input.is_cpu() && call.input.is_floating_point() && call.grad_clip == 0;
 }
 
 LayerGradients differentiable_backward(const LayerCall& call, const LayerGiven& given, const Needed& needed) {

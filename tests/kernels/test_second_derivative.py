@@ -23,7 +23,7 @@ from tests.kernels.test_kernels import (
     cells_with_projection,
     double,
 )
-from tests.kernels.test_layer import arguments_of, by_reference, call_of
+from tests.kernels.test_layer import HALVES, arguments_of, by_reference, call_of
 from tests.transform_cases import loss_of
 
 CELLS = tuple(ops.CELLS)
@@ -48,17 +48,30 @@ def second_gradients(results, leaves):
     return torch.autograd.grad(loss + loss_of(lambda: first)(), leaves)
 
 
+def linear_gradients(results, leaves):
+    """Of a weighted sum of the first gradients, whose own rounding does not matter then."""
+    generator = torch.Generator().manual_seed(3)
+
+    def weights(xs):
+        return [torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype) for x in xs]
+
+    first = torch.autograd.grad(results, leaves, weights(results), create_graph=True)
+    return torch.autograd.grad(first, leaves, weights(first))
+
+
 def leaves_of(given):
     leaves = {k: x for k, x in given.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
     return {k: x.requires_grad_() for k, x in leaves.items() if k not in CONSTANTS}
 
 
-def check(case: Case, size: int, seed: int = 0, tolerance: float = 1e-10, biased: bool = True) -> None:
+def check(
+    case: Case, size: int, seed: int = 0, tolerance: float = 1e-10, biased: bool = True, gradients=second_gradients
+) -> None:
     given = arguments_of(case, size, seed, biased)
     leaves, second = leaves_of(given), case.info.states > 1
     output, h_n, c_n, cells, _ = layer.layer(call_of(given, all_states=second))
     got = [output, composed.fold(h_n), *((composed.fold(c_n), cells) if second else ())]
-    found = second_gradients(got, list(leaves.values()))
+    found = gradients(got, list(leaves.values()))
 
     exact = {name: double(x.detach() if name in leaves else x) for name, x in given.items()}
     exact_leaves = leaves_of(exact)
@@ -66,7 +79,7 @@ def check(case: Case, size: int, seed: int = 0, tolerance: float = 1e-10, biased
     want = [x for x in want if x.numel()]
     if second:
         want.append(composed.every_c(case.cell, saved, case.P, exact["keep_c"]))
-    expected = second_gradients(want, list(exact_leaves.values()))
+    expected = gradients(want, list(exact_leaves.values()))
     for name, a, b in zip(leaves, found, expected, strict=True):
         assert a.shape == b.shape and a.dtype == case.dtype, (case, name)
         error = (a.double() - b).abs().max() / (1 + b.abs().max()) if a.numel() else 0
@@ -98,6 +111,16 @@ def test_recurrent_dropout_and_zoneout(cell, projected, noise, fused):
 def test_float32_is_as_near_as_first_derivatives_are(cell, fused):
     for B, h in ((3, 17), (40, 64)):
         check(Case(cell, 12, B, 1, h, 0, "rows", dtype=torch.float32), 9, tolerance=50 * TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell not in ("rnn_relu", "ligru", "slstm")])
+def test_half_types(cell, dtype, fused):
+    """In float32 but for what comes in and goes out. (Cells with a kink: rounding may move a value over it.)"""
+    for B, h in ((3, 17), (17, 5)):
+        for masks in MASKS[:2]:
+            case = Case(cell, 4, B, 2, h, 0, *masks, dtype=dtype)
+            check(case, 9, tolerance=TOLERANCE[dtype], gradients=linear_gradients)
 
 
 @pytest.mark.parametrize("cell", CELLS)
