@@ -59,7 +59,8 @@ learn_initial_state: parameters ``h_0_l0`` [R] and, of an LSTM, ``c_0_l0`` [H] (
 state_batch_first: states come and go as [B, L*D, n] (unbatched ones are [L*D, n] as ever).
 return_all_states: a call returns a third result, the last layer's c after every step [T, B, D*H], laid out and padded
   like the output; of an SLSTM a tuple of c, n and m. A gradient that reaches it is part of the fused backward on a
-  CPU; on CUDA it makes backward the composite of fastrnn/reference.py. Type checkers see the two results of the default.
+  CPU; on CUDA it makes backward the composite of fastrnn/reference.py. Type checkers see the two results of the
+  default.
 token_input: integer input is tokens in [0, input_size): [T, B] ([B, T] with ``batch_first``, [T] unbatched, or
   packed) stands for the one-hot input, which is never made; dense input is taken as ever. Without it integer input
   raises as in torch.nn. Where the vocabulary is large, see :meth:`store_by_token`. May be set at any time, as an
