@@ -334,7 +334,7 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
 
     def _takes_packed(self, data: Tensor) -> bool:
         """Do the kernels read a packed sequence as it is? Elsewhere it is padded once for all layers."""
-        if self._opacus is not None or not (data.is_cpu and data.dtype in (torch.float32, torch.float64)):
+        if self._opacus is not None or not (data.is_cpu and data.is_floating_point()):
             return False
         weights = [x for directions in self._weights() for w in directions for x in w]
         if per_sample.asked_for([weights]) or any(x is not None and x.dtype is not data.dtype for x in weights):
