@@ -5,6 +5,7 @@
 # make examples         every program of docs/examples.md on both backends, and the table of that page
 # make fuzz    50,000 random calls (CASES=) of modules and ops, against the reference or with wrong arguments
 # make soak    100,000 calls (CALLS=) that leave no memory behind, and a result of 2^31 elements (9 GB)
+# make sanitize         the extension with AddressSanitizer and UBSan (build/sanitized), and the tests of the ops under it
 # make docs    the pages and the API as a site (out/docs/index.html); Sphinx has an environment of its own (.venv-docs)
 # make lint    formatting, lint and types
 # make test-sdist       packs the sources, builds a wheel from them in a clean environment (.venv-sdist) and uses it there
@@ -37,7 +38,7 @@ CALLS ?= 100000
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup build test test-extras test-sdist bench bench-peers examples fuzz soak docs lint check-cuda
+.PHONY: setup build test test-extras test-sdist bench bench-peers examples fuzz soak sanitize docs lint check-cuda
 .PHONY: test-cuda-build clean distclean
 
 setup: $(STAMP)
@@ -108,6 +109,9 @@ fuzz: $(BUILT)
 
 soak: $(BUILT)
 	$(PY) -m tests.fuzz.soak --calls $(CALLS) --large $(ARGS)
+
+sanitize: $(STAMP)
+	PYTHON=$(PY) MAX_JOBS=$(JOBS) tools/sanitize.sh $(ARGS)
 
 # It finds torch and what the package needs in the other environment.
 $(DOCS_STAMP): docs/requirements.txt $(STAMP)

@@ -8,6 +8,8 @@ Environment:
   CUDA_HOME           the CUDA toolkit. Default: that of the nvcc on PATH, which may be a script that calls another.
   MAX_JOBS            compiler processes at once (torch's own variable).
   FASTRNN_OBJECTS     a folder of objects that tools/carried_objects.py has made on another machine.
+  FASTRNN_SANITIZE    sanitizers of the compiler (address,undefined) to build C++ with, of the CPU's kernels the baseline's
+                      alone; see tools/sanitize.sh.
   FASTRNN_DEBUG_INFO  1: keep debug information, lines of kernels included, which makes the module ten times as large.
 
 Kernels (csrc/cuda/*.cu) are compiled by a ninja file of ours and linked as objects, not by torch's CUDAExtension, which
@@ -162,12 +164,19 @@ def check_torch() -> None:
 def extension() -> CppExtension:
     flags = [*carried_objects.CXX_FLAGS]
     flags.append("-g" if switch("FASTRNN_DEBUG_INFO") == "1" else "-g0")  # Python's own flags before it may hold -g
-    macros = [("FASTRNN_TORCH", f'"{torch.__version__}"')]
+    macros, links = [("FASTRNN_TORCH", f'"{torch.__version__}"')], []
+    if sanitizers := os.environ.get("FASTRNN_SANITIZE"):
+        # Types of torch's are not known to be what they are in a module that shows its own to nobody.
+        links = [f"-fsanitize={sanitizers}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+        flags += [*links, "-fno-omit-frame-pointer", "-O1", "-g1"]
+        macros.append(("FASTRNN_BASELINE_ALONE", None))
     files = sources("csrc/cpu/*.cpp", "csrc/torch/*.cpp")
     toolkit = cuda()
     if toolkit is None:
         files = [f for f in files if not f.endswith("_cuda.cpp")]
-        return CppExtension("fastrnn._C", files, define_macros=macros, extra_compile_args={"cxx": flags})
+        return CppExtension(
+            "fastrnn._C", files, define_macros=macros, extra_compile_args={"cxx": flags}, extra_link_args=links
+        )
     archs = os.environ.get("FASTRNN_CUDA_ARCHS") or cuda_toolkit.DEFAULT_ARCHS
     try:
         parsed = cuda_toolkit.parse_archs(archs)

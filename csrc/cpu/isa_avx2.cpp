@@ -1,5 +1,5 @@
 // The kernels for x86-64 with AVX2 and FMA.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTRNN_BASELINE_ALONE)
 #define FASTRNN_AVX2
 #include "recurrent-inl.h"
 

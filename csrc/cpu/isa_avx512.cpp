@@ -1,5 +1,5 @@
 // The kernels for x86-64 with AVX-512.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTRNN_BASELINE_ALONE)
 #define FASTRNN_AVX512
 #include "recurrent-inl.h"
 

@@ -1,5 +1,5 @@
 // The kernels of bfloat16 for x86-64 with AVX-512 and its products of bfloat16.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTRNN_BASELINE_ALONE)
 #define FASTRNN_AVX512BF16
 #include "recurrent-inl.h"
 
