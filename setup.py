@@ -8,8 +8,8 @@ Environment:
   CUDA_HOME           the CUDA toolkit. Default: that of the nvcc on PATH, which may be a script that calls another.
   MAX_JOBS            compiler processes at once (torch's own variable).
   FASTRNN_OBJECTS     a folder of objects that tools/carried_objects.py has made on another machine.
-  FASTRNN_SANITIZE    sanitizers of the compiler (address,undefined) to build C++ with, of the CPU's kernels the baseline's
-                      alone; see tools/sanitize.sh.
+  FASTRNN_SANITIZE    sanitizers of the compiler (address,undefined) to build C++ with, and of the CPU's kernels the
+                      baseline's alone; see tools/sanitize.sh.
   FASTRNN_DEBUG_INFO  1: keep debug information, lines of kernels included, which makes the module ten times as large.
 
 Kernels (csrc/cuda/*.cu) are compiled by a ninja file of ours and linked as objects, not by torch's CUDAExtension, which
