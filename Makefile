@@ -9,6 +9,7 @@
 # make docs    the pages and the API as a site (out/docs/index.html); Sphinx has an environment of its own (.venv-docs)
 # make lint    formatting, lint and types
 # make test-sdist       packs the sources, builds a wheel from them in a clean environment (.venv-sdist) and uses it there
+# make wheel   a wheel for one torch and Python (dist/), built in .venv-wheel and tried where there is no compiler
 # make check-cuda       compiles the kernels for every architecture; registers, spills, disassembly (needs nvcc)
 # make test-cuda-build  the whole extension against torch's CUDA build, in an environment of its own (6 GB)
 # make clean   removes what was built (make distclean: the environment too)
@@ -26,6 +27,7 @@ EXTRAS_VENV ?= .venv-extras
 EXAMPLES_DATA := $(CURDIR)/build/examples-data
 DOCS_VENV ?= .venv-docs
 DOCS_STAMP := $(DOCS_VENV)/.installed
+WHEEL_VENV ?= .venv-wheel
 EXTRAS_STAMP := $(EXTRAS_VENV)/.installed-torch-$(TORCH)
 OUT := out/bench
 WRITE = --json $(OUT)/$(1).json --markdown $(OUT)/$(1).md --html $(OUT)/$(1).html --plots $(OUT)/$(1)-plots
@@ -38,8 +40,8 @@ CALLS ?= 100000
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup build test test-extras test-sdist bench bench-peers examples fuzz soak sanitize docs lint check-cuda
-.PHONY: test-cuda-build clean distclean
+.PHONY: setup build test test-extras test-sdist wheel bench bench-peers examples fuzz soak sanitize docs lint
+.PHONY: check-cuda test-cuda-build clean distclean
 
 setup: $(STAMP)
 build: $(BUILT)
@@ -62,6 +64,9 @@ $(BUILT): $(STAMP) $(SOURCES)
 # An exported PYTHONPATH would show the package of this folder where the installed one is meant.
 test-sdist: $(STAMP)
 	env -u PYTHONPATH TORCH=$(TORCH) PYTHON=$(PYTHON) MAX_JOBS=$(JOBS) tools/test_sdist.sh
+
+wheel:
+	env -u PYTHONPATH TORCH=$(TORCH) PYTHON=$(PYTHON) WHEEL_VENV=$(WHEEL_VENV) MAX_JOBS=$(JOBS) tools/make_wheel.sh
 
 test: $(BUILT)
 	$(PY) -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
@@ -142,4 +147,4 @@ clean:
 	rm -rf build dist fastrnn/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
 distclean: clean
-	rm -rf $(VENV) $(PEERS_VENV) $(EXTRAS_VENV) $(DOCS_VENV) .venv-sdist .venv-cuda
+	rm -rf $(VENV) $(PEERS_VENV) $(EXTRAS_VENV) $(DOCS_VENV) $(WHEEL_VENV) .venv-sdist .venv-cuda

@@ -8,6 +8,7 @@ Environment:
   CUDA_HOME           the CUDA toolkit. Default: that of the nvcc on PATH, which may be a script that calls another.
   MAX_JOBS            compiler processes at once (torch's own variable).
   FASTRNN_OBJECTS     a folder of objects that tools/carried_objects.py has made on another machine.
+  FASTRNN_LABEL       1: the wheel's version names its torch (0.1.0+torch2.13.0): wheels for two have two file names.
   FASTRNN_SANITIZE    sanitizers of the compiler (address,undefined) to build C++ with, and of the CPU's kernels the
                       baseline's alone; see tools/sanitize.sh.
   FASTRNN_DEBUG_INFO  1: keep debug information, lines of kernels included, which makes the module ten times as large.
@@ -26,6 +27,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.egg_info import egg_info
 
 try:
     import torch
@@ -38,7 +40,7 @@ sys.path.insert(0, str(ROOT / "tools"))  # a build backend does not put the proj
 
 import carried_objects  # noqa: E402
 import cuda_toolkit  # noqa: E402
-from build_backend import TORCH, public_version  # noqa: E402
+from build_backend import TORCH, local_label, public_version  # noqa: E402
 from cuda_toolkit import ToolkitError  # noqa: E402
 
 # pip's ninja stands beside an interpreter that need not be on PATH; without ninja torch compiles file after file.
@@ -126,6 +128,16 @@ class Build(BuildExtension):
         return [str(o) for o in objects]
 
 
+class Info(egg_info):
+    """Ends the version with `label`. An option of setup() would lose against the setup.cfg that packed sources have."""
+
+    label = ""
+
+    def finalize_options(self):
+        self.tag_build = self.label or self.tag_build
+        super().finalize_options()
+
+
 def ninja_path(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -161,7 +173,7 @@ def check_torch() -> None:
         raise SystemExit(f"fastrnn: expected {TORCH}, got torch {torch.__version__} in this environment")
 
 
-def extension() -> CppExtension:
+def extension(toolkit: cuda_toolkit.Toolkit | None) -> CppExtension:
     flags = [*carried_objects.CXX_FLAGS]
     flags.append("-g" if switch("FASTRNN_DEBUG_INFO") == "1" else "-g0")  # Python's own flags before it may hold -g
     macros, links = [("FASTRNN_TORCH", f'"{torch.__version__}"')], []
@@ -171,7 +183,6 @@ def extension() -> CppExtension:
         flags += [*links, "-fno-omit-frame-pointer", "-O1", "-g1"]
         macros.append(("FASTRNN_BASELINE_ALONE", None))
     files = sources("csrc/cpu/*.cpp", "csrc/torch/*.cpp")
-    toolkit = cuda()
     if toolkit is None:
         files = [f for f in files if not f.endswith("_cuda.cpp")]
         return CppExtension(
@@ -224,5 +235,9 @@ if "sdist" in sys.argv:  # sources can be built for any torch of the range
     setup(install_requires=[TORCH], **about)
 else:
     check_torch()
+    toolkit = cuda()
+    if switch("FASTRNN_LABEL") == "1":
+        Info.label = local_label(torch.__version__, toolkit and torch.version.cuda)
     pinned = f"torch=={public_version(torch.__version__)}"  # a build runs under that alone (fastrnn/binary.py)
-    setup(ext_modules=[extension()], cmdclass={"build_ext": Build}, install_requires=[pinned], **about)
+    commands = {"build_ext": Build, "egg_info": Info}
+    setup(ext_modules=[extension(toolkit)], cmdclass=commands, install_requires=[pinned], **about)

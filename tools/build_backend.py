@@ -18,6 +18,11 @@ def public_version(version: str) -> str:
     return version.partition("+")[0]
 
 
+def local_label(version: str, cuda: str | None = None) -> str:
+    """+torch2.13.0 of "2.13.0+cpu", and .cu13 where there are kernels: what a build runs under (fastrnn/binary.py)."""
+    return f"+torch{public_version(version)}" + (f".cu{cuda.split('.')[0]}" if cuda else "")
+
+
 def torch_to_build_with() -> str:
     folders = [sysconfig.get_path(name) for name in ("purelib", "platlib")]  # also inside pip's build environment
     found = next(iter(distributions(name="torch", path=folders)), None)

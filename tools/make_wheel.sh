@@ -1,0 +1,41 @@
+#!/bin/sh
+# Builds a wheel of the CPU extension for one torch and one Python, tells its size, its tag and the glibc that it needs,
+# tries it where there is torch and no compiler, and puts it into dist/. Some ten minutes.
+#
+#   TORCH, PYTHON   as for tools/packed_wheel.sh
+#   WHEEL_VENV      the environment that builds, default .venv-wheel, one for each Python; it stays, and the other one
+#                   (build/wheel-clean) is made anew each time
+#
+# The tag is the oldest that the symbols of the C library allow: the machine that builds decides it.
+set -eu
+cd "$(dirname "$0")/.."
+root=$PWD
+TORCH=${TORCH:-$(sed -n 's/^TORCH ?= //p' Makefile)}
+venv=$(realpath -ms "${WHEEL_VENV:-.venv-wheel}")
+work=$root/build/wheel
+clean=$root/build/wheel-clean
+export TORCH FASTRNN_CUDA=0 FASTRNN_LABEL=1
+tools/packed_wheel.sh "$venv" "$work"
+"$venv/bin/python" -m pip install --quiet --requirement tools/requirements-wheel.txt
+
+# torch's libraries, libgomp too, are those of the user's torch; libstdc++ is the machine's, as manylinux has it.
+PATH=$venv/bin:$PATH auditwheel repair --strip --exclude 'libtorch*' --exclude 'libc10*' \
+  --wheel-dir "$work/tagged" "$work"/fastrnn-*.whl >"$work/auditwheel.log" 2>&1 ||
+  { cat "$work/auditwheel.log"; exit 1; }
+wheel=$(echo "$work"/tagged/fastrnn-*.whl)
+"$venv/bin/python" tools/wheel_facts.py "$wheel"
+
+"${PYTHON:-python3}" -m venv --clear "$clean"
+there() { PATH=$clean/bin "$clean/bin/python" "$@"; }
+cd "$work/empty"
+there -c 'import shutil; assert not any(map(shutil.which, ("c++", "g++", "cc", "gcc", "nvcc"))), "a compiler is found"'
+there -m pip install --quiet --only-binary :all: "torch==$TORCH"
+start=$(date +%s%N)
+there -m pip install --quiet --no-index "$wheel" # without an index: nothing else may be missing
+echo "installed without a compiler in $((($(date +%s%N) - start) / 1000000)) ms"
+there -m pip check
+there "$root/tools/check_installed.py" "$wheel"
+there -m fastrnn --hidden 64
+mkdir -p "$root/dist"
+cp "$wheel" "$root/dist/"
+echo "dist/$(basename "$wheel")"
