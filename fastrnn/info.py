@@ -109,16 +109,14 @@ def road_of(call: Sizes, device: str) -> str:
 def cpu_choice(call: Sizes, features: int, threads: int) -> dict[str, Any]:
     """How a CPU call is shared out over threads, for a layer of so many input features run eagerly.
 
-    A call with lengths splits its rows by them, the rest is equal. Half types run the recurrence's kernel, with the
-    products before and behind it. ``steps_at_a_time``: of which the kernel of a whole layer holds gates or their
-    gradients.
+    A call with lengths splits its rows by them, the rest is equal. ``steps_at_a_time``: of which the kernel of a whole
+    layer holds gates or their gradients.
     """
-    whole = features if call.dtype in ("float32", "float64") else 0
     return {
         "road": road_of(call, "cpu"),
         "instruction_set": fastrnn.instruction_set(),
-        "forward": _C.cpu_plan(*call.sizes(), whole, threads, False),
-        "backward": _C.cpu_plan(*call.sizes(), whole, threads, True),
+        "forward": _C.cpu_plan(*call.sizes(), features, threads, False),
+        "backward": _C.cpu_plan(*call.sizes(), features, threads, True),
     }
 
 

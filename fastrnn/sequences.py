@@ -130,8 +130,9 @@ def streaming() -> Iterator[None]:
     Otherwise a short call may add up a sum in another order than a long one. For equal inputs and states every output
     and final state of a forward pass is equal: of float32 and float64, dense input or tokens, of quantized modules,
     with and without gradients. Calls must have the same rows (batch), run on the CPU, in this thread, and in plain
-    eager mode: under torch.compile, autocast and torch.func, and for half types, torch's own matrix product takes part,
-    whose sums are its own. Gradients are not covered. A reverse direction has no chunks to hand its state along.
+    eager mode: under torch.compile, autocast and torch.func torch's own matrix product takes part, whose sums are its
+    own; of half types, states are rounded where one call hands them to the next. Gradients are not covered. A reverse
+    direction has no chunks to hand its state along.
 
     A call of one step costs the same. A longer one of fewer than 96 rows is slower, for its weights are read as they
     lie; see docs/performance-cpu.md.

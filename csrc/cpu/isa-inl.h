@@ -27,8 +27,9 @@
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #define FASTRNN_ISA avx512
 #define FASTRNN_VECTOR_BYTES 64
-#elif defined(FASTRNN_AVX2)  // with FMA: Haswell, Zen and later
-#pragma GCC target("avx2,fma")
+#elif defined(FASTRNN_AVX2)  // with FMA and F16C: Haswell, Zen and later
+#include <immintrin.h>
+#pragma GCC target("avx2,fma,f16c")
 #define FASTRNN_ISA avx2
 #define FASTRNN_VECTOR_BYTES 32
 #else

@@ -207,6 +207,8 @@ FASTRNN_HD Vec<float> from_storage(Half16 x, const BFloat16*) {
 FASTRNN_HD Vec<float> from_storage(Half16 x, const Half*) {
 #if FASTRNN_VECTOR_BYTES == 64
   return (Vec<float>::Native)_mm512_maskz_cvtph_ps(0xffff, (__m256i)x);
+#elif FASTRNN_VECTOR_BYTES == 32
+  return (Vec<float>::Native)_mm256_cvtph_ps((__m128i)x);
 #endif
   using F = Vec<float>::Native;
   using I = Vec<float>::Bits;
@@ -237,6 +239,8 @@ FASTRNN_HD Half16 to_storage(Vec<float> x, const BFloat16*) {
 FASTRNN_HD Half16 to_storage(Vec<float> x, const Half*) {
 #if FASTRNN_VECTOR_BYTES == 64
   return (Half16)_mm512_maskz_cvtps_ph(0xffff, (__m512)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif FASTRNN_VECTOR_BYTES == 32
+  return (Half16)_mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #endif
   using F = Vec<float>::Native;
   using I = Vec<float>::Bits;

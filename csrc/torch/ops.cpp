@@ -98,7 +98,7 @@ void product_cpu(const Tensor& out, const Tensor& a, const Tensor& b, bool add, 
   Tensor to = out;
   if (add) {
     to.addmm_(a, b);
-  } else if (has_gemm(a) && a.size(a.stride(0) == 1 ? 1 : 0) >= kFewestRows) {
+  } else if (has_gemm(a) && out.is_contiguous() && a.size(a.stride(0) == 1 ? 1 : 0) >= kFewestRows) {
     const bool turned = a.stride(0) == 1 && a.stride(1) != 1;
     const PreparedGemm run = prepare_gemm(turned ? a.t() : a, b, std::nullopt, turned, false, out);
     if (out.numel() > 0) cpu::gemm(run.params, threads());

@@ -487,6 +487,27 @@ def test_few_calls_around_a_recurrence(kind, given, by_products):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_products_into_a_part_of_what_is_saved(kind, dtype, by_products):
+    """Of layers without a bias, whose gates are made where they will be saved: rows of those lie apart."""
+    module = build(fastrnn, kind, 17, 33, bias=False, dtype=torch.float64)
+    exact = randn(2, 64, 17, dtype=torch.float64)
+    output = module.to(dtype)(exact.to(dtype))[0]
+    _C.set_layers_by_products(False)
+    near = TOLERANCE[dtype]
+    torch.testing.assert_close(output, module(exact.to(dtype))[0], rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_packed_sequences_are_read_as_they_are(dtype):
+    module = build(fastrnn, "LSTM", 4, 5, bidirectional=True, dtype=dtype)
+    x = pack_padded_sequence(randn(6, 3, 4, dtype=dtype), [6, 4, 1])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        module(x)[0].data.sum().backward()
+    assert not any("pad" in event.name for event in profile.events())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_gradients_of_results_that_do_not_apply(cell, dtype):
     """Of size 0, as whoever fills in zeros for all results gives them: none."""
