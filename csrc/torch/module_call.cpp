@@ -28,8 +28,8 @@
 #include "../launch.h"
 #include "../params.h"
 #include "autograd.h"
-#include "prepare.h"
 #include "plain_thread.h"
+#include "prepare.h"
 
 namespace fastrnn {
 namespace {
@@ -41,8 +41,8 @@ const Tensor* ordinary(PyObject* x) {
   return is_ordinary(t) ? &t : nullptr;
 }
 
-// The same of this dtype, one that kernels compute if none is given. `differentiable` becomes true where a derivative by it
-// is asked for.
+// The same of this dtype, or of one that kernels compute with if none is given. `differentiable` becomes true where a
+// derivative by it is asked for.
 const Tensor* plain(PyObject* x, std::optional<at::ScalarType> dtype, bool& differentiable) {
   const Tensor* t = ordinary(x);
   if (!t) return nullptr;

@@ -69,7 +69,7 @@ def test_cpu_kernels_under_a_sanitizer(sanitizer, isa, tmp_path):
     if sanitizer == "address":  # which looks at every variable of a block else: half as long again to compile
         flags.append("-fno-sanitize-address-use-after-scope")
     rows = compile_and_run(ROOT / "tests/cpp/test_cpu.cpp", tmp_path / "cpu", *flags)
-    assert rows == [[isa, "50", "calls"]]
+    assert rows == [[isa, "80", "calls"]]
 
 
 def test_members_of_a_call(tmp_path):

@@ -424,7 +424,7 @@ bool check_gemm() {
 }  // namespace
 
 int main(int argc, char** argv) {  // [calls [seed]]
-  const int calls = argc > 1 ? std::atoi(argv[1]) : 50;
+  const int calls = argc > 1 ? std::atoi(argv[1]) : 80;
   if (argc > 2) generator.seed(uint32_t(std::atoi(argv[2])));
   bool good = true;
   for (int i = 0; i < calls && good; ++i) good = check_call() && (only_bfloat16 || check_gemm());

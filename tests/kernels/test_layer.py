@@ -280,7 +280,9 @@ def check_gradients(case: Case, size: int) -> None:
         )
         for results, of in ((got, given), (want, exact))
     )  # fmt: skip
-    tolerance = 10 * TOLERANCE[case.dtype] if case.dtype in HALVES else 1e-10
+    # Without an upper bound rounding grows: 4e-11 over forty steps of a LiGRU, with the baseline's instructions.
+    wide = 1e-10 if case.cell == "ligru" else 1e-11
+    tolerance = 10 * TOLERANCE[case.dtype] if case.dtype in HALVES else wide
     for name, a, b in zip(names, found, expected, strict=True):
         error = (a - b).abs().max() / (1 + b.abs().max())
         assert error <= tolerance, (case, size, name, error)
