@@ -10,11 +10,15 @@ void recurrent_forward(const ForwardParams& params, int threads);
 // The same with the projection inside; params.gates_ih is not read.
 void layer_forward(const ForwardParams& params, const LayerParams& layer, int threads);
 void recurrent_backward(const BackwardParams& params, int threads);
-// The same with the products of the layer's gradients inside; for float32 and float64.
+// The same with the products of the layer's gradients inside.
 void layer_backward(const BackwardParams& params, const LayerBackwardParams& layer, int threads);
 
 // The matrix products around a recurrence, by its own micro-kernel. The same terms.
 void gemm(const GemmParams& params, int threads);
+
+// Elements begin .. end - 1 of out: 1 with probability p, else 0; each as the seed and its place alone decide, whoever
+// writes it. begin is even. For float32, float64, bfloat16 and float16.
+void bernoulli(DType dtype, void* out, int64_t begin, int64_t end, uint64_t seed, double p);
 
 // Instruction set of the kernels in use: "avx512", "avx2" or "baseline". Chosen once per process: the best that
 // the CPU has, or what the environment variable FASTRNN_ISA names. Throws std::invalid_argument if that is unknown

@@ -85,7 +85,8 @@ class Arena {
 // One member's part of a call: a coroutine that pauses wherever its team has to meet.
 using Part = std::coroutine_handle<>;
 
-// The kernels of one instruction set, of every dtype; those of avx512bf16 of bfloat16 alone, and without gemm.
+// The kernels of one instruction set, of every dtype; those of avx512bf16 of bfloat16 alone, and without the
+// last ones.
 // forward_workspace and its like say how many bytes a team's workspace has.
 struct Kernels {
   const char* name;
@@ -97,6 +98,7 @@ struct Kernels {
   // The workspace is one member's own; members do not meet.
   int64_t (*gemm_workspace)(const GemmParams&) = nullptr;
   void (*gemm)(const GemmParams&, char* workspace, int member, int members) = nullptr;
+  void (*bernoulli)(DType, void* out, int64_t begin, int64_t end, uint64_t seed, double p) = nullptr;
 };
 
 const Kernels* baseline_kernels();

@@ -7,6 +7,7 @@
 #include "dual-inl.h"
 #include "forward-inl.h"
 #include "gemm-inl.h"
+#include "random-inl.h"
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
@@ -132,7 +133,7 @@ inline void gemm(const GemmParams& p, char* workspace, int member, int members) 
 #define FASTRNN_NAME(x) FASTRNN_STRING(x)
 constexpr Kernels kKernels{FASTRNN_NAME(FASTRNN_ISA), forward_workspace, backward_workspace, forward, backward,
 #if !defined(FASTRNN_AVX512BF16)
-                           gemm_workspace, gemm
+                           gemm_workspace, gemm, bernoulli
 #endif
 };
 #undef FASTRNN_NAME

@@ -233,4 +233,8 @@ void gemm(const GemmParams& params, int threads) {
       });
 }
 
+void bernoulli(DType dtype, void* out, int64_t begin, int64_t end, uint64_t seed, double p) {
+  kernels(DType::kFloat32).bernoulli(dtype, out, begin, end, seed, p);  // one table has it for every dtype
+}
+
 }  // namespace fastrnn::cpu

@@ -44,29 +44,6 @@ Tensor gemm_cpu(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bo
   return call.out;
 }
 
-// The i-th number of SplitMix64 (Steele, Lea & Flood 2014) from a seed, without those before it.
-uint64_t random_bits(uint64_t seed, uint64_t i) {
-  uint64_t z = seed + (i + 1) * 0x9e3779b97f4a7c15;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-  return z ^ (z >> 31);
-}
-
-// 1 with probability below / 2^32, else 0. Each half of a number decides one element, whoever writes it.
-template <class S>
-void draw(S* to, int64_t count, uint64_t seed, uint64_t below) {
-  const S values[] = {S(0.0f), S(1.0f)};  // read, for a branch would be guessed wrong as often as the rarer one comes
-  at::parallel_for(0, (count + 1) / 2, 1 << 14, [&](int64_t begin, int64_t end) {
-    const int64_t pairs = std::min(end, count / 2);
-    for (int64_t i = begin; i < pairs; ++i) {
-      const uint64_t bits = random_bits(seed, i);
-      to[2 * i] = values[(bits & 0xffffffff) < below];
-      to[2 * i + 1] = values[(bits >> 32) < below];
-    }
-    if (end > pairs) to[2 * pairs] = values[(random_bits(seed, pairs) & 0xffffffff) < below];
-  });
-}
-
 Tensor bernoulli_cpu(const Tensor& seed, at::IntArrayRef size, double p, at::ScalarType dtype) {
   RNN_CHECK_TYPE(seed.scalar_type() == at::kLong, "bernoulli: seed: expected dtype int64, got ", seed.scalar_type());
   check_storage("bernoulli", "seed", seed);
@@ -75,17 +52,14 @@ Tensor bernoulli_cpu(const Tensor& seed, at::IntArrayRef size, double p, at::Sca
   sizes.insert(sizes.end(), size.begin(), size.end());
   const Tensor out = at::empty(sizes, seed.options().dtype(dtype)), seeds = seed.contiguous();
   const int64_t each = seed.numel() > 0 ? out.numel() / seed.numel() : 0;
-  const auto all = [&](auto* to) {
-    for (int64_t n = 0; n < seed.numel(); ++n)
-      draw(to + n * each, each, static_cast<uint64_t>(seeds.const_data_ptr<int64_t>()[n]), uint64_t(p * 0x1p32));
-  };
-  switch (dtype) {
-    case at::kFloat: all(out.mutable_data_ptr<float>()); break;
-    case at::kDouble: all(out.mutable_data_ptr<double>()); break;
-    case at::kBFloat16: all(out.mutable_data_ptr<at::BFloat16>()); break;
-    case at::kHalf: all(out.mutable_data_ptr<at::Half>()); break;
-    default: RNN_CHECK_TYPE(false, "bernoulli: dtype: expected float32, float64, bfloat16 or float16, got ", dtype);
-  }
+  const std::optional<DType> type = kernel_dtype(dtype);
+  RNN_CHECK_TYPE(type, "bernoulli: dtype: expected float32, float64, bfloat16 or float16, got ", dtype);
+  char* const data = static_cast<char*>(out.mutable_data_ptr());
+  for (int64_t n = 0; n < seed.numel(); ++n)
+    at::parallel_for(0, ceil_div(each, 2), 1 << 14, [&](int64_t begin, int64_t end) {
+      cpu::bernoulli(*type, data + n * each * out.element_size(), 2 * begin, std::min(2 * end, each),
+                     static_cast<uint64_t>(seeds.const_data_ptr<int64_t>()[n]), p);
+    });
   return out;
 }
 

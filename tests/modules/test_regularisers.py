@@ -6,8 +6,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +39,7 @@ from tests.helpers import (
 )
 from tests.kernels.test_kernels import Case
 
+ROOT = Path(__file__).resolve().parents[2]
 T, B, I, H = 6, 3, 4, 5  # noqa: E741
 LENGTHS = torch.tensor([6, 2, 4])
 NOISES: dict[str, dict[str, Any]] = {
@@ -312,6 +317,34 @@ def test_rates(dtype: torch.dtype) -> None:
         0.2 * 0.3: (mask_h[0] == 0) * keep_h[0, :, :50],
     }
     assert all(near(both, p) for p, both in independent.items())
+
+
+def split_mix(seed: int, i: int) -> int:
+    """The i-th number of SplitMix64 (Steele, Lea & Flood 2014), 64 bits."""
+    z = seed + (i + 1) * 0x9E3779B97F4A7C15 & 2**64 - 1
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & 2**64 - 1
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & 2**64 - 1
+    return z ^ z >> 31
+
+
+def check_draws_are_of_split_mix() -> None:
+    """Element 2i is of the lower half of the i-th number, element 2i + 1 of the upper half."""
+    seed = int(torch.randint(-(2**63), 2**63 - 1, ()))
+    for size in (1, 2, 17, 129, 1000):
+        halves = [half for i in range(size) for half in divmod(split_mix(seed, i), 2**32)[::-1]][:size]
+        for p in (0.25, 0.9):
+            want = torch.tensor([float(half < int(p * 2**32)) for half in halves])
+            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+                assert torch.equal(ops.bernoulli(torch.tensor(seed), (size,), p, dtype), want.to(dtype))
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+def test_draws_on_every_instruction_set(isa: str) -> None:
+    names = ("baseline", "avx2", "avx512", "avx512bf16")
+    if names.index(isa) > names.index(fastrnn.instruction_set()):
+        pytest.skip(f"this CPU has no {isa}")
+    code = "from tests.modules.test_regularisers import *; check_draws_are_of_split_mix()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=os.environ | {"FASTRNN_ISA": isa})
 
 
 def test_draws_of_a_seed() -> None:
