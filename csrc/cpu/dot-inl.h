@@ -11,41 +11,6 @@ namespace fastrnn::cpu::FASTRNN_ISA {
 
 constexpr int kDotRows = 4, kDotOutputs = 4;
 
-// Half as many lanes of each of what a and b hold in `parts` equal parts: those of a, then those of b.
-template <int Parts, class T>
-FASTRNN_HD Vec<T> merge_sums(Vec<T> a, Vec<T> b) {
-  constexpr int L = Vec<T>::kLanes, kPart = L / Parts, kHalf = kPart / 2;
-  const auto low = [](int l) { return l / kHalf * kPart + l % kHalf; };
-  return gather_lanes(a, b, low) + gather_lanes(a, b, [&](int l) { return low(l) + kHalf; });
-}
-
-// The sums over all lanes of four vectors.
-template <class T>
-FASTRNN_HD void sum_lanes(const Vec<T> (&x)[4], T* out) {
-  constexpr int L = Vec<T>::kLanes;
-  static_assert(L >= 2);
-  alignas(64) T lanes[L];
-  if constexpr (L >= 4) {
-    Vec<T> sums = merge_sums<2>(merge_sums<1>(x[0], x[1]), merge_sums<1>(x[2], x[3]));
-#pragma GCC unroll 4
-    for (int half = L / 8; half > 0; half /= 2)
-      sums = sums + gather_lanes(sums, sums, [half](int l) { return l ^ half; });
-    store(lanes, sums);
-    for (int i = 0; i < 4; ++i) out[i] = lanes[i * (L / 4)];
-  } else
-    for (int i = 0; i < 4; ++i) {
-      store(lanes, x[i]);
-      out[i] = lanes[0] + lanes[1];
-    }
-}
-template <class T>
-FASTRNN_HD void sum_lanes(const Vec<Dual<T>> (&x)[4], Dual<T>* out) {
-  T values[4], slopes[4];
-  sum_lanes({x[0].value, x[1].value, x[2].value, x[3].value}, values);
-  sum_lanes({x[0].slope, x[1].slope, x[2].slope, x[3].slope}, slopes);
-  for (int i = 0; i < 4; ++i) out[i] = {values[i], slopes[i]};
-}
-
 // out[m * out_stride + n] = sum_k a[m * stride + k] w[n * ld + k]
 template <class A, class S, int M, int N, class T = typename Compute<A>::type>
 __attribute__((noinline)) void dot(const A* a, int64_t stride, const S* w, int64_t ld, int64_t depth, T* out,

@@ -74,6 +74,10 @@ FASTRNN_HD Vec<Dual<T>> add_product(Vec<Dual<T>> sum, Vec<Dual<T>> x, Vec<Dual<T
 
 // ---- functions ----
 
+template <class T, class Index>
+FASTRNN_HD Vec<Dual<T>> gather_lanes(Vec<Dual<T>> a, Vec<Dual<T>> b, Index index) {
+  return {gather_lanes(a.value, b.value, index), gather_lanes(a.slope, b.slope, index)};
+}
 template <class T>
 FASTRNN_HD void transpose(Vec<Dual<T>> (&x)[Vec<T>::kLanes]) {
   Vec<T> values[Vec<T>::kLanes], slopes[Vec<T>::kLanes];

@@ -79,13 +79,7 @@ FASTRNN_HD Pack<T, N> sum_over_units(int64_t units, Terms terms) {
     FASTRNN_UNROLL for (int k = 0; k < N; ++k) sums[k] = sums[k] + some[k];
   });
   Pack<T, N> total;
-  for (int k = 0; k < N; ++k) {
-    alignas(64) T lanes[L];
-    store(lanes, sums[k]);
-    for (int half = L / 2; half > 0; half /= 2)
-      for (int lane = 0; lane < half; ++lane) lanes[lane] = lanes[lane] + lanes[lane + half];
-    total[k] = lanes[0];
-  }
+  sum_lanes(sums.v, total.v);
   return total;
 }
 template <class T, int N>
@@ -95,26 +89,25 @@ FASTRNN_HD Pack<Vec<T>, N> in_every_lane(const Pack<T, N>& x) {
   return all;
 }
 
-// The passes of a cell's Row over the units of one row. load(j, n, row, work) gives what units j .. j + n - 1 know
-// (ForwardIn, BackwardIn) where the row's numbers are `row`; work, a std::bool_constant, says whether in.work was kept.
-// keep(j, in) keeps it. Returns the row's numbers.
-template <class T, class Passes, class Load, class Keep>
-FASTRNN_HD Pack<Vec<T>, Passes::kNumbers> run_passes(int64_t units, Load load, Keep keep) {
+// The passes of a cell's Row over the units of one row. load(j, n, in, work) gives `in` what units j .. j + n - 1 know
+// (ForwardIn, BackwardIn); work, a std::bool_constant, says whether in.work was kept. keep(j, in) keeps it. in.row has the
+// row's numbers at the end, which stand once for all units.
+template <class T, class Passes, class In, class Load, class Keep>
+FASTRNN_HD void run_passes(int64_t units, In& in, Load load, Keep keep) {
   Pack<T, Passes::kNumbers> numbers{};
   const T each = T(1) / T(units);
   for_each_pass<Passes>([&](auto pass) FASTRNN_INLINE_BODY {
     constexpr int k = decltype(pass)::value;
-    const auto row = in_every_lane(numbers);
     auto means = sum_over_units<T, Passes::kMeans[k]>(units, [&](int64_t j, int n) FASTRNN_INLINE_BODY {
-      auto in = load(j, n, row, std::bool_constant<finds_work<Passes, k>()>());
+      load(j, n, in, std::bool_constant<finds_work<Passes, k>()>());
       const auto terms = Passes::template terms<k>(in);
       if constexpr (leaves_work<Passes, k>()) keep(j, in);
       return terms;
     });
     for (int m = 0; m < Passes::kMeans[k]; ++m) means[m] = means[m] * each;
     Passes::template numbers<k>(means, numbers);
+    in.row = in_every_lane(numbers);
   });
-  return in_every_lane(numbers);
 }
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

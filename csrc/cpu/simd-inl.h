@@ -117,6 +117,41 @@ FASTRNN_HD void transpose(Vec<T> (&x)[Vec<T>::kLanes]) {
   if constexpr (2 * s < L) transpose<2 * s>(x);
 }
 
+// The sums of the lanes of N = 2^n vectors, at most kLanes. Each vector has parts of `width` lanes, of which each becomes a
+// sum. Of two vectors the halves of the parts are added, side by side in one vector; the last vector is halved where it is.
+template <int width, class T, int N>
+FASTRNN_HD Vec<T> sums_of_parts(const Vec<T> (&x)[N]) {
+  constexpr int half = width / 2;
+  if constexpr (width == 1) {
+    return x[0];
+  } else if constexpr (N == 1) {
+    return sums_of_parts<half>({x[0] + gather_lanes(x[0], x[0], [](int l) { return l ^ half; })});
+  } else {
+    Vec<T> y[N / 2];
+    FASTRNN_UNROLL for (int m = 0; m < N / 2; ++m) {
+      const auto lower = [](int l) { return l / half * width + l % half; };  // beyond kLanes, of the second vector
+      y[m] = gather_lanes(x[2 * m], x[2 * m + 1], lower) +
+             gather_lanes(x[2 * m], x[2 * m + 1], [=](int l) { return lower(l) + half; });
+    }
+    return sums_of_parts<half>(y);
+  }
+}
+
+// The largest power of two that is above neither.
+constexpr int power_of_two(int n, int most) { return n < 2 || most < 2 ? 1 : 2 * power_of_two(n / 2, most / 2); }
+
+// out[k] = the sum of x[k]'s lanes; as many at once as are a power of two.
+template <int first = 0, class T, int N>
+FASTRNN_HD void sum_lanes(const Vec<T> (&x)[N], T* out) {
+  constexpr int L = Vec<T>::kLanes, count = power_of_two(N - first, L);
+  Vec<T> some[count];
+  FASTRNN_UNROLL for (int k = 0; k < count; ++k) some[k] = x[first + k];
+  alignas(64) T sums[L];
+  store(sums, sums_of_parts<L>(some));
+  FASTRNN_UNROLL for (int k = 0; k < count; ++k) out[first + k] = sums[k * (L / count)];
+  if constexpr (first + count < N) sum_lanes<first + count>(x, out);
+}
+
 // To [-limit, limit]; NaN stays.
 template <class T>
 FASTRNN_HD Vec<T> clamp(Vec<T> a, T limit) {
