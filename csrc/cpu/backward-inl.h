@@ -121,18 +121,27 @@ class BackwardWorker {
     for_each_panel(widths, kMaxVectors, [&](int64_t v, int vectors) {
       // Rows that only start here have no gate gradients to multiply.
       const auto body = [&](int64_t first, int rows_in_tile, const T* sums) {
+        fetch(first + rows_in_tile, rows_in_tile + 1, v, vectors);  // of the next tile
         for (int m = 0; m < rows_in_tile; ++m)
           for (int n = 0; n < vectors; ++n)
             step.state(first + m, (v + n) * L, V(sums ? load(sums + (m * vectors + n) * L) : V(0)));
       };
       const Panel<A> panel = panel_of_columns(p.weight_hh, step.group, G * p.hidden, p.width, b.panels_hh,
                                               b.gates_padded * G, v, vectors, packed);
+      fetch(0, max_rows<A>(vectors), v, vectors);
       for_each_deep_tile(was_running, from, b.gates_stride, panel.weights, panel.stride,
                          b.gates_padded * kEarlyGates<Cell>, vectors, sums, body, terms_of_weights(p));
       for (int64_t i = was_running; i < count; ++i) body(i, 1, nullptr);
     });
     from = step.to;
     if (layer) gradients.made(step.running);
+  }
+
+  // What the cells read of rows first .. and of vectors v .., while products run. A row that is whole is fetched as one.
+  void fetch(int64_t first, int64_t count, int64_t v, int vectors) const {
+    if constexpr (!kWholeRows<Cell>)
+      for (int64_t i = first; i < first + count; ++i)
+        for (int n = 0; n < vectors; ++n) step.fetch(i, (v + n) * L);
   }
 
   // The rest of a step of a cell with late gates: the gradient of what their product was with, and the cells.
@@ -173,8 +182,14 @@ class BackwardWorker {
   void compute_cells() {
     const int64_t count = step.running > step.was_running ? step.running : step.was_running;
     const Range mine = plan.split_rows ? Range{0, count} : share(count, member, plan.team_size);
-    for (int64_t i = mine.begin; i < mine.end; ++i)
+    const auto fetch_row = [&](int64_t i) {
+      for (int64_t v = 0; i < mine.end && v < b.unit_vectors; ++v) step.fetch(i, v * L);
+    };
+    fetch_row(mine.begin);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      fetch_row(i + 1);
       step.whole_row(i, b.row_scratch + member * b.row_scratch_size);
+    }
   }
 
   const BackwardParams& p;

@@ -127,7 +127,7 @@ class LayerGradients {
     weight(layer->grad_weight_hh, G * p.hidden, p.width);
     weight(layer->grad_weight_hr, p.width, p.hidden);
     bias(layer->grad_bias_ih, b.bias);
-    bias(layer->grad_bias_hh, b.bias + b.gates_stride);
+    bias(layer->grad_bias_hh, b.grad_gates_ih ? b.bias + b.gates_stride : b.bias);
   }
 
   // Where a member's rows start, in arrays of a chunk's rows and in grad_gates.
@@ -235,8 +235,9 @@ class LayerGradients {
           store(sums + (v + q) * L, first_product ? total[q] : total[q] + load(sums + (v + q) * L));
       });
     };
-    if (layer->grad_bias_ih) add_up(gates_ih, b.bias);
-    if (layer->grad_bias_hh) add_up(gates_hh, b.bias + b.gates_stride);
+    const bool same = !b.grad_gates_ih;  // then the sum of both biases is one
+    if (layer->grad_bias_ih || (same && layer->grad_bias_hh)) add_up(gates_ih, b.bias);
+    if (layer->grad_bias_hh && !same) add_up(gates_hh, b.bias + b.gates_stride);
   }
 
   void input_gradient(const A* gates, const int64_t* place, int64_t count, T* sums) {

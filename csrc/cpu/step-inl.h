@@ -130,15 +130,12 @@ struct ForwardStep : Walk<ForwardParams> {
   void whole_row(int64_t i, const T* gates_hh, GatesIh gates_ih, T* scratch) {
     constexpr int W = ForwardPasses<Cell>::kWork;
     const int64_t h = p.hidden;
-    const auto load_in = [&](int64_t j, int n, const auto& row, auto work) FASTRNN_INLINE_BODY {
-      ForwardIn<Cell, V> in;
+    const auto load_in = [&](int64_t j, int n, ForwardIn<Cell, V>& in, auto work) FASTRNN_INLINE_BODY {
       const T* own = scratch + j * (G + W);
       FASTRNN_UNROLL for (int k = 0; k < G; ++k) in.gates_ih[k] = load(own + k * L);
       load_unit(i, j, n, gates_hh + j * G, in);
-      in.row = row;
       if constexpr (work)
         FASTRNN_UNROLL for (int k = 0; k < W; ++k) in.work[k] = load(own + (G + k) * L);
-      return in;
     };
     const auto keep = [&](int64_t j, const ForwardIn<Cell, V>& in) FASTRNN_INLINE_BODY {
       if constexpr (W > 0)
@@ -148,10 +145,13 @@ struct ForwardStep : Walk<ForwardParams> {
       const Pack<V, G> gates = gates_ih_of(i, j, gates_ih(j));
       for (int k = 0; k < G; ++k) store(scratch + j * (G + W) + k * L, gates[k]);
     }
-    const auto row = run_passes<T, ForwardPasses<Cell>>(h, load_in, keep);
+    ForwardIn<Cell, V> in;
+    in.work = {};
+    run_passes<T, ForwardPasses<Cell>>(h, in, load_in, keep);
     for_each_vector<T>(h, [&](int64_t j, int n) FASTRNN_INLINE_BODY {
       ForwardOut<Cell, V> out;
-      Cell::forward(load_in(j, n, row, std::bool_constant<(W > 0)>()), out);
+      load_in(j, n, in, std::bool_constant<(W > 0)>());
+      Cell::forward(in, out);
       finish(i, j, n, out);
     });
   }
@@ -302,6 +302,20 @@ struct BackwardStep : Walk<BackwardParams> {
     for (int k = 0; k < C; ++k) pass(in_c<C>(i, k, j), p.grad_c_n, p.grad_c_0, valid_lanes<T>(p.hidden, j));
   }
 
+  // Lets the processor fetch what the cell of units j .. is going to read of the forward pass. That was written long ago,
+  // in another order, so that no cache has it and no prefetcher expects it; a product's time hides the way.
+  __attribute__((noinline)) void fetch(int64_t i, int64_t j) const {
+    if (i >= running || j >= p.hidden) return;
+    const int64_t h = p.hidden, values = saved_values<Cell>(p);
+    const S* saved = static_cast<const S*>(p.saved) + place(i, t) * values * h + j;
+    for (int64_t k = 0; k < values; ++k) __builtin_prefetch(saved + k * h);
+    if constexpr (Cell::kStates == 1) {
+      if (const S* h_prev = h_before(i, t)) __builtin_prefetch(h_prev + j);
+    } else {
+      if (const S* c_prev = c_before(i)) __builtin_prefetch(c_prev + j);
+    }
+  }
+
   // The whole gradient of state 0 after the step, columns j .. `recurrent` is what came through weight_hh.
   void state(int64_t i, int64_t j, V recurrent) {
     const int64_t at = place(i) * p.width + j;
@@ -396,24 +410,23 @@ struct BackwardStep : Walk<BackwardParams> {
       }
     if (i >= running) return;
     const T* grad_hidden = b.grad_hidden + (rows->first + i) * stride;
-    const auto load_in = [&](int64_t j, int n, const auto& row, auto work) FASTRNN_INLINE_BODY {
-      BackwardIn<Cell, V> in;
+    const auto load_in = [&](int64_t j, int n, BackwardIn<Cell, V>& in, auto work) FASTRNN_INLINE_BODY {
       in.grad_state[0] = load(grad_hidden + j);
       FASTRNN_UNROLL for (int k = 0; k < C; ++k) in.grad_state[1 + k] = load(carry_of(i, k) + j);
       load_unit(i, j, n, in);
-      in.row = row;
       if constexpr (work)
         FASTRNN_UNROLL for (int k = 0; k < W; ++k) in.work[k] = load(scratch + j * W + k * L);
-      return in;
     };
     const auto keep = [&](int64_t j, const BackwardIn<Cell, V>& in) FASTRNN_INLINE_BODY {
       if constexpr (W > 0)
         FASTRNN_UNROLL for (int k = 0; k < W; ++k) store(scratch + j * W + k * L, in.work[k]);
     };
-    const auto row = run_passes<T, BackwardPasses<Cell>>(h, load_in, keep);
+    BackwardIn<Cell, V> in;
+    in.work = {};
+    run_passes<T, BackwardPasses<Cell>>(h, in, load_in, keep);
     for_each_vector<T>(h, [&](int64_t j, int n) FASTRNN_INLINE_BODY {
-      const auto in = load_in(j, n, row, std::bool_constant<(W > 0)>());
       BackwardOut<Cell, V> out;
+      load_in(j, n, in, std::bool_constant<(W > 0)>());
       Cell::backward(in, out);
       keep_hidden(i, j, in);
       if (p.keep_h && !p.weight_hr) out.grad_state_prev[0] = out.grad_state_prev[0] + load(carry_h + i * stride + j);
@@ -429,6 +442,12 @@ struct BackwardStep : Walk<BackwardParams> {
   }
 
  private:
+  // The states besides h before row i's step, [C][h]; null for zeros.
+  const S* c_before(int64_t i) const {
+    const int64_t h = p.hidden;
+    return before(i, t, C * h, p.saved, saved_values<Cell>(p) * h, saved_states<Cell>(p) * h, p.c_0, p.reset_c);
+  }
+
   T* carry_of(int64_t i, int k) const { return carry_c + (k * p.batch + i) * stride; }
 
   // What a product read, columns j .., or its gradient: mask_h times what it would be without.
@@ -472,9 +491,9 @@ struct BackwardStep : Walk<BackwardParams> {
       else in.state[0] = load(saved + Cell::kSaved * h, n);
     } else {  // no cell with a second state reads h
       in.state[0] = in.state_prev[0] = V(0);
-      const S* c_before = before(i, t, C * h, p.saved, values * h, saved_states<Cell>(p) * h, p.c_0, p.reset_c);
+      const S* c_prev = c_before(i);
       for (int k = 0; k < C; ++k) {
-        in.state_prev[1 + k] = load_or_zero<T>(c_before, k * h + j, n);
+        in.state_prev[1 + k] = load_or_zero<T>(c_prev, k * h + j, n);
         in.state[1 + k] = load(saved + (Cell::kSaved + k) * h, n);  // as the cell made it, where that is kept
       }
       if constexpr (kRemakes<Cell>)
