@@ -124,7 +124,8 @@ struct BackwardParams : ForwardParams {
 
 // What a layer's backward call has beside BackwardParams: it makes the gradients of weights and input from the gate
 // gradients of a few steps at a time, which are never stored (grad_gates_ih, grad_gates_hh, grad_projected are null).
-// Gradients may be null where they are not wanted; those of weights and biases are in float32 where dtype is a half type.
+// Gradients may be null where they are not wanted. Those of weights and biases are sums in float32 where dtype is a half
+// type, and rounded at the end.
 struct LayerBackwardParams {
   int64_t size;       // I
   int64_t rows;       // T * B, or of a packed sequence N

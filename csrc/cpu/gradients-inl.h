@@ -13,12 +13,47 @@
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
-// One member's part. Gradients of weights and biases have the type that is computed with, for they are sums over chunks.
+// The gradient of a group's weight while products are added up to it. Where there are several, sums of a half type stay
+// in float32, half of each where the gradient will be and the other half in the workspace (load_split): so they take no
+// more memory than float32's. The sums of a single product are rounded as they are stored.
+template <class S>
+struct WeightSums {
+  using T = typename Compute<S>::type;
+  using V = Vec<T>;
+  S *grad = nullptr, *lower = nullptr;
+  int64_t size = 0;
+
+  WeightSums() = default;
+  WeightSums(void* all, int64_t group, int64_t size, S* lower)
+      : grad(all ? static_cast<S*>(all) + group * size : nullptr), lower(lower), size(size) {}
+
+  // The i-th sum and those behind it, n in all.
+  V load(int64_t i, int n) const {
+    if constexpr (std::is_same_v<S, T>) return FASTRNN_ISA::load(grad + i, n);
+    else return load_split(grad + i, lower + i, n);
+  }
+  void store(int64_t i, V sum, int n) const {
+    if constexpr (!std::is_same_v<S, T>)
+      if (lower) return store_split(grad + i, lower + i, sum, n);
+    FASTRNN_ISA::store(grad + i, sum, n);
+  }
+  // Of those in `own`: what is left to do when the last product has been added, or when there was none.
+  void finish(Range own, bool none) const {
+    if (!grad || !(none || lower)) return;
+    for (int64_t i = own.begin; i < own.end; i += V::kLanes) {
+      const int n = valid_lanes<T>(own.end, i);
+      FASTRNN_ISA::store(grad + i, none ? V(0) : load(i, n), n);
+    }
+  }
+};
+
+// One member's part.
 template <class Cell, class S>
 class LayerGradients {
   using T = typename Compute<S>::type;
   using A = typename Operand<S>::type;
   using V = Vec<T>;
+  using Sums = WeightSums<S>;
   static constexpr int L = V::kLanes, G = Cell::kGates;
 
  public:
@@ -30,7 +65,14 @@ class LayerGradients {
   void begin() {
     chunk_begin = chunk_rows = 0;
     first_product = true;
-    if (packed && layer->grad_input) pack();
+    const int64_t rows = G * p.hidden;
+    of_ih = Sums(layer->grad_weight_ih, step.group, rows * layer->size, b.lower_ih);
+    of_hh = Sums(layer->grad_weight_hh, step.group, rows * p.width, b.lower_hh);
+    of_hr = Sums(layer->grad_weight_hr, step.group, p.width * p.hidden, b.lower_hr);
+    if (!packed || !layer->grad_input || plan.pack_late) return;
+    // All rows of the input's gradient need all panels.
+    for_each_packed_panel({0, b.input_vectors}, kMaxVectors, true, member, plan.team_size,
+                          [&](int64_t v, int vectors) { pack(v, vectors, b.panels_ih + v * L * b.gates_padded * G); });
   }
 
   // Where a step puts its gate gradients, whose rows are the chunk's next; `running` of them.
@@ -89,14 +131,12 @@ class LayerGradients {
       const auto of_gates = [&](const A* gates, int64_t begin, int64_t end) {
         return Arrived{gates, b.gates_stride, {begin, end}, G, p.hidden, b.gates_padded};
       };
-      add_weight_gradient(layer->grad_weight_ih, of_gates(gates_ih, 0, all), {b.input + first, nullptr, layer->size}, count);
-      add_weight_gradient(layer->grad_weight_hh, of_gates(gates_hh, 0, late), {b.before + first, mask, p.width}, count);
+      add_weight_gradient(of_ih, of_gates(gates_ih, 0, all), {b.input + first, nullptr, layer->size}, count);
+      add_weight_gradient(of_hh, of_gates(gates_hh, 0, late), {b.before + first, mask, p.width}, count);
       if constexpr (kHasLate<Cell>)
-        add_weight_gradient(layer->grad_weight_hh, of_gates(gates_hh, late, all),
-                            {b.inner_row + first, nullptr, p.width}, count);
-      if (layer->grad_weight_hr)
-        add_weight_gradient(layer->grad_weight_hr,
-                            {b.grad_h + first * b.stride, b.stride, {0, p.width}, 1, p.width, p.width},
+        add_weight_gradient(of_hh, of_gates(gates_hh, late, all), {b.inner_row + first, nullptr, p.width}, count);
+      if (of_hr.grad)
+        add_weight_gradient(of_hr, {b.grad_h + first * b.stride, b.stride, {0, p.width}, 1, p.width, p.width},
                             {b.inner_row + first, nullptr, p.hidden}, count);
       add_bias_gradient(gates_ih, gates_hh, count);
       first_product = false;
@@ -109,23 +149,19 @@ class LayerGradients {
     chunk_rows = 0;
   }
 
-  // Biases, from their sums; and sums of nothing, where no row had a step.
+  // Gradients from their sums; and sums of nothing, where no row had a step.
   void finish() {
-    const auto weight = [&](void* grad, int64_t rows, int64_t size) {
-      if (!grad || !first_product) return;
-      const Range own = share_of({step.group * rows * size, (step.group + 1) * rows * size});
-      for (int64_t i = own.begin; i < own.end; ++i) static_cast<T*>(grad)[i] = 0;
-    };
     const auto bias = [&](void* grad, const T* sums) {
       if (!grad) return;
-      const Range own = share_of({0, G * p.hidden});
-      for (int64_t i = own.begin; i < own.end; ++i)
-        static_cast<T*>(grad)[step.group * G * p.hidden + i] =
-            first_product ? T(0) : sums[i / p.hidden * b.gates_padded + i % p.hidden];
+      S* out = static_cast<S*>(grad) + step.group * G * p.hidden;
+      const Range own = share_of({0, G * b.unit_vectors});
+      for (int64_t v = own.begin; v < own.end; ++v) {
+        const int64_t unit = v % b.unit_vectors * L;
+        store(out + v / b.unit_vectors * p.hidden + unit, first_product ? V(0) : load(sums + v * L),
+              valid_lanes<T>(p.hidden, unit));
+      }
     };
-    weight(layer->grad_weight_ih, G * p.hidden, layer->size);
-    weight(layer->grad_weight_hh, G * p.hidden, p.width);
-    weight(layer->grad_weight_hr, p.width, p.hidden);
+    for (const Sums* of : {&of_ih, &of_hh, &of_hr}) of->finish(share_of({0, of->size}), first_product);
     bias(layer->grad_bias_ih, b.bias);
     bias(layer->grad_bias_hh, b.grad_gates_ih ? b.bias + b.gates_stride : b.bias);
   }
@@ -135,23 +171,21 @@ class LayerGradients {
   A* grad_gates(const Rows& x) const { return b.grad_gates + (b.slots + 1) * x.first * b.gates_stride; }
 
  private:
-  void pack() {
+  // Vectors v .. of the columns of weight_ih.
+  void pack(int64_t v, int vectors, A* panel) const {
     const int64_t I = layer->size;
     const S* weight = static_cast<const S*>(layer->weight) + step.group * G * p.hidden * I;
-    // All rows of the input's gradient need all of them.
-    for_each_packed_panel({0, b.input_vectors}, kMaxVectors, true, member, plan.team_size, [&](int64_t v, int vectors) {
-      pack_columns(weight + v * L, I, vectors, I - v * L, G, p.hidden, b.gates_padded,
-                   b.panels_ih + v * L * b.gates_padded * G);
-    });
+    pack_columns(weight + v * L, I, vectors, I - v * L, G, p.hidden, b.gates_padded, panel);
   }
 
   // Rows of `size` values, anywhere; a null one is zeros. Where there is a mask, each is multiplied with its row of that.
   struct Multiplied {
     const S *const *row, *const *mask;
     int64_t size;
-    V operator()(int64_t i, int64_t j) const {
-      const V x = load_or_zero<T>(row[i], j, valid_lanes<T>(size, j));
-      return mask ? x * V(load(mask[i] + j, valid_lanes<T>(size, j))) : x;
+    // Of row i those from j on, n of them.
+    V operator()(int64_t i, int64_t j, int n) const {
+      const V x = load_or_zero<T>(row[i], j, n);
+      return mask ? x * V(load(mask[i] + j, n)) : x;
     }
   };
 
@@ -170,11 +204,10 @@ class LayerGradients {
     }
   };
 
-  // grad_weight [P, blocks * size, x.size] += grad^T x: this member's share of the rows that grad's range is of.
-  void add_weight_gradient(void* grad_weight, const Arrived& grad, const Multiplied& x, int64_t count) {
-    if (!grad_weight) return;
+  // out [blocks * size, x.size] += grad^T x: this member's share of the rows that grad's range is of.
+  void add_weight_gradient(Sums out, const Arrived& grad, const Multiplied& x, int64_t count) {
+    if (!out.grad) return;
     const int64_t size = x.size;
-    T* out = static_cast<T*>(grad_weight) + step.group * grad.blocks * grad.size * size;
     const Range own = share_of(grad.range);
     if (count <= kFewRows) return add_few_rows(out, grad, own, x, count);
     const auto pack = [&](int64_t k0, int64_t depth, int64_t v, int n, A* panel) {
@@ -182,7 +215,8 @@ class LayerGradients {
       for (int64_t k = k0; k < k0 + depth; k += D)
         for (int q = 0; q < n; ++q, panel += L * D) {
           V of_k[D];
-          for (int d = 0; d < D; ++d) of_k[d] = k + d < k0 + depth ? x(k + d, (v + q) * L) : V(0);
+          const int64_t j = (v + q) * L;
+          for (int d = 0; d < D; ++d) of_k[d] = k + d < k0 + depth ? x(k + d, j, valid_lanes<T>(size, j)) : V(0);
           store_operands(panel, of_k);
         }
     };
@@ -190,27 +224,27 @@ class LayerGradients {
       const int64_t weight_row = grad.row_of_weight(row);
       if (weight_row < 0) return;
       const int n = valid_lanes<T>(size, v * L);
-      T* to = out + weight_row * size + v * L;
-      if (k0 > 0 || !first_product) sum = sum + load(to, n);
-      store(to, sum, n);
+      const int64_t at = weight_row * size + v * L;
+      if (k0 > 0 || !first_product) sum = sum + out.load(at, n);
+      out.store(at, sum, n);
     };
     multiply<A, true>(b.products, own, {0, ceil_div(size, L)}, count, grad.rows, grad.stride, pack, keep, Terms::kSlope);
   }
 
   static constexpr int64_t kFewRows = 4;  // of which packing would cost more than the product
-  void add_few_rows(T* out, const Arrived& grad, Range own, const Multiplied& x, int64_t count) {
-    const int64_t size = x.size;
+  void add_few_rows(const Sums out, const Arrived& grad, Range own, const Multiplied x, int64_t count) {
+    const bool add = !first_product;
     for (int64_t row = own.begin; row < own.end; ++row) {
       const int64_t weight_row = grad.row_of_weight(row);
       if (weight_row < 0) continue;
-      for (int64_t j = 0; j < size; j += L) {
-        const int n = valid_lanes<T>(size, j);
-        T* to = out + weight_row * size + j;
-        V sum = first_product ? V(0) : V(load(to, n));
-        for (int64_t i = 0; i < count; ++i)
-          sum = sum + V(widened(grad.rows[i * grad.stride + row])) * x(i, j);
-        store(to, sum, n);
-      }
+      V of_row[kFewRows];
+      for (int64_t i = 0; i < count; ++i) of_row[i] = V(widened(grad.rows[i * grad.stride + row]));
+      for_each_vector<T>(x.size, [&](int64_t j, int n) FASTRNN_INLINE_BODY {
+        const int64_t at = weight_row * x.size + j;
+        V sum = add ? out.load(at, n) : V(0);
+        for (int64_t i = 0; i < count; ++i) sum = sum + of_row[i] * x(i, j, n);
+        out.store(at, sum, n);
+      });
     }
   }
   Range share_of(Range all) const {
@@ -246,8 +280,11 @@ class LayerGradients {
     for (int64_t begin = 0; begin < count; begin += kBlockM) {
       const int64_t end = begin + kBlockM < count ? begin + kBlockM : count;
       for_each_panel({0, b.input_vectors}, kMaxVectors, [&](int64_t v, int vectors) {
-        const Panel<A> panel = panel_of_columns(layer->weight, step.group, G * p.hidden, layer->size, b.panels_ih,
-                                                b.gates_padded * G, v, vectors, packed);
+        const bool late = packed && plan.pack_late;
+        if (late) pack(v, vectors, b.panels_ih);
+        const Panel<A> panel = late ? Panel<A>{b.panels_ih, vectors * L}
+                                    : panel_of_columns(layer->weight, step.group, G * p.hidden, layer->size,
+                                                       b.panels_ih, b.gates_padded * G, v, vectors, packed);
         const auto keep = [&](int64_t first, int rows_in_tile, const T* tile) {
           for (int m = 0; m < rows_in_tile; ++m)
             for (int n = 0; n < vectors; ++n) {
@@ -273,6 +310,7 @@ class LayerGradients {
 
   int64_t chunk_begin, chunk_rows;  // the chunk's first step, its rows so far
   bool first_product;               // of a group's weight gradients: nothing to add to yet
+  Sums of_ih, of_hh, of_hr;         // of the group's weights
 };
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

@@ -203,6 +203,9 @@ Plan make_backward_plan(const BackwardParams& p, const LayerBackwardParams* laye
   // Enough rows that adding to the weights' gradients is little beside the products, few enough for the caches.
   constexpr int64_t kChunkRows = 512;
   plan.chunk = std::clamp<int64_t>(kChunkRows / std::max<int64_t>(p.batch, 1), 1, std::max<int64_t>(p.steps, 1));
+  // Weights that have to be packed however few the rows are (of half types, of odd sizes): a panel's memory stays in the
+  // cache, and all panels' would be as much as the weights take.
+  plan.pack_late = plan.team_size == 1 && p.steps * p.batch < kRowsWorthPacking;
   return plan;
 }
 

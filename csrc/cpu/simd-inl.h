@@ -316,4 +316,26 @@ FASTRNN_HD void store(S* p, Vec<T> value) {
   store(p, value, Vec<T>::kLanes);
 }
 
+// Floats that are not rounded though they are where those of a half type will be: their upper 16 bits are there, and the
+// others at `lower`.
+template <class S>
+FASTRNN_HD Vec<float> load_split(const S* upper, const S* lower, int n) {
+  using Bits = Vec<float>::Bits;
+  const auto bits = [n](const S* p) { return (Bits)load(reinterpret_cast<const BFloat16*>(p), n).v; };  // << 16
+  return (Vec<float>::Native)(bits(upper) | (bits(lower) >> 16 & 0xffff));
+}
+template <class S>
+FASTRNN_HD void store_split(S* upper, S* lower, Vec<float> value, int n) {
+  const Vec<float>::Bits bits = (Vec<float>::Bits)value.v;
+  const Half16 high = __builtin_convertvector(bits >> 16 & 0xffff, Half16);
+  const Half16 low = __builtin_convertvector(bits & 0xffff, Half16);
+  if (n >= Vec<float>::kLanes) {
+    __builtin_memcpy(upper, &high, sizeof high);
+    __builtin_memcpy(lower, &low, sizeof low);
+  } else {
+    __builtin_memcpy(upper, &high, n * sizeof *upper);
+    __builtin_memcpy(lower, &low, n * sizeof *lower);
+  }
+}
+
 }  // namespace fastrnn::cpu::FASTRNN_ISA

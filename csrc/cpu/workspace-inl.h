@@ -112,7 +112,7 @@ struct BackwardBuffers {
 
   // The rest is of a layer's call, for a chunk of steps: its rows as in grad_gates, without the first B of them.
   int64_t input_vectors;      // of a row of I inputs
-  A* panels_ih;               // weight_ih, packed for the input's gradient
+  A* panels_ih;               // weight_ih, packed for the input's gradient; where plan.pack_late, one panel of it
   A* grad_gates_ih;           // [slots * B, gates_stride], or null where grad_gates serves
   const S **input, **before;  // [slots * B]: the step's input, and the state before it; null for zeros
   const S** mask;             // [slots * B]: the row of mask_h; null without one
@@ -122,6 +122,8 @@ struct BackwardBuffers {
   const S** inner_row;  // [slots * B]
   int64_t* place;             // [slots * B]: the row in tensors [T, B, ..]
   T* bias;                    // [2][gates_stride]: sums of grad_gates_ih and of grad_gates_hh
+  // Of half types, where a weight's gradient is a sum of several products: the group's sums, as in WeightSums. Null else.
+  S *lower_ih, *lower_hh, *lower_hr;  // [G*h, I], [G*h, R], [R, h]
   GemmBuffers<A> products;    // the member's own
 
   BackwardBuffers(const BackwardParams& p, const LayerBackwardParams* layer, const Plan& plan, Arena& arena,
@@ -145,7 +147,8 @@ struct BackwardBuffers {
     sums = arena.take<T>(plan.team_size * sums_size);
     if (!layer) return;
     input_vectors = ceil_div(layer->size, L);
-    panels_ih = layer->grad_input ? arena.take<A>(input_vectors * L * gates_padded * Cell::kGates) : nullptr;
+    const int64_t vectors_held = plan.pack_late && input_vectors > kMaxVectors ? kMaxVectors : input_vectors;
+    panels_ih = layer->grad_input ? arena.take<A>(vectors_held * L * gates_padded * Cell::kGates) : nullptr;
     grad_gates_ih = layer->separate_gates_hh ? arena.take<A>(slots * p.batch * gates_stride) : nullptr;
     input = arena.take<const S*>(slots * p.batch);
     before = arena.take<const S*>(slots * p.batch);
@@ -155,6 +158,14 @@ struct BackwardBuffers {
     inner_row = has_inner ? arena.take<const S*>(slots * p.batch) : nullptr;
     place = arena.take<int64_t>(slots * p.batch);
     bias = arena.take<T>(2 * gates_stride);
+    const int segments = plan.split_rows ? plan.team_size : 1;
+    const bool one_product = plan.chunk >= p.steps && segments == 1 && layer->rows <= kPartK;
+    const auto lower = [&](const void* grad, int64_t size) {
+      return grad && !std::is_same_v<S, T> && !one_product ? arena.take<S>(size) : nullptr;
+    };
+    lower_ih = lower(layer->grad_weight_ih, Cell::kGates * p.hidden * layer->size);
+    lower_hh = lower(layer->grad_weight_hh, Cell::kGates * p.hidden * p.width);
+    lower_hr = lower(layer->grad_weight_hr, p.width * p.hidden);
     const int64_t states = p.hidden > p.width ? p.hidden : p.width;
     const int64_t columns = layer->size > states ? layer->size : states;
     products = {columns, slots * p.batch, /*transpose_a=*/true, arena, plan.team_size, member};

@@ -391,13 +391,11 @@ LayerGradients backward_by_kernel(const LayerCall& call, const LayerGiven& given
   if (needed[kOf_input]) run.grad_input = call.groups() == 1 ? run.grad_input[0] : run.grad_input.sum(0);
   LayerGradients grads = from_recurrence(call, given, run.results(), needed);
   grads[kOf_input] = run.grad_input;
-  // One after the other, each wide one let go: of half types both would be as much memory as all weights three times.
-  const auto narrow = [&](Tensor& wide) { return std::exchange(wide, Tensor()).to(run.dtype); };
-  grads[kOf_weight_ih] = narrow(run.grad_weight_ih);
-  grads[kOf_weight_hh] = narrow(run.grad_weight_hh);
-  grads[kOf_weight_hr] = narrow(run.grad_weight_hr);
-  grads[kOf_bias_ih] = narrow(run.grad_bias_ih);
-  grads[kOf_bias_hh] = narrow(run.grad_bias_hh);
+  grads[kOf_weight_ih] = run.grad_weight_ih;
+  grads[kOf_weight_hh] = run.grad_weight_hh;
+  grads[kOf_weight_hr] = run.grad_weight_hr;
+  grads[kOf_bias_ih] = run.grad_bias_ih;
+  grads[kOf_bias_hh] = run.grad_bias_hh;
   return grads;
 }
 

@@ -622,7 +622,7 @@ PreparedBackward prepare_layer_backward(const LayerCall& call, const LayerGiven&
   const bool padded = out.params.lengths && !packed;
   out.grad_input = needed[kOf_input] ? checker.result(parts, padded) : checker.absent();
   const auto gradient = [&](Gradient of, at::IntArrayRef sizes) {
-    return needed[of] ? at::empty(sizes, checker.wide()) : checker.absent();
+    return needed[of] ? checker.empty(sizes) : checker.absent();
   };
   out.grad_weight_ih = gradient(kOf_weight_ih, {P, G * h, p.size});
   out.grad_weight_hh = gradient(kOf_weight_hh, {P, G * h, R});

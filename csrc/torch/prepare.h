@@ -75,8 +75,8 @@ struct PreparedBackward {
   LayerBackwardParams layer{};  // of a whole layer's call
   RecurrentGradients gradients;
   Tensor grad_input, grad_weight_ih, grad_weight_hh, grad_weight_hr, grad_bias_ih, grad_bias_hh;  // of a layer's
-  // Of the gradients; those that are sums over steps (reset_h, reset_c, params, weights, biases) are in float32 where this
-  // is a half type.
+  // Of the gradients; the kernel gives reset_h, reset_c and params, to which every step adds, in float32 where this is a
+  // half type.
   at::ScalarType dtype;
   std::vector<Tensor> keep;
   Owned own;

@@ -361,14 +361,15 @@ bool check_call() {
         {d, N * P * R}, {d, B * P * R}, {d, B * P * C * h, second}, {d, N * P * S * h}, {d, N * P * G * h, !whole},
         {d, N * P * G * h, !whole && info.separate_gates_hh}, {d, N * P * R, projected && !whole}, {d, B * P * R, initial},
         {d, B * P * C * h, initial && second}, {wide, B * P * R, restart}, {wide, B * P * C * h, restart && second},
-        {d, P * N * I, whole && wants[0]}, {wide, P * G * h * I, whole && wants[1]},
-        {wide, P * G * h * R, whole && wants[2]}, {wide, P * G * h, whole && wants[3]},
-        {wide, P * G * h, whole && wants[4]}, {wide, B * P * K * h, K > 0 && wants[5]},
-        {wide, P * R * h, whole && projected && wants[6]}});
+        {d, P * N * I, whole && wants[0]}, {d, P * G * h * I, whole && wants[1]},
+        {d, P * G * h * R, whole && wants[2]}, {d, P * G * h, whole && wants[3]},
+        {d, P * G * h, whole && wants[4]}, {wide, B * P * K * h, K > 0 && wants[5]},
+        {d, P * R * h, whole && projected && wants[6]}});
   };
   const Plan forward_plan = random_plan(p, given);
   Plan backward_plan = random_plan(p, nullptr);
   backward_plan.chunk = whole ? draw(1, T) : 0;
+  backward_plan.pack_late = backward_plan.team_size == 1 && coin();
   const auto first = results(), again = results(), alone = results();
   compute(forward_plan, backward_plan, 0xff, false, *first);
   if (no_h) p.h_0 = nullptr;

@@ -311,6 +311,48 @@ def test_gradients_of_half_types(cell, projected, noise, dtype, roads):
     assert set(roads) == {"fused"}
 
 
+@pytest.mark.parametrize("masks", [("", ""), ("rows", "state"), ("short", ""), ("none", "")], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_gradients_of_half_types_are_rounded_once(dtype, masks):
+    """Sums of whole numbers, which float32 holds and half types do not. Weights of zero hand gradients on as they are.
+
+    Few rows and many; one product and several, of parts, of chunks, of threads' rows; chunks that no row has a step of.
+    """
+    lengths, resets = masks
+    for (T, B), P, threads in product([(1, 1), (5, 1), (3, 17), (4, 33), (1, 600), (40, 30), (600, 1)], (1, 2), (1, 2)):
+        torch.set_num_threads(threads)
+        generator = torch.Generator().manual_seed(T)
+        most = 100 if T * B < 6 else 9
+        drawn = "rows" if lengths else ""
+        given = arguments_of(Case("rnn_relu", T, B, P, 17, 0, drawn, resets, "alternate", dtype), 33, seed=T + B)
+        if drawn:
+            given["lengths"].clamp_(max={"rows": T, "short": 3, "none": 0}[lengths])
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        for name in ("input", "h_0", "reset_h", *names):
+            if given[name] is not None:
+                low, high = (0, 1) if name.startswith("weight") else (1, most + 1)
+                given[name] = torch.randint(low, high, given[name].shape, generator=generator).to(dtype)
+        exact = {k: double(x) for k, x in given.items()}
+        grad = torch.randint(0, most + 1, (T, B, P * 17), generator=generator)
+        leaves, exact_leaves = ([of[name].requires_grad_() for name in names] for of in (given, exact))
+        found = torch.autograd.grad(layer.layer(call_of(given))[0], leaves, grad.to(dtype))
+        want = torch.autograd.grad(by_reference(*exact.values())[0], exact_leaves, grad.double())
+        for name, a, b in zip(names, found, want, strict=True):
+            assert torch.equal(a, b.to(dtype)), (T, B, P, threads, name)
+
+
+@pytest.mark.parametrize("T", [2, 300])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_gradients_of_half_types_are_no_tensors_of_float32(dtype, T):
+    """Those of weights and biases: the kernel rounds them, of one product and of several."""
+    module = fastrnn.LSTM(9, 17, proj_size=5, dtype=dtype)
+    output = module(randn(T, 3, 9, dtype=dtype))[0].sum()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.autograd.grad(output, list(module.parameters()))
+    names = {event.name for event in profile.events()}
+    assert "fastrnn::layer_backward" in names and "aten::_to_copy" not in names
+
+
 @pytest.mark.parametrize(("cell", "projected", "noise"), cells_with_noise())
 def test_gradients_by_products(cell, projected, noise, by_products):
     """What CUDA's layers are, on the CPU's kernels."""

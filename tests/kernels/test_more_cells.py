@@ -242,11 +242,11 @@ def test_a_layer(library, cell, dtype, threads):
         wide = torch.promote_types(dtype, torch.float32)
         pulled = {
             "grad_input": torch.zeros(P, T, B, size, dtype=dtype),
-            "grad_weight_ih": torch.empty_like(weight_ih, dtype=wide),
-            "grad_bias_ih": torch.empty_like(bias_ih, dtype=wide),
+            "grad_weight_ih": torch.empty_like(weight_ih),
+            "grad_bias_ih": torch.empty_like(bias_ih),
             "grad_params": torch.zeros(B, P, info.params, h, dtype=wide),
-            "grad_weight_hh": torch.empty_like(arguments["weight_hh"], dtype=wide),
-            "grad_bias_hh": torch.empty_like(arguments["bias_hh"], dtype=wide),
+            "grad_weight_hh": torch.empty_like(arguments["weight_hh"]),
+            "grad_bias_hh": torch.empty_like(arguments["bias_hh"]),
             "grad_h_0": torch.empty(B, P * h, dtype=dtype),
             "grad_c_0": torch.empty(B, P * h, dtype=dtype) if second else torch.empty(0),
         }  # fmt: skip
