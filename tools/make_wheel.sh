@@ -6,7 +6,8 @@
 #   WHEEL_VENV      the environment that builds, default .venv-wheel, one for each Python; it stays, and the other one
 #                   (build/wheel-clean) is made anew each time
 #
-# The tag is the oldest that the symbols of the C library allow: the machine that builds decides it.
+# The tag is that of torch's own wheels. A symbol that is newer fails, and is named: the code, or the compiler and the C
+# library of the machine that builds, may bring one in.
 set -eu
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -19,9 +20,9 @@ tools/packed_wheel.sh "$venv" "$work"
 "$venv/bin/python" -m pip install --quiet --requirement tools/requirements-wheel.txt
 
 # torch's libraries, libgomp too, are those of the user's torch; libstdc++ is the machine's, as manylinux has it.
-PATH=$venv/bin:$PATH auditwheel repair --strip --exclude 'libtorch*' --exclude 'libc10*' \
-  --wheel-dir "$work/tagged" "$work"/fastrnn-*.whl >"$work/auditwheel.log" 2>&1 ||
-  { cat "$work/auditwheel.log"; exit 1; }
+PATH=$venv/bin:$PATH auditwheel repair --plat manylinux_2_28_x86_64 --only-plat --strip --exclude 'libtorch*' \
+  --exclude 'libc10*' --wheel-dir "$work/tagged" "$work"/fastrnn-*.whl >"$work/auditwheel.log" 2>&1 ||
+  { cat "$work/auditwheel.log"; "$venv/bin/python" tools/wheel_facts.py "$work"/fastrnn-*.whl; exit 1; }
 wheel=$(echo "$work"/tagged/fastrnn-*.whl)
 "$venv/bin/python" tools/wheel_facts.py "$wheel"
 

@@ -1,6 +1,6 @@
 """wheel_facts.py WHEEL: its size, its tag, the libraries it takes from the machine, and the glibc that it needs.
 
-A tag may be no older than the newest version of a symbol of the C library: that one is what a newer tag is due to.
+Symbols of the C library that are newer than OLD are told by name: the wheel's tag can be no older than they are.
 """
 
 import re
@@ -11,11 +11,15 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-OLD = (2, 28)  # torch's own wheels
+OLD = (2, 28)  # torch's own wheels: where those run, ours should
 
 
 def as_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in version.split("."))
+
+
+def read(what: str, module: str | Path) -> str:
+    return subprocess.run(["readelf", "--wide", what, module], capture_output=True, text=True, check=True).stdout
 
 
 def required(symbols: str) -> dict[tuple[int, ...], list[str]]:
@@ -48,10 +52,7 @@ def main(wheel: Path) -> None:
         (name,) = (name for name in archive.namelist() if ".so" in name)
         module = archive.extract(name, folder)
         size = Path(module).stat().st_size
-        symbols, dynamic = (
-            subprocess.run(["readelf", "--wide", what, module], capture_output=True, text=True, check=True).stdout
-            for what in ("--dyn-syms", "--dynamic")
-        )
+        symbols, dynamic = (read(what, module) for what in ("--dyn-syms", "--dynamic"))
     print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, {size / 1e6:.1f} MB installed")
     print(f"tag {wheel.stem.partition('-')[2].partition('-')[2]}, {told(required(symbols))}")
     print(f"libraries that it finds at a user's: {', '.join(libraries(dynamic))}")

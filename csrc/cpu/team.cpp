@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <memory>
 #include <mutex>
@@ -25,6 +26,16 @@ void pause() {
 #endif
 }
 
+// A lock that is tried and never waited for. std::mutex would ask for glibc 2.34 (tools/wheel_facts.py).
+class TryLock {
+ public:
+  bool try_lock() { return !taken_.exchange(true, std::memory_order_acquire); }
+  void unlock() { taken_.store(false, std::memory_order_release); }
+
+ private:
+  std::atomic<bool> taken_{false};
+};
+
 // What calls of about as much work have lately taken, on threads and on one thread alone.
 //
 // Calls run on threads while those wait little for each other: processors are free, and nothing is tried out. Where the
@@ -35,15 +46,15 @@ void pause() {
 class Experience {
  public:
   bool prefers_one(int64_t time) {
-    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock) return false;
+    const std::unique_lock held(lock_, std::try_to_lock);
+    if (!held) return false;
     if (state_ == kOne && time >= until_) start(kThreads);
     return state_ != kThreads;
   }
   // A call has ended that took `took` nanoseconds, `waited` of them waiting, on threads or not.
   void learn(int64_t end, int members, int64_t work, int64_t took, int64_t waited, bool on_threads) {
-    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock || state_ == kOne || on_threads != (state_ == kThreads)) return;
+    const std::unique_lock held(lock_, std::try_to_lock);
+    if (!held || state_ == kOne || on_threads != (state_ == kThreads)) return;
     Trial& trial = on_threads ? threads_ : one_;
     trial.calls += 1;
     trial.work += double(work);
@@ -77,7 +88,7 @@ class Experience {
     (state == kThreads ? threads_ : one_) = {};
   }
 
-  std::mutex mutex_;
+  TryLock lock_;
   State state_ = kThreads;
   Trial threads_, one_;
   int64_t until_ = 0;  // the last comparison's outcome is kept

@@ -22,6 +22,12 @@
 #include "../cuda/launch.h"
 #endif
 
+// libstdc++'s shared_ptr, which torch's headers use, asks the C library by this name whether the process has one thread,
+// and so for glibc 2.32. A module that has the name itself and says no, which is right for any process, asks for none.
+extern "C" {
+char __libc_single_threaded = false;
+}
+
 namespace {
 
 #if !defined(FASTRNN_TORCH_CUDA)
