@@ -18,7 +18,8 @@ FASTRNN_CUDA=0 FASTRNN_SANITIZE=address,undefined "$python" tools/build_copy.py 
 cd "$tree"
 # The sanitizer has to come before all else of the process. torch and Python never free some of what they allocate, and
 # torch throws through libraries that the sanitizer does not see.
-export LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libstdc++.so)"
+LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libstdc++.so)"
+export LD_PRELOAD
 export ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0
 export UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONPATH="$tree"
