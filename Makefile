@@ -9,6 +9,7 @@
 # make docs    the pages and the API as a site (out/docs/index.html); Sphinx has an environment of its own (.venv-docs)
 # make lint    formatting, lint and types
 # make test-sdist       packs the sources, builds a wheel from them in a clean environment (.venv-sdist) and uses it there
+# make test-versions    what depends on torch, under every torch and Python of README.md, each in an environment (6 GB)
 # make wheel   a wheel for one torch and Python (dist/), built in .venv-wheel and tried where there is no compiler
 # make check-cuda       compiles the kernels for every architecture; registers, spills, disassembly (needs nvcc)
 # make test-cuda-build  the whole extension against torch's CUDA build, in an environment of its own (6 GB)
@@ -40,7 +41,7 @@ CALLS ?= 100000
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup build test test-extras test-sdist wheel bench bench-peers examples fuzz soak sanitize docs lint
+.PHONY: setup build test test-extras test-sdist test-versions wheel bench bench-peers examples fuzz soak sanitize docs lint
 .PHONY: check-cuda test-cuda-build clean distclean
 
 setup: $(STAMP)
@@ -64,6 +65,9 @@ $(BUILT): $(STAMP) $(SOURCES)
 # An exported PYTHONPATH would show the package of this folder where the installed one is meant.
 test-sdist: $(STAMP)
 	env -u PYTHONPATH TORCH=$(TORCH) PYTHON=$(PYTHON) MAX_JOBS=$(JOBS) tools/test_sdist.sh
+
+test-versions:
+	MAX_JOBS=$(JOBS) tools/test_versions.sh $(ARGS)
 
 wheel:
 	env -u PYTHONPATH TORCH=$(TORCH) PYTHON=$(PYTHON) WHEEL_VENV=$(WHEEL_VENV) MAX_JOBS=$(JOBS) tools/make_wheel.sh

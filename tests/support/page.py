@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.support import versions
 from tests.support.cases import CASES, COMBINED, FAILURES, Case, applies
 from tests.support.checks import CHECKS, TITLES
 from tests.support.subjects import CELLS, LAYERS, LIBRARIES, OPTIONS, PLAIN
@@ -47,6 +48,11 @@ it passes one day, the test fails and so says that this page is out of date. Res
 torch's column is measured with torch {torch} on a CPU. **CUDA**: the tests are the same with `cuda` in place of `cpu`
 (and `tests/cuda/test_gpu.py`); they are skipped without a GPU and **have not been run on one**, so nothing is claimed
 there. cuDNN was not measured.
+"""
+VERSIONS = """\
+`make test-versions` (`tools/test_versions.sh`): the tests of modules, sequences, transforms, `torch.compile`,
+`torch.export`, weights and this page, each pair in an environment of its own, on a CPU. Those of torch.nn in this page
+are skipped under another torch than theirs.
 """
 
 
@@ -95,6 +101,12 @@ def page(measured_with: str) -> str:
         "## More tests",
         "",
         *table(["", "test"], [[what, f"`tests/{where}`"] for what, where in MORE.items()]),
+        "",
+        "## Versions",
+        "",
+        *VERSIONS.splitlines(),
+        "",
+        *table(versions.HEADER, versions.rows()),
     ]
     for library in LIBRARIES:
         lines += ["", f"## What fails in {library}, by name", ""]
