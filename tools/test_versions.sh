@@ -1,14 +1,15 @@
 #!/bin/sh
 # Runs the tests that depend on torch under every torch and every Python that README.md names, each at least once, and
-# prints the table of docs/support.md. A pair has an environment of its own, made, used and removed (build/versions/venv,
-# up to 6 GB: most of the index's builds of torch are CUDA's), and a build of the CPU extension in a copy of the tree.
+# prints the table of docs/support.md. A pair has an environment of its own, made, used and removed (up to 6 GB: most of
+# the index's builds of torch are CUDA's), and a build of the CPU extension in a copy of the tree: build/versions.
 #
 #   tools/test_versions.sh [TORCH:PYTHON ...]    default: the five pairs below
 #
 #   MAX_JOBS  processes at once, default nproc
 #
-# Some fifteen minutes a pair on one core with ccache before the compiler, which knows the kernels from the pair before.
-# What came enters tests/support/versions.json, in the place of the same versions' last run.
+# Some fifteen minutes a pair on one core where ccache stands before the compiler and knows the kernels from an earlier
+# pair (Python 3.12 and newer have other flags than 3.11: once more); ten minutes more where not. What came enters
+# tests/support/versions.json, in the place of the same versions' last run.
 set -eu
 cd "$(dirname "$0")/.."
 work=$PWD/build/versions
@@ -17,8 +18,8 @@ jobs=${MAX_JOBS:-$(nproc)}
 [ $# -gt 0 ] || set -- 2.11.0:python3.11 2.12.1:python3.12 2.13.0:python3.11 2.14.1:python3.11 2.15.0:python3.13
 
 # Every public class and function, transforms, torch.compile, torch.export, and what passes torch's dispatcher by. The
-# kernels include no torch: their own tests would say the same thing under each, as would those of C++, of the host build
-# of CUDA, of benchmarks and of examples. An op is registered once for all cells: torch's opcheck of LSTMs stands for all.
+# kernels include no torch: their own tests would say the same thing under each, as would those of C++, of the host
+# build of CUDA, of benchmarks and of examples. An op is registered once for all cells: opcheck of LSTMs stands for all.
 tests="tests/support tests/transforms tests/modules tests/sequences tests/weights tests/kernels/test_module_call.py
   tests/kernels/test_quantized.py"
 ops="not opcheck or lstm"
