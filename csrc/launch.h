@@ -20,6 +20,10 @@ void gemm(const GemmParams& params, int threads);
 // writes it. begin is even. For float32, float64, bfloat16 and float16.
 void bernoulli(DType dtype, void* out, int64_t begin, int64_t end, uint64_t seed, double p);
 
+// A hint to the operating system, of memory that nothing has been written to: pages of this size where they fit.
+constexpr int64_t kHugePage = 2 << 20;
+void use_huge_pages(void* data, int64_t bytes);
+
 // Instruction set of the kernels in use: "avx512", "avx2" or "baseline". Chosen once per process: the best that
 // the CPU has, or what the environment variable FASTRNN_ISA names. Throws std::invalid_argument if that is unknown
 // or not to be had.

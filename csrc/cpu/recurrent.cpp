@@ -1,4 +1,8 @@
 // The CPU recurrence from the outside: choose the instruction set once, plan a call, run it.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -58,11 +62,15 @@ struct Free {
 
 using Memory = std::unique_ptr<char, Free>;
 
-// Fails as torch's allocator does, with its words: they are what callers look for.
+// Fails as torch's allocator does, with its words: they are what callers look for. Packed weights that are read once a
+// step from beyond the second-level cache are read the faster the fewer pages they have.
 Memory allocate(int64_t bytes) {
-  Memory memory(static_cast<char*>(std::aligned_alloc(64, bytes)));
+  const bool huge = bytes >= 2 * kHugePage;
+  if (huge) bytes = round_up(bytes, kHugePage);
+  Memory memory(static_cast<char*>(std::aligned_alloc(huge ? kHugePage : 64, bytes)));
   if (!memory)
     throw std::runtime_error("can't allocate memory: the workspace of a call takes " + std::to_string(bytes) + " bytes");
+  if (huge) use_huge_pages(memory.get(), bytes);
   return memory;
 }
 
@@ -103,6 +111,14 @@ void run_backward(const BackwardParams& params, const LayerBackwardParams* layer
 thread_local bool uniform = false;
 
 }  // namespace
+
+void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  const int64_t from = reinterpret_cast<int64_t>(data), begin = round_up(from, kHugePage);
+  const int64_t end = (from + bytes) / kHugePage * kHugePage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 bool set_uniform(bool on) { return std::exchange(uniform, on); }
 
@@ -161,9 +177,7 @@ Plan plan_for(const ForwardParams& p, const LayerParams* layer, int threads, int
     plan.team_size = static_cast<int>(std::clamp<int64_t>(products / kWorthABarrier, 1, plan.team_size));
   if (plan.team_size == 1) plan.split_rows = true;
 
-  // A single row that streams weights from beyond the second-level cache reads them as fast unpacked.
-  constexpr int64_t kSecondLevel = 1 << 20;
-  // So does a batch of four, which an unpacked product takes at once, where weights are narrower unpacked than packed.
+  // A batch of four, which an unpacked product takes at once, reads weights unpacked where they are narrower so.
   const DType weight_dtype = layer ? layer->weight_dtype : p.dtype;
   const bool narrow = weight_dtype != p.dtype;
   // Packed and unpacked products sum in different orders: where plan.uniform, the steps have no say in which it is.
@@ -171,12 +185,13 @@ Plan plan_for(const ForwardParams& p, const LayerParams* layer, int threads, int
   const int64_t pack_rows = (uniform ? 1 : p.steps) * p.batch;
   const bool pack = weight_dtype != DType::kInt8 && pack_rows >= rows_worth_packing;
   plan.pack_ih = layer && pack;
-  plan.pack_hh = pack && !(p.batch == 1 && weights / plan.team_size > kSecondLevel) && !(narrow && p.batch <= 4);
+  plan.pack_hh = pack && !(narrow && p.batch <= 4);
 
   // A chunk has enough rows to fill the register tiles many times over while its gates stay in the second-level cache
   // beside the weights; more where weight_ih, read once a chunk, does not fit there itself.
   const int64_t rows = std::max<int64_t>(ceil_div(p.batch, plan.split_rows ? plan.team_size : 1), 1);
   const int64_t weight_ih = projected / std::max<int64_t>(p.batch, 1) * element / (plan.split_rows ? 1 : plan.team_size);
+  constexpr int64_t kSecondLevel = 1 << 20;
   const int64_t chunk_rows = weight_ih <= kSecondLevel ? 96 : weight_ih <= 4 * kSecondLevel ? 256 : 512;
   const int64_t chunks = std::max<int64_t>(ceil_div(p.steps, std::max<int64_t>(chunk_rows / rows, 1)), 1);
   plan.chunk = layer ? std::max<int64_t>(ceil_div(p.steps, chunks), 1) : 0;

@@ -6,15 +6,13 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <strings.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <initializer_list>
 #include <string>
 
 #include "../cells/registry.h"
+#include "../launch.h"
 #include "check.h"
 
 namespace fastrnn {
@@ -71,16 +69,11 @@ void check_packed(const char* op, const LayerCall& call, int64_t rows) {
 
 namespace {
 
-// A hint to the operating system, for a tensor that nothing has been written to. malloc asks for new pages for 32 MiB and
-// more at every call, and a fault for each small one would cost more than what is written there.
-void use_huge_pages([[maybe_unused]] const Tensor& x) {
-#if defined(__linux__)
-  constexpr uintptr_t kMapped = 32 << 20, kPage = 2 << 20;
-  if (x.nbytes() < kMapped) return;
-  const uintptr_t data = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
-  const uintptr_t begin = (data + kPage - 1) / kPage * kPage, end = (data + x.nbytes()) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+// Of a tensor that nothing has been written to. malloc asks for new pages for 32 MiB and more at every call, and a fault
+// for each small one would cost more than what is written there.
+void use_huge_pages(const Tensor& x) {
+  constexpr size_t kMapped = 32 << 20;
+  if (x.nbytes() >= kMapped) cpu::use_huge_pages(x.mutable_data_ptr(), x.nbytes());
 }
 
 // Checks an op's tensors one by one against the sizes, dtype and device of the first of them, `reference`.
