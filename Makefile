@@ -9,7 +9,7 @@
 # make docs    the pages and the API as a site (out/docs/index.html); Sphinx has an environment of its own (.venv-docs)
 # make lint    formatting, lint and types
 # make test-sdist       packs the sources, builds a wheel from them in a clean environment (.venv-sdist) and uses it there
-# make test-versions    what depends on torch, under every torch and Python of README.md, each in an environment (6 GB)
+# make test-versions    what depends on torch, under torch 2.11 to 2.15 and Python 3.11 to 3.13, each in an environment (6 GB)
 # make wheel   a wheel for one torch and Python (dist/), built in .venv-wheel and tried where there is no compiler
 # make check-cuda       compiles the kernels for every architecture; registers, spills, disassembly (needs nvcc)
 # make test-cuda-build  the whole extension against torch's CUDA build, in an environment of its own (6 GB)

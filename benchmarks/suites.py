@@ -122,6 +122,15 @@ DEEPBENCH = [  # input size = hidden size, as there; T and B are its own
     ),
 ]  # fmt: skip
 
+SERVER = [  # a few sequences at a time, on one thread
+    *entries("server", "LSTM", (90, 1, 200, 900), (80, 2, 448, 448), (1, 4, 320, 640), modes=FORWARD),
+    *entries("server", "LSTM", (60, 1, 160, 320), (20, 4, 256, 256), modes=FORWARD),
+    *entries("server", "LSTM", (100, 1, 512, 512), (100, 1, 1024, 1024), modes=FORWARD),
+    *entries("server", "GRU", (90, 1, 200, 900), (80, 2, 448, 448), (60, 1, 160, 320), modes=FORWARD),
+    *entries("server", "GRU", (50, 4, 512, 512), (100, 1, 512, 512), modes=FORWARD),
+    *entries("server", "RNN", (1, 1, 384, 384), (100, 1, 512, 512), modes=FORWARD),
+]
+
 MLPERF = [  # layers and widths of the reference models; T and B are ours, small enough for a CPU
     *entries("gnmt", "LSTM", (50, 32, 1024, 1024), bidirectional=True),  # first encoder layer
     *entries("gnmt", "LSTM", (50, 32, 1024, 1024), layers=4),  # a stack of four, encoder or decoder
@@ -335,6 +344,7 @@ SUITES: dict[str, Suite] = {
     "full": Suite("every family at all sizes, long", tuple(FULL)),
     "accuracy": Suite("error against a float64 run of torch.nn, by dtype", tuple(ACCURACY), kind="accuracy"),
     "deepbench": Suite("DeepBench's LSTM, GRU and vanilla sizes, training and server", tuple(DEEPBENCH), longest_s=2.0),
+    "server": Suite("one to four sequences at a time", tuple(SERVER), peers=("torch", "onnxruntime")),
     "mlperf": Suite("layers of GNMT and RNN-T", tuple(MLPERF)),
     "sweep": Suite("a grid over H, B and T, for the heat maps", tuple(SWEEP), budget_s=1.0, longest_s=2.0),
     "variants": Suite("every option of the layers at one size", tuple(VARIANTS), budget_s=2.0),

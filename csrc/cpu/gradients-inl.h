@@ -37,7 +37,8 @@ struct WeightSums {
       if (lower) return store_split(grad + i, lower + i, sum, n);
     FASTRNN_ISA::store(grad + i, sum, n);
   }
-  // Of those in `own`: what is left to do when the last product has been added, or when there was none.
+  // Of those in `own`: what is left to do when the last product has been added (nothing, where there are no lower halves),
+  // or when there was none.
   void finish(Range own, bool none) const {
     if (!grad || !(none || lower)) return;
     for (int64_t i = own.begin; i < own.end; i += V::kLanes) {

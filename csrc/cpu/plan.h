@@ -85,8 +85,8 @@ class Arena {
 // One member's part of a call: a coroutine that pauses wherever its team has to meet.
 using Part = std::coroutine_handle<>;
 
-// The kernels of one instruction set, of every dtype; those of avx512bf16 of bfloat16 alone, and without the
-// last ones.
+// The kernels of one instruction set, of every dtype; those of avx512bf16 of bfloat16 alone, and without
+// gemm and bernoulli, which another table has for them.
 // forward_workspace and its like say how many bytes a team's workspace has.
 struct Kernels {
   const char* name;

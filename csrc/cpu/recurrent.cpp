@@ -219,7 +219,8 @@ Plan make_backward_plan(const BackwardParams& p, const LayerBackwardParams* laye
   constexpr int64_t kChunkRows = 512;
   plan.chunk = std::clamp<int64_t>(kChunkRows / std::max<int64_t>(p.batch, 1), 1, std::max<int64_t>(p.steps, 1));
   // Weights that have to be packed however few the rows are (of half types, of odd sizes): a panel's memory stays in the
-  // cache, and all panels' would be as much as the weights take.
+  // cache, and all panels' would be as much as the weights take. So few rows are one block of the input's gradient, which
+  // reads a panel once.
   plan.pack_late = plan.team_size == 1 && p.steps * p.batch < kRowsWorthPacking;
   return plan;
 }

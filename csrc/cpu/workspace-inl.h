@@ -159,6 +159,7 @@ struct BackwardBuffers {
     place = arena.take<int64_t>(slots * p.batch);
     bias = arena.take<T>(2 * gates_stride);
     const int segments = plan.split_rows ? plan.team_size : 1;
+    // Then multiply() keeps each sum once (gradients-inl.h).
     const bool one_product = plan.chunk >= p.steps && segments == 1 && layer->rows <= kPartK;
     const auto lower = [&](const void* grad, int64_t size) {
       return grad && !std::is_same_v<S, T> && !one_product ? arena.take<S>(size) : nullptr;
