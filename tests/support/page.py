@@ -106,7 +106,7 @@ def page(measured_with: str) -> str:
         "",
         *VERSIONS.splitlines(),
         "",
-        *table(versions.HEADER, versions.rows()),
+        *(table(versions.HEADER, versions.rows()) if versions.rows() else ["No run is on record yet."]),
     ]
     for library in LIBRARIES:
         lines += ["", f"## What fails in {library}, by name", ""]
