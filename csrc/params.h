@@ -10,8 +10,8 @@
 
 namespace fastrnn {
 
-// The last two are dual numbers: a value and its derivative in one direction, side by side. Of a CPU's calls alone.
-enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8, kDualFloat32, kDualFloat64 };
+// Dual numbers are a value and its derivative in one direction, side by side: of a CPU's calls alone. kBool is of masks.
+enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8, kDualFloat32, kDualFloat64, kBool };
 
 // Bytes that a CPU's kernels hold one number in.
 inline int64_t computed_bytes(DType dtype) {
@@ -51,18 +51,25 @@ struct ForwardParams {
   // Recurrent dropout: what h is multiplied with where it enters the recurrent product, and only there, in every step.
   const void* mask_h;  // [B, P*R] or null for ones
   // Zoneout: a state after a step is keep times the one before it plus (1 - keep) times the one that the cell made.
-  // Ignored at padded steps. Last dimension contiguous, or null for zeros.
+  // Ignored at padded steps. Last dimension contiguous, or null for zeros. Of type dtype or, for a CPU's kernels, bytes 0
+  // and 1, of which a step reads a quarter of the memory.
   const void* keep_h;  // [T, B, P*R]
   int64_t keep_h_stride_t, keep_h_stride_b;
   const void* keep_c;  // [T, B, P*h]
   int64_t keep_c_stride_t, keep_c_stride_b;
+  bool keep_is_bool;
 
   const uint8_t* reverse;  // [P]: 1 where the group runs from the last step to the first
 
-  // Packed sequences: where step t's rows start in tensors [N, ..] that stand in place of [T, B, ..], here and in what
-  // derives from this. Null where nothing is packed. Rows are sorted by length then, and lengths are given.
-  const int64_t* step_rows;
-  int64_t first_row(int64_t t) const { return step_rows ? step_rows[t] : t * batch; }
+  // Where tensors [N, ..] stand in place of [T, B, ..], here and in what derives from this, lengths are given, and one of
+  //   step_rows: where step t's rows start, of a packed sequence, whose rows are sorted by length
+  //   row_starts: where row b's steps start, of rows one behind the other (nested)
+  // Else both are null.
+  const int64_t *step_rows, *row_starts;
+  bool ragged() const { return step_rows || row_starts; }
+  int64_t place(int64_t t, int64_t row) const {
+    return row_starts ? row_starts[row] + t : (step_rows ? step_rows[t] : t * batch) + row;
+  }
 
   // Where lengths are given, output and saved, and backward's first three results, are zero behind each row's end. The
   // CPU's kernels find them zeroed; CUDA's write the zeros themselves.
@@ -128,7 +135,7 @@ struct BackwardParams : ForwardParams {
 // type, and rounded at the end.
 struct LayerBackwardParams {
   int64_t size;       // I
-  int64_t rows;       // T * B, or of a packed sequence N
+  int64_t rows;       // T * B, or N
   bool separate_gates_hh;  // as in CellInfo
   const void* input;  // [T, B, I], last dimension contiguous; null without grad_weight_ih
   int64_t input_stride_t, input_stride_b;

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import _C, fallback, reference
 from .gradients import Grads, pull_forward
 from .ops import BACKWARD_WEIGHTS, CELLS, FORWARD_WEIGHTS, recurrent_forward
-from .packing import pack, packed_layout, pad, without_padding
+from .packing import layout_of, without_padding
 from .products import linear, product, transposed_product
 from .records import GRADIENTS, LayerCall, LayerResults, LayerStates, LayerWeights
 
@@ -145,6 +145,7 @@ def layer_backward(
     weights: Mapping[str, Sequence[Tensor]],
     states: Mapping[str, Tensor | None],
     batch_sizes: Tensor | None,
+    offsets: Tensor | None,
     reverse: list[bool],
     output: Tensor,
     saved: Tensor,
@@ -164,17 +165,13 @@ def layer_backward(
     grad_output, grad_h_n, grad_c_n, grad_cells, grad_saved = grads
     if grad_cells is not None:
         grad_saved = in_saved(cell, grad_cells, D, steps.keep_c, grad_saved)
-    lengths: Tensor | None = steps.lengths
-    if batch_sizes is not None:
-        lengths = pad(output, batch_sizes)[1]
-        output, saved = (pad(x, batch_sizes)[0] for x in (output, saved))
-        input, grad_output, grad_saved = (
-            None if x is None else pad(x, batch_sizes)[0] for x in (input, grad_output, grad_saved)
-        )
-        keeps = (None if x is None else pad(x, batch_sizes)[0] for x in (steps.keep_h, steps.keep_c))
-        steps = steps._replace(lengths=lengths, **dict(zip(("keep_h", "keep_c"), keeps, strict=True)))
-    elif lengths is not None and input is not None:
-        input = without_padding(input, lengths)
+    layout = layout_of(batch_sizes, offsets)
+    if layout is not None:
+        output, saved, input, grad_output, grad_saved = map(layout.pad, (output, saved, input, grad_output, grad_saved))
+        keep_h, keep_c = map(layout.pad, (steps.keep_h, steps.keep_c))
+        steps = steps._replace(lengths=layout.lengths, keep_h=keep_h, keep_c=keep_c)
+    elif steps.lengths is not None and input is not None:
+        input = without_padding(input, steps.lengths)
     flat = folded(steps, cell, weight_hh, output.shape[1])
     given = dict(cell=cell, **of_weights, **flat._asdict(), reverse=reverse, grad_clip=grad_clip)
     of_gates = needs["input"] or needs["weight_ih"] or needs["bias_ih"]
@@ -196,7 +193,7 @@ def layer_backward(
         if needs["input"]:
             assert weight_ih is not None
             grad_input = product(rows, weight_ih.flatten(0, 1)).view(T, B, weight_ih.shape[2])
-            found["input"] = grad_input if batch_sizes is None else pack(grad_input, lengths)  # type: ignore[arg-type]
+            found["input"] = grad_input if layout is None else layout.pack(grad_input)
         if needs["weight_ih"]:
             assert input is not None
             if input.dim() == 2:
@@ -223,6 +220,7 @@ def second_derivative(
     weights: Mapping[str, Sequence[Tensor]],
     states: Mapping[str, Tensor | None],
     batch_sizes: Tensor | None,
+    offsets: Tensor | None,
     reverse: list[bool],
     directions: Grads,
 ) -> tuple[Tensor, ...]:
@@ -238,29 +236,21 @@ def second_derivative(
     given = [i for i, grad in enumerate(grads) if grad is not None]
     along = dict(zip(GRADIENTS, directions, strict=True))
     asked = [i for i, (name, _) in enumerate(slots) if along[name] is not None]
-    if batch_sizes is not None:
-        T, B = len(batch_sizes), int(batch_sizes[0])
-        lengths, places = packed_layout(batch_sizes)
-
-    def padded(x: Tensor) -> Tensor:
-        # _pad_packed_sequence has no rule for torch.func
-        return x.new_zeros(T * B, x.shape[1]).index_copy(0, places, x).view(T, B, x.shape[1])
+    layout = layout_of(batch_sizes, offsets)
 
     def forward(*leaves: Tensor) -> tuple[Tensor, ...]:
         placed = dict(zip(slots, leaves, strict=True))
         of_weights = [LayerWeights(*(placed.get((k, d)) for k in LayerWeights._fields)) for d in range(len(reverse))]  # type: ignore[arg-type]
         start = LayerStates(**(dict(states) | {name: placed[name, 0] for name in of_states}))
         x = placed["input", 0]
-        if batch_sizes is not None:
-            keeps = {
-                k: None if y is None else padded(y) for k, y in start._asdict().items() if k in ("keep_h", "keep_c")
-            }
-            x, start = padded(x), start._replace(lengths=lengths, **keeps)
+        if layout is not None:
+            keep_h, keep_c = map(layout.pad, (start.keep_h, start.keep_c))
+            x, start = layout.pad(x), start._replace(lengths=layout.lengths, keep_h=keep_h, keep_c=keep_c)
         call = LayerCall(cell, x, of_weights, start, reverse=tuple(reverse), all_states=grads[3] is not None)
         results = layer(call)
-        if batch_sizes is not None:
+        if layout is not None:
             of_steps = {k: y for k, y in results._asdict().items() if k in ("output", "cells") and y.numel()}
-            results = results._replace(**{k: y.flatten(0, 1)[places] for k, y in of_steps.items()})
+            results = results._replace(**{k: layout.pack(y) for k, y in of_steps.items()})
         return tuple(results[i] for i in given)
 
     def backward(*args: Tensor) -> tuple[Tensor, ...]:

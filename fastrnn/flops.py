@@ -25,10 +25,13 @@ Given = dict[str, Any]  # an op's arguments by name
 def _rows(steps: Tensor, given: Given) -> tuple[Any, Any]:
     """Rows of all groups, and those of them that no row comes before in their group's direction of time.
 
-    steps: [T, B, ..] or, with batch_sizes, [N, ..].
+    steps: [T, B, ..] or, with batch_sizes or offsets, [N, ..].
     """
     lengths, batch_sizes, reverse = given["lengths"], given.get("batch_sizes"), given["reverse"]
-    P = len(reverse)
+    P, offsets = len(reverse), given.get("offsets")
+    if offsets is not None:
+        begun = int((offsets.diff() > 0).sum()) if is_plain(offsets) else steps.shape[0]
+        return P * steps.shape[0], P * begun
     if batch_sizes is not None:
         first, last = (int(batch_sizes[at]) for at in (0, -1)) if is_plain(batch_sizes) else (steps.shape[0],) * 2
         return P * steps.shape[0], sum(last if backwards else first for backwards in reverse)

@@ -44,5 +44,5 @@ def layer(call: LayerCall) -> LayerResults:
 def fused(call: LayerCall, save: bool = False) -> LayerResults:
     """The op. save: keep what layer_backward reads, also where no derivative is asked for."""
     how = call.directions, save, call.grad_clip, call.all_states
-    found = _layer_forward(call.cell, call.input, *call.by_field(), *call.states, call.batch_sizes, *how)
+    found = _layer_forward(call.cell, call.input, *call.by_field(), *call.states, call.batch_sizes, *how, call.offsets)
     return LayerResults(*found)

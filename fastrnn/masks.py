@@ -20,8 +20,10 @@ from .ops import bernoulli
 from .records import Masks
 
 
-def draw(shape: Sequence[int], probability: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Ones with this probability, else zeros."""
+def draw(
+    shape: Sequence[int], probability: float, dtype: torch.dtype, device: torch.device, narrow: bool = False
+) -> Tensor:
+    """Ones with this probability, else zeros. narrow: bool and not dtype, where it is a kernel of ours that draws."""
     an_empty = torch.empty(0, dtype=dtype, device=device)
     if device.type != "cpu" or road(fallback.has_kernels(an_empty)) == "reference":
         # torch.empty and not a tensor made like another, which under vmap would have that one's batch dimension
@@ -29,7 +31,7 @@ def draw(shape: Sequence[int], probability: float, dtype: torch.dtype, device: t
     # The generator draws one number, of which a kernel makes the elements. Each would take it 6 ns, and all of
     # zoneout's 10 to 20% of a training step.
     seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
-    return bernoulli(seed, shape, probability, dtype)
+    return bernoulli(seed, shape, probability, torch.bool if narrow else dtype)
 
 
 class Noise(NamedTuple):
@@ -43,8 +45,8 @@ class Noise(NamedTuple):
         return any(self.zoneout) or (self.training and self.recurrent_dropout > 0)
 
     def masks(self, like: Tensor, directions: int, steps: Sequence[int], batch: int, widths: Sequence[int]) -> Masks:
-        """Of one layer, with dtype and device of `like`. steps: (T, B), or (N,) of a packed sequence; widths: (R,), or
-        of an LSTM (R, H)."""
+        """Of one layer, with dtype (keep_h and keep_c perhaps bool) and device of `like`. steps: (T, B), or (N,);
+        widths: (R,), or of an LSTM (R, H)."""
         if not self.is_on():
             return Masks()
         # torch.ones and not like.new_ones: under vmap what is drawn must not have `like`'s batch dimension.
@@ -59,7 +61,7 @@ class Noise(NamedTuple):
                 return None
             if not self.training:  # the expectation: one row for all
                 return torch.full((width,), probability, **options).expand(*steps, width)
-            return draw((*steps, width), probability, **options)
+            return draw((*steps, width), probability, **options, narrow=True)
 
         return Masks(mask_h, *(keep(p, directions * width) for p, width in zip(self.zoneout, widths, strict=False)))
 

@@ -32,8 +32,8 @@ from .nested import is_jagged, jagged
 from .network import network, of_layers, own
 from .ops import CELLS
 from .options import CHANGE_RESULTS, SWITCHES, VALUES, checked, documented, without_lstm_only
-from .packing import check_batch_sizes, check_indices, on_device, pack, packed_layout, pad, permute
-from .records import PARAMS, LayerWeights, States, name_of
+from .packing import check_batch_sizes, check_indices, layout_of, on_device, pack, pad, permute
+from .records import PARAMS, LayerWeights, States, name_of, rows_of
 from .regularizers import with_weight_dropout
 from .transforms import in_autocast_dtype, is_plain_call
 
@@ -42,8 +42,8 @@ __all__ = ["GRU", "LSTM", "MGU", "RNN", "GRUCell", "LSTMCell", "LiGRU", "RNNCell
 
 # What _C.module_forward knows nothing of, in eval mode and in training.
 _UNKNOWN_TO_C = (
-    "learn_initial_state", "state_batch_first", "return_all_states", "peephole", "layer_norm", "reset_after",
-    "num_heads", "residual", "return_all_layers", "zoneout", "_opacus",
+    "learn_initial_state", "state_batch_first", "return_all_states", "residual", "return_all_layers", "zoneout",
+    "_opacus",
 )  # fmt: skip
 _UNKNOWN_IN_TRAINING = (*_UNKNOWN_TO_C, "weight_dropout", "locked_dropout", "recurrent_dropout")
 _FIELDS = {field: field for field in LayerWeights._fields} | dict.fromkeys(PARAMS.values(), "params")
@@ -139,8 +139,10 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
     @property
     def _cell(self) -> str:
         """The name of its cell, as the ops know it."""
-        variants = {"_peephole": self.peephole, "_norm": self.layer_norm, "_reset_before": not self.reset_after}
-        return self.mode.lower() + next((variant for variant, on in variants.items() if on), "")
+        mode = self.mode.lower()
+        if self.peephole or self.layer_norm:
+            return f"{mode}_peephole" if self.peephole else f"{mode}_norm"
+        return mode if self.reset_after else f"{mode}_reset_before"
 
     @torch.no_grad()
     def _drawn(self, weight: Tensor) -> Tensor:
@@ -283,12 +285,14 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
         resets: Tensor | None = None,
         reset_states: States | None = None,
         batch_sizes: Tensor | None = None,
+        offsets: Tensor | None = None,
     ) -> tuple[Any, States, Tensor | None]:
         """input [T, B, I] or [T, B], states as the user's -> output, final states as the user's, every c or None.
 
-        With batch_sizes: input [N, I], output [N, D*R]. With ``return_all_layers`` output is a tuple of such.
+        With batch_sizes or offsets (records.LayerCall): input [N, I], output [N, D*R]. With ``return_all_layers`` output
+        is a tuple of such.
         """
-        batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
+        batch = rows_of(input, batch_sizes, offsets)
         if self.state_batch_first:
             states, reset_states = (
                 None if s is None else tuple(x.transpose(0, 1) for x in s) for s in (states, reset_states)
@@ -298,7 +302,9 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
                 states = self._initial_states(batch)
             if resets is not None and reset_states is None:
                 reset_states = self._initial_states(batch)
-        sequence = dict(lengths=lengths, resets=resets, reset_states=reset_states, batch_sizes=batch_sizes)
+        sequence = dict(
+            lengths=lengths, resets=resets, reset_states=reset_states, batch_sizes=batch_sizes, offsets=offsets
+        )
         output, finals, cells = self._network(input, states, **sequence)
         if self.state_batch_first:
             finals = tuple(x.transpose(0, 1).contiguous() for x in finals)
@@ -333,7 +339,7 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
         return f"{name_of(field, self._cell)}_l{layer}{'_reverse' if direction else ''}"
 
     def _takes_packed(self, data: Tensor) -> bool:
-        """Do the kernels read a packed sequence as it is? Elsewhere it is padded once for all layers."""
+        """Do the kernels read packed and nested sequences as they are? Else they are padded once for all layers."""
         if self._opacus is not None or not (data.is_cpu and data.is_floating_point()):
             return False
         weights = [x for directions in self._weights() for w in directions for x in w]
@@ -343,15 +349,15 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
 
     def _plain(self, input: Any, hx: Any, resets: Any) -> tuple[Any, ...] | None:
         """(output, h_n[, c_n]) of a call that asks for nothing special, by C++ alone; None where it does."""
-        if self.bidirectional or (self.dropout and self.training) or torch.compiler.is_compiling():
+        if (self.dropout and self.training) or torch.compiler.is_compiling():
             return None
         given = self.__dict__.keys()
         if not given.isdisjoint(_UNKNOWN_IN_TRAINING) and (self.training or not given.isdisjoint(_UNKNOWN_TO_C)):
             return None
-        tensors, names = self._weights_by_name()
         return _C.module_forward(
-            tensors, names, self.mode, self.batch_first, input, hx, resets, self.grad_clip, self.recompute
-        )
+            *self._weights_by_name(), self._cell, 2 if self.bidirectional else 1, self.num_heads, self.batch_first,
+            input, hx, resets, self.grad_clip, self.recompute,
+        )  # fmt: skip
 
     def _weights_by_name(self) -> tuple[dict[str, Any], list[Any]]:
         """A dict of tensors, and by layer its keys; see csrc/torch/module_call.cpp."""
@@ -466,13 +472,11 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
             output = of_layers(lambda x: pack(x, lengths), output)
             cells = of_layers(lambda x: pack(x, lengths), cells)
         else:  # torch's routines have neither a forward derivative nor a rule for vmap
-            lengths, places = (x.to(data.device, non_blocking=True) for x in packed_layout(batch_sizes))
-            T, B = len(batch_sizes), len(lengths)
-            padded = data.new_zeros(T * B, *data.shape[1:]).index_copy(0, places, data)
-            output, finals, cells = self._layers(padded.reshape(T, B, *data.shape[1:]), states, lengths)
-            output, cells = (
-                of_layers(lambda x: x.flatten(0, 1).index_select(0, places), each) for each in (output, cells)
-            )
+            layout = layout_of(batch_sizes, None)
+            assert layout is not None
+            layout = layout.to(data.device)
+            output, finals, cells = self._layers(layout.pad(data), states, layout.lengths)
+            output, cells = (of_layers(layout.pack, each) for each in (output, cells))
 
         def packed(x: Tensor) -> PackedSequence:
             return PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices)
@@ -491,17 +495,16 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
         checks.check_steps(rows.values)
         output: Any
         cells: Any
-        back: Callable[[Any], Tensor] = rows.of_padded
-        if self._takes_packed(rows.values) and (found := rows.packed()):
-            packed, back = found
-            output, finals, cells = self._run_packed(packed, states)
+        if states is not None:
+            self._check_states("hx", rows.values, states, rows.batch)
+        back: Callable[[Any], Tensor]
+        if self._takes_packed(rows.values) and not self.recompute:
+            back = rows.nested
+            output, finals, cells = self._layers(rows.values, states, None, offsets=rows.offsets)
         else:
-            padded = rows.padded()
-            if states is not None:
-                self._check_states("hx", padded, states, None)
-            output, finals, cells = self._layers(padded, states, rows.lengths)
-            finals = tuple(map(own, finals))
-        return of_layers(back, output), finals, of_layers(back, cells)
+            back = rows.of_padded
+            output, finals, cells = self._layers(rows.padded(), states, rows.lengths)
+        return of_layers(back, output), tuple(map(own, finals)), of_layers(back, cells)
 
 
 class _SingleState(_Recurrent):

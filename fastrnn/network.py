@@ -16,7 +16,7 @@ from .layer import layer, road
 from .masks import NO_NOISE, Noise
 from .ops import CELLS
 from .products import linear
-from .records import LayerCall, LayerStates, LayerWeights, Masks, States, layer_states
+from .records import LayerCall, LayerStates, LayerWeights, Masks, States, layer_states, rows_of
 from .transforms import in_autocast_dtype, is_plain
 
 
@@ -51,6 +51,7 @@ def network(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     batch_sizes: Tensor | None = None,
+    offsets: Tensor | None = None,
     dropout: float = 0.0,
     locked_dropout: float = 0.0,
     training: bool = False,
@@ -64,15 +65,16 @@ def network(
 ) -> tuple[Any, States, Tensor | None]:
     """output, the final states and, with ``all_states``, every c of the last layer [T, B, D*H].
 
-    input [T, B, I] or tokens [T, B], or with batch_sizes packed [N, I]; states and reset_states [L*D, B, n] each, one
-    or two (records.joined).
+    input [T, B, I] or tokens [T, B], or with batch_sizes or offsets [N, I] (records.LayerCall); states and reset_states
+    [L*D, B, n] each, one or two (records.joined).
     dropout, locked_dropout: between layers, in training (regularizers.py).
     residual: from the second layer on, the output of the layer below is added to a layer's own.
     all_layers: output is a tuple of every layer's.
     recompute: train by segments of so many steps (segments.py); 0: as a whole. num_heads: of weight_hh; 0: it is dense.
     noise: recurrent dropout and zoneout (masks.py).
     """
-    if batch_sizes is None:
+    ragged = batch_sizes is not None or offsets is not None
+    if not ragged:
         check_steps(input)
     D, L, N = len(weights[0]), len(weights), num_heads
     marked = per_sample.asked_for(w for of_directions in weights for w in of_directions)
@@ -114,7 +116,7 @@ def network(
     others = (
         marked,
         by_segments,
-        batch_sizes is not None,
+        ragged,
         N,
         residual,
         all_layers,
@@ -136,14 +138,18 @@ def network(
     for i, of_directions in enumerate(weights):
         below = output
         if i > 0 and training:
-            output = regularizers.between_layers(output, dropout, locked_dropout, batch_sizes)
+            output = regularizers.between_layers(output, dropout, locked_dropout, batch_sizes, offsets)
         if by_others is not None:
             output, *after = by_others(output, of_directions, of_layer(states, i))
         else:
-            masks = _masks(noise, cell, output, of_directions, batch_sizes)
+            masks = Masks()
+            if noise.is_on():
+                masks = _masks(noise, cell, of_directions, output, ragged, rows_of(output, batch_sizes, offsets))
             starts = layer_states(of_layer(states, i), lengths, resets, of_layer(reset_states, i), masks)
             every_c = all_states and i == L - 1
-            call = LayerCall(cell, output, of_directions, starts, batch_sizes, grad_clip=grad_clip, all_states=every_c)
+            call = LayerCall(
+                cell, output, of_directions, starts, batch_sizes, offsets, grad_clip=grad_clip, all_states=every_c
+            )
             if N:
                 call = heads.grouped(call)
             found = segments.layer(call, recompute) if by_segments and not every_c else layer(call)
@@ -157,16 +163,11 @@ def network(
     return tuple(outputs) if all_layers else output, joined, cells if all_states else None
 
 
-def _masks(
-    noise: Noise, cell: str, input: Tensor, weights: Sequence[LayerWeights], batch_sizes: Tensor | None
-) -> Masks:
-    """Of a layer's call."""
-    if not noise.is_on():
-        return Masks()
+def _masks(noise: Noise, cell: str, weights: Sequence[LayerWeights], input: Tensor, ragged: bool, batch: int) -> Masks:
+    """Of a layer's call, whose input is [N, ..] where it is ragged."""
     *of_heads, Gh, R = weights[0].weight_hh.shape
     N = of_heads[0] if of_heads else 1
-    steps = input.shape[: 2 if batch_sizes is None else 1]
-    batch = steps[1] if batch_sizes is None else int(batch_sizes[0])
+    steps = input.shape[: 1 if ragged else 2]
     widths = CELLS[cell].widths(N * R, N * (Gh // CELLS[cell].gates))
     return noise.masks(weights[0].weight_hh, len(weights), steps, batch, widths)
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import _C  # noqa: F401  (registers the ops)
 from .imports import when_imported
-from .records import LayerWeights
+from .records import LayerWeights, rows_of
 
 library = torch.library.Library("fastrnn", "FRAGMENT")
 recurrent_forward = torch.ops.fastrnn.recurrent_forward.default
@@ -170,7 +170,7 @@ class _Checker:
         self.sized(name, x, x.dim() == len(expected), str(list(expected)))
         for got, want in zip(x.shape, expected, strict=True):
             self.sized(name, x, got == want, str(list(expected)))
-        if x.dtype != self.reference.dtype:
+        if x.dtype != self.reference.dtype and not (name.startswith("keep_") and x.dtype == torch.bool):
             raise RuntimeError(
                 f"{self.op}: {name}: expected dtype {self.reference.dtype} (that of {self.name}), got {x.dtype}"
             )
@@ -263,8 +263,12 @@ def _layer_sizes(op: str, given: dict[str, Any]) -> tuple[int, int, int]:
     return P, R, Gh // CELLS[given["cell"]].gates
 
 
+def _is_ragged(given: dict[str, Any]) -> bool:
+    return given["batch_sizes"] is not None or given["offsets"] is not None
+
+
 def _input_sizes(given: dict[str, Any]) -> str:
-    rows = "T, B" if given["batch_sizes"] is None else "N"
+    rows = "N" if _is_ragged(given) else "T, B"
     return f"[{rows}, features], or tokens [{rows}] of an integer dtype"
 
 
@@ -289,6 +293,8 @@ def _check_layer(given: dict[str, Any], B: int) -> None:
         for got, want in zip(x.shape, size, strict=True):
             torch._check(got == want, message)
         for what in ("dtype", "device"):
+            if what == "dtype" and name.startswith("keep_") and x.dtype == torch.bool:
+                continue
             if getattr(first, what) != getattr(x, what):
                 wanted = f"expected {what} {getattr(first, what)} (that of {whose})"
                 raise RuntimeError(f"layer_forward: {name}: {wanted}, got {getattr(x, what)}")
@@ -305,15 +311,12 @@ def _(*args, **kwargs):
     P, R, h = _layer_sizes("layer_forward", given)
     input, h_0, info = given["input"], given["h_0"], CELLS[given["cell"]]
     tokens = not input.is_floating_point()
-    if input.dim() != 3 - tokens - (given["batch_sizes"] is not None):
+    if input.dim() != 3 - tokens - _is_ragged(given):
         raise RuntimeError(f"layer_forward: input: expected {_input_sizes(given)}, got {list(input.shape)}")
     if not given["weight_ih"]:
         raise RuntimeError(f"layer_forward: weight_ih: expected {P} tensors (groups), got 0")
     steps = input.shape if tokens else input.shape[:-1]  # T, B or N
-    if h_0 is not None:
-        B = h_0.shape[1]
-    else:
-        B = input.shape[1] if given["batch_sizes"] is None else int(given["batch_sizes"][0])
+    B = rows_of(input, given["batch_sizes"], given["offsets"]) if h_0 is None else h_0.shape[1]
     _check_layer(given, B)
     empty = given["weight_hh"][0].new_empty
     return (
@@ -332,7 +335,7 @@ def _(*args, **kwargs):
     input, weight_ih, output = given["input"], given["weight_ih"], given["output"]
     dense = input is not None and input.is_floating_point()
     I = input.shape[-1] if dense else weight_ih[0].shape[1] if weight_ih else 0  # noqa: E741
-    B = output.shape[1] if given["batch_sizes"] is None else int(given["batch_sizes"][0])
+    B = rows_of(output, given["batch_sizes"], given["offsets"])
     info = CELLS[given["cell"]]
     of_c = (P, B, info.in_c * h)
     sizes = {

@@ -1,8 +1,9 @@
-"""Sequences of different lengths: padded [T, B, n] with lengths, and packed [N, n] with batch sizes."""
+"""Sequences of different lengths: padded [T, B, n] with lengths, packed [N, n] with batch sizes, and nested [N, n] with
+offsets."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,8 +80,49 @@ def check_indices(name: str, indices: Any, batch: int, device: torch.device) -> 
         )
 
 
-def packed_layout(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """lengths [B], and where each row of packed data stands among the T * B rows of padded data."""
-    rows = torch.arange(int(batch_sizes[0]))
-    valid = rows < batch_sizes[:, None]  # [T, B]
-    return valid.sum(0), valid.flatten().nonzero().squeeze(1)
+class Layout(NamedTuple):
+    """How [N, ..] and [T, B, ..] are each other's, by ops that have rules for all of torch.func."""
+
+    steps: int  # T
+    rows: int  # B
+    lengths: Tensor  # [B]
+    places: Tensor  # [N]: where each value stands among the T * B padded ones
+
+    def to(self, device: torch.device) -> Layout:
+        lengths, places = (x.to(device, non_blocking=True) for x in (self.lengths, self.places))
+        return self._replace(lengths=lengths, places=places)
+
+    def pad(self, x: Tensor | None) -> Any:
+        """[N, ..] -> [T, B, ..], zeros behind each row's end."""
+        if x is None:
+            return None
+        padded = x.new_zeros(self.steps * self.rows, *x.shape[1:]).index_copy(0, self.places, x)
+        return padded.view(self.steps, self.rows, *x.shape[1:])
+
+    def pack(self, x: Tensor) -> Tensor:
+        """The way back."""
+        return x.reshape(self.steps * self.rows, *x.shape[2:]).index_select(0, self.places)
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """[B, ..] -> [N, ..]: each row's for all of its values."""
+        return x.index_select(0, (self.places % self.rows).to(x.device))
+
+
+def layout_of(batch_sizes: Tensor | None, offsets: Tensor | None) -> Layout | None:
+    """Of the one that there is, on its device."""
+    if batch_sizes is not None:
+        rows = torch.arange(int(batch_sizes[0]))
+        valid = rows < batch_sizes[:, None]  # [T, B]
+        return Layout(len(batch_sizes), len(rows), valid.sum(0), valid.flatten().nonzero().squeeze(1))
+    if offsets is None:
+        return None
+    lengths = offsets.diff()
+    rows, steps = places(offsets, int(offsets[-1]))
+    return Layout(int(lengths.max()), len(lengths), lengths, steps * len(lengths) + rows)
+
+
+def places(offsets: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Of each of the N values of rows one behind the other its row and its step."""
+    of_rows, of_values = (torch.arange(n, device=offsets.device) for n in (len(offsets) - 1, count))
+    rows = of_rows.repeat_interleave(offsets.diff(), output_size=count)
+    return rows, of_values - offsets[rows]

@@ -67,8 +67,8 @@ class LayerStates(NamedTuple):
     # and only there, in every step. Zoneout: a state after a step is keep times the one before it and (1 - keep) times
     # what the cell made.
     mask_h: Tensor | None = None  # [D, B, R]; None for ones
-    keep_h: Tensor | None = None  # [T, B, D*R]; None for zeros
-    keep_c: Tensor | None = None  # [T, B, D*H], LSTM only
+    keep_h: Tensor | None = None  # [T, B, D*R], where there is nothing between 0 and 1 perhaps bool; None for zeros
+    keep_c: Tensor | None = None  # [T, B, D*H] likewise, LSTM only
 
 
 class Masks(NamedTuple):
@@ -95,6 +95,13 @@ def layer_states(
     return LayerStates(h, c, lengths, resets, reset_h, reset_c, *masks)
 
 
+def rows_of(steps: Tensor, batch_sizes: Tensor | None, offsets: Tensor | None) -> int:
+    """B, of steps [T, B, ..] or [N, ..]."""
+    if offsets is not None:
+        return offsets.shape[0] - 1
+    return steps.shape[1] if batch_sizes is None else int(batch_sizes[0])
+
+
 class LayerCall(NamedTuple):
     """One call of a layer."""
 
@@ -102,7 +109,10 @@ class LayerCall(NamedTuple):
     input: Tensor  # [T, B, I], or integer tokens [T, B] for its one-hot rows
     weights: Sequence[LayerWeights]  # one a direction
     states: LayerStates = LayerStates()
-    batch_sizes: Tensor | None = None  # int64 [T], CPU: of a packed sequence, whose tensors are [N, ..] for [T, B, ..]
+    # Where tensors [N, ..] stand for [T, B, ..], one of these, on the CPU: int64 [T] of a packed sequence, or [B + 1]
+    # of rows one behind the other, the b-th from offsets[b] to offsets[b + 1].
+    batch_sizes: Tensor | None = None
+    offsets: Tensor | None = None
     reverse: tuple[bool, ...] = (False, True)  # of each direction, as far as there are
     grad_clip: float = 0.0
     all_states: bool = False
@@ -113,7 +123,7 @@ class LayerCall(NamedTuple):
 
     @property
     def batch(self) -> int:
-        return self.input.shape[1] if self.batch_sizes is None else int(self.batch_sizes[0])
+        return rows_of(self.input, self.batch_sizes, self.offsets)
 
     def by_field(self) -> list[list[Tensor]]:
         """Of each of the weights' fields what there is, as the ops take it."""

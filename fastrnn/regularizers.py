@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import per_sample
 from .masks import draw
-from .packing import packed_layout
-from .records import LayerWeights
+from .packing import layout_of
+from .records import LayerWeights, rows_of
 
 
 def with_weight_dropout(weights: LayerWeights, p: float) -> LayerWeights:
@@ -21,18 +21,22 @@ def with_weight_dropout(weights: LayerWeights, p: float) -> LayerWeights:
     return weights._replace(weight_hh=per_sample.masked(w, mask))
 
 
-def between_layers(output: Tensor, dropout: float, locked_dropout: float, batch_sizes: Tensor | None = None) -> Tensor:
-    """What the next layer is given of an output [T, B, n], or with batch_sizes packed [N, n], in training.
+def between_layers(
+    output: Tensor,
+    dropout: float,
+    locked_dropout: float,
+    batch_sizes: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """What the next layer is given of an output [T, B, n], or with batch_sizes or offsets [N, n], in training.
 
     dropout: of every number by itself, as torch.nn has it. locked_dropout: with one mask for all steps of a row.
     """
     if dropout > 0:
         output = F.dropout(output, dropout, training=True)
     if locked_dropout > 0:
-        rows = output.shape[1] if batch_sizes is None else int(batch_sizes[0])
+        rows = rows_of(output, batch_sizes, offsets)
         mask = F.dropout(output.new_ones(rows, output.shape[-1]), locked_dropout, training=True)
-        if batch_sizes is not None:
-            _, places = packed_layout(batch_sizes)
-            mask = mask.index_select(0, (places % rows).to(output.device))
-        output = output * mask
+        layout = layout_of(batch_sizes, offsets)
+        output = output * (mask if layout is None else layout.of_rows(mask))
     return output

@@ -105,7 +105,7 @@ class LayerGradients {
       const int64_t time = step.time_of(s), active = rows.active(time);
       const Range part = plan.split_rows ? Range{0, active} : share(active, member, plan.team_size);
       for (int64_t i = part.begin; i < part.end; ++i) {
-        b.place[at + i] = p.first_row(time) + rows.row[i];
+        b.place[at + i] = p.place(time, rows.row[i]);
         b.input[at + i] = input + step.offset(i, time, layer->input_stride_t, layer->input_stride_b);
         b.before[at + i] = step.h_before(i, time);
         if (b.mask) b.mask[at + i] = static_cast<const S*>(p.mask_h) + step.place(i) * p.width;

@@ -27,7 +27,11 @@ void bernoulli(S* out, int64_t begin, int64_t end, uint64_t seed, double p) {
   for (int64_t at = begin; at < end; at += L, i += L / 2) {
     const int n = end - at < L ? int(end - at) : L;
     const Vec<float> ones = (Halves)random_bits(seed, i) < below ? Vec<float>(1).v : Vec<float>(p < 1 ? 0 : 1).v;
-    if constexpr (std::is_same_v<S, double>) {
+    if constexpr (std::is_same_v<S, uint8_t>) {
+      const Half16 halves = __builtin_convertvector((Vec<float>::Bits)(ones.v != 0) & 1, Half16);
+      const auto bytes = __builtin_convertvector(halves, Traits<float>::Bytes);
+      __builtin_memcpy(out + at, &bytes, n);
+    } else if constexpr (std::is_same_v<S, double>) {
       alignas(64) float lanes[L];
       store(lanes, ones);
       for (int l = 0; l < n; ++l) out[at + l] = lanes[l];
@@ -41,6 +45,7 @@ inline void bernoulli(DType dtype, void* out, int64_t begin, int64_t end, uint64
     case DType::kFloat64: return bernoulli(static_cast<double*>(out), begin, end, seed, p);
     case DType::kBFloat16: return bernoulli(static_cast<BFloat16*>(out), begin, end, seed, p);
     case DType::kFloat16: return bernoulli(static_cast<Half*>(out), begin, end, seed, p);
+    case DType::kBool: return bernoulli(static_cast<uint8_t*>(out), begin, end, seed, p);
     default: return bernoulli(static_cast<float*>(out), begin, end, seed, p);
   }
 }

@@ -30,6 +30,7 @@ auto with_dtype([[maybe_unused]] DType dtype, F f) {
       return f.template operator()<Cell, Dual<double>>();
     case DType::kFloat32:
     case DType::kInt8:  // of weights only
+    case DType::kBool:  // of masks only
       break;
   }
   return f.template operator()<Cell, float>();

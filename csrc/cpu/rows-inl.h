@@ -25,7 +25,7 @@ struct Walk {
 
   // Of (row, group) in tensors [B, P * ..], and of (t, row, group) in tensors [T, B, P * ..].
   int64_t place(int64_t i) const { return rows->row[i] * p.groups + group; }
-  int64_t place(int64_t i, int64_t t) const { return (p.first_row(t) + rows->row[i]) * p.groups + group; }
+  int64_t place(int64_t i, int64_t t) const { return p.place(t, rows->row[i]) * p.groups + group; }
   // Of unit j of state 1 + k, in tensors [B, P * C * h].
   template <int C>
   int64_t in_c(int64_t i, int k, int64_t j) const {
@@ -33,7 +33,15 @@ struct Walk {
   }
   // Where row i of time t starts in a tensor with these strides.
   int64_t offset(int64_t i, int64_t t, int64_t stride_t, int64_t stride_b) const {
-    return (p.step_rows ? p.step_rows[t] * stride_b : t * stride_t) + rows->row[i] * stride_b;
+    const int64_t row = rows->row[i];
+    return p.ragged() ? p.place(t, row) * stride_b : t * stride_t + row * stride_b;
+  }
+  // Of units j .. in keep_h and keep_c.
+  int64_t keep_h_at(int64_t i, int64_t t, int64_t j) const {
+    return offset(i, t, p.keep_h_stride_t, p.keep_h_stride_b) + group * p.width + j;
+  }
+  int64_t keep_c_at(int64_t i, int64_t t, int64_t j) const {
+    return offset(i, t, p.keep_c_stride_t, p.keep_c_stride_b) + group * p.hidden + j;
   }
 
   int64_t next_time(int64_t t) const { return reverse ? t - 1 : t + 1; }

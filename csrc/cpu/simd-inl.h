@@ -22,6 +22,8 @@ struct Traits<float> {
   typedef float Native __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
   typedef int32_t Bits __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
   typedef uint16_t Half16 __attribute__((vector_size(FASTRNN_VECTOR_BYTES / 2)));  // as many 16-bit lanes
+  typedef uint8_t Bytes __attribute__((vector_size(FASTRNN_VECTOR_BYTES / 4)));
+  typedef int32_t Words __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
   static constexpr int kMantissa = 23, kBias = 127, kTerms = 7, kLogTerms = 7;
   static constexpr float kLow = -87.3f, kHigh = 88.3f, kTanhHigh = 20.0f;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -32,6 +34,9 @@ struct Traits<double> {
   using Int = int64_t;
   typedef double Native __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
   typedef int64_t Bits __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+  typedef uint16_t Half16 __attribute__((vector_size(FASTRNN_VECTOR_BYTES / 4)));
+  typedef uint8_t Bytes __attribute__((vector_size(FASTRNN_VECTOR_BYTES / 8)));
+  typedef int32_t Words __attribute__((vector_size(FASTRNN_VECTOR_BYTES / 2)));
   static constexpr int kMantissa = 52, kBias = 1023, kTerms = 13, kLogTerms = 16;
   static constexpr double kLow = -708.3, kHigh = 709.0, kTanhHigh = 40.0;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
@@ -314,6 +319,23 @@ FASTRNN_HD void store(S* p, Vec<T> value, int n) {
 template <class S, class T>
 FASTRNN_HD void store(S* p, Vec<T> value) {
   store(p, value, Vec<T>::kLanes);
+}
+
+// Numbers 0 and 1 out of bytes. Step by step, for the compiler takes bytes that are to be words apart one by one.
+template <class T>
+FASTRNN_HD Vec<T> load_bools(const uint8_t* p, int n) {
+  using C = Traits<T>;
+  typename C::Bytes x{};
+  if (n >= Vec<T>::kLanes)
+    __builtin_memcpy(&x, p, sizeof x);
+  else
+    __builtin_memcpy(&x, p, n > 0 ? n : 0);
+#if FASTRNN_VECTOR_BYTES == 64
+  if constexpr (sizeof x == 16)
+    return __builtin_convertvector((typename C::Words)_mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)x), typename C::Native);
+#endif
+  const auto words = __builtin_convertvector(__builtin_convertvector(x, typename C::Half16), typename C::Words);
+  return __builtin_convertvector(words, typename C::Native);
 }
 
 // Floats that are not rounded though they are where those of a half type will be: their upper 16 bits are there, and the

@@ -46,6 +46,19 @@ FASTRNN_HD int64_t saved_values(const ForwardParams& p) {
   return saved_states<Cell>(p) + kInC<Cell>;
 }
 
+// What a state keeps of the one before, under zoneout: n units from the at-th on of keep_h or keep_c.
+template <class S>
+FASTRNN_HD Vec<typename Compute<S>::type> load_keep(const ForwardParams& p, const void* keep, int64_t at, int n) {
+  using T = typename Compute<S>::type;
+  if constexpr (std::is_floating_point_v<T>)  // no bytes of dual numbers
+    if (p.keep_is_bool) return load_bools<T>(static_cast<const uint8_t*>(keep) + at, n);
+  return load(static_cast<const S*>(keep) + at, n);
+}
+template <class S>
+void fetch_keep(const ForwardParams& p, const void* keep, int64_t at) {
+  __builtin_prefetch(static_cast<const char*>(keep) + at * int64_t(p.keep_is_bool ? 1 : sizeof(S)));
+}
+
 // ---- forward ----
 
 template <class Cell, class S>
@@ -188,8 +201,8 @@ struct ForwardStep : Walk<ForwardParams> {
     FASTRNN_UNROLL for (int k = 0; k < C; ++k) after[k] = out.state[1 + k];
     if constexpr (C == 1)
       if (p.keep_c)
-        after[0] = zoned_out(load_step(p.keep_c, i, t, p.keep_c_stride_t, p.keep_c_stride_b, h, j, n),
-                             V(load(c + i * stride + j)), after[0]);
+        after[0] = zoned_out(load_keep<S>(p, p.keep_c, keep_c_at(i, t, j), n), V(load(c + i * stride + j)),
+                             after[0]);
     if (p.saved) {
       S* saved = static_cast<S*>(p.saved) + place(i, t) * saved_values<Cell>(p) * h + j;
       if constexpr (Cell::kSaved > 0)
@@ -208,8 +221,7 @@ struct ForwardStep : Walk<ForwardParams> {
   }
   FASTRNN_HD void store_h(int64_t i, int64_t j, int n, V h) {
     if (p.keep_h)
-      h = zoned_out(load_step(p.keep_h, i, t, p.keep_h_stride_t, p.keep_h_stride_b, p.width, j, n),
-                    V(load(h_prev + i * stride + j)), h);
+      h = zoned_out(load_keep<S>(p, p.keep_h, keep_h_at(i, t, j), n), V(load(h_prev + i * stride + j)), h);
     store(static_cast<S*>(p.output) + place(i, t) * p.width + j, h, n);
     const V next = carry(i, place(i) * p.width + j, h, p.h_n, p.reset_h, n);
     store(h_next + i * stride + j, next);
@@ -219,12 +231,6 @@ struct ForwardStep : Walk<ForwardParams> {
   // What a product reads, columns j .., where it would be h without a mask.
   FASTRNN_HD V masked(int64_t i, int64_t j, V h) const {
     return h * V(load(static_cast<const S*>(p.mask_h) + place(i) * p.width + j, valid_lanes<T>(p.width, j)));
-  }
-
-  // n values a group of a tensor [T, B, P*n], columns j ..
-  FASTRNN_HD V load_step(const void* x, int64_t i, int64_t t, int64_t stride_t, int64_t stride_b, int64_t n, int64_t j,
-                         int valid) const {
-    return load(static_cast<const S*>(x) + offset(i, t, stride_t, stride_b) + group * n + j, valid);
   }
 
   FASTRNN_HD V start(int64_t i, int64_t at, const void* initial, void* last, const void* restart, int n) const {
@@ -314,6 +320,8 @@ struct BackwardStep : Walk<BackwardParams> {
     } else {
       if (const S* c_prev = c_before(i)) __builtin_prefetch(c_prev + j);
     }
+    if (p.keep_h) fetch_keep<S>(p, p.keep_h, keep_h_at(i, t, j));
+    if (p.keep_c) fetch_keep<S>(p, p.keep_c, keep_c_at(i, t, j));
   }
 
   // The whole gradient of state 0 after the step, columns j .. `recurrent` is what came through weight_hh.
@@ -332,9 +340,7 @@ struct BackwardStep : Walk<BackwardParams> {
                          n);
     V kept(0);  // what goes past the step to the state before it
     if (p.keep_h && i < running) {
-      const V keep = load(static_cast<const S*>(p.keep_h) + offset(i, t, p.keep_h_stride_t, p.keep_h_stride_b) +
-                              group * p.width + j,
-                          n);
+      const V keep = load_keep<S>(p, p.keep_h, keep_h_at(i, t, j), n);
       kept = keep * grad;
       grad = (V(1) - keep) * grad;
     }
@@ -457,8 +463,7 @@ struct BackwardStep : Walk<BackwardParams> {
 
   // Of the gradient of c after the step what zoneout hands past the cell; grad is left the rest.
   FASTRNN_HD V past_cell(int64_t i, int64_t j, int n, V& grad) const {
-    const int64_t from = offset(i, t, p.keep_c_stride_t, p.keep_c_stride_b) + group * p.hidden + j;
-    const V keep = load(static_cast<const S*>(p.keep_c) + from, n), whole = grad;
+    const V keep = load_keep<S>(p, p.keep_c, keep_c_at(i, t, j), n), whole = grad;
     grad = (V(1) - keep) * whole;
     return keep * whole;
   }

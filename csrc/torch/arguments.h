@@ -89,12 +89,13 @@ struct Run {
 };
 
 // One call of a layer: input [T, B, I], or tokens [T, B] of an integer dtype, which stand for one-hot rows. batch_sizes
-// int64 [T], on the CPU, of a packed sequence: tensors [T, B, ..] are [N, ..] then.
+// int64 [T], on the CPU, of a packed sequence: tensors [T, B, ..] are [N, ..] then. So they are with offsets, [B + 1] of an
+// integer dtype on the CPU, where rows stand one behind the other: row b has the values offsets[b] .. offsets[b + 1] - 1.
 struct LayerCall : Run {
   Tensor input;
   Weights weights;
   States states;
-  OptionalTensor batch_sizes;
+  OptionalTensor batch_sizes, offsets;
   int64_t groups() const { return static_cast<int64_t>(reverse.size()); }
 };
 

@@ -96,7 +96,14 @@ bool is_transformed(const variable_list& tensors) {
   return false;
 }
 
-// The node. Saved: batch_sizes, input, all weights but the biases, the states, output and saved.
+// What is saved of parameters is them, whose memory another thread may exchange; see held.
+LayerCall held_under_lock(const LayerCall& call) {
+  if (!Py_IsInitialized()) return held_call(call);
+  const py::gil_scoped_acquire gil;
+  return held_call(call);
+}
+
+// The node. Saved: batch_sizes, offsets, input, all weights but the biases, the states, output and saved.
 struct LayerFunction : torch::autograd::Function<LayerFunction> {
   static constexpr bool is_traceable = true;  // by compiled autograd: backward reads what ctx has, and calls ops
 
@@ -188,7 +195,7 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     } else if (again || composed) {
       found = composed_backward(call, given, grad_saved, needed);
     } else if (ordinary) {
-      const LayerCall own = held_call(call);
+      const LayerCall own = held_under_lock(call);
       given.may_overwrite = !ctx->saved_data["hooked"].toBool() && is_last_look(given.saved);
       const at::AutoDispatchBelowADInplaceOrView below;
       RECORD_FUNCTION("fastrnn::layer_backward", {});
@@ -249,7 +256,7 @@ py::tuple for_python(const Group& x) {
   return items;
 }
 
-// function(cell, grads, input, weights, states, batch_sizes, reverse, more..) of fastrnn/composed.py; grads are of what
+// function(cell, grads, input, weights, states, batch_sizes, offsets, reverse, more..) of fastrnn/composed.py; grads are of what
 // forward gives, and `last`.
 template <class... More>
 py::tuple call_python(PyObject* function, const LayerCall& call, const LayerGiven& given, const Tensor& last,
@@ -267,7 +274,7 @@ py::tuple call_python(PyObject* function, const LayerCall& call, const LayerGive
                                          for_python(or_none(last)));
   const py::list reverse = py::cast(call.reverse);
   return py::handle(function)(call.cell, grads, for_python(or_none(call.input)), weights, states,
-                              for_python(call.batch_sizes), reverse, more...);
+                              for_python(call.batch_sizes), for_python(call.offsets), reverse, more...);
 }
 
 // body() under the GIL, an error of Python's as one that autograd raises again.
@@ -312,7 +319,7 @@ variable_list composed_second_derivative(const LayerCall& call, const LayerGiven
 
 LayerResults differentiable_layer(const LayerCall& call, bool all_states) {
   const variable_list tensors = differentiables(call);
-  if (!torch::autograd::any_variable_requires_grad(tensors)) {
+  if (!at::GradMode::is_enabled() || !torch::autograd::any_variable_requires_grad(tensors)) {
     const LayerCall own = held_call(call);
     const py::gil_scoped_release released;
     const at::AutoDispatchBelowADInplaceOrView below;

@@ -29,7 +29,7 @@ inline torch::autograd::variable_list differentiables(const LayerCall& call) {
   return tensors;
 }
 
-// The same call with what change(tensor) makes of each tensor but batch_sizes.
+// The same call with what change(tensor) makes of each tensor but batch_sizes and offsets.
 template <class Change>
 LayerCall changed(const LayerCall& call, Change change) {
   LayerCall own = call;
@@ -53,7 +53,7 @@ inline OptionalTensor or_none(const Tensor& x) { return x.defined() ? OptionalTe
 
 // All of a call's tensors, undefined where there is none: of each weight one for every group.
 inline torch::autograd::variable_list tensors_of(const LayerCall& call) {
-  torch::autograd::variable_list all{or_undefined(call.batch_sizes), call.input};
+  torch::autograd::variable_list all{or_undefined(call.batch_sizes), or_undefined(call.offsets), call.input};
   const size_t groups = call.groups();
 #define FASTRNN_PUT(name) \
   for (size_t p = 0; p < groups; ++p) all.push_back(p < call.weights.name.size() ? call.weights.name[p] : Tensor());
@@ -68,6 +68,7 @@ inline torch::autograd::variable_list tensors_of(const LayerCall& call) {
 // The way back, for a call that knows its `reverse`. Moves `next` behind its tensors.
 inline void take_tensors(torch::autograd::variable_list::const_iterator& next, LayerCall& call) {
   call.batch_sizes = or_none(*next++);
+  call.offsets = or_none(*next++);
   call.input = *next++;
   const auto take = [&](Group& group) {
     group.clear();

@@ -60,7 +60,7 @@ void mark_dual(const c10::OperatorHandle& op, Recurrence& args) {
   const auto join = [&](const char* name, OptionalTensor& x) {
     if (!x) return;
     check_storage(name_of(op), name, *x);
-    x = dual(*x);
+    x = dual(x->scalar_type() == at::kBool ? x->to(c10::toRealValueType(args.weight_hh.scalar_type())) : *x);
   };
   join("mask_h", args.states.mask_h);
   join("keep_h", args.states.keep_h);

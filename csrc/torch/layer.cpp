@@ -4,8 +4,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/_pack_padded_sequence.h>
-#include <ATen/ops/_pad_packed_sequence.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/embedding.h>
@@ -14,6 +12,7 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/tanh.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -52,30 +51,35 @@ OptionalTensor one_vector(const Group& group) {
   return group.empty() ? OptionalTensor() : OptionalTensor(one_matrix(group));
 }
 
-// ---- packed sequences, where the kernels want padded ones; on the CPU alone ----
+// ---- packed sequences and nested rows, where the kernels want padded ones; on the CPU alone ----
 
 struct Padded {
   LayerCall call;
-  Tensor lengths;  // on the CPU, falling
 
   // like: of whose rows there are as many as the sequences have together
-  Padded(const char* op, const LayerCall& packed, const Tensor& like)
-      : call(packed), op_(op), rows_(like.dim() > 0 ? like.size(0) : 0), batch_sizes_(*packed.batch_sizes) {
-    RNN_CHECK(like.dim() > 0, op, ": input: expected rows of a packed sequence, got ", like.sizes());
-    check_packed(op, packed, like.size(0));
-    call.batch_sizes = std::nullopt;
+  Padded(const char* op, const LayerCall& ragged, const Tensor& like)
+      : call(ragged), op_(op), rows_(like.dim() > 0 ? like.size(0) : 0) {
+    RNN_CHECK(like.dim() > 0, op, ": input: expected rows of sequences, got ", like.sizes());
+    const Layout layout = layout_of(op, ragged.batch_sizes, ragged.offsets, ragged.states, rows_);
+    T_ = layout.T, B_ = layout.B;
+    places_ = at::empty({rows_}, at::kLong);
+    int64_t* places = places_.mutable_data_ptr<int64_t>();
+    for (int64_t b = 0; b < B_; ++b)
+      for (int64_t t = 0; t < layout.lengths[b]; ++t) places[layout.place(t, b)] = t * B_ + b;
+    call.states.lengths = at::tensor(layout.lengths, at::kLong);
+    call.batch_sizes = call.offsets = std::nullopt;
   }
   // [N, n] -> [T, B, n], zeros behind each row's end
   Tensor pad(const char* name, const Tensor& x) {
     check_storage(op_, name, x);
     RNN_CHECK(x.dim() > 0 && x.size(0) == rows_, op_, ": ", name, ": expected ", rows_,
-              " rows of a packed sequence, got ", x.sizes());
-    const bool empty = x.dim() == 2 && x.size(1) == 0;  // which torch's routine takes no views of
-    auto [padded, of_rows] = at::_pad_packed_sequence(empty ? x.new_zeros({rows_, 1}) : x, batch_sizes_, false, 0.0,
-                                                      batch_sizes_.size(0));
-    lengths = of_rows;
-    call.states.lengths = lengths;
-    return empty ? padded.narrow(2, 0, 0) : padded;
+              " rows of sequences, got ", x.sizes());
+    std::vector<int64_t> sizes = x.sizes().vec();
+    sizes[0] = T_ * B_;
+    const Tensor padded = at::zeros(sizes, x.options()).index_copy_(0, places_, x);
+    sizes[0] = B_;
+    sizes.insert(sizes.begin(), T_);
+    return padded.view(sizes);
   }
   OptionalTensor pad(const char* name, const OptionalTensor& x) {
     return x ? OptionalTensor(pad(name, *x)) : std::nullopt;
@@ -85,14 +89,13 @@ struct Padded {
     call.states.keep_c = pad("keep_c", call.states.keep_c);
   }
   Tensor pack(const Tensor& x) const {
-    if (x.defined() && x.dim() == 3 && x.size(2) == 0) return x.new_empty({rows_, 0});  // an Elman network saves nothing
-    return x.defined() && x.numel() ? std::get<0>(at::_pack_padded_sequence(x, lengths, false)) : x;
+    return x.defined() && x.dim() == 3 ? x.flatten(0, 1).index_select(0, places_) : x;
   }
 
  private:
   const char* op_;
-  int64_t rows_;
-  Tensor batch_sizes_;
+  int64_t rows_, T_, B_;
+  Tensor places_;  // of each value among the T * B padded ones
 };
 
 // ---- rows of different lengths ----
@@ -148,7 +151,7 @@ Tensor look_up(const Tensor& tokens, const Tensor& weight) {
 LayerResults forward_by_products(const LayerCall& call, bool save) {
   check_storage("layer_forward", "input", call.input);
   if (call.states.lengths) check_storage("layer_forward", "lengths", *call.states.lengths);
-  if (call.batch_sizes) {
+  if (call.batch_sizes || call.offsets) {
     Padded padded("layer_forward", call, call.input);
     padded.call.input = padded.pad("input", call.input);
     padded.pad_states();
@@ -270,7 +273,7 @@ LayerGradients from_recurrence(const LayerCall& call, const LayerGiven& given, c
 LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& given, const Needed& needed) {
   check_storage("layer_backward", "input", call.input);
   const RecurrentKernels& kernels = kernels_of(given.output);
-  if (call.batch_sizes) {
+  if (call.batch_sizes || call.offsets) {
     Padded padded("layer_backward", call, given.output);
     if (call.input.defined()) padded.call.input = padded.pad("input", call.input);
     LayerGiven all = given;

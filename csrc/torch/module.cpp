@@ -16,7 +16,6 @@
 #include "autograd.h"
 #include "layer.h"
 #include "module_call.h"
-#include "packing.h"
 #include "precision.h"
 #if defined(FASTRNN_CUDA_ARCHS)
 #include "../cuda/launch.h"
@@ -139,7 +138,6 @@ PYBIND11_MODULE(_C, m) {
                                     {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
   m.def("set_composed", &fastrnn::set_composed);
-  m.def("packing_order", &fastrnn::packing_order);
   m.def("instruction_set", &fastrnn::cpu::instruction_set);
   m.def("cpu_plan", &cpu_plan);
   m.def("usable_processors", &fastrnn::cpu::usable_processors);

@@ -1,15 +1,15 @@
 // A module's call from Python without the way through checks, dispatcher and a loop over layers, for the common case:
-// ordinary CPU tensors, one direction. That way takes about 25 us, as much as a step of 512 units itself.
+// ordinary CPU tensors. That way takes 25 us and more, as much as a step of 512 units itself.
 //
-// module_forward(tensors, names, cell, batch_first, input, hx, resets, grad_clip, recompute) -> (output, h_n[, c_n]), or
-// None where the call is any other: functional.py then makes it, and knows what is wrong with it. batch_first is None
-// for a cell's single step, whose input is [B, I] and whose states are [B, n]. Where a derivative is asked for, every
-// layer is a node of autograd (autograd.cpp); with recompute above 0 such a call is none for here.
+// module_forward(tensors, names, cell, directions, heads, batch_first, input, hx, resets, grad_clip, recompute) ->
+// (output, h_n[, c_n]), or None where the call is any other: network.py then makes it, and knows what is wrong with it.
+// batch_first is None for a cell's single step, whose input is [B, I] and whose states are [B, n]. Where a derivative is
+// asked for, every layer is a node of autograd (autograd.cpp); with recompute above 0 such a call is none for here.
 //
-// names[layer] are the keys of its weights in the dict `tensors`: weight_ih, weight_hh[, bias_ih, bias_hh][,
-// weight_hr], as torch.nn lists them. Quantized modules list all of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr,
-// scale_ih, sum_ih, scale_hh and sum_hh, None for what there is not, and then the numbers R, h and I, which blocks of int8
-// do not tell; their tensors are [1, ..].
+// names are of every layer, and in it of every direction, the keys of its weights in the dict `tensors`: weight_ih,
+// weight_hh[, bias_ih, bias_hh][, weight_hr][, params], as the modules list them. Quantized modules list all of weight_ih,
+// weight_hh, bias_ih, bias_hh, weight_hr, scale_ih, sum_ih, scale_hh and sum_hh, None for what there is not, and then the
+// numbers R, h and I, which blocks of int8 do not tell; their tensors are [1, ..].
 #include "module_call.h"
 
 #include <ATen/EmptyTensor.h>
@@ -75,10 +75,11 @@ struct Held {
 
 constexpr int kNarrowFields = 9;
 
+// Of a direction of a layer.
 struct HeldWeights {
-  int64_t size, width, hidden;  // I, R, h
+  int64_t size, width, hidden;  // I, R, H
   DType dtype;                  // of ih and hh
-  Held ih, hh, bias_ih, bias_hh, hr, scale_ih, sum_ih, scale_hh, sum_hh;
+  Held ih, hh, bias_ih, bias_hh, hr, params, scale_ih, sum_ih, scale_hh, sum_hh;
 };
 
 class ReleasedGil {
@@ -93,6 +94,7 @@ class ReleasedGil {
 // What a call of a module has been found to be.
 struct ModuleCall {
   int cell;
+  int64_t directions, heads;
   bool step;            // a cell's
   bool differentiable;  // somebody asks for a derivative
   at::ScalarType dtype;
@@ -100,16 +102,17 @@ struct ModuleCall {
   Held input, h_0, c_0;              // states without data for zeros
   Held resets;
   int64_t resets_stride_t, resets_stride_b;
-  std::vector<HeldWeights> layers;
+  std::vector<HeldWeights> weights;  // of all layers' directions
+  int64_t layers() const { return int64_t(weights.size()) / directions; }
 };
 
 DType dtype_of(const ModuleCall& call) { return *kernel_dtype(call.dtype); }
 
-// output [T, B, R], h_n [L, B, R], c_n [L, B, H].
+// A call without derivatives, of one direction and without heads: output [T, B, R], h_n [L, B, R], c_n [L, B, H].
 std::array<Tensor, 3> run(const ModuleCall& call) {
-  const int64_t T = call.T, B = call.B, L = call.layers.size();
+  const int64_t T = call.T, B = call.B, L = call.layers();
   const bool second = kCells[call.cell].states > 1;
-  const int64_t R = call.layers[0].width, h = call.layers[0].hidden, element = c10::elementSize(call.dtype);
+  const int64_t R = call.weights[0].width, h = call.weights[0].hidden, element = c10::elementSize(call.dtype);
   const auto empty = [&](at::IntArrayRef sizes) { return at::detail::empty_cpu(sizes, call.dtype); };
   const auto state = [&](int64_t n) { return call.step ? empty({B, n}) : empty({L, B, n}); };
   Tensor h_n = state(R), c_n = second ? state(h) : Tensor(), output;
@@ -117,7 +120,7 @@ std::array<Tensor, 3> run(const ModuleCall& call) {
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const uint8_t reverse = 0;
   for (int64_t i = 0; i < L; ++i) {
-    const HeldWeights& w = call.layers[i];
+    const HeldWeights& w = call.weights[i];
     const Tensor below = output;
     output = empty({T, B, R});
     LayerParams layer{};
@@ -143,6 +146,7 @@ std::array<Tensor, 3> run(const ModuleCall& call) {
     p.weight_hh = w.hh.data;
     p.bias_hh = w.bias_hh.data;
     p.weight_hr = w.hr.data;
+    p.params = w.params.data;
     p.h_0 = call.h_0.at(i * B * R * element);
     if (second) p.c_0 = call.c_0.at(i * B * h * element);
     p.resets = static_cast<const uint8_t*>(call.resets.data);
@@ -157,25 +161,43 @@ std::array<Tensor, 3> run(const ModuleCall& call) {
   return {output, h_n, c_n};
 }
 
+// What a module's list of keys means, by the position in it; -1 where there is none.
+struct Positions {
+  Py_ssize_t bias_ih, bias_hh, hr, params;
+  Positions(Py_ssize_t count, const CellInfo& cell) {
+    params = cell.params > 0 ? count - 1 : -1;
+    const Py_ssize_t others = count - (cell.params > 0);
+    hr = others % 2 ? others - 1 : -1;
+    bias_ih = others >= 4 ? 2 : -1;
+    bias_hh = others >= 4 ? 3 : -1;
+  }
+};
+
 // A module's own weights, of input's dtype.
 bool find_weights(PyObject* tensors, PyObject* names, int64_t size, ModuleCall& call, HeldWeights& out) {
+  const CellInfo& cell = kCells[call.cell];
   const Py_ssize_t count = PyList_GET_SIZE(names);
-  if (count < 2 || count > 5) return false;
-  std::array<const Tensor*, 5> found{};
+  if (count < 2 || count > 5 + (cell.params > 0)) return false;
+  std::array<const Tensor*, 6> found{};
   for (Py_ssize_t k = 0; k < count; ++k) {
     found[k] = plain(PyDict_GetItem(tensors, PyList_GET_ITEM(names, k)), call.dtype, call.differentiable);
     if (!found[k]) return false;
   }
-  const Tensor *ih = found[0], *hh = found[1], *hr = count % 2 ? found[count - 1] : nullptr;
-  const Tensor *bias_ih = count >= 4 ? found[2] : nullptr, *bias_hh = count >= 4 ? found[3] : nullptr;
-  if (ih->dim() != 2 || hh->dim() != 2) return false;
-  const int64_t G = kCells[call.cell].gates, R = hh->size(1), h = hh->size(0) / G;
-  const bool good = R > 0 && h > 0 && has_sizes(*ih, {G * h, size}) && has_sizes(*hh, {G * h, R}) &&
-                    (!bias_ih || (has_sizes(*bias_ih, {G * h}) && has_sizes(*bias_hh, {G * h}))) &&
-                    (hr ? has_sizes(*hr, {R, h}) && kCells[call.cell].states > 1 : R == h);
+  const Positions at(count, cell);
+  const auto one = [&](Py_ssize_t k) { return k < 0 ? nullptr : found[k]; };
+  const Tensor *ih = found[0], *hh = found[1], *bias_ih = one(at.bias_ih), *bias_hh = one(at.bias_hh);
+  const Tensor *hr = one(at.hr), *params = one(at.params);
+  const int64_t G = cell.gates, N = call.heads;
+  if (ih->dim() != 2 || hh->dim() != (N > 1 ? 3 : 2)) return false;
+  const int64_t R = N * hh->size(-1), H = N * (hh->size(-2) / G), rows = G * H;
+  const bool good = R > 0 && H > 0 && has_sizes(*ih, {rows, size}) &&
+                    (N > 1 ? !hr && has_sizes(*hh, {N, rows / N, R / N}) : has_sizes(*hh, {rows, R})) &&
+                    (!bias_ih || (has_sizes(*bias_ih, {rows}) && has_sizes(*bias_hh, {rows}))) &&
+                    (hr ? has_sizes(*hr, {R, H}) && cell.states > 1 : R == H) &&
+                    (!params || has_sizes(*params, {cell.params, H}));
   if (!good) return false;
   const auto held = [](const Tensor* t) { return t ? Held(*t) : Held(); };
-  out = {size, R, h, dtype_of(call), held(ih), held(hh), held(bias_ih), held(bias_hh), held(hr), {}, {}, {}, {}};
+  out = {size, R, H, dtype_of(call), held(ih), held(hh), held(bias_ih), held(bias_hh), held(hr), held(params), {}, {}, {}, {}};
   return true;
 }
 
@@ -183,6 +205,7 @@ bool find_weights(PyObject* tensors, PyObject* names, int64_t size, ModuleCall& 
 bool find_narrow_weights(PyObject* tensors, PyObject* names, int64_t size, ModuleCall& call, HeldWeights& out) {
   PyObject* first = PyDict_GetItem(tensors, PyList_GET_ITEM(names, 0));
   const bool int8 = plain(first, at::kChar, call.differentiable) != nullptr;
+  if (kCells[call.cell].params > 0 || call.heads > 1) return false;
   const int64_t R = PyLong_AsLongLong(PyList_GET_ITEM(names, kNarrowFields));
   const int64_t h = PyLong_AsLongLong(PyList_GET_ITEM(names, kNarrowFields + 1));
   if (R <= 0 || h <= 0 || call.dtype != at::kFloat) return false;
@@ -216,28 +239,32 @@ bool find_narrow_weights(PyObject* tensors, PyObject* names, int64_t size, Modul
 }
 
 bool find_layers(PyObject* tensors, PyObject* names, int64_t size, ModuleCall& call) {
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(names); ++i) {
-    PyObject* of_layer = PyList_GET_ITEM(names, i);
-    if (!PyList_Check(of_layer)) return false;
+  const int64_t D = call.directions, count = PyList_GET_SIZE(names);
+  if (count % D) return false;
+  for (int64_t i = 0; i < count; ++i) {
+    PyObject* keys = PyList_GET_ITEM(names, i);
+    if (!PyList_Check(keys)) return false;
     HeldWeights found{};
-    const bool good = PyList_GET_SIZE(of_layer) == kNarrowFields + 3
-                          ? find_narrow_weights(tensors, of_layer, size, call, found)
-                          : find_weights(tensors, of_layer, size, call, found);
-    if (!good || (i > 0 && (found.width != size || found.hidden != call.layers[0].hidden))) return false;
-    size = found.width;
-    call.layers.push_back(std::move(found));
+    const bool narrow = PyList_GET_SIZE(keys) == kNarrowFields + 3;
+    if (narrow ? D > 1 || !find_narrow_weights(tensors, keys, size, call, found)
+               : !find_weights(tensors, keys, size, call, found))
+      return false;
+    const HeldWeights& first = i > 0 ? call.weights[0] : found;
+    if (found.width != first.width || found.hidden != first.hidden) return false;
+    if ((i + 1) % D == 0) size = D * found.width;
+    call.weights.push_back(std::move(found));
   }
-  return !call.layers.empty();
+  return count > 0;
 }
 
 bool find_states(PyObject* hx, ModuleCall& call) {
   if (hx == Py_None) return true;
   const bool second = kCells[call.cell].states > 1;
-  const HeldWeights& w = call.layers[0];
-  const int64_t L = call.layers.size();
+  const HeldWeights& w = call.weights[0];
+  const int64_t count = call.weights.size();
   const auto hold = [&](PyObject* x, int64_t width, Held& held) {
     const Tensor* t = plain(x, call.dtype, call.differentiable);
-    const bool good = t && (call.step ? has_sizes(*t, {call.B, width}) : has_sizes(*t, {L, call.B, width}));
+    const bool good = t && (call.step ? has_sizes(*t, {call.B, width}) : has_sizes(*t, {count, call.B, width}));
     if (good) held = Held(*t);
     return good;
   };
@@ -288,34 +315,69 @@ PyObject* tuple_of(std::initializer_list<Tensor> tensors) {
   return result;
 }
 
-// A call that has been found to be good, as nodes of autograd: output [T, B, R], h_n [L, B, R], c_n [L, B, H].
-std::array<Tensor, 3> run_differentiable(const ModuleCall& found, PyObject* tensors, PyObject* names, bool batch_first,
-                                         PyObject* input, PyObject* hx, PyObject* resets, double grad_clip) {
+// Heads as groups of a layer's call, and back: what fastrnn/heads.py says, of ordinary tensors.
+Group group_of(const std::vector<Tensor>& x) { return Group(x.begin(), x.end()); }
+Group rows_by_head(const Tensor& x, int64_t N, int64_t h) {  // of every gate those of a head's units
+  std::vector<int64_t> split{x.size(0) / (N * h), N, h}, joined{N, x.size(0) / N};
+  for (const int64_t features : x.sizes().slice(1)) split.push_back(features), joined.push_back(features);
+  return group_of(x.view(split).transpose(0, 1).reshape(joined).unbind());
+}
+Tensor states_by_head(const Tensor& x, int64_t N) {  // [D, B, H] -> [D*N, B, h]
+  const int64_t D = x.size(0), B = x.size(1), h = x.size(2) / N;
+  return x.view({D, B, N, h}).transpose(1, 2).reshape({D * N, B, h});
+}
+Tensor states_of_heads(const Tensor& x, int64_t N) {  // and back
+  const int64_t D = x.size(0) / N, B = x.size(1), h = x.size(2);
+  return x.view({D, N, B, h}).transpose(1, 2).reshape({D, B, N * h});
+}
+
+// The weights of every layer, as groups.
+std::vector<Weights> weights_of(const ModuleCall& call, PyObject* tensors, PyObject* names) {
+  const CellInfo& cell = kCells[call.cell];
+  const int64_t D = call.directions, N = call.heads, h = call.weights[0].hidden / N;
+  std::vector<Weights> all(call.layers());
+  for (size_t i = 0; i < call.weights.size(); ++i) {
+    PyObject* keys = PyList_GET_ITEM(names, i);
+    const Positions at(PyList_GET_SIZE(keys), cell);
+    const auto given = [&](Py_ssize_t k) { return THPVariable_Unpack(PyDict_GetItem(tensors, PyList_GET_ITEM(keys, k))); };
+    const auto put = [&](Group& group, Py_ssize_t k, auto split) {
+      if (k < 0) return;
+      const Group more = N == 1 ? Group{given(k)} : split(given(k));
+      group.append(more.begin(), more.end());
+    };
+    const auto rows = [&](const Tensor& x) { return rows_by_head(x, N, h); };
+    const auto blocks = [&](const Tensor& x) { return group_of(x.unbind()); };
+    const auto units = [&](const Tensor& x) { return group_of(x.view({x.size(0), N, h}).unbind(1)); };
+    Weights& w = all[i / D];
+    put(w.weight_ih, 0, rows);
+    put(w.weight_hh, 1, blocks);
+    put(w.bias_ih, at.bias_ih, rows);
+    put(w.bias_hh, at.bias_hh, rows);
+    put(w.weight_hr, at.hr, blocks);
+    put(w.params, at.params, units);
+  }
+  return all;
+}
+
+// A call that has been found to be good, layer by layer; where a derivative is asked for, as nodes of autograd: output
+// [T, B, D*R], h_n [L*D, B, R], c_n [L*D, B, H].
+std::array<Tensor, 3> run_layers(const ModuleCall& found, PyObject* tensors, PyObject* names, bool batch_first,
+                                 PyObject* input, PyObject* hx, PyObject* resets, double grad_clip) {
   const bool second = kCells[found.cell].states > 1;
-  const int64_t L = found.layers.size();
+  const int64_t L = found.layers(), D = found.directions, N = found.heads;
   const auto given = [&](PyObject* x) { return x == Py_None ? Tensor() : THPVariable_Unpack(x); };
   const bool pair = second && hx != Py_None;
   const Tensor h_0 = given(pair ? PyTuple_GET_ITEM(hx, 0) : hx), c_0 = pair ? given(PyTuple_GET_ITEM(hx, 1)) : Tensor();
   const auto of_layer = [&](const Tensor& x, int64_t i) -> OptionalTensor {
     if (!x.defined()) return std::nullopt;
-    return found.step ? x.unsqueeze(0) : L == 1 ? x : x.narrow(0, i, 1);
+    const Tensor own = found.step ? x.unsqueeze(0) : L == 1 ? x : x.narrow(0, i * D, D);
+    return N == 1 ? own : states_by_head(own, N);
   };
   // All layers' weights, before the first of them runs: another thread may have the lock then, and take some away.
-  std::vector<Weights> weights(L);
-  for (int64_t i = 0; i < L; ++i) {
-    PyObject* keys = PyList_GET_ITEM(names, i);
-    const Py_ssize_t count = PyList_GET_SIZE(keys);
-    const auto weight = [&](Py_ssize_t k) {
-      return Group{THPVariable_Unpack(PyDict_GetItem(tensors, PyList_GET_ITEM(keys, k)))};
-    };
-    weights[i].weight_ih = weight(0);
-    weights[i].weight_hh = weight(1);
-    if (count >= 4) weights[i].bias_ih = weight(2), weights[i].bias_hh = weight(3);
-    if (count % 2) weights[i].weight_hr = weight(count - 1);
-  }
+  std::vector<Weights> weights = weights_of(found, tensors, names);
   LayerCall call;
   call.cell = kCells[found.cell].name;
-  call.reverse = {false};
+  for (int64_t k = 0; k < D * N; ++k) call.reverse.push_back(k >= N);
   call.grad_clip = grad_clip;
   call.input = given(input);
   if (found.step) call.input = call.input.unsqueeze(0);
@@ -328,13 +390,13 @@ std::array<Tensor, 3> run_differentiable(const ModuleCall& found, PyObject* tens
     call.states.c_0 = of_layer(c_0, i);
     const LayerResults out = differentiable_layer(call);
     call.input = out.output;
-    h_n.push_back(out.h_n);
-    if (second) c_n.push_back(out.c_n);
+    h_n.push_back(N == 1 ? out.h_n : states_of_heads(out.h_n, N));
+    if (second) c_n.push_back(N == 1 ? out.c_n : states_of_heads(out.c_n, N));
   }
   const auto joined = [&](const std::vector<Tensor>& x) {
     if (x.empty()) return Tensor();
     if (found.step) return unviewed(x[0].squeeze(0));
-    return L == 1 ? x[0] : at::cat(x);
+    return L == 1 ? unviewed(x[0]) : at::cat(x);
   };
   return {call.input, joined(h_n), joined(c_n)};
 }
@@ -343,15 +405,21 @@ std::array<Tensor, 3> run_differentiable(const ModuleCall& found, PyObject* tens
 
 PyObject* module_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 9 && PyDict_Check(args[0]) && PyList_Check(args[1]) && PyUnicode_Check(args[2]),
-                   "module_forward: expected (dict, list, str, bool or None, input, hx, resets, grad_clip, recompute)");
+  TORCH_CHECK_TYPE(count == 11 && PyDict_Check(args[0]) && PyList_Check(args[1]) && PyUnicode_Check(args[2]),
+                   "module_forward: expected (dict, list, str, int, int, bool or None, input, hx, resets, grad_clip, "
+                   "recompute)");
   if (!is_plain_thread()) Py_RETURN_NONE;
-  const bool batch_first = args[3] == Py_True;
+  const bool batch_first = args[5] == Py_True;
+  PyObject *const given = args[6], *const hx = args[7], *const resets = args[8];
   ModuleCall call{};
-  const Tensor* input = plain(args[4], std::nullopt, call.differentiable);
+  const Tensor* input = plain(given, std::nullopt, call.differentiable);
+  call.directions = PyLong_AsLongLong(args[3]);
+  call.heads = PyLong_AsLongLong(args[4]);
+  if (PyErr_Occurred()) throw python_error();
+  if (call.directions < 1 || call.heads < 1) Py_RETURN_NONE;
   call.cell = find_cell(text_of(args[2]));
   if (!input || call.cell < 0 || kCells[call.cell].states > 2) Py_RETURN_NONE;
-  call.step = args[3] == Py_None;
+  call.step = args[5] == Py_None;
   if (input->dim() != (call.step ? 2 : 3) || (input->stride(-1) != 1 && input->size(-1) != 1)) Py_RETURN_NONE;
   call.dtype = input->scalar_type();
   call.input = Held(*input);
@@ -361,14 +429,14 @@ PyObject* module_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   call.B = input->size(batch);
   call.stride_b = input->stride(batch);
   if (call.T < 1 || call.B < 1 || !has_memory(*input) || !find_layers(args[0], args[1], input->size(-1), call) ||
-      !find_states(args[5], call) || !find_resets(args[6], time, call))
+      !find_states(hx, call) || !find_resets(resets, time, call))
     Py_RETURN_NONE;
+  const bool quantized = call.weights[0].dtype != dtype_of(call);
+  if (call.differentiable && (quantized || number_of(args[10]) > 0)) Py_RETURN_NONE;
   std::array<Tensor, 3> results;
-  if (call.differentiable) {
-    const bool quantized = call.layers[0].dtype != dtype_of(call);
-    if (quantized || number_of(args[8]) > 0) Py_RETURN_NONE;
-    const double grad_clip = args[7] == Py_None ? 0 : number_of(args[7]);
-    results = run_differentiable(call, args[0], args[1], batch_first, args[4], args[5], args[6], grad_clip);
+  if (call.differentiable || call.directions > 1 || call.heads > 1) {
+    const double grad_clip = args[9] == Py_None ? 0 : number_of(args[9]);
+    results = run_layers(call, args[0], args[1], batch_first, given, hx, resets, grad_clip);
   } else {
     RECORD_FUNCTION("fastrnn::layer_forward", {});
     results = run(call);

@@ -52,8 +52,8 @@ Tensor bernoulli_cpu(const Tensor& seed, at::IntArrayRef size, double p, at::Sca
   sizes.insert(sizes.end(), size.begin(), size.end());
   const Tensor out = at::empty(sizes, seed.options().dtype(dtype)), seeds = seed.contiguous();
   const int64_t each = seed.numel() > 0 ? out.numel() / seed.numel() : 0;
-  const std::optional<DType> type = kernel_dtype(dtype);
-  RNN_CHECK_TYPE(type, "bernoulli: dtype: expected float32, float64, bfloat16 or float16, got ", dtype);
+  const std::optional<DType> type = dtype == at::kBool ? DType::kBool : kernel_dtype(dtype);
+  RNN_CHECK_TYPE(type, "bernoulli: dtype: expected float32, float64, bfloat16, float16 or bool, got ", dtype);
   char* const data = static_cast<char*>(out.mutable_data_ptr());
   for (int64_t n = 0; n < seed.numel(); ++n)
     at::parallel_for(0, ceil_div(each, 2), 1 << 14, [&](int64_t begin, int64_t end) {
@@ -279,6 +279,7 @@ LayerArguments read_layer_forward(Reader from) {
   args.save = from.value().toBool();
   args.call.grad_clip = from.value().toDouble();
   args.all_states = from.value().toBool();
+  args.call.offsets = from.optional();
   return args;
 }
 
@@ -301,6 +302,7 @@ LayerBackwardArguments read_layer_backward(Reader from) {
             " values, got ", needed.size());
   std::copy(needed.begin(), needed.end(), args.needed.begin());
   args.call.grad_clip = from.value().toDouble();
+  args.call.offsets = from.optional();
   return args;
 }
 
@@ -316,6 +318,7 @@ torch::jit::Stack stack_of(const LayerCall& call, bool save, bool all_states) {
   stack.emplace_back(save);
   stack.emplace_back(call.grad_clip);
   stack.emplace_back(all_states);
+  stack.push_back(value_of(call.offsets));
   return stack;
 }
 
@@ -334,6 +337,7 @@ torch::jit::Stack stack_of(const LayerCall& call, const LayerGiven& given, const
   stack.emplace_back(given.saved);
   stack.emplace_back(list_of(std::vector<bool>(needed.begin(), needed.end())));
   stack.emplace_back(call.grad_clip);
+  stack.push_back(value_of(call.offsets));
   return stack;
 }
 
@@ -361,13 +365,14 @@ TORCH_LIBRARY(fastrnn, m) {
   // recurrent_forward of gates_ih = weight_ih input + bias_ih, which on a CPU are made a few steps at a time and never
   // stored. Its derivative is made by autograd.cpp.
   def({"layer_forward(str cell, Tensor input, ", kWeightsText, kStatesText,
-       "Tensor? batch_sizes, bool[] reverse, bool save, float grad_clip=0.0, bool all_states=False) -> "
+       "Tensor? batch_sizes, bool[] reverse, bool save, float grad_clip=0.0, bool all_states=False, Tensor? offsets=None) -> "
        "(Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor saved)"});
   // Its gradients, weights' [P, ...]; needed: a flag for each of them.
   def({"layer_backward(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, "
        "Tensor? input, ",
        kWeightsText, kStatesText,
-       "Tensor? batch_sizes, bool[] reverse, Tensor output, Tensor saved, bool[] needed, float grad_clip=0.0) -> (",
+       "Tensor? batch_sizes, bool[] reverse, Tensor output, Tensor saved, bool[] needed, float grad_clip=0.0, "
+       "Tensor? offsets=None) -> (",
        kGradientsText + 2, ")"});
   // layer_forward for inference on a float32 input with weights of bfloat16 (no scales, no sums) or int8 in blocks; see
   // LayerParams in params.h and fastrnn/quantized.py.

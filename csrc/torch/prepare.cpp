@@ -20,12 +20,11 @@ namespace {
 
 struct Dims {
   int64_t T, B, P, G, h, R, S, C;
-  bool packed;
-  int64_t rows;  // T * B, or N of a packed sequence
+  bool ragged;   // are there tensors [N, ..] in place of [T, B, ..]?
+  int64_t rows;  // T * B, or N
 };
 
-// Checked: what a packed sequence's batch sizes must be for [N, ..] tensors of `rows` rows.
-const int64_t* checked_batch_sizes(const char* op, const Tensor& x, int64_t rows) {
+Layout packed_layout(const char* op, const Tensor& x, int64_t rows) {
   check_storage(op, "batch_sizes", x);
   RNN_CHECK(x.scalar_type() == at::kLong && x.is_cpu() && x.dim() == 1 && x.size(0) > 0 && x.is_contiguous(), op,
             ": batch_sizes: expected a contiguous vector of int64 on the CPU, got ", x.scalar_type(), " ",
@@ -39,7 +38,35 @@ const int64_t* checked_batch_sizes(const char* op, const Tensor& x, int64_t rows
                     " (rows of data), got one past 64 bits");
   }
   RNN_CHECK_VALUE(sum == rows, op, ": batch_sizes: expected a sum of ", rows, " (rows of data), got ", sum);
-  return sizes;
+  Layout layout{x.size(0), sizes[0], std::vector<int64_t>(sizes[0]), {}, {}};
+  int64_t row = 0;
+  for (int64_t t = 0; t < layout.T; ++t) {
+    layout.step_rows.push_back(row);
+    row += sizes[t];
+    const int64_t ending = sizes[t] - (t + 1 < layout.T ? sizes[t + 1] : 0);
+    for (int64_t i = 1; i <= ending; ++i) layout.lengths[sizes[t] - i] = t + 1;
+  }
+  return layout;
+}
+
+Layout nested_layout(const char* op, const Tensor& x, int64_t rows) {
+  check_storage(op, "offsets", x);
+  RNN_CHECK(at::isIntegralType(x.scalar_type(), /*includeBool=*/false) && x.is_cpu() && x.dim() == 1 && x.size(0) > 1, op,
+            ": offsets: expected [B + 1] of an integer dtype on the CPU, got ", x.scalar_type(), " ", x.sizes(), " on ",
+            x.device());
+  const Tensor own = x.to(at::kLong).contiguous();
+  const int64_t* starts = own.const_data_ptr<int64_t>();
+  Layout layout{0, x.size(0) - 1, {}, {}, {}};
+  RNN_CHECK_VALUE(starts[0] == 0 && starts[layout.B] == rows, op, ": offsets: expected them from 0 to ", rows,
+                  " (rows of data), got ", starts[0], " to ", starts[layout.B]);
+  for (int64_t b = 0; b < layout.B; ++b) {
+    RNN_CHECK_VALUE(starts[b] <= starts[b + 1] && starts[b + 1] <= rows, op,
+                    ": offsets: expected them to rise, got ", starts[b + 1], " behind ", starts[b]);
+    layout.row_starts.push_back(starts[b]);
+    layout.lengths.push_back(starts[b + 1] - starts[b]);
+    layout.T = std::max(layout.T, layout.lengths.back());
+  }
+  return layout;
 }
 
 // Does the product, in bytes, fit an offset? Sizes of 0 hide no others: what has no elements may have any size besides.
@@ -60,11 +87,12 @@ void check_storage(const char* op, const char* name, const Tensor& x) {
             static_cast<int64_t>(x.storage().nbytes()));
 }
 
-void check_packed(const char* op, const LayerCall& call, int64_t rows) {
-  checked_batch_sizes(op, *call.batch_sizes, rows);
-  const States& s = call.states;
-  RNN_CHECK(!s.lengths && !s.resets, op, ": ", s.lengths ? "lengths" : "resets",
-            ": expected none with batch_sizes, got a tensor");
+Layout layout_of(const char* op, const OptionalTensor& batch_sizes, const OptionalTensor& offsets, const States& states,
+                 int64_t rows) {
+  RNN_CHECK(!batch_sizes || !offsets, op, ": offsets: expected none with batch_sizes, got a tensor");
+  RNN_CHECK(!states.lengths && !states.resets, op, ": ", states.lengths ? "lengths" : "resets", ": expected none with ",
+            offsets ? "offsets" : "batch_sizes", ", got a tensor");
+  return batch_sizes ? packed_layout(op, *batch_sizes, rows) : nested_layout(op, *offsets, rows);
 }
 
 namespace {
@@ -89,26 +117,25 @@ class Checker {
                    ": expected float32, float64, bfloat16 or float16, got ", reference.scalar_type());
     if (known) dtype_ = *known;
     else dtype_ = reference.scalar_type() == at::kComplexDouble ? DType::kDualFloat64 : DType::kDualFloat32;
-    const int64_t dims = args.batch_sizes ? 2 : 3;
+    const bool ragged = args.batch_sizes || args.offsets;
+    const int64_t dims = ragged ? 2 : 3;
     RNN_CHECK(reference.dim() == dims, op_, ": ", reference_name, ": expected ", dims, " dimensions, got ",
               reference.sizes());
     RNN_CHECK(weight.size() == 3, op_, ": weight_hh: expected 3 dimensions (groups, gates * hidden, width), got ",
               weight);
     dims_ = {reference.size(0), reference.size(1), weight[0], info_.gates, weight[1] / info_.gates, weight[2],
              saved_values(info_, args.states.keep_h.has_value(), args.states.keep_c.has_value()), info_.in_c(),
-             args.batch_sizes.has_value(), 0};
+             ragged, 0};
     // From here on, in the kernels too, sizes are multiplied without a look: so this is the one at their products.
     RNN_CHECK(is_addressable({dims_.T, dims_.B, dims_.P, dims_.G + dims_.S + dims_.C, dims_.h}) &&
                   is_addressable({dims_.T, dims_.B, dims_.P, dims_.R}) && is_addressable({dims_.P, weight[1], dims_.R}),
               op_, ": ", reference_name, ": expected sizes whose products fit 64 bits, got ", reference.sizes(),
               " with weight_hh ", weight);
-    dims_.rows = dims_.packed ? reference.size(0) : dims_.T * dims_.B;
-    if (dims_.packed) {
-      batch_sizes_ = checked_batch_sizes(op, *args.batch_sizes, dims_.rows);
-      dims_.T = args.batch_sizes->size(0);
-      dims_.B = batch_sizes_[0];
-      RNN_CHECK(!args.states.lengths && !args.states.resets, op_, ": ", args.states.lengths ? "lengths" : "resets",
-                ": expected none with batch_sizes, got a tensor");
+    dims_.rows = ragged ? reference.size(0) : dims_.T * dims_.B;
+    if (ragged) {
+      layout_ = layout_of(op, args.batch_sizes, args.offsets, args.states, dims_.rows);
+      dims_.T = layout_.T;
+      dims_.B = layout_.B;
     }
     RNN_CHECK(dims_.P > 0 && dims_.h > 0 && dims_.R > 0 && weight[1] == info_.gates * dims_.h, op_,
               ": weight_hh: expected (groups, ", info_.gates, " * hidden, width) with every size above 0, got ",
@@ -155,7 +182,7 @@ class Checker {
 
   // The sizes of a tensor [T, B, n], or [N, n] of a packed sequence.
   std::vector<int64_t> sequence(int64_t n) const {
-    return dims_.packed ? std::vector<int64_t>{dims_.rows, n} : std::vector<int64_t>{dims_.T, dims_.B, n};
+    return dims_.ragged ? std::vector<int64_t>{dims_.rows, n} : std::vector<int64_t>{dims_.T, dims_.B, n};
   }
 
   // Checked, contiguous, kept alive; null for an absent tensor.
@@ -185,18 +212,36 @@ class Checker {
   }
 
   // The same for a sequence of n features, of which only the last dimension must be contiguous.
-  const void* read_strided(const char* name, const OptionalTensor& x, int64_t n, int64_t& stride_t,
-                           int64_t& stride_b) {
+  const void* read_strided(const char* name, const OptionalTensor& x, int64_t n, int64_t& stride_t, int64_t& stride_b,
+                           bool checked = false) {
     if (!x) return nullptr;
-    floating(name, *x, sequence(n));
+    if (!checked) floating(name, *x, sequence(n));
     keep.push_back(x->stride(-1) == 1 || x->size(-1) == 1 ? *x : x->contiguous());
-    stride_t = keep.back().stride(0);  // not read where packed
+    stride_t = keep.back().stride(0);  // not read where there are N
     stride_b = keep.back().stride(-2);
     return keep.back().const_data_ptr();
   }
 
+  // keep_h and keep_c, which may be bool: so the CPU's kernels read them, if both are.
+  void keeps(const States& states, ForwardParams& p) {
+    const auto [T, B, P, G, h, R, S, C, ragged, rows] = dims_;
+    OptionalTensor keep_h = states.keep_h, keep_c = states.keep_c;
+    const auto is_bool = [](const OptionalTensor& x) { return x && x->scalar_type() == at::kBool; };
+    const bool others = (keep_h && !is_bool(keep_h)) || (keep_c && !is_bool(keep_c)) || !reference_.is_cpu();
+    p.keep_is_bool = !others && (keep_h || keep_c);
+    const auto read = [&](const char* name, OptionalTensor& x, int64_t n, int64_t& stride_t, int64_t& stride_b) {
+      if (!is_bool(x)) return read_strided(name, x, n, stride_t, stride_b);
+      const std::vector<int64_t> expected = sequence(n);
+      RNN_CHECK(x->sizes() == expected, op_, ": ", name, ": expected ", expected, ", got ", x->sizes());
+      device(name, *x);
+      return read_strided(name, others ? x->to(reference_.scalar_type()) : *x, n, stride_t, stride_b, /*checked=*/true);
+    };
+    p.keep_h = read("keep_h", keep_h, P * R, p.keep_h_stride_t, p.keep_h_stride_b);
+    p.keep_c = read("keep_c", keep_c, P * h, p.keep_c_stride_t, p.keep_c_stride_b);
+  }
+
   void weights(const Recurrence& args, ForwardParams& p) {
-    const auto [T, B, P, G, h, R, S, C, packed, rows] = dims_;
+    const auto [T, B, P, G, h, R, S, C, ragged, rows] = dims_;
     p.weight_hh = read_weight("weight_hh", args.weight_hh, {P, G * h, R});
     p.weight_hr = read_weight("weight_hr", args.weight_hr, {P, R, h});
     p.params = read_weight("params", args.params, {P, info_.params, h});
@@ -204,7 +249,7 @@ class Checker {
 
   // All but the weights.
   void fill(const Recurrence& args, ForwardParams& p, Owned& own) {
-    const auto [T, B, P, G, h, R, S, C, packed, rows] = dims_;
+    const auto [T, B, P, G, h, R, S, C, ragged, rows] = dims_;
     p.steps = T;
     p.batch = B;
     p.groups = P;
@@ -218,18 +263,22 @@ class Checker {
     p.c_0 = read_state("c_0", args.states.c_0, C * h);
     for (const bool r : args.reverse) own.reverse.push_back(r);
     p.reverse = own.reverse.data();
-    if (packed)
-      packing(p, own);
-    else
+    if (ragged) {
+      own.layout = std::move(layout_);
+      p.lengths = own.layout.lengths.data();
+      p.lengths_stride_b = 1;
+      (own.layout.row_starts.empty() ? p.step_rows : p.row_starts) =
+          own.layout.row_starts.empty() ? own.layout.step_rows.data() : own.layout.row_starts.data();
+    } else {
       lengths(args.states, p);
+    }
     resets(args.states, p);
     p.mask_h = read_state("mask_h", args.states.mask_h, R);
     RNN_CHECK(takes_zoneout(info_) || !args.states.keep_h, op_, ": keep_h: expected none for cell '", info_.name,
               "', got a tensor");
-    p.keep_h = read_strided("keep_h", args.states.keep_h, P * R, p.keep_h_stride_t, p.keep_h_stride_b);
     RNN_CHECK((takes_zoneout(info_) && info_.states > 1) || !args.states.keep_c, op_,
               ": keep_c: expected none for cell '", info_.name, "', got a tensor");
-    p.keep_c = read_strided("keep_c", args.states.keep_c, P * h, p.keep_c_stride_t, p.keep_c_stride_b);
+    keeps(args.states, p);
   }
 
   Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, reference_.options()); }
@@ -259,20 +308,6 @@ class Checker {
               " (that of ", reference_name_, "), got ", x.device());
   }
 
-  void packing(ForwardParams& p, Owned& own) {
-    own.lengths.assign(dims_.B, 0);
-    int64_t row = 0;
-    for (int64_t t = 0; t < dims_.T; ++t) {
-      own.step_rows.push_back(row);
-      row += batch_sizes_[t];
-      const int64_t ending = batch_sizes_[t] - (t + 1 < dims_.T ? batch_sizes_[t + 1] : 0);
-      for (int64_t i = 1; i <= ending; ++i) own.lengths[batch_sizes_[t] - i] = t + 1;
-    }
-    p.step_rows = own.step_rows.data();
-    p.lengths = own.lengths.data();
-    p.lengths_stride_b = 1;
-  }
-
   void lengths(const States& args, ForwardParams& p) {
     if (!args.lengths) return;
     const Tensor& x = *args.lengths;
@@ -294,7 +329,7 @@ class Checker {
   }
 
   void resets(const States& args, ForwardParams& p) {
-    const auto [T, B, P, G, h, R, S, C, packed, rows] = dims_;
+    const auto [T, B, P, G, h, R, S, C, ragged, rows] = dims_;
     RNN_CHECK(args.resets || !(args.reset_h || args.reset_c), op_, ": ", args.reset_h ? "reset_h" : "reset_c",
               ": expected none without resets, got a tensor");
     RNN_CHECK(info_.states > 1 || !args.reset_c, op_, ": reset_c: expected none for cell '", info_.name,
@@ -322,7 +357,7 @@ class Checker {
   DType dtype_;
   Dims dims_;
   const bool of_layer_;
-  const int64_t* batch_sizes_ = nullptr;
+  Layout layout_;
 };
 
 void* data_or_null(const Tensor& x) { return x.numel() ? x.mutable_data_ptr() : nullptr; }
@@ -383,6 +418,7 @@ Recurrence recurrence_of(const LayerCall& call) {
 #undef FASTRNN_STACK
   args.states = call.states;
   args.batch_sizes = call.batch_sizes;
+  args.offsets = call.offsets;
   args.of_layer = true;
   return args;
 }
@@ -402,10 +438,10 @@ void check_features(const char* op, const Dims& dims, int64_t size) {
 // What both forms of the forward call share, once the sequence has been checked.
 void prepare_results(Checker& checker, const Recurrence& args, bool save, PreparedForward& out,
                      const Tensor& saved = {}) {
-  const auto [T, B, P, G, h, R, S, C, packed, rows] = checker.dims();
+  const auto [T, B, P, G, h, R, S, C, ragged, rows] = checker.dims();
   ForwardParams& p = out.params;
   checker.fill(args, p, out.own);
-  const bool padded = p.lengths && !packed, c = checker.info().states > 1;
+  const bool padded = p.lengths && !ragged, c = checker.info().states > 1;
   out.output = checker.result(checker.sequence(P * R), padded);
   out.h_n = checker.empty(checker.state_sizes(R));
   out.c_n = c ? checker.empty(checker.state_sizes(C * h)) : checker.absent();
@@ -445,7 +481,7 @@ static std::vector<int64_t> weight_sizes(const Recurrence& args) {
 
 PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save, const Tensor& saved) {
   Checker checker("recurrent_forward", args, gates_ih, "gates_ih", weight_sizes(args));
-  const auto [T, B, P, G, h, R, S, C, packed, rows] = checker.dims();
+  const auto [T, B, P, G, h, R, S, C, ragged, rows] = checker.dims();
   PreparedForward out;
   ForwardParams& p = out.params;
   p.gates_ih = checker.read_strided("gates_ih", gates_ih, P * G * h, p.gates_ih_stride_t, p.gates_ih_stride_b);
@@ -457,7 +493,7 @@ PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, 
 PreparedForward prepare_layer(const LayerCall& call, bool save) {
   const Recurrence args = recurrence_of(call);
   Checker checker("layer_forward", args, call.input, "input", weight_sizes(args));
-  const auto [T, B, P, G, h, R, S, C, packed, rows] = checker.dims();
+  const auto [T, B, P, G, h, R, S, C, ragged, rows] = checker.dims();
   PreparedForward out;
   LayerParams& p = out.layer;
   p.size = call.input.size(-1);
@@ -490,7 +526,7 @@ PreparedForward prepare_quantized(const Recurrence& args, const Tensor& input, c
   const int64_t R0 = width("h_0", *args.states.h_0), in_c = kCells[known_cell(args.cell)].in_c();
   const int64_t h0 = args.states.c_0 && in_c > 0 ? width("c_0", *args.states.c_0) / in_c : R0;
   Checker checker(op, args, input, "input", std::vector<int64_t>{groups, gates * h0, R0});
-  const auto [T, B, P, G, h, R, S, C, packed, rows] = checker.dims();
+  const auto [T, B, P, G, h, R, S, C, ragged, rows] = checker.dims();
   PreparedForward out;
   LayerParams& p = out.layer;
   p.size = input.size(2);
@@ -525,7 +561,7 @@ namespace {
 // What both forms of the backward call share.
 void prepare_gradients(const char* op, Checker& checker, const Recurrence& args, const Given& given, bool initial,
                        PreparedBackward& out) {
-  const auto [T, B, P, G, h, R, S, C, packed, rows] = checker.dims();
+  const auto [T, B, P, G, h, R, S, C, ragged, rows] = checker.dims();
   BackwardParams& p = out.params;
   check_grad_clip(op, args.grad_clip);
   p.grad_clip = args.grad_clip;
@@ -566,7 +602,7 @@ void prepare_gradients(const char* op, Checker& checker, const Recurrence& args,
 PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bool initial, bool together) {
   const char* op = "recurrent_backward";
   Checker checker(op, args, given.output, "output", weight_sizes(args));
-  const auto [T, B, P, G, h, R, S, C, packed, rows] = checker.dims();
+  const auto [T, B, P, G, h, R, S, C, ragged, rows] = checker.dims();
   PreparedBackward out;
   BackwardParams& p = out.params;
   prepare_gradients(op, checker, args, given, initial, out);
@@ -599,7 +635,7 @@ PreparedBackward prepare_layer_backward(const LayerCall& call, const LayerGiven&
   const Weights& w = call.weights;
   const Recurrence args = recurrence_of(call);
   Checker checker(op, args, given.output, "output", weight_sizes(args));
-  const auto [T, B, P, G, h, R, S, C, packed, rows] = checker.dims();
+  const auto [T, B, P, G, h, R, S, C, ragged, rows] = checker.dims();
   PreparedBackward out;
   LayerBackwardParams& p = out.layer;
   prepare_gradients(op, checker, args, of_recurrence(given), needed[kOf_h_0] || needed[kOf_c_0], out);
@@ -612,7 +648,7 @@ PreparedBackward prepare_layer_backward(const LayerCall& call, const LayerGiven&
   p.weight = checker.read_weight("weight_ih", stacked(w.weight_ih), {P, G * h, p.size});
   auto parts = checker.sequence(p.size);
   parts.insert(parts.begin(), P);
-  const bool padded = out.params.lengths && !packed;
+  const bool padded = out.params.lengths && !ragged;
   out.grad_input = needed[kOf_input] ? checker.result(parts, padded) : checker.absent();
   const auto gradient = [&](Gradient of, at::IntArrayRef sizes) {
     return needed[of] ? checker.empty(sizes) : checker.absent();

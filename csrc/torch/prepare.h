@@ -18,7 +18,7 @@ struct Recurrence : Run {
   FASTRNN_FOR_EACH_RECURRENT_WEIGHT(FASTRNN_FIELD)
 #undef FASTRNN_FIELD
   States states;
-  OptionalTensor batch_sizes = std::nullopt;  // as in LayerCall
+  OptionalTensor batch_sizes = std::nullopt, offsets = std::nullopt;  // as in LayerCall
   bool of_layer = false;                      // are the states [P, B, n], and not [B, P*n]?
 };
 Recurrence recurrence_of(const LayerCall& call);
@@ -29,8 +29,16 @@ std::optional<DType> kernel_dtype(at::ScalarType type);
 // Has the tensor the memory that its sizes claim? Somebody may have resized the storage under it.
 void check_storage(const char* op, const char* name, const Tensor& x);
 
-// Are batch_sizes those of a packed sequence of so many rows, without lengths and resets beside them?
-void check_packed(const char* op, const LayerCall& call, int64_t rows);
+// Where the values of sequences of different lengths, which stand in tensors [N, ..], belong in padded ones [T, B, ..].
+struct Layout {
+  int64_t T, B;
+  std::vector<int64_t> lengths;                // [B]
+  std::vector<int64_t> step_rows, row_starts;  // one of them: see ForwardParams
+  int64_t place(int64_t t, int64_t b) const { return row_starts.empty() ? step_rows[t] + b : row_starts[b] + t; }
+};
+// Of one of batch_sizes and offsets, which are to be those of `rows` values, without lengths and resets beside them.
+Layout layout_of(const char* op, const OptionalTensor& batch_sizes, const OptionalTensor& offsets, const States& states,
+                 int64_t rows);
 
 // A field of all groups: [P, ...], or of one group the tensor itself. None where there is none.
 OptionalTensor stacked(const Group& group);
@@ -38,7 +46,7 @@ OptionalTensor stacked(const Group& group);
 // What the params point at that no tensor holds.
 struct Owned {
   std::vector<uint8_t> reverse;
-  std::vector<int64_t> lengths, step_rows;
+  Layout layout;
 };
 
 struct PreparedForward {

@@ -55,7 +55,8 @@ SecondGradients by_duals(const Twice& twice, const Needed& wanted) {
   state(states.c_0, u[kOf_c_0]);
   state(states.reset_h, u[kOf_reset_h]);
   state(states.reset_c, u[kOf_reset_c]);
-  for (OptionalTensor* x : {&states.mask_h, &states.keep_h, &states.keep_c}) state(*x, {});
+  for (OptionalTensor* x : {&states.mask_h, &states.keep_h, &states.keep_c})
+    if (*x) *x = dual((*x)->to(twice.call.input.scalar_type()));
 
   const LayerResults out = layer_forward(call, /*save=*/true, twice.given.grad_cells.has_value());
   SecondGradients found;

@@ -58,7 +58,8 @@ int64_t size() {
 }
 
 int64_t bytes_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : dtype == DType::kInt8 ? 1 : 2;
+  if (dtype == DType::kInt8 || dtype == DType::kBool) return 1;
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
 // An array of its exact size, of numbers of any dtype.
@@ -80,6 +81,7 @@ struct Array {
   }
   void put(int64_t i, double x) {
     if (dtype == DType::kInt8) data[i] = char(int8_t(127 * x));
+    if (dtype == DType::kBool) data[i] = x > 0;
     if (dtype == DType::kFloat64) reinterpret_cast<double*>(data)[i] = x;
     if (dtype == DType::kFloat32) reinterpret_cast<float*>(data)[i] = float(x);
     if (dtype == DType::kBFloat16) {
@@ -208,11 +210,15 @@ bool check_call() {
   const DType wide = bytes_of(d) == 2 ? DType::kFloat32 : d;
 
   const bool resets_given = coin(), per_group = coin();
-  std::vector<int64_t> lengths(per_group ? B * P : B), step_rows(T);
+  std::vector<int64_t> lengths(per_group ? B * P : B), step_rows(T), row_starts(B);
   for (int64_t& n : lengths) n = draw(0, T);
   int64_t N = T * B;
-  const bool packed = !resets_given && !per_group && coin();
-  if (packed) {
+  const bool packed = !resets_given && !per_group && coin(), nested = packed && coin();
+  if (nested) {
+    N = 0;
+    for (int64_t b = 0; b < B; ++b) row_starts[b] = N, N += lengths[b];
+    p.row_starts = row_starts.data();
+  } else if (packed) {
     std::sort(lengths.rbegin(), lengths.rend());
     N = 0;
     for (int64_t t = 0; t < T; ++t) {
@@ -239,7 +245,9 @@ bool check_call() {
   for (Array* x : {&c_0, &reset_c})  // an sLSTM's n, the second of three states, is above 0
     for (int64_t i = 0; C > 1 && x->data && i < x->count; ++i)
       if (i / h % C == 1) x->put(i, std::abs(x->get(i)) + 0.5);
-  Array mask_h(d, B * P * R, masked), keep_h(d, N * P * R, keeps_h), keep_c(d, N * P * h, keeps_c);
+  p.keep_is_bool = coin();
+  const DType of_keeps = p.keep_is_bool ? DType::kBool : d;
+  Array mask_h(d, B * P * R, masked), keep_h(of_keeps, N * P * R, keeps_h), keep_c(of_keeps, N * P * h, keeps_c);
   mask_h.random(), keep_h.random(), keep_c.random();
   const bool no_h = draw(0, 2) == 0, no_c = draw(0, 2) == 0;
   if (no_h) h_0.fill(0);

@@ -54,7 +54,7 @@ CASES = st.fixed_dictionaries(
         "h": one_of(*SIZES),
         "I": one_of(*SIZES, 0),
         "R": one_of(0, 0, *SIZES),
-        "options": st.integers(0, 2**12 - 1),  # bit i: is an argument there?
+        "options": st.integers(0, 2**14 - 1),  # bit i: is an argument there?
         "threads": one_of(1, 1, 2),
         "seed": st.integers(0, 2**31 - 1),
         "mutations": st.lists(_MUTATION, min_size=0, max_size=3),
@@ -97,12 +97,15 @@ def arguments_of(case: Arguments) -> Arguments:
         return {"cell": cell}
 
     layer = op.startswith("layer")
-    packed = layer and bits & 1 and T > 0 and B > 0
+    ragged = layer and bits & 1 and T > 0 and B > 0
+    nested = ragged and bits & 8192
+    packed = ragged and not nested
     Gh, K, C = info.gates * h, info.params, info.in_c
     sizes = integers(1, B + 1, T).sort(descending=True).values if packed else None
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), integers(0, T + 1, B).cumsum(0)]) if nested else None
     if packed:
         B = int(sizes[0])
-    steps = (int(sizes.sum()),) if packed else (T, B)
+    steps = (int(sizes.sum() if packed else offsets[-1]),) if ragged else (T, B)
 
     def state(n: int, of_c: bool = False) -> Tensor:
         x = random(B, P * n)
@@ -120,7 +123,7 @@ def arguments_of(case: Arguments) -> Arguments:
         "c_0": state(C * h, True) if C else None,
         "reverse": [bool(bits >> p & 8) for p in range(P)],
     }
-    if not packed:
+    if not ragged:
         if bits & 64:
             given["lengths"] = integers(0, T + 1, *((B, P) if bits & 128 else (B,)), dtype=torch.int32)
         if bits & 256:
@@ -133,12 +136,14 @@ def arguments_of(case: Arguments) -> Arguments:
         given["keep_h"] = random(*steps, P * R).sigmoid()
         if C:
             given["keep_c"] = random(*steps, P * h).sigmoid()
+        if bits & 4096:
+            given |= {name: given[name] > 0.5 for name in ("keep_h", "keep_c") if name in given}
     if layer:
         for name in ("weight_hh", "bias_hh", "weight_hr", "params"):
             given[name] = [] if given[name] is None else list(given[name])
         given["weight_ih"] = [random(Gh, I) for _ in range(P)]
         given["bias_ih"] = [random(Gh) for _ in range(P)] if bits & 4 else []
-        given["batch_sizes"] = sizes
+        given |= {"batch_sizes": sizes, "offsets": offsets}
         given["input"] = integers(0, I, *steps) if tokens else random(*steps, I)
         given |= {"save": True}
     elif op == "quantized_forward":

@@ -2,6 +2,7 @@
 which road."""
 
 import collections
+import re
 from itertools import product
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn import _C, composed, functional, layer, modules, ops, reference
+from fastrnn.ops import CELLS
 from fastrnn.records import GRADIENTS, LayerCall, LayerStates, LayerWeights, layer_states
 from tests.helpers import KINDS, as_c, assert_equal, build, evaluate, randn
 from tests.kernels.test_kernels import (
@@ -632,6 +634,61 @@ def test_packed_is_read_as_it_is(cell, projected):
         assert_equal(dict(enumerate([*got, *found])), dict(enumerate([*want, *expected])))
 
 
+@pytest.mark.parametrize("made_by", ["one kernel", "products"])
+@pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
+def test_rows_one_behind_the_other(cell, projected, made_by, request):
+    """By offsets against the same padded, every gradient: rows of any lengths in any order, some of none, zoneout."""
+    if made_by == "products":
+        request.getfixturevalue("by_products")
+    for (T, B, h, size), threads in product([(5, 7, 3, 17), (40, 17, 33, 1), (9, 33, 129, 5), (3, 1, 17, 3)], (1, 3)):
+        torch.set_num_threads(threads)
+        given = arguments_of(Case(cell, T, B, 2, h, projected if projected < h else 0), size, seed=T)
+        leaves = [x.requires_grad_() for x in given.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        lengths = torch.randint(T + 1, (B,))
+        lengths[B // 2] = T
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0)]).int()
+
+        def rows(x, lengths=lengths):
+            return torch.cat([x[:n, b] for b, n in enumerate(lengths)])
+
+        if CELLS[cell].zoneout:
+            given["keep_h"] = torch.rand(T, B, 2 * given["weight_hh"].shape[2]) < 0.3
+        padded = layer.layer(call_of(given | {"lengths": lengths}))[:3]
+        want = (rows(padded[0]), *padded[1:])
+        keep_h = None if given["keep_h"] is None else rows(given["keep_h"])
+        call = call_of(given | {"keep_h": keep_h}, offsets=offsets)
+        got = layer.layer(call._replace(input=rows(given["input"])))[:3]
+        which = [i for i, x in enumerate(want) if x.numel()]
+        grads = [torch.randn_like(want[i]) for i in which]
+        found = torch.autograd.grad([got[i] for i in which], leaves, grads, retain_graph=True)
+        expected = torch.autograd.grad([want[i] for i in which], leaves, grads)
+        assert_equal(dict(enumerate([*got, *found])), dict(enumerate([*want, *expected])))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
+def test_masks_of_bytes(cell, projected, dtype):
+    """Bit for bit what the same numbers in the call's own dtype give; one of them beside such numbers, too."""
+    if not CELLS[cell].zoneout:
+        pytest.skip("takes no zoneout")
+    second = CELLS[cell].states > 1
+    for T, B, h in [(3, 1, 17), (5, 7, 3), (4, 9, 129), (2, 33, 32)]:
+        given = arguments_of(Case(cell, T, B, 2, h, projected if projected < h else 0, dtype=dtype), 5, seed=T)
+        leaves = [x.requires_grad_() for x in given.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        keep_h = torch.rand(T, B, 2 * given["weight_hh"].shape[2]) < 0.3
+        keep_c = torch.rand(T, B, 2 * h) < 0.3 if second else None
+        wide_h, wide_c = keep_h.to(dtype), None if keep_c is None else keep_c.to(dtype)
+
+        def run(keep_h, keep_c, given=given, leaves=leaves):
+            results = layer.layer(call_of(given | {"keep_h": keep_h, "keep_c": keep_c}))[:3]
+            results = [x for x in results if x.numel()]
+            return [*results, *torch.autograd.grad(results, leaves, [torch.ones_like(x) for x in results])]
+
+        want = run(wide_h, wide_c)
+        for masks in [(keep_h, keep_c), (keep_h, wide_c), (wide_h, keep_c)]:
+            assert all(torch.equal(a, b) for a, b in zip(run(*masks), want, strict=True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradgradcheck_of_a_packed_sequence(kind):
     module = build(fastrnn, kind, 2, 3, bidirectional=True, dtype=torch.float64)
@@ -663,3 +720,33 @@ def test_refuses_batch_sizes(sizes, message, dtype):
     with pytest.raises((RuntimeError, ValueError)) as caught:
         layer_forward(*arguments_of_op(given, False, torch.tensor(sizes, dtype=torch.int64)))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([1, 5], "offsets: expected them from 0 to 5 (rows of data), got 1 to 5"),
+        ([0, 2, 4], "offsets: expected them from 0 to 5 (rows of data), got 0 to 4"),
+        ([0, 4, 2, 5], "offsets: expected them to rise, got 2 behind 4"),
+        ([0, 2**62, 5], f"offsets: expected them to rise, got {2**62} behind 0"),
+        ([0], "offsets: expected [B + 1] of an integer dtype on the CPU, got Long [1]"),
+        ([[0, 5]], "offsets: expected [B + 1] of an integer dtype on the CPU, got Long [1, 2]"),
+        ([0.0, 5.0], "offsets: expected [B + 1] of an integer dtype on the CPU, got Float [2]"),
+    ],
+)
+def test_refuses_offsets(offsets, message):
+    given = arguments_of(Case("gru", 5, 1, 1, 3, dtype=torch.float64), 2, 0)
+    given["input"] = given["input"][:, 0]
+    with pytest.raises((RuntimeError, ValueError), match=re.escape(message)):
+        layer_forward(*arguments_of_op(given, False), 0.0, False, torch.tensor(offsets))
+
+
+def test_refuses_two_ways_to_stand_in_rows():
+    given = arguments_of(Case("gru", 5, 1, 1, 3, dtype=torch.float64), 2, 0)
+    given["input"] = given["input"][:, 0]
+    args = arguments_of_op(given, False, torch.ones(5, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="offsets: expected none with batch_sizes, got a tensor"):
+        layer_forward(*args, 0.0, False, torch.tensor([0, 5]))
+    args = arguments_of_op(given | {"lengths": torch.tensor([5])}, False)
+    with pytest.raises(RuntimeError, match="lengths: expected none with offsets, got a tensor"):
+        layer_forward(*args, 0.0, False, torch.tensor([0, 5]))

@@ -17,9 +17,44 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
 from fastrnn import _C, modules
-from tests.helpers import CELL_KINDS, KINDS, assert_equal, build, make_state, map_state, randn, tensors
+from tests.helpers import CELL_KINDS, KINDS, LIKE_GRU, assert_equal, build, make_state, map_state, randn, tensors
 
 normal = functools.partial(randn, dtype=torch.float32)
+
+MODULES = [
+    *((kind, {}) for kind in (*KINDS, *LIKE_GRU)),
+    ("LSTM", {"proj_size": 5}),
+    ("LSTM", {"bidirectional": True}),
+    ("LSTM", {"bidirectional": True, "proj_size": 5}),
+    ("GRU", {"bidirectional": True}),
+    ("LSTM", {"peephole": True}),
+    ("LSTM", {"peephole": True, "proj_size": 5}),
+    ("LSTM", {"layer_norm": True}),
+    ("GRU", {"layer_norm": True, "bidirectional": True}),
+    ("GRU", {"reset_after": False}),
+    ("LSTM", {"num_heads": 3}),
+    ("GRU", {"num_heads": 3, "bidirectional": True}),
+    ("LSTM", {"num_heads": 3, "bidirectional": True, "peephole": True}),
+]
+of_every_module = pytest.mark.parametrize(("kind", "options"), MODULES, ids=str)
+
+
+def module_calls(kind, options, dtype):
+    """Modules with these options, and of each an input and states or None."""
+    hidden, directions = 17 * options.get("num_heads", 1), 1 + options.get("bidirectional", False)
+    for layers, bias, batch_first, given, (T, B) in product(
+        (1, 3), (True, False), (True, False), (True, False), ((1, 1), (1, 17), (30, 3))
+    ):
+        if options.get("layer_norm") and not bias:
+            continue
+        shape = {"num_layers": layers, "bias": bias, "batch_first": batch_first, "dtype": dtype}
+        module = build(fastrnn, kind, 9, hidden, **shape, **options)
+        input = normal(*((B, T) if batch_first else (T, B)), 9, dtype=dtype)
+        hx = None
+        if given:
+            sizes = {"hidden": hidden, "proj": options.get("proj_size", 0)}
+            hx = make_state(kind, layers * directions, B, dtype=dtype, **sizes)
+        yield module, input, hx
 
 
 @pytest.fixture
@@ -59,20 +94,12 @@ def assert_same_bits(a, b):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("kind", "proj"), [*((kind, 0) for kind in KINDS), ("LSTM", 5)])
-def test_same_bits(kind, proj, dtype, mode, by_network, calls):
-    for layers, bias, batch_first, given, (T, B) in product(
-        (1, 3), (True, False), (True, False), (True, False), ((1, 1), (1, 17), (30, 3))
-    ):
-        options = {"proj_size": proj} if proj else {}
-        module = build(
-            fastrnn, kind, 9, 17, num_layers=layers, bias=bias, batch_first=batch_first, dtype=dtype, **options
-        )
-        input = normal(*((B, T) if batch_first else (T, B)), 9, dtype=dtype)
-        hx = make_state(kind, layers, B, hidden=17, proj=proj, dtype=dtype) if given else None
+@of_every_module
+def test_same_bits(kind, options, dtype, mode, by_network, calls):
+    for module, input, hx in module_calls(kind, options, dtype):
         with mode():
             assert_same_bits(module(input, hx), by_network(module, input, hx))
-    assert len(calls) == 48 and all(calls)
+    assert len(calls) == (24 if "layer_norm" in options else 48) and all(calls)
 
 
 def step(module, input, hx, options):
@@ -86,19 +113,11 @@ def step(module, input, hx, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("kind", "proj"), [*((kind, 0) for kind in KINDS), ("LSTM", 5)])
-def test_same_bits_of_training(kind, proj, dtype, by_network, calls):
-    options = {"proj_size": proj} if proj else {}
-    for layers, bias, batch_first, given, (T, B) in product(
-        (1, 3), (True, False), (True, False), (True, False), ((1, 1), (1, 17), (30, 3))
-    ):
-        module = build(
-            fastrnn, kind, 9, 17, num_layers=layers, bias=bias, batch_first=batch_first, dtype=dtype, **options
-        )
-        input = normal(*((B, T) if batch_first else (T, B)), 9, dtype=dtype)
-        hx = make_state(kind, layers, B, hidden=17, proj=proj, dtype=dtype) if given else None
+@of_every_module
+def test_same_bits_of_training(kind, options, dtype, by_network, calls):
+    for module, input, hx in module_calls(kind, options, dtype):
         assert_same_bits(step(module, input, hx, {}), by_network(step, module, input, hx, {}))
-    assert len(calls) == 48 and all(calls)
+    assert len(calls) == (24 if "layer_norm" in options else 48) and all(calls)
 
 
 @pytest.mark.parametrize("kind", CELL_KINDS)
@@ -183,21 +202,28 @@ def test_same_bits_of_cells(kind, bias, by_network, calls):
     assert len(calls) == 6 and all(calls)
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize(("kind", "proj"), [*((kind, 0) for kind in KINDS), ("LSTM", 5)])
-def test_same_bits_with_resets(kind, proj, batch_first, by_network, calls):
-    options = {"proj_size": proj} if proj else {}
-    module = build(fastrnn, kind, 9, 17, num_layers=2, batch_first=batch_first, **options)
-    for T, B in ((1, 1), (1, 17), (30, 3)):
-        sizes = (B, T) if batch_first else (T, B)
-        input, hx = normal(*sizes, 9), make_state(kind, 2, B, hidden=17, proj=proj, dtype=torch.float32)
+@of_every_module
+def test_same_bits_with_resets(kind, options, by_network, calls):
+    for module, input, hx in module_calls(kind, options, torch.float32):
+        sizes = input.shape[:2]
         for resets in (torch.rand(sizes) < 0.5, (torch.rand(sizes[::-1]) < 0.5).t(), torch.ones(sizes).bool()):
             with torch.no_grad():
                 plain = module(input, hx, resets=resets)
                 assert_same_bits(plain, by_network(module, input, hx, resets=resets))
-                zeros = map_state(torch.zeros_like, hx)
+                zeros = None if hx is None else map_state(torch.zeros_like, hx)
                 assert_same_bits(plain, by_network(module, input, hx, resets=resets, reset_state=zeros))
-    assert len(calls) == 9 and all(calls)
+            with_resets = {"resets": resets}
+            assert_same_bits(step(module, input, hx, with_resets), by_network(step, module, input, hx, with_resets))
+    assert len(calls) == (24 if "layer_norm" in options else 48) * 6 and all(calls)
+
+
+def test_quantized_options_go_by_network(by_network, calls):
+    """What C++ knows of narrow weights has neither params nor groups."""
+    for options in ({"peephole": True}, {"layer_norm": True}, {"num_heads": 3}, {"bidirectional": True}):
+        for dtype in fastrnn.quantized.DTYPES:
+            module, input = fastrnn.quantize(build(fastrnn, "LSTM", 9, 51, **options), dtype), normal(30, 3, 9)
+            assert_same_bits(module(input), by_network(module, input))
+    assert calls == [False] * 8
 
 
 @pytest.mark.parametrize("dtype", fastrnn.quantized.DTYPES, ids=str)
@@ -298,7 +324,7 @@ def test_not_for_special_modules(calls):
         expected.weight_hh_l0.mul_(2)
         parametrize.register_parametrization(plain, "weight_hh_l0", Double())
         assert torch.equal(plain(x)[0], expected(x)[0])
-        build(fastrnn, "GRU", 3, 5, bidirectional=True)(x)
+        build(fastrnn, "GRU", 3, 5, bidirectional=True, zoneout=0.1)(x)
         build(fastrnn, "GRU", 3, 5, state_batch_first=True)(x)
         build(fastrnn, "GRU", 3, 5, num_layers=2, dropout=0.5)(x)
         build(fastrnn, "GRU", 3, 5)(x, lengths=torch.tensor([1, 4]))
@@ -419,11 +445,19 @@ def test_two_directions_without_memory(dtype, name, grad):
         module(normal(4, 2, 3).to(dtype))
 
 
-def test_weights_may_be_exchanged_meanwhile():
+@pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_heads": 2}, {"peephole": True}], ids=str)
+def test_weights_may_be_exchanged_meanwhile(options, trained):
     """Another thread gives the parameters other memory, of the same values, while the kernel runs without the lock."""
     torch.set_num_threads(1)
-    module, x = fastrnn.LSTM(64, 256, num_layers=2).requires_grad_(False), normal(60, 4, 64)
-    expected = module(x)[0].clone()
+    module, x = fastrnn.LSTM(64, 256, num_layers=2, **options).requires_grad_(False), normal(60, 4, 64)
+    x.requires_grad_(trained)
+
+    def run():
+        output = module(x)[0]
+        return torch.autograd.grad(output.sum(), x)[0] if trained else output
+
+    expected = run().clone()
     values, done = {name: p.clone() for name, p in module.named_parameters()}, threading.Event()
 
     def exchange():
@@ -435,7 +469,9 @@ def test_weights_may_be_exchanged_meanwhile():
 
     thread = threading.Thread(target=exchange)
     thread.start()
-    results = [module(x)[0] for _ in range(60)]
-    done.set()
-    thread.join()
+    try:
+        results = [run() for _ in range(20)]
+    finally:
+        done.set()
+        thread.join()
     assert all(torch.equal(y, expected) for y in results)

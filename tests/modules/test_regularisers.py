@@ -174,7 +174,7 @@ def by_hand(
                     for k, keep in enumerate(keeps):
                         if keep is not None:
                             n = widths[k]
-                            kept = keep[t, b, d * n : (d + 1) * n]
+                            kept = keep[t, b, d * n : (d + 1) * n].to(made[k].dtype)
                             made[k] = kept * states[k] + (1 - kept) * made[k]
                     states = made
                     row[t] = states[0]
@@ -301,7 +301,7 @@ def test_rates(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     masks = Noise(0.2, (0.3, 0.05), True).masks(torch.zeros(1, dtype=dtype), 2, (40, 30), 30, (50, 60))
     assert [x.shape for x in masks] == [(2, 30, 50), (40, 30, 100), (40, 30, 120)]
-    assert all(x.dtype == dtype for x in masks)
+    assert [x.dtype for x in masks] == [dtype, torch.bool, torch.bool]
     mask_h, keep_h, keep_c = masks
     assert set(mask_h.unique().tolist()) == {0.0, torch.tensor(1 / 0.8, dtype=dtype).item()}
     assert set(keep_h.unique().tolist()) == set(keep_c.unique().tolist()) == {0.0, 1.0}
@@ -334,7 +334,7 @@ def check_draws_are_of_split_mix() -> None:
         halves = [half for i in range(size) for half in divmod(split_mix(seed, i), 2**32)[::-1]][:size]
         for p in (0.25, 0.9):
             want = torch.tensor([float(half < int(p * 2**32)) for half in halves])
-            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool):
                 assert torch.equal(ops.bernoulli(torch.tensor(seed), (size,), p, dtype), want.to(dtype))
 
 
@@ -349,7 +349,11 @@ def test_draws_on_every_instruction_set(isa: str) -> None:
 
 def test_draws_of_a_seed() -> None:
     """They are the seed's alone: the same for every dtype and number of threads, by themselves and among others."""
-    seeds, size, floats = torch.tensor([[3, -3, 4], [2**62, 0, 1]]), (7, 40961), (torch.float64, torch.float16)
+    seeds, size, floats = (
+        torch.tensor([[3, -3, 4], [2**62, 0, 1]]),
+        (7, 40961),
+        (torch.float64, torch.float16, torch.bool),
+    )
     draws = ops.bernoulli(seeds, size, 0.3, torch.float32)
     assert draws.shape == (2, 3, *size) and draws.unique().tolist() == [0.0, 1.0]
     apart = draws.flatten(0, 1).flatten(1)
@@ -371,7 +375,7 @@ def test_draws_of_a_seed() -> None:
         assert (ops.bernoulli(seeds[0, 0], size, p, torch.float32) == p).all()
     with pytest.raises(TypeError, match="seed: expected dtype int64, got Float"):
         ops.bernoulli(seeds.float(), size, 0.3, torch.float32)
-    with pytest.raises(TypeError, match="dtype: expected float32, float64, bfloat16 or float16, got Int"):
+    with pytest.raises(TypeError, match="dtype: expected float32, float64, bfloat16, float16 or bool, got Int"):
         ops.bernoulli(seeds, size, 0.3, torch.int32)
     with pytest.raises(ValueError, match=r"p: expected a probability, 0 to 1, got 1\.5"):
         ops.bernoulli(seeds, size, 1.5, torch.float32)
@@ -464,7 +468,7 @@ def test_autocast() -> None:
     module, x = make("LSTM", num_layers=2, dtype=torch.float32, **NOISES["both"]), randn(T, B, I, dtype=torch.float32)
     with drawn() as masks, torch.autocast("cpu", torch.bfloat16):
         output, _ = module(x)
-    assert output.dtype == masks[0].mask_h.dtype == masks[0].keep_c.dtype == torch.bfloat16
+    assert output.dtype == masks[0].mask_h.dtype == torch.bfloat16
     wide = [Masks(*(y.double() for y in m)) for m in masks]
     want, _ = by_hand(copy.deepcopy(module).double(), wide, x.double())
     torch.testing.assert_close(output.double(), want, rtol=0, atol=3e-2)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
-from fastrnn import _C, modules, nested
+from fastrnn import modules, nested
 from tests.helpers import KINDS, build, leaf, make_state, map_state, randn, tensors, weighted
 from tests.sequences.cases import KIND
 
@@ -138,14 +136,16 @@ def test_dropout_between_layers() -> None:
     torch.testing.assert_close(finals, states)
 
 
-def test_it_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the kernels read packed sequences no row is padded."""
+def test_nothing_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernels read rows as they are, but for training by segments."""
     module, calls, network = make("LSTM").float(), [], modules.network
     monkeypatch.setattr(modules, "network", lambda *args, **options: calls.append(options) or network(*args, **options))
     module(nest(rows_of(LENGTHS)).float())
     module(nest(rows_of((3, 0))).float())
-    assert [options["batch_sizes"] is not None for options in calls] == [True, False]
-    assert calls[0]["batch_sizes"].tolist() == [5, 4, 3, 3, 2, 2] and calls[1]["lengths"].tolist() == [3, 0]
+    module.recompute = 2
+    module(nest(rows_of((3, 0))).float())
+    assert [options["offsets"] is not None for options in calls] == [True, True, False]
+    assert calls[1]["offsets"].tolist() == [0, 3, 3] and calls[2]["lengths"].tolist() == [3, 0]
 
 
 def test_sizes_that_nobody_knows() -> None:
@@ -245,25 +245,3 @@ def test_errors(kind: str) -> None:
         module(x, make_state(kind, 1, hidden=H))
     with pytest.raises(TypeError, match=r"hx: expected a "):
         module(x, "text")
-
-
-@pytest.mark.parametrize("lengths", [(1,), (3, 3), (2, 6, 1, 4, 6), tuple(range(1, 130))], ids=len)
-def test_order_of_packed_rows(lengths: tuple[int, ...]) -> None:
-    """As a stable sort finds it, and each place the other's inverse."""
-    offsets = torch.tensor((0, *lengths)).cumsum(0)
-    batch_sizes, order, rank, places, sources = _C.packing_order(offsets)
-    assert torch.equal(order, torch.tensor(lengths).argsort(descending=True, stable=True))
-    assert torch.equal(rank[order], torch.arange(len(lengths)))
-    assert torch.equal(places[sources], torch.arange(sum(lengths)))
-    rows = [torch.arange(a, b) for a, b in itertools.pairwise(offsets.tolist())]
-    packed = pack_sequence([rows[i] for i in order])
-    assert torch.equal(packed.batch_sizes, batch_sizes)
-    assert torch.equal(packed.data, sources)
-
-
-def test_orders_that_there_are_not() -> None:
-    assert _C.packing_order(torch.tensor([0, 2, 2, 3])) == []
-    assert _C.packing_order(torch.tensor([0])) == []
-    for offsets in ([1, 2], [0, 3, 2]):
-        with pytest.raises(RuntimeError, match="offsets: expected"):
-            _C.packing_order(torch.tensor(offsets))
