@@ -46,6 +46,7 @@ class Case:
     proj: int = 0
     shortest: int = 0  # > 0: a PackedSequence, lengths uniform in shortest..T
     padded: bool = False  # with shortest: padded input and lengths= in place of a PackedSequence
+    nested: bool = False  # with shortest: a nested tensor (torch.jagged) in place of it
     stateful: bool = False  # an initial state is passed in (always so for cells)
     resets: int = 0  # > 0: episodes of this mean length begin inside the sequences, the state is zeroed there
     nonlinearity: str = ""  # RNN only: "relu", or tanh
@@ -69,7 +70,8 @@ class Case:
     def beyond_torch(self) -> list[str]:
         """What torch.nn's layers have not got."""
         options = {
-            "resets": self.resets, "lengths=": self.padded, "tokens": self.tokens, "recompute": self.recompute,
+            "resets": self.resets, "lengths=": self.padded, "nested tensors": self.nested, "tokens": self.tokens,
+            "recompute": self.recompute,
         }  # fmt: skip
         return [name for name, there in options.items() if there] + list(self.variant)
 
@@ -79,6 +81,11 @@ class Case:
         return {name: getattr(self, name) for name, plain in PLAIN.items() if getattr(self, name) != plain}
 
     @property
+    def lengths_as(self) -> str:
+        """How rows of different lengths are passed in."""
+        return "lengths" if self.padded else "nested" if self.nested else "packed"
+
+    @property
     def is_cell(self) -> bool:
         return self.cell.endswith("Cell")
 
@@ -86,7 +93,7 @@ class Case:
     def name(self) -> str:
         """Unique among cases; letters, digits and dashes only, so that it is its own regular expression."""
         options = [
-            f"{'lengths' if self.padded else 'packed'}{self.shortest}" if self.shortest else "",
+            f"{self.lengths_as}{self.shortest}" if self.shortest else "",
             f"layers{self.layers}" if self.layers > 1 else "",
             "bi" if self.bidirectional else "",
             f"proj{self.proj}" if self.proj else "",

@@ -219,6 +219,13 @@ CELLS = [  # cells that torch.nn has not got
     *entries("projection", "LSTM", (100, 16, 64, 128), (128, 32, 256, 512), (512, 16, 128, 256), proj=64),
 ]
 
+NESTED = [
+    entry
+    for cell in ("LSTM", "GRU")
+    for sizes in CELL_SIZES
+    for entry in entries("nested", cell, sizes, shortest=sizes[0] // 8, nested=True)
+]
+
 MEMORY = [
     *entries("memory", "LSTM", (512, 16, 512, 512), (128, 32, 256, 256), modes=TRAIN),
     *entries("memory", "GRU", (512, 16, 512, 512), modes=TRAIN),
@@ -360,6 +367,7 @@ SUITES: dict[str, Suite] = {
     "cells": Suite(
         "cells that torch.nn lacks, against our plain one and a loop", tuple(CELLS), peers=("plaincell", "loop")
     ),
+    "nested": Suite("nested tensors against the same rows packed", tuple(NESTED), peers=("packed",)),
     "memory": Suite("peak memory of a step, each side in processes of its own", tuple(MEMORY), kind="memory"),
     "persample": Suite(
         "per-sample gradients by vmap, against loops and Opacus", tuple(PER_SAMPLE_LAYERS), peers=PER_SAMPLE_PEERS,

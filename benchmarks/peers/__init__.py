@@ -19,6 +19,7 @@ from benchmarks.peers.per_sample import OpacusPeer, SampleLoop
 from benchmarks.peers.sequences import (
     EmbeddingPeer,
     EverythingKeptPeer,
+    PackedPeer,
     PlainCellPeer,
     TokenColumnsPeer,
     TorchRLPeer,
@@ -44,6 +45,7 @@ CONTESTANTS: tuple[Peer, ...] = (
     OpacusPeer(),
     UnmaskedPeer("unmasked", "fastrnn without lengths and resets", "fastrnn", kernel=fastrnn_kernel, options=True),
     EverythingKeptPeer("everykept", "fastrnn without recompute", "fastrnn", kernel=fastrnn_kernel, options=True),
+    PackedPeer("packed", "fastrnn, the rows packed", "fastrnn", kernel=fastrnn_kernel, options=True),
     PlainCellPeer("plaincell", "fastrnn's plain cell", "fastrnn", kernel=fastrnn_kernel, options=True),
     TokenColumnsPeer("columns", "fastrnn, tokens as columns", "fastrnn", kernel=fastrnn_kernel, options=True),
     EmbeddingPeer(),

@@ -96,10 +96,14 @@ def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -
     if case.batch_first:
         data.input = data.input.transpose(0, 1).contiguous()
         grad_outputs = [grad.transpose(0, 1).contiguous() for grad in grad_outputs]
-    sequence: Tensor | PackedSequence = data.input  # [T, B, I], or [B, T, I] with batch_first
+    sequence: Any = data.input  # [T, B, I], or [B, T, I] with batch_first
     options: dict[str, Any] = {} if data.resets is None else {"resets": data.resets}
     if case.padded:
         options["lengths"], leaf = data.lengths, data.input
+    elif case.nested:
+        assert data.lengths is not None
+        leaf, *grad_outputs = (nested_rows(x, data.lengths) for x in (data.input, *grad_outputs))
+        grad_outputs, sequence = [grad.values() for grad in grad_outputs], leaf
     elif data.lengths is not None:
         packed = pack_padded_sequence(data.input, data.lengths, enforce_sorted=False)
         grads = [pack_padded_sequence(grad, data.lengths, enforce_sorted=False) for grad in grad_outputs]
@@ -169,6 +173,8 @@ def prepare_module(module: torch.nn.Module, case: Case, mode: str, data: Data) -
             results[f"grad_{name}"] = tensor.grad
         if isinstance(sequence, PackedSequence) and has_gradient:
             results["grad_input"] = unpack(repack(sequence, results["grad_input"]))
+        if case.nested and has_gradient:
+            results["grad_input"] = padded_rows(results["grad_input"])
         if case.batch_first and has_gradient:
             results["grad_input"] = results["grad_input"].transpose(0, 1)
         return {name: tensor.detach().clone() for name, tensor in results.items()}
@@ -210,6 +216,8 @@ def gradient_targets(case: Case, result: Any) -> list[Tensor]:
     if case.is_cell:
         return list(result) if isinstance(result, tuple) else [result]
     output = result[0]
+    if case.nested:
+        return [output.values()]
     return [output.data if isinstance(output, PackedSequence) else output]
 
 
@@ -222,11 +230,25 @@ def named_results(case: Case, result: Any) -> dict[str, Tensor]:
     states = states if isinstance(states, tuple) else (states,)
     if isinstance(output, PackedSequence):
         output = unpack(output)
+    elif case.nested:
+        output = padded_rows(output)
     elif case.batch_first:
         output = output.transpose(0, 1)
     elif case.shortest and not case.padded:
         raise AssertionError("a PackedSequence came in but none came out")
     return {"output": output, **dict(zip(("h_n", "c_n"), states, strict=False))}
+
+
+def nested_rows(x: Tensor, lengths: Tensor) -> Tensor:
+    """[T, B, n] as a nested tensor [B, j, n]."""
+    rows = [x[:n, b] for b, n in enumerate(lengths.tolist())]
+    nested: Tensor = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    return nested
+
+
+def padded_rows(nested: Tensor) -> Tensor:
+    """The way back, zeros behind each row's end."""
+    return torch.nested.to_padded_tensor(nested, 0.0).transpose(0, 1)
 
 
 def repack(packed: PackedSequence, values: Tensor) -> PackedSequence:

@@ -37,6 +37,16 @@ class UnmaskedPeer(ModulePeer):
         )
 
 
+class PackedPeer(ModulePeer):
+    """fastrnn on the same rows as a PackedSequence: what a nested tensor costs beside it."""
+
+    def supports(self, case: Case, mode: str) -> str | None:
+        return super().supports(case, mode) if case.nested else "it packs a nested input, here is none"
+
+    def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
+        return super().prepare(replace(case, nested=False), mode, data)
+
+
 class EverythingKeptPeer(ModulePeer):
     """fastrnn without recompute: training keeps the states and gates of all steps."""
 

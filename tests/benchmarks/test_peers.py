@@ -24,7 +24,8 @@ from tests.benchmarks.documents import SETTINGS
 
 OPTIONS: tuple[dict[str, Any], ...] = (
     {}, {"stateful": True}, {"resets": 3}, {"shortest": 2}, {"layers": 2, "bidirectional": True}, {"bias": False},
-    {"batch_first": True}, {"shortest": 2, "padded": True}, {"tokens": True}, {"recompute": 2}, {"frozen": True},
+    {"batch_first": True}, {"shortest": 2, "padded": True}, {"shortest": 2, "nested": True},
+    {"tokens": True}, {"recompute": 2}, {"frozen": True},
     {"peephole": True}, {"layer_norm": True}, {"num_heads": 3}, {"reset_after": False}, {"recurrent_dropout": 0.25},
     {"zoneout": 0.1}, {"proj": 4},
 )  # fmt: skip
@@ -88,7 +89,7 @@ def test_who_has_resets_and_who_trains() -> None:
         "fastrnn", "columns", "embedding",
     }  # fmt: skip
     inference_only = {key for key, peer in PEERS.items() if peer.supports(plain, "train")}
-    needs_more = {"unmasked", "everykept", "plaincell", "columns", "embedding", "torchrlpad", "torchrlscan"}
+    needs_more = {"unmasked", "everykept", "packed", "plaincell", "columns", "embedding", "torchrlpad", "torchrlscan"}
     for mode in MODES:
         assert all(PEERS[key].supports(plain, mode) for key in needs_more)
     inference_only -= needs_more
