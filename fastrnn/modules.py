@@ -289,8 +289,8 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
     ) -> tuple[Any, States, Tensor | None]:
         """input [T, B, I] or [T, B], states as the user's -> output, final states as the user's, every c or None.
 
-        With batch_sizes or offsets (records.LayerCall): input [N, I], output [N, D*R]. With ``return_all_layers`` output
-        is a tuple of such.
+        With batch_sizes or offsets (records.LayerCall): input [N, I], output [N, D*R]. With ``return_all_layers`` a
+        tuple of such.
         """
         batch = rows_of(input, batch_sizes, offsets)
         if self.state_batch_first:

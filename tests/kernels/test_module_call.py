@@ -446,12 +446,16 @@ def test_two_directions_without_memory(dtype, name, grad):
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_heads": 2}, {"peephole": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bidirectional": True}, {"num_heads": 2}, {"peephole": True}, {"dtype": torch.bfloat16}],
+    ids=str,
+)
 def test_weights_may_be_exchanged_meanwhile(options, trained):
     """Another thread gives the parameters other memory, of the same values, while the kernel runs without the lock."""
     torch.set_num_threads(1)
     module, x = fastrnn.LSTM(64, 256, num_layers=2, **options).requires_grad_(False), normal(60, 4, 64)
-    x.requires_grad_(trained)
+    x = x.to(module.weight_ih_l0.dtype).requires_grad_(trained)
 
     def run():
         output = module(x)[0]
