@@ -208,12 +208,10 @@ CELLS = [  # cells that torch.nn has not got
         entry
         for cell in ("LSTM", "GRU")
         for entry in [
-            *entries("recurrent dropout", cell, (128, 32, 256, 256), modes=TRAIN, recurrent_dropout=0.25),
-            *entries("zoneout", cell, (128, 32, 256, 256), zoneout=0.1),
+            *entries("recurrent dropout", cell, *CELL_SIZES, modes=TRAIN, recurrent_dropout=0.25),
+            *entries("zoneout", cell, *CELL_SIZES, zoneout=0.1),
         ]
     ),
-    *entries("recurrent dropout", "LSTM", (512, 16, 128, 128), modes=TRAIN, recurrent_dropout=0.25),
-    *entries("zoneout", "LSTM", (512, 16, 128, 128), zoneout=0.1),
     *entries("reset before", "GRU", *CELL_SIZES, reset_after=False),
     *entries("heads", "LSTM", *CELL_SIZES, num_heads=4),
     *entries("projection", "LSTM", (100, 16, 64, 128), (128, 32, 256, 512), (512, 16, 128, 256), proj=64),

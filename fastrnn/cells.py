@@ -29,7 +29,7 @@ class _Cell(per_sample.Hooked, RNNCellBase):
     def _step(self, cell: str, input: Tensor, hx: Any) -> States:
         if not torch.compiler.is_compiling() and self._opacus is None:
             names = _CELL_NAMES[bool(self.bias)]
-            plain = _C.module_forward(self._parameters, names, cell, 1, 1, None, input, hx, None, None, 0)
+            plain = _C.module_forward(self._parameters, names, cell, 1, 1, None, input, hx, None, None, 0, None)
             if plain is not None:
                 return plain[1:]
         kind = type(self).__name__

@@ -33,7 +33,7 @@ from .network import network, of_layers, own
 from .ops import CELLS
 from .options import CHANGE_RESULTS, SWITCHES, VALUES, checked, documented, without_lstm_only
 from .packing import check_batch_sizes, check_indices, layout_of, on_device, pack, pad, permute
-from .records import PARAMS, LayerWeights, States, name_of, rows_of
+from .records import PARAMS, LayerWeights, Masks, States, name_of, rows_of
 from .regularizers import with_weight_dropout
 from .transforms import in_autocast_dtype, is_plain_call
 
@@ -42,10 +42,10 @@ __all__ = ["GRU", "LSTM", "MGU", "RNN", "GRUCell", "LSTMCell", "LiGRU", "RNNCell
 
 # What _C.module_forward knows nothing of, in eval mode and in training.
 _UNKNOWN_TO_C = (
-    "learn_initial_state", "state_batch_first", "return_all_states", "residual", "return_all_layers", "zoneout",
-    "_opacus",
+    "learn_initial_state", "state_batch_first", "return_all_states", "residual", "return_all_layers", "_opacus",
 )  # fmt: skip
-_UNKNOWN_IN_TRAINING = (*_UNKNOWN_TO_C, "weight_dropout", "locked_dropout", "recurrent_dropout")
+_UNKNOWN_IN_TRAINING = (*_UNKNOWN_TO_C, "weight_dropout", "locked_dropout")
+_NOISE = ("recurrent_dropout", "zoneout")
 _FIELDS = {field: field for field in LayerWeights._fields} | dict.fromkeys(PARAMS.values(), "params")
 
 
@@ -357,7 +357,13 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
         return _C.module_forward(
             *self._weights_by_name(), self._cell, 2 if self.bidirectional else 1, self.num_heads, self.batch_first,
             input, hx, resets, self.grad_clip, self.recompute,
+            None if given.isdisjoint(_NOISE) or not self._noise.is_on() else self._masks,
         )  # fmt: skip
+
+    def _masks(self, steps: int, batch: int) -> Masks:
+        """Of a layer of a plain call."""
+        directions = 2 if self.bidirectional else 1
+        return self._noise.masks(self._first_weight(), directions, (steps, batch), batch, self._state_widths())
 
     def _weights_by_name(self) -> tuple[dict[str, Any], list[Any]]:
         """A dict of tensors, and by layer its keys; see csrc/torch/module_call.cpp."""

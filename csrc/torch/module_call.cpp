@@ -1,10 +1,11 @@
 // A module's call from Python without the way through checks, dispatcher and a loop over layers, for the common case:
 // ordinary CPU tensors. That way takes 25 us and more, as much as a step of 512 units itself.
 //
-// module_forward(tensors, names, cell, directions, heads, batch_first, input, hx, resets, grad_clip, recompute) ->
+// module_forward(tensors, names, cell, directions, heads, batch_first, input, hx, resets, grad_clip, recompute, masks) ->
 // (output, h_n[, c_n]), or None where the call is any other: network.py then makes it, and knows what is wrong with it.
 // batch_first is None for a cell's single step, whose input is [B, I] and whose states are [B, n]. Where a derivative is
 // asked for, every layer is a node of autograd (autograd.cpp); with recompute above 0 such a call is none for here.
+// masks(T, B), where it is not None, gives a layer's (mask_h, keep_h, keep_c) of fastrnn/masks.py.
 //
 // names are of every layer, and in it of every direction, the keys of its weights in the dict `tensors`: weight_ih,
 // weight_hh[, bias_ih, bias_hh][, weight_hr][, params], as the modules list them. Quantized modules list all of weight_ih,
@@ -19,6 +20,7 @@
 #include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
 
 #include <array>
 #include <optional>
@@ -359,10 +361,25 @@ std::vector<Weights> weights_of(const ModuleCall& call, PyObject* tensors, PyObj
   return all;
 }
 
+// What regularises a layer, of its own.
+void draw_masks(PyObject* masks, const ModuleCall& found, States& states) {
+  const THPObjectPtr drawn(PyObject_CallFunction(masks, "LL", (long long)found.T, (long long)found.B));
+  if (!drawn) throw python_error();
+  TORCH_CHECK_TYPE(PyTuple_Check(drawn.get()) && PyTuple_GET_SIZE(drawn.get()) == 3, "masks: expected three of them");
+  const auto take = [&](Py_ssize_t k) -> OptionalTensor {
+    PyObject* x = PyTuple_GET_ITEM(drawn.get(), k);
+    return THPVariable_Check(x) ? OptionalTensor(THPVariable_Unpack(x)) : std::nullopt;
+  };
+  states.mask_h = take(0);
+  states.keep_h = take(1);
+  states.keep_c = take(2);
+  if (states.mask_h && found.heads > 1) states.mask_h = states_by_head(*states.mask_h, found.heads);
+}
+
 // A call that has been found to be good, layer by layer; where a derivative is asked for, as nodes of autograd: output
 // [T, B, D*R], h_n [L*D, B, R], c_n [L*D, B, H].
 std::array<Tensor, 3> run_layers(const ModuleCall& found, PyObject* tensors, PyObject* names, bool batch_first,
-                                 PyObject* input, PyObject* hx, PyObject* resets, double grad_clip) {
+                                 PyObject* input, PyObject* hx, PyObject* resets, double grad_clip, PyObject* masks) {
   const bool second = kCells[found.cell].states > 1;
   const int64_t L = found.layers(), D = found.directions, N = found.heads;
   const auto given = [&](PyObject* x) { return x == Py_None ? Tensor() : THPVariable_Unpack(x); };
@@ -388,6 +405,7 @@ std::array<Tensor, 3> run_layers(const ModuleCall& found, PyObject* tensors, PyO
     call.weights = std::move(weights[i]);
     call.states.h_0 = of_layer(h_0, i);
     call.states.c_0 = of_layer(c_0, i);
+    if (masks != Py_None) draw_masks(masks, found, call.states);
     const LayerResults out = differentiable_layer(call);
     call.input = out.output;
     h_n.push_back(N == 1 ? out.h_n : states_of_heads(out.h_n, N));
@@ -405,12 +423,12 @@ std::array<Tensor, 3> run_layers(const ModuleCall& found, PyObject* tensors, PyO
 
 PyObject* module_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 11 && PyDict_Check(args[0]) && PyList_Check(args[1]) && PyUnicode_Check(args[2]),
+  TORCH_CHECK_TYPE(count == 12 && PyDict_Check(args[0]) && PyList_Check(args[1]) && PyUnicode_Check(args[2]),
                    "module_forward: expected (dict, list, str, int, int, bool or None, input, hx, resets, grad_clip, "
-                   "recompute)");
+                   "recompute, masks)");
   if (!is_plain_thread()) Py_RETURN_NONE;
   const bool batch_first = args[5] == Py_True;
-  PyObject *const given = args[6], *const hx = args[7], *const resets = args[8];
+  PyObject *const given = args[6], *const hx = args[7], *const resets = args[8], *const masks = args[11];
   ModuleCall call{};
   const Tensor* input = plain(given, std::nullopt, call.differentiable);
   call.directions = PyLong_AsLongLong(args[3]);
@@ -432,11 +450,11 @@ PyObject* module_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
       !find_states(hx, call) || !find_resets(resets, time, call))
     Py_RETURN_NONE;
   const bool quantized = call.weights[0].dtype != dtype_of(call);
-  if (call.differentiable && (quantized || number_of(args[10]) > 0)) Py_RETURN_NONE;
+  if ((call.differentiable && (quantized || number_of(args[10]) > 0)) || (quantized && masks != Py_None)) Py_RETURN_NONE;
   std::array<Tensor, 3> results;
-  if (call.differentiable || call.directions > 1 || call.heads > 1) {
+  if (call.differentiable || call.directions > 1 || call.heads > 1 || masks != Py_None) {
     const double grad_clip = args[9] == Py_None ? 0 : number_of(args[9]);
-    results = run_layers(call, args[0], args[1], batch_first, given, hx, resets, grad_clip);
+    results = run_layers(call, args[0], args[1], batch_first, given, hx, resets, grad_clip, masks);
   } else {
     RECORD_FUNCTION("fastrnn::layer_forward", {});
     results = run(call);

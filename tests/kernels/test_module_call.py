@@ -3,6 +3,7 @@ nothing asks for more."""
 
 import contextlib
 import functools
+import itertools
 import threading
 import time
 from itertools import product
@@ -35,6 +36,9 @@ MODULES = [
     ("LSTM", {"num_heads": 3}),
     ("GRU", {"num_heads": 3, "bidirectional": True}),
     ("LSTM", {"num_heads": 3, "bidirectional": True, "peephole": True}),
+    ("LSTM", {"zoneout": (0.2, 0.3), "recurrent_dropout": 0.4}),
+    ("LSTM", {"zoneout": 0.3, "recurrent_dropout": 0.2, "num_heads": 3, "bidirectional": True}),
+    ("GRU", {"zoneout": 0.3, "layer_norm": True}),
 ]
 of_every_module = pytest.mark.parametrize(("kind", "options"), MODULES, ids=str)
 
@@ -92,13 +96,22 @@ def assert_same_bits(a, b):
         assert x.shape == y.shape and x.dtype == y.dtype and x.stride() == y.stride() and torch.equal(x, y)
 
 
+def compare(by_network, function, *args, **kwargs):
+    """By C++ alone and by network.py, which draw the same."""
+    torch.manual_seed(0)
+    got, next_draw = function(*args, **kwargs), torch.rand(())
+    torch.manual_seed(0)
+    assert_same_bits(got, by_network(function, *args, **kwargs))
+    assert torch.equal(next_draw, torch.rand(()))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @of_every_module
 def test_same_bits(kind, options, dtype, mode, by_network, calls):
-    for module, input, hx in module_calls(kind, options, dtype):
+    for training, (module, input, hx) in zip(itertools.cycle((True, False)), module_calls(kind, options, dtype)):
         with mode():
-            assert_same_bits(module(input, hx), by_network(module, input, hx))
+            compare(by_network, module.train(training), input, hx)
     assert len(calls) == (24 if "layer_norm" in options else 48) and all(calls)
 
 
@@ -116,7 +129,7 @@ def step(module, input, hx, options):
 @of_every_module
 def test_same_bits_of_training(kind, options, dtype, by_network, calls):
     for module, input, hx in module_calls(kind, options, dtype):
-        assert_same_bits(step(module, input, hx, {}), by_network(step, module, input, hx, {}))
+        compare(by_network, step, module, input, hx, {})
     assert len(calls) == (24 if "layer_norm" in options else 48) and all(calls)
 
 
@@ -208,13 +221,15 @@ def test_same_bits_with_resets(kind, options, by_network, calls):
         sizes = input.shape[:2]
         for resets in (torch.rand(sizes) < 0.5, (torch.rand(sizes[::-1]) < 0.5).t(), torch.ones(sizes).bool()):
             with torch.no_grad():
-                plain = module(input, hx, resets=resets)
-                assert_same_bits(plain, by_network(module, input, hx, resets=resets))
-                zeros = None if hx is None else map_state(torch.zeros_like, hx)
-                assert_same_bits(plain, by_network(module, input, hx, resets=resets, reset_state=zeros))
+                compare(by_network, module, input, hx, resets=resets)
             with_resets = {"resets": resets}
-            assert_same_bits(step(module, input, hx, with_resets), by_network(step, module, input, hx, with_resets))
-    assert len(calls) == (24 if "layer_norm" in options else 48) * 6 and all(calls)
+            compare(by_network, step, module, input, hx, with_resets)
+            zeros = None if hx is None else map_state(torch.zeros_like, hx)
+            torch.manual_seed(0)
+            plain = step(module, input, hx, with_resets)
+            torch.manual_seed(0)
+            assert_same_bits(plain, by_network(step, module, input, hx, with_resets | {"reset_state": zeros}))
+    assert len(calls) == (24 if "layer_norm" in options else 48) * 9 and all(calls)
 
 
 def test_quantized_options_go_by_network(by_network, calls):
@@ -324,7 +339,7 @@ def test_not_for_special_modules(calls):
         expected.weight_hh_l0.mul_(2)
         parametrize.register_parametrization(plain, "weight_hh_l0", Double())
         assert torch.equal(plain(x)[0], expected(x)[0])
-        build(fastrnn, "GRU", 3, 5, bidirectional=True, zoneout=0.1)(x)
+        build(fastrnn, "GRU", 3, 5, bidirectional=True, residual=True)(x)
         build(fastrnn, "GRU", 3, 5, state_batch_first=True)(x)
         build(fastrnn, "GRU", 3, 5, num_layers=2, dropout=0.5)(x)
         build(fastrnn, "GRU", 3, 5)(x, lengths=torch.tensor([1, 4]))
