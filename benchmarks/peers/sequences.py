@@ -29,7 +29,7 @@ class UnmaskedPeer(ModulePeer):
 
     def prepare(self, case: Case, mode: str, data: Data) -> Prepared:
         valid = "" if data.lengths is None else f"{data.lengths.sum() / (case.T * case.B):.1%} of the steps are valid"
-        case = replace(case, shortest=0, padded=False, resets=0)
+        case = replace(case, shortest=0, padded=False, nested=False, resets=0)
         prepared = super().prepare(case, mode, replace(data, lengths=None, resets=None))
         kernel = prepared.kernel
         return replace(
