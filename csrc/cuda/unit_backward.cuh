@@ -169,6 +169,12 @@ FASTRNN_INLINE void backward_c(const BackwardParams& p, const RowWalk& r, int k,
     for (int c = 0; c < kCarried<Cell>; ++c)
       grads[1 + c] =
           arriving<S>(p, r, k, at + c * p.hidden, carried_at(carried, c), crossed, p.grad_c_n, p.grad_reset_c);
+    if (p.grad_cells) {
+      const int64_t place = r.time(k) * p.grad_cells_stride_t + r.row * p.grad_cells_stride_b +
+                            int64_t(r.group) * kCarried<Cell> * p.hidden + j;
+#pragma unroll
+      for (int c = 0; c < kCarried<Cell>; ++c) grads[1 + c] += load<S>(p.grad_cells, place + c * p.hidden);
+    }
   }
 }
 

@@ -4,6 +4,7 @@
 FASTRNN_TEST_DEVICE=cpu runs the same tests on the CPU's kernels, as a check of the tests themselves.
 """
 
+import copy
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -206,6 +207,28 @@ def test_lengths_and_resets_on_every_tier(cell, lengths, resets, tier):
         case = Case(cell, 5, 9, 2, 33, 0, lengths, resets, reverse, dtype)
         if can_run(case, tier):
             check(case, seed=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_gradient_of_every_c(dtype, tier):
+    """A loss that looks at c after every step, with rows of different lengths; the final states have a gradient, too."""
+    if not can_run(Case("lstm", 5, 9, 1, 33, 0, "rows", dtype=dtype), tier):
+        pytest.skip("another tier's")
+    torch.manual_seed(0)
+    exact = fastrnn.LSTM(7, 33, return_all_states=True, dtype=torch.float64)
+    ours = copy.deepcopy(exact).to(DEVICE, dtype)
+    lengths = torch.tensor([5, 0, 3, 1, 4, 5, 2, 5, 5])
+    x, of_c = torch.randn(5, 9, 7, dtype=torch.float64), torch.randn(9, 5, 33, dtype=torch.float64).transpose(0, 1)
+    grads = []
+    for module in (exact, ours):
+        like = module.weight_ih_l0
+        given = x.to(like, copy=True).requires_grad_()
+        output, (h_n, c_n), every_c = module(given, lengths=lengths.to(like.device))
+        loss = (every_c * of_c.to(like)).sum() + output.sum() + h_n.sum() + c_n.sum()
+        grads.append(torch.autograd.grad(loss, [given, *module.parameters()]))
+    for want, got in zip(*grads, strict=True):
+        allowed = 1e-4 if dtype == torch.float32 else 0.05
+        assert (got.cpu().double() - want).abs().max() <= allowed * (1 + want.abs().max())
 
 
 @pytest.mark.parametrize("reverse", ["none", "all", "alternate"])

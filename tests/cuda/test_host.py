@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fastrnn import ops, reference
+from fastrnn import composed, ops, reference
 from tests.accuracy import assert_as_exact, magnified, plain_backward, plain_forward
 from tests.hostbuild.build import HERE, OUT, ROOT, build
 from tests.hostbuild.host import Emulator
@@ -38,9 +38,9 @@ ADDRESSES = (
     "gates_ih", "weight_hh", "bias_hh", "weight_hr", "params", "h_0", "c_0", "lengths", "resets", "reset_h", "reset_c",
     "reverse", "mask_h", "keep_h", "keep_c", "output", "h_n", "c_n", "saved", "grad_output", "grad_h_n", "grad_c_n",
     "grad_gates_ih", "grad_gates_hh", "grad_projected", "grad_h_0", "grad_c_0", "grad_reset_h", "grad_reset_c",
-    "grad_params", "kept_h",
+    "grad_params", "kept_h", "grad_cells",
 )  # fmt: skip
-SIZES = 21  # numbers of a call: launchers.h
+SIZES = 23  # numbers of a call: launchers.h
 
 
 class CellInfo(NamedTuple):  # csrc/cells/registry.h
@@ -112,7 +112,7 @@ class Call:
         self.results, self.written = {}, []
         self.reverse = (ctypes.c_uint8 * self.P)(*reverse)
         self.numbers = [T, B, self.P, self.h, self.R, list(cuda.cells).index(cell), DTYPES.index(self.dtype)]
-        self.numbers += [0] * 14  # strides and grad_clip
+        self.numbers += [0] * 16  # strides and grad_clip
         self.places = dict.fromkeys(ADDRESSES)
         self.places["reverse"] = ctypes.addressof(self.reverse)
         for name, x in (("weight_hh", weight_hh), ("weight_hr", weight_hr), ("params", params), ("h_0", h_0),
@@ -187,11 +187,12 @@ def forward_call(cuda, arguments, save=True):
 
 def backward_call(cuda, cell, grad_output, grad_h_n, grad_c_n, weight_hh, weight_hr, params, h_0, c_0, lengths, resets,
                   reset_h, reset_c, mask_h, keep_h, keep_c, reverse, output, saved, initial=True,
-                  grad_clip=0.0):  # fmt: skip
+                  grad_clip=0.0, grad_cells=None):  # fmt: skip
     T, B = output.shape[:2]
     call = Call(cuda, cell, weight_hh, weight_hr, params, h_0, c_0, lengths, resets, reset_h, reset_c, mask_h, keep_h,
                 keep_c, reverse, B, T)  # fmt: skip
     call.read("grad_output", grad_output, 14)
+    call.read("grad_cells", grad_cells, 21)
     call.numbers[16] = struct.unpack("q", struct.pack("d", grad_clip))[0]
     for name, x in (("grad_h_n", grad_h_n), ("grad_c_n", grad_c_n), ("output", output), ("saved", saved)):
         call.read(name, x)
@@ -624,6 +625,33 @@ def test_grad_clip(cuda, tier, cell, projected):
         got = run_backward(cuda, tier, tile, back)
         check_backward(got, back, tile, case)
         assert not torch.allclose(got[3], run_backward(cuda, tier, tile, problem.back)[3])
+
+
+@each_tier
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if ops.CELLS[cell].states > 1])
+def test_gradient_of_every_c(cuda, tier, cell):
+    """What a loss that looks at c after every step asks of backward, as torch differentiates the reference."""
+    C = ops.CELLS[cell].in_c
+    for dtype, noise in ((torch.float32, ""), (torch.bfloat16, ""), (torch.float32, "zoneout")):
+        case = Case(cell, 4, 5, 2, 7, 0, "rows", "state", "alternate", dtype, noise if ops.CELLS[cell].zoneout else "")
+        tiles = tier.tiles(case, True)
+        if not tiles:
+            continue
+        problem = Problem(case)
+        arguments = {name: double(x) for name, x in problem.arguments.items()}
+        wanted = [arguments[name].requires_grad_() for name in ("gates_ih", "h_0", "c_0")]
+        output, h_n, c_n, saved = reference.forward(*arguments.values())
+        every = composed.every_c(cell, saved, 2, arguments["keep_c"])
+        of_c = torch.randn(5, 4, 2 * C * 7).transpose(0, 1).to(dtype)  # strides of its own
+        of_c[torch.arange(4)[:, None] >= arguments["lengths"]] = 0
+        grads = [*map(double, problem.back[1:4]), double(of_c)]
+        want = torch.autograd.grad([output, h_n, c_n, every], wanted, grads)
+        for tile in tiles:
+            cuda.reset()
+            got = run_backward(cuda, tier, tile, [*problem.back, True, 0.0, of_c])
+            allowed = 1e-5 if dtype == torch.float32 and not is_tf32(tile) else 0.05
+            for x, y in zip((got[0], got[3], got[4]), want, strict=True):
+                assert (x.double() - y).abs().max() <= allowed * (1 + y.abs().max()), (case, tile)
 
 
 @pytest.mark.parametrize("tier", ["resident", "grid", "cluster"])

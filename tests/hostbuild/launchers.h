@@ -10,8 +10,8 @@
 namespace fastrnn::cuda {
 
 // sizes: T, B, P, h, R, cell, dtype, then the strides of gates_ih (t, b), lengths (b, p), resets (t, b, p) and
-// grad_output (t, b), the bits of grad_clip, and the strides of keep_h and keep_c (t, b). addresses: as below; forward
-// reads the first 19.
+// grad_output (t, b), the bits of grad_clip, and the strides of keep_h, keep_c and grad_cells (t, b). addresses: as below;
+// forward reads the first 19.
 inline BackwardParams unpack(const int64_t* n, void* const* a, bool backward) {
   BackwardParams p{};
   p.steps = n[0], p.batch = n[1], p.groups = n[2], p.hidden = n[3], p.width = n[4];
@@ -32,6 +32,7 @@ inline BackwardParams unpack(const int64_t* n, void* const* a, bool backward) {
   p.grad_gates_ih = a[22], p.grad_gates_hh = a[23], p.grad_projected = a[24];
   p.grad_h_0 = a[25], p.grad_c_0 = a[26], p.grad_reset_h = a[27], p.grad_reset_c = a[28], p.grad_params = a[29];
   p.kept_h = a[30];
+  p.grad_cells = a[31], p.grad_cells_stride_t = n[21], p.grad_cells_stride_b = n[22];
   std::memcpy(&p.grad_clip, &n[16], sizeof p.grad_clip);
   return p;
 }
