@@ -187,8 +187,7 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
 
     LayerGradients found;
     const bool again = at::GradMode::is_enabled();  // is a derivative of this one asked for?
-    const bool composed = grad_saved.defined() || is_transformed(grads) ||
-                          (given.grad_cells && !takes_grad_cells(given.output));
+    const bool composed = grad_saved.defined() || is_transformed(grads);
     const bool ordinary = is_plain_thread() && are_ordinary(kept) && are_ordinary(grads);
     if (again && !composed && ordinary && LeftOut::take(*ctx, counts, call) && has_second_derivative(call)) {
       found = differentiable_backward(call, given, needed);

@@ -287,8 +287,6 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
     grads[kOf_input] = padded.pack(grads[kOf_input]);
     return grads;
   }
-  RNN_CHECK_NOT_IMPLEMENTED(!given.grad_cells || kernels.grad_cells,
-                            "layer_backward: grad_cells: expected none here, got a tensor");
   const Recurrence args = recurrence_of(call);
   const bool initial = needed[kOf_h_0] || needed[kOf_c_0];
   Given of_kernel = of_recurrence(given);
@@ -439,11 +437,6 @@ LayerResults layer_forward(const LayerCall& call, bool save, bool all_states) {
   }
   if (!save) out.saved = out.output.new_empty({0});
   return out;
-}
-
-bool takes_grad_cells(const Tensor& output) {
-  const RecurrentKernels* found = recurrent_kernels(output.device().type());
-  return found && found->grad_cells;
 }
 
 LayerGradients layer_backward(const LayerCall& call, const LayerGiven& given, const Needed& needed) {

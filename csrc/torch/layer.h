@@ -16,7 +16,6 @@ struct RecurrentKernels {
   void (*product)(const Tensor& out, const Tensor& a, const Tensor& b, bool add, int64_t steps);
   // x [rows, k] @ weight [m, k]^T + bias [m], which may be absent.
   Tensor (*linear)(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t steps);
-  bool grad_cells;  // does backward take the gradient of c after every step?
   // May gates_ih lie in the memory of saved, and later their gradients? Then the kernels read and write a unit's values of
   // a step in one thread, which reads first.
   bool in_place;
@@ -29,8 +28,6 @@ const RecurrentKernels* recurrent_kernels(c10::DeviceType device);  // null wher
 bool set_layers_by_products(bool on);
 
 LayerResults layer_forward(const LayerCall& call, bool save, bool all_states);
-// Can layer_backward make what follows from grad_cells? Else that is for the ops that it could be composed of.
-bool takes_grad_cells(const Tensor& output);
 LayerGradients layer_backward(const LayerCall& call, const LayerGiven& given, const Needed& needed);
 
 }  // namespace fastrnn

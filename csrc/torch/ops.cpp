@@ -85,7 +85,7 @@ Tensor linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   return at::linear(x, weight, bias);
 }
 
-constexpr RecurrentKernels kKernels{forward_cpu, backward_cpu, product_cpu, linear_cpu, /*grad_cells=*/true,
+constexpr RecurrentKernels kKernels{forward_cpu, backward_cpu, product_cpu, linear_cpu,
                                     /*in_place=*/true};
 [[maybe_unused]] const bool known = (set_recurrent_kernels(at::kCPU, kKernels), true);
 

@@ -244,7 +244,7 @@ Tensor linear_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   return bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
 }
 
-constexpr RecurrentKernels kKernels{forward_cuda, backward_cuda, product_cuda, linear_cuda, /*grad_cells=*/true,
+constexpr RecurrentKernels kKernels{forward_cuda, backward_cuda, product_cuda, linear_cuda,
                                     /*in_place=*/false};
 [[maybe_unused]] const bool known = (set_recurrent_kernels(at::kCUDA, kKernels), true);
 
