@@ -3,7 +3,7 @@
 The kernel decides, in this order:
 
 1. an argument has a forward tangent at this level: the op's own kernel makes results and tangents at once, on dual
-   numbers (``recurrent_forward_jvp``); where there is none (half types, CUDA, tangents of tangents), run the composite
+   numbers (``recurrent_forward_jvp``); where there is none (CUDA, tangents of tangents), run the composite
    of reference.py, which torch differentiates;
 2. grad mode is on and an argument requires grad: make a node; its backward calls ``recurrent_backward``, an op again,
    and forms the weight gradients with ATen;

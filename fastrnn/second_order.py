@@ -21,6 +21,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import reference
+from .fallback import KERNELS
 from .gradients import Grads, Pulled, of_weights, pull_forward
 from .ops import (
     names_of,
@@ -58,7 +59,7 @@ def forward_levels() -> int:
 def has_kernel(args: Iterable[Any]) -> bool:
     """Do the ops with tangents take these arguments?"""
     floating = [x for x in args if isinstance(x, Tensor) and x.is_floating_point()]
-    return {x.dtype for x in floating} in ({torch.float32}, {torch.float64}) and all(x.is_cpu for x in floating)
+    return len({x.dtype for x in floating}) == 1 and all(x.is_cpu and x.dtype in KERNELS["cpu"] for x in floating)
 
 
 def in_reverse_alone() -> bool:

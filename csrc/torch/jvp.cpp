@@ -49,8 +49,8 @@ class Tangents {
 };
 
 const RecurrentKernels& kernels_for(const c10::OperatorHandle& op, const char* name, const Tensor& x) {
-  RNN_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, name_of(op), ": ", name,
-                 ": expected float32 or float64, got ", x.scalar_type());
+  RNN_CHECK_TYPE(kernel_dtype(x.scalar_type()), name_of(op), ": ", name,
+                 ": expected float32, float64, bfloat16 or float16, got ", x.scalar_type());
   return *recurrent_kernels(at::kCPU);
 }
 
@@ -67,11 +67,14 @@ void mark_dual(const c10::OperatorHandle& op, Recurrence& args) {
   join("keep_c", args.states.keep_c);
 }
 
-// As a call's results: the values of dual ones, and then their slopes.
-void give(const c10::OperatorHandle& op, Stack& stack, std::initializer_list<const Tensor*> results) {
+// As a call's results: the values of dual ones, and then their slopes. Dual numbers of half types are float32's; in these
+// `wide` stays, as sums over steps do.
+void give(const c10::OperatorHandle& op, Stack& stack, at::ScalarType dtype, std::initializer_list<const Tensor*> results,
+          const Tensor* wide = nullptr) {
   torch::jit::drop(stack, op.schema().arguments().size());
-  for (const Tensor* x : results) stack.emplace_back(values_of(*x));
-  for (const Tensor* x : results) stack.emplace_back(slopes_of(*x));
+  const auto own = [&](const Tensor* x) { return x == wide ? at::toOpMathType(dtype) : dtype; };
+  for (const Tensor* x : results) stack.emplace_back(values_of(*x).to(own(x)));
+  for (const Tensor* x : results) stack.emplace_back(slopes_of(*x).to(own(x)));
 }
 
 #define FASTRNN_JOIN(name) [[maybe_unused]] const bool slope_of_##name = tangents.join(#name, name);
@@ -83,12 +86,13 @@ void recurrent_forward_jvp(const c10::OperatorHandle& op, Stack* stack) {
   Tensor &gates_ih = args.gates_ih, &weight_hh = args.call.weight_hh;
   OptionalTensor &bias_hh = args.call.bias_hh, &weight_hr = args.call.weight_hr, &params = args.call.params;
   const RecurrentKernels& kernels = kernels_for(op, "gates_ih", gates_ih);
+  const auto dtype = gates_ih.scalar_type();
   Tangents tangents(op, from);
   FASTRNN_FOR_EACH_FORWARD_TANGENT(FASTRNN_JOIN)
   args.call.constant_weights = !slope_of_weight_hh && !slope_of_weight_hr;
   mark_dual(op, args.call);
   const LayerResults out = kernels.forward(args.call, gates_ih, args.save, {});
-  give(op, *stack, {&out.output, &out.h_n, &out.c_n, &out.saved});
+  give(op, *stack, dtype, {&out.output, &out.h_n, &out.c_n, &out.saved});
 }
 
 void recurrent_backward_jvp(const c10::OperatorHandle& op, Stack* stack) {
@@ -99,13 +103,14 @@ void recurrent_backward_jvp(const c10::OperatorHandle& op, Stack* stack) {
   Tensor& weight_hh = args.call.weight_hh;
   OptionalTensor &weight_hr = args.call.weight_hr, &params = args.call.params;
   const RecurrentKernels& kernels = kernels_for(op, "output", output);
+  const auto dtype = output.scalar_type();
   Tangents tangents(op, from);
   FASTRNN_FOR_EACH_BACKWARD_TANGENT(FASTRNN_JOIN)
   args.call.constant_weights = !slope_of_weight_hh && !slope_of_weight_hr;
   mark_dual(op, args.call);
   const RecurrentGradients out = kernels.backward(args.call, args.given, args.initial, /*together=*/false);
 #define FASTRNN_ADDRESS(name) &out.name,
-  give(op, *stack, {FASTRNN_FOR_EACH_RECURRENT_GRADIENT(FASTRNN_ADDRESS)});
+  give(op, *stack, dtype, {FASTRNN_FOR_EACH_RECURRENT_GRADIENT(FASTRNN_ADDRESS)}, &out.params);
 #undef FASTRNN_ADDRESS
 }
 #undef FASTRNN_JOIN
