@@ -9,7 +9,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch.func import functional_call, grad, jvp
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import ops, reference
+from fastrnn import ops, products, reference
 from tests.helpers import KINDS, pair, randn
 from tests.kernels.test_kernels import (
     BACKWARD_NAMES,
@@ -184,3 +184,24 @@ def test_wrong_tangents_of_the_op(name, change, message):
     op = ops.recurrent_forward_jvp
     with pytest.raises(RuntimeError, match=f"^recurrent_forward_jvp: {message}"):
         op(*(given.get(k) for k in ops.names_of(op)))
+
+
+def test_products_of_float16_are_made_in_float32():
+    """ATen's are ten times slower; each result is rounded once, forward, along a tangent and backward."""
+    input, weight, bias = (
+        randn(*sizes, seed=i, dtype=torch.float16) for i, sizes in enumerate([(6, 3, 65), (9, 65), (9,)])
+    )
+    wide = [x.float() for x in (input, weight, bias)]
+    functional = torch.nn.functional.linear
+    assert torch.equal(products.linear(input, weight, bias), functional(*wide).half())
+    a, b = randn(70, 5, dtype=torch.float16), randn(70, 6, dtype=torch.float16)
+    with torch.no_grad():
+        for mine, want in [
+            (products.transposed_product(a, b), a.double().t() @ b.double()),
+            (products.product(a.t(), b), a.double().t() @ b.double()),
+            (products.outer_products(a[:, None], b[:, None])[0], a.double().t() @ b.double()),
+        ]:
+            torch.testing.assert_close(mine.double(), want, rtol=6e-4, atol=1e-3)
+    along = tuple(torch.ones_like(x) for x in (input, weight, bias))
+    found = jvp(products.linear, (input, weight, bias), along)[1]
+    torch.testing.assert_close(found, jvp(functional, tuple(wide), tuple(x.float() for x in along))[1].half())
