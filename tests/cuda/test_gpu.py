@@ -211,7 +211,7 @@ def test_lengths_and_resets_on_every_tier(cell, lengths, resets, tier):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_gradient_of_every_c(dtype, tier):
-    """A loss that looks at c after every step, with rows of different lengths; the final states have a gradient, too."""
+    """A loss that looks at c after every step, with rows of different lengths, and at the final states."""
     if not can_run(Case("lstm", 5, 9, 1, 33, 0, "rows", dtype=dtype), tier):
         pytest.skip("another tier's")
     torch.manual_seed(0)
