@@ -4,16 +4,23 @@ torch holds its classes once a process. Imported in a second interpreter it fail
 nothing, and may end the process later; or it waits without end, where that interpreter is the first to import it.
 """
 
-import ctypes
 import sys
+
+SUB_INTERPRETER = "fastrnn: expected the main interpreter, got a sub-interpreter, of which torch serves none"
 
 
 def check_interpreter() -> None:
     """Raises ImportError in a sub-interpreter."""
+    try:
+        import ctypes
+    except ImportError as error:  # Python 3.12 lets no interpreter with a GIL of its own import ctypes
+        if "subinterpreter" not in str(error):
+            raise
+        raise ImportError(SUB_INTERPRETER) from error
     state = ctypes.PYFUNCTYPE(ctypes.c_void_p)
     own, main = (state((f"PyInterpreterState_{name}", ctypes.pythonapi))() for name in ("Get", "Main"))
     if own != main:
-        raise ImportError("fastrnn: expected the main interpreter, got a sub-interpreter, of which torch serves none")
+        raise ImportError(SUB_INTERPRETER)
 
 
 def check_gil() -> None:
