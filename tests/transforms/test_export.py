@@ -285,20 +285,19 @@ def test_aot_inductor_package_in_a_fresh_process(exported: tuple, package: Path,
 def test_aot_inductor_package_from_cpp(exported: tuple, package: Path, tmp_path: Path):
     """A program without an interpreter: torch's loader, and our extension module for its ops alone.
 
-    The module refers to Python's symbols, so the shared libpython is loaded first, which is not everywhere.
+    The module refers to Python's symbols, so the shared libpython is loaded first, which is not everywhere. torch's own
+    library for Python is, too: a search path that Python's flags give the module takes the place of the program's.
     """
     python = Path(sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("INSTSONAME"))
     if not python.name.startswith("libpython") or ".so" not in python.name or not python.exists():
         pytest.skip("this Python has no shared library")
     torch_lib, program = Path(torch.__file__).parent / "lib", tmp_path / "run_package"
     includes = [f"-I{path}" for path in torch.utils.cpp_extension.include_paths()]
-    search = f"-Wl,--disable-new-dtags,-rpath,{torch_lib}"  # for what our module needs, too
-    libraries = [f"-L{torch_lib}", search, "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
+    libraries = [f"-L{torch_lib}", f"-Wl,-rpath,{torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
     source = ROOT / "tests/cpp/run_package.cpp"
     subprocess.run(["g++", "-std=c++20", "-O0", str(source), "-o", str(program), *includes, *libraries], check=True)
-    done = subprocess.run(
-        [str(program), str(package), str(python), fastrnn._C.__file__], capture_output=True, text=True, timeout=60
-    )
+    first = [python, torch_lib / "libtorch_python.so", fastrnn._C.__file__]
+    done = subprocess.run([str(program), str(package), *map(str, first)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     sums = torch.tensor([float(word) for word in done.stdout.split()])
     torch.testing.assert_close(sums, torch.stack([y.abs().sum() for y in exported[1]]), rtol=1e-4, atol=1e-5)
