@@ -129,6 +129,10 @@ SERVER = [  # a few sequences at a time, on one thread
     *entries("server", "GRU", (90, 1, 200, 900), (80, 2, 448, 448), (60, 1, 160, 320), modes=FORWARD),
     *entries("server", "GRU", (50, 4, 512, 512), (100, 1, 512, 512), modes=FORWARD),
     *entries("server", "RNN", (1, 1, 384, 384), (100, 1, 512, 512), modes=FORWARD),
+    # Chunks of a stream with the state of the one before, as detectors of voice activity take them.
+    *entries("stream", "LSTM", (1, 1, 128, 128), (4, 1, 128, 128), (16, 1, 128, 128), modes=FORWARD, stateful=True),
+    *entries("stream", "LSTM", (1, 1, 64, 64), (4, 1, 64, 64), modes=FORWARD, layers=2, stateful=True),
+    *entries("stream", "GRU", (1, 1, 128, 128), (4, 1, 128, 128), modes=FORWARD, stateful=True),
 ]
 
 MLPERF = [  # layers and widths of the reference models; T and B are ours, small enough for a CPU
