@@ -45,9 +45,9 @@ while this page and those differ. **yes** means that a test passes: for a row `c
 it passes one day, the test fails and so says that this page is out of date. Results are compared with
 `fastrnn/reference.py` on equal parameters, in float32 unless said.
 
-torch's column is measured with torch {torch} on a CPU. **CUDA**: the tests are the same with `cuda` in place of `cpu`
-(and `tests/cuda/test_gpu.py`); they are skipped without a GPU and **have not been run on one**, so nothing is claimed
-there. cuDNN was not measured.
+torch's column is measured with torch {torch} on a CPU. **CUDA**: the tests are the same with `cuda` in place of `cpu`;
+they are skipped without a GPU and **have not been run on one**, so nothing is claimed there. What has run on one, once, is
+`tests/cuda/test_gpu.py` ([gpu.md](gpu.md)). cuDNN was not measured.
 """
 VERSIONS = """\
 `make test-versions` (`tools/test_versions.sh`): the tests of modules, sequences, transforms, `torch.compile`,
