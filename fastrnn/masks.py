@@ -30,7 +30,7 @@ def draw(
         return torch.bernoulli(torch.empty(*shape, dtype=dtype, device=device), probability)
     # The generator draws one number, of which a kernel makes the elements. Each would take it 6 ns, and all of
     # zoneout's 10 to 20% of a training step.
-    seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
+    seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
     return bernoulli(seed, shape, probability, torch.bool if narrow else dtype)
 
 

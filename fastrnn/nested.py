@@ -52,10 +52,13 @@ def jagged(input: Any) -> Jagged:
     """A nested tensor taken apart; one with holes, as torch.nested.narrow makes, is copied without them.
 
     Raises:
-        ValueError: its rows differ in another dimension than the second.
+        ValueError: its rows differ in another dimension than the second, or there are more values than rows have.
     """
     if input.dim() < 2 or input._ragged_idx != 1:
         raise ValueError(f"input: expected a nested tensor [B, j, I] with rows of different steps j, got {input.shape}")
     if input.lengths() is not None:
         input = input.contiguous()
-    return Jagged(input, input.values(), input.offsets())
+    rows = Jagged(input, input.values(), input.offsets())
+    if rows.offsets.is_cpu and not torch.compiler.is_compiling() and rows.offsets[-1] != len(rows.values):
+        raise ValueError(f"input: expected offsets up to {len(rows.values)} (its values), got {int(rows.offsets[-1])}")
+    return rows

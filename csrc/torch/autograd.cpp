@@ -96,13 +96,6 @@ bool is_transformed(const variable_list& tensors) {
   return false;
 }
 
-// What is saved of parameters is them, whose memory another thread may exchange; see held.
-LayerCall held_under_lock(const LayerCall& call) {
-  if (!Py_IsInitialized()) return held_call(call);
-  const py::gil_scoped_acquire gil;
-  return held_call(call);
-}
-
 // The node. Saved: batch_sizes, offsets, input, all weights but the biases, the states, output and saved.
 struct LayerFunction : torch::autograd::Function<LayerFunction> {
   static constexpr bool is_traceable = true;  // by compiled autograd: backward reads what ctx has, and calls ops
@@ -230,6 +223,12 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
 
 }  // namespace
 
+LayerCall held_under_lock(const LayerCall& call) {
+  if (!Py_IsInitialized()) return held_call(call);
+  const py::gil_scoped_acquire gil;
+  return held_call(call);
+}
+
 void layer_forward_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const size_t count = op.schema().arguments().size();
   const LayerArguments args = read_layer_forward(Reader(torch::jit::last(*stack, count)));
@@ -255,8 +254,8 @@ py::tuple for_python(const Group& x) {
   return items;
 }
 
-// function(cell, grads, input, weights, states, batch_sizes, offsets, reverse, more..) of fastrnn/composed.py; grads are of what
-// forward gives, and `last`.
+// function(cell, grads, input, weights, states, batch_sizes, offsets, reverse, more..) of fastrnn/composed.py; grads are of
+// what forward gives, and `last`.
 template <class... More>
 py::tuple call_python(PyObject* function, const LayerCall& call, const LayerGiven& given, const Tensor& last,
                       const More&... more) {

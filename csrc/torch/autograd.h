@@ -13,6 +13,10 @@ void layer_forward_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet k
 // A layer of ordinary tensors (plain_thread.h) where a derivative is asked for, past the dispatcher. The GIL is held.
 LayerResults differentiable_layer(const LayerCall& call, bool all_states = false);
 
+// The call on tensors of its own (plain_thread.h), for a node: what it has saved of parameters is them, whose memory another
+// thread may exchange.
+LayerCall held_under_lock(const LayerCall& call);
+
 // The backward of ops that have derivatives (fastrnn/composed.py's layer_backward), for gradients that functorch has
 // wrapped, and for what second_derivative.h has no kernel for. grad_saved: the gradient of saved, or undefined.
 LayerGradients composed_backward(const LayerCall& call, const LayerGiven& given, const Tensor& grad_saved,

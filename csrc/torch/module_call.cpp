@@ -199,7 +199,8 @@ bool find_weights(PyObject* tensors, PyObject* names, int64_t size, ModuleCall& 
                     (!params || has_sizes(*params, {cell.params, H}));
   if (!good) return false;
   const auto held = [](const Tensor* t) { return t ? Held(*t) : Held(); };
-  out = {size, R, H, dtype_of(call), held(ih), held(hh), held(bias_ih), held(bias_hh), held(hr), held(params), {}, {}, {}, {}};
+  out = {size, R, H, dtype_of(call), held(ih), held(hh), held(bias_ih), held(bias_hh), held(hr), held(params),
+         {},   {}, {}, {}};
   return true;
 }
 
@@ -427,7 +428,7 @@ PyObject* module_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
                    "module_forward: expected (dict, list, str, int, int, bool or None, input, hx, resets, grad_clip, "
                    "recompute, masks)");
   if (!is_plain_thread()) Py_RETURN_NONE;
-  const bool batch_first = args[5] == Py_True;
+  const bool batch_first = args[5] != Py_None && PyObject_IsTrue(args[5]) == 1;
   PyObject *const given = args[6], *const hx = args[7], *const resets = args[8], *const masks = args[11];
   ModuleCall call{};
   const Tensor* input = plain(given, std::nullopt, call.differentiable);

@@ -37,7 +37,7 @@ struct SecondGradients {
 
 // wanted: of what second derivatives are asked for.
 SecondGradients by_duals(const Twice& twice, const Needed& wanted) {
-  LayerCall call = twice.call;
+  LayerCall call = held_under_lock(twice.call);
   call.dual = true;
   const LayerGradients& u = twice.directions;
   call.constant_weights = !u[kOf_weight_ih].defined() && !u[kOf_weight_hh].defined() && !u[kOf_weight_hr].defined();
@@ -101,7 +101,7 @@ struct LayerBackwardFunction : torch::autograd::Function<LayerBackwardFunction> 
                                const Needed& needed, at::TensorList) {
     LayerGradients grads;
     {
-      const LayerCall own = held_call(call);
+      const LayerCall own = held_under_lock(call);
       const at::AutoDispatchBelowADInplaceOrView below;
       RECORD_FUNCTION("fastrnn::layer_backward", {});
       grads = layer_backward(own, given, needed);

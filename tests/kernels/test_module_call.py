@@ -348,6 +348,15 @@ def test_not_for_special_modules(calls):
     assert calls == [False, True, False]
 
 
+def test_any_truth_of_batch_first(calls):
+    module, x = build(fastrnn, "LSTM", 3, 5, bidirectional=True, batch_first=True), normal(4, 2, 3)
+    want = module(x)[0]
+    for value in (1, "yes"):
+        module.batch_first = value
+        assert torch.equal(module(x)[0], want)
+    assert all(calls)
+
+
 def test_sees_new_weights(calls):
     module, x = build(fastrnn, "LSTM", 3, 5), normal(4, 2, 3)
     with torch.no_grad():
@@ -460,7 +469,7 @@ def test_two_directions_without_memory(dtype, name, grad):
         module(normal(4, 2, 3).to(dtype))
 
 
-@pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("trained", [0, 1, 2], ids=["inference", "training", "double backward"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"bidirectional": True}, {"num_heads": 2}, {"peephole": True}, {"dtype": torch.bfloat16}],
@@ -469,12 +478,15 @@ def test_two_directions_without_memory(dtype, name, grad):
 def test_weights_may_be_exchanged_meanwhile(options, trained):
     """Another thread gives the parameters other memory, of the same values, while the kernel runs without the lock."""
     torch.set_num_threads(1)
-    module, x = fastrnn.LSTM(64, 256, num_layers=2, **options).requires_grad_(False), normal(60, 4, 64)
-    x = x.to(module.weight_ih_l0.dtype).requires_grad_(trained)
+    module, x = fastrnn.LSTM(64, 256, num_layers=2, **options).requires_grad_(trained == 2), normal(60, 4, 64)
+    x = x.to(module.weight_ih_l0.dtype).requires_grad_(trained > 0)
 
     def run():
         output = module(x)[0]
-        return torch.autograd.grad(output.sum(), x)[0] if trained else output
+        if not trained:
+            return output
+        (grad,) = torch.autograd.grad(output.sum(), x, create_graph=trained == 2)
+        return torch.autograd.grad(grad.square().sum(), x)[0] if trained == 2 else grad
 
     expected = run().clone()
     values, done = {name: p.clone() for name, p in module.named_parameters()}, threading.Event()

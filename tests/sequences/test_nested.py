@@ -156,6 +156,12 @@ def test_sizes_that_nobody_knows() -> None:
     torch.testing.assert_close(make("LSTM")(x)[0].values(), make("LSTM")(nest(rows))[0].values())
 
 
+def test_values_that_no_row_has() -> None:
+    x = torch.nested.nested_tensor_from_jagged(randn(7, I), torch.tensor([0, 2, 5]))
+    with pytest.raises(ValueError, match=r"input: expected offsets up to 7 \(its values\), got 5"):
+        make("LSTM")(x)
+
+
 def test_holes() -> None:
     """As torch.nested.narrow leaves them: the output has the rows without."""
     x = randn(3, 6, I)
