@@ -341,7 +341,8 @@ class _Call:
     def masks(self, D: int, steps: Any, widths: tuple[int, int], lengths: Any) -> list[Tensor | None]:
         """As the module draws them, which has to have the same generator."""
         noise = self.module._noise
-        packed = self.call["layout"] == "packed"
+        # Tokens are padded first, and noise is drawn for the padding, too.
+        packed = self.call["layout"] == "packed" and self.module._takes_packed(self.packed.data)
         shown = (len(self.input),) if packed else tuple(steps)
         drawn = noise.masks(torch.empty(0, dtype=self.dtype), D, shown, steps[1], widths[: CELLS[self.cell].tensors])
         found = [None if x is None else x.double() for x in drawn]

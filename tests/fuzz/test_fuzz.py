@@ -37,8 +37,7 @@ def test_every_op_has_cases() -> None:
     assert {*calls.OPS} == names - {"cell_names", "recurrent_forward_jvp", "recurrent_backward_jvp"}
 
 
-def test_wrong_results_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison is one: of a result that is wrong in one number, and of a gradient."""
+def plain_case() -> dict[str, Any]:
     case = {"kind": "LSTM", "dtype": "float64", "T": 3, "B": 2, "input_size": 3, "hidden_size": 4, "num_layers": 1}
     rest = (
         ("mode", "grad"),
@@ -49,7 +48,18 @@ def test_wrong_results_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         ("seed", 5),
     )
     off = ("training", "state", "resets", "reset_state", "layer_norm", "peephole", "without_grad", "proj_size")
-    case |= dict(rest) | dict.fromkeys(off, False) | {"num_heads": 1, "zoneout": 0.0, "lengths": None}
+    return case | dict(rest) | dict.fromkeys(off, False) | {"num_heads": 1, "zoneout": 0.0, "lengths": None}
+
+
+def test_noise_of_packed_tokens() -> None:
+    """The module pads them first, and draws as much noise as the padding takes."""
+    more = {"layout": "packed", "token_input": True, "zoneout": 0.2, "training": True, "B": 3, "seed": 0}
+    modules.run(plain_case() | more)
+
+
+def test_wrong_results_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison is one: of a result that is wrong in one number, and of a gradient."""
+    case = plain_case()
     modules.run(case)
     actual = modules._Call.actual
     for wrong in (lambda x: torch.cat([x[:-1], x[-1:] * (1 + 1e-6)]), lambda x: x.detach() + (x - x.detach()) * 1.001):
