@@ -296,7 +296,8 @@ class _Call:
             all_finals = [s.index_select(1, self.packed.unsorted_indices) for s in all_finals]
         cells = []
         if options.get("return_all_states"):
-            values = rest[2].view(x.size(0), B, D, -1, options["hidden_size"])  # of fewer steps than T, if packed
+            count = rest[2].shape[-1] // (D * options["hidden_size"])
+            values = rest[2].view(x.size(0), B, D, count, options["hidden_size"])  # of fewer steps than T, if packed
             C = CELLS[self.cell].in_c
             cells = [values[:, :, :, values.shape[3] - C + k].flatten(2) for k in range(C)]
 
