@@ -464,6 +464,20 @@ def test_dtypes(kind: str, noise: str, dtype: torch.dtype) -> None:
         assert ((got[name].double() - y).abs() <= tolerance * (1 + y.abs().max())).all(), name
 
 
+def test_another_default_device() -> None:
+    """Masks are of the layer's device, whatever tensors are made on by default."""
+    module, x = make("LSTM", **NOISES["both"]), randn(T, B, I)
+    want = seeded(module, x)
+    with torch.device("meta"):
+        got = seeded(module, x)
+    assert got.is_cpu and torch.equal(got, want)
+
+
+def seeded(module: fastrnn.LSTM, x: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    return module(x)[0]
+
+
 def test_autocast() -> None:
     module, x = make("LSTM", num_layers=2, dtype=torch.float32, **NOISES["both"]), randn(T, B, I, dtype=torch.float32)
     with drawn() as masks, torch.autocast("cpu", torch.bfloat16):
