@@ -6,6 +6,8 @@
 # make fuzz    50,000 random calls (CASES=) of modules and ops, against the reference or with wrong arguments
 # make soak    100,000 calls (CALLS=) that leave no memory behind, and a result of 2^31 elements (9 GB)
 # make sanitize         the extension with AddressSanitizer and UBSan (build/sanitized), and the tests of the ops under it
+# make test-portable    the CPU's kernels for AArch64 under an emulator, and for macOS' compiler (needs Debian's packages
+#                       g++-aarch64-linux-gnu, qemu-user and a clang++), and the whole extension built for both (0.8 GB)
 # make docs    the pages and the API as a site (out/docs/index.html); Sphinx has an environment of its own (.venv-docs)
 # make lint    formatting, lint and types
 # make test-sdist       packs the sources, builds a wheel from them in a clean environment (.venv-sdist) and uses it there
@@ -41,7 +43,7 @@ CALLS ?= 100000
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup build test test-extras test-sdist test-versions wheel bench bench-peers examples fuzz soak sanitize docs lint
+.PHONY: setup build test test-extras test-sdist test-versions test-portable wheel bench bench-peers examples fuzz soak sanitize docs lint
 .PHONY: check-cuda test-cuda-build clean distclean
 
 setup: $(STAMP)
@@ -68,6 +70,11 @@ test-sdist: $(STAMP)
 
 test-versions:
 	MAX_JOBS=$(JOBS) tools/test_versions.sh $(ARGS)
+
+test-portable: $(BUILT)
+	FASTRNN_PORTABLE=1 $(PY) -m pytest tests/cpp/test_cpp.py -k "aarch64 or clang"
+	$(PY) tools/cross_build.py linux-aarch64 --jobs $(JOBS)
+	$(PY) tools/cross_build.py macos-arm64 --jobs $(JOBS)
 
 wheel:
 	env -u PYTHONPATH TORCH=$(TORCH) PYTHON=$(PYTHON) WHEEL_VENV=$(WHEEL_VENV) MAX_JOBS=$(JOBS) tools/make_wheel.sh

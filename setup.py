@@ -1,7 +1,7 @@
 """Builds the extension module fastrnn._C and says which torch it needs; everything else stands in pyproject.toml.
 
 Environment:
-  CXX                 the C++ compiler, g++ 12 or newer. Default: c++.
+  CXX                 the C++ compiler: g++ 12 or newer, on macOS clang. Default: c++.
   FASTRNN_CUDA        1: build the CUDA kernels, 0: do not. Default: build them if torch is a CUDA build and an nvcc of
                       the same CUDA major version is found. Whether this machine has a GPU plays no part.
   FASTRNN_CUDA_ARCHS  compute capabilities to build for, e.g. "9.0a" or "8.0;9.0a+PTX".
@@ -46,6 +46,7 @@ from cuda_toolkit import ToolkitError  # noqa: E402
 # pip's ninja stands beside an interpreter that need not be on PATH; without ninja torch compiles file after file.
 os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")))
 
+MACOS = sys.platform == "darwin"
 OLDEST_GCC = 12
 KERNELS = sorted(ROOT.glob("csrc/cuda/*.cu"))
 
@@ -97,10 +98,13 @@ class Build(BuildExtension):
         super().build_extensions()
 
     def build_extension(self, extension):
-        exports = Path(self.build_temp).resolve() / "exports.map"
-        exports.parent.mkdir(parents=True, exist_ok=True)
-        exports.write_text("{ global: PyInit__C; local: *; };\n")
-        extension.extra_link_args.append(f"-Wl,--version-script={exports}")
+        if MACOS:
+            extension.extra_link_args.append("-Wl,-exported_symbol,_PyInit__C")
+        else:
+            exports = Path(self.build_temp).resolve() / "exports.map"
+            exports.parent.mkdir(parents=True, exist_ok=True)
+            exports.write_text("{ global: PyInit__C; local: *; };\n")
+            extension.extra_link_args.append(f"-Wl,--version-script={exports}")
         if kernels := getattr(extension, "kernels", None):
             extension.extra_objects += self.compile_kernels(*kernels)
         super().build_extension(extension)
@@ -160,6 +164,8 @@ def check_compiler(command: str) -> None:
     )
     if "Free Software Foundation" in told and int(version.split(".")[0]) < OLDEST_GCC:
         raise SystemExit(f"fastrnn: {command!r} is g++ {version}: expected {OLDEST_GCC} or newer (CXX names another)")
+    if "clang" in told and not MACOS:  # its OpenMP is LLVM's, and torch brings GNU's: there would be two sets of threads
+        raise SystemExit(f"fastrnn: {command!r} is clang: expected g++ {OLDEST_GCC} or newer (CXX names another)")
 
 
 def check_torch() -> None:
@@ -186,7 +192,12 @@ def extension(toolkit: cuda_toolkit.Toolkit | None) -> CppExtension:
     if toolkit is None:
         files = [f for f in files if not f.endswith("_cuda.cpp")]
         return CppExtension(
-            "fastrnn._C", files, define_macros=macros, extra_compile_args={"cxx": flags}, extra_link_args=links
+            "fastrnn._C",
+            files,
+            define_macros=macros,
+            libraries=["omp"] if MACOS else [],  # torch's, which stands beside its other libraries
+            extra_compile_args={"cxx": flags},
+            extra_link_args=links,
         )
     archs = os.environ.get("FASTRNN_CUDA_ARCHS") or cuda_toolkit.DEFAULT_ARCHS
     try:

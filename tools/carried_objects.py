@@ -25,8 +25,9 @@ from cuda_toolkit import ToolkitError, find_toolkit, parse_archs
 
 ROOT = Path(__file__).resolve().parent.parent
 # OpenMP is compiled in but not linked: its symbols then come from the runtime that torch has loaded, so that the
-# process has one thread pool and not two.
-CXX_FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas")
+# process has one thread pool and not two. Apple's clang has no such option of its own, only its parts behind it.
+OPENMP = ("-Xpreprocessor", "-fopenmp") if sys.platform == "darwin" else ("-fopenmp",)
+CXX_FLAGS = ("-std=c++20", "-O3", *OPENMP, "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas")
 MANIFEST = "objects.json"
 
 

@@ -150,10 +150,9 @@ FASTRNN_HD Vec<Dual<T>> load(const Dual<T>* p) {
 template <class T>
 FASTRNN_HD void store(Dual<T>* p, Vec<Dual<T>> x, int n) {
   constexpr int L = Vec<T>::kLanes;
-  const auto half = [&](int first) {
-    return gather_lanes(x.value, x.slope, [first](int l) { return first + l / 2 + l % 2 * L; }).v;
-  };
-  const typename Vec<T>::Native pair[2] = {half(0), half(L / 2)};
+  const Vec<T> low = gather_lanes(x.value, x.slope, [](int l) { return l / 2 + l % 2 * L; });
+  const Vec<T> high = gather_lanes(x.value, x.slope, [](int l) { return L / 2 + l / 2 + l % 2 * L; });
+  const typename Vec<T>::Native pair[2] = {low.v, high.v};
   if (n >= L)
     __builtin_memcpy(p, pair, sizeof pair);
   else

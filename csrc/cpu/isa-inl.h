@@ -13,6 +13,7 @@
 #include <coroutine>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "plan.h"
@@ -33,6 +34,9 @@
 #define FASTRNN_ISA avx2
 #define FASTRNN_VECTOR_BYTES 32
 #else
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 #define FASTRNN_ISA baseline
 #define FASTRNN_VECTOR_BYTES 16
 #endif

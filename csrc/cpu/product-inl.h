@@ -1,7 +1,8 @@
 // The product of a few rows with a panel of packed weights.
 //
 // A panel holds `depth` x N vectors: for each k, the weights that input k has for N vectors of outputs (panels-inl.h
-// packs them); where kDepth neighbours along k are multiplied together, they stand side by side in each lane. It is read front to back, once per tile of rows, while the tile's M x N sums stay in registers.
+// packs them); where kDepth neighbours along k are multiplied together, they stand side by side in each lane. It is read
+// front to back, once per tile of rows, while the tile's M x N sums stay in registers.
 #pragma once
 #include "isa-inl.h"
 
@@ -12,20 +13,25 @@
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
-// How many rows' sums fit the register file beside `vectors` vectors of weights: it has 32 registers with AVX-512, 16
-// elsewhere. A vector of dual numbers takes two, so a panel of those is multiplied kTileVectors vectors at a time.
-constexpr int kWide = FASTRNN_VECTOR_BYTES == 64;
+// How many rows' sums fit the register file beside `vectors` vectors of weights: it has 32 registers with AVX-512 and on
+// AArch64, 16 elsewhere. A vector of dual numbers takes two, so a panel of those is multiplied kTileVectors vectors at a
+// time.
+#if FASTRNN_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr bool kManyRegisters = true;
+#else
+constexpr bool kManyRegisters = false;
+#endif
 constexpr int kMaxVectors = 4;
 template <class T>
 inline constexpr bool kIsDual = false;
 template <class T>
 inline constexpr bool kIsDual<Dual<T>> = true;
 template <class T>
-inline constexpr int kTileVectors = !kIsDual<T> ? kMaxVectors : kWide ? 2 : 1;
+inline constexpr int kTileVectors = !kIsDual<T> ? kMaxVectors : kManyRegisters ? 2 : 1;
 template <class T>
 constexpr int max_rows(int vectors) {
-  if (kIsDual<T>) return kWide ? 6 : 5;
-  return kWide ? (vectors == 4 ? 6 : 8) : (vectors == 4 ? 2 : vectors == 3 ? 4 : 6);
+  if (kIsDual<T>) return kManyRegisters ? 6 : 5;
+  return kManyRegisters ? (vectors == 4 ? 6 : 8) : (vectors == 4 ? 2 : vectors == 3 ? 4 : 6);
 }
 
 // out[m][n] = sum_k a[m * stride + k] panel[k * panel_stride + n * L] + bias[n]; bias null means 0. It comes last: sums

@@ -101,12 +101,12 @@ FASTRNN_HD Vec<T> add_product(Vec<T> sum, Vec<T> x, Vec<T> w) {
   return sum + x * w;
 }
 
-// Lane l of the result: lane index(l) of a, or, from kLanes on, of b.
+// Lane l of the result: lane index(l) of a, or, from kLanes on, of b. `index` captures nothing, so that it is constant.
 template <class T, class Index>
-FASTRNN_HD Vec<T> gather_lanes(Vec<T> a, Vec<T> b, Index index) {
-  typename Vec<T>::Bits mask;
-  for (int l = 0; l < Vec<T>::kLanes; ++l) mask[l] = index(l);
-  return __builtin_shuffle(a.v, b.v, mask);
+FASTRNN_HD Vec<T> gather_lanes(Vec<T> a, Vec<T> b, Index) {
+  return [&]<int... l>(std::integer_sequence<int, l...>) FASTRNN_INLINE_BODY -> Vec<T> {
+    return __builtin_shufflevector(a.v, b.v, Index{}(l)...);
+  }(std::make_integer_sequence<int, Vec<T>::kLanes>());
 }
 
 // Lane l of vector i becomes lane i of vector l: blocks of s x s lanes change places across the diagonal, for s = 1, 2, 4 ..
@@ -134,9 +134,10 @@ FASTRNN_HD Vec<T> sums_of_parts(const Vec<T> (&x)[N]) {
   } else {
     Vec<T> y[N / 2];
     FASTRNN_UNROLL for (int m = 0; m < N / 2; ++m) {
-      const auto lower = [](int l) { return l / half * width + l % half; };  // beyond kLanes, of the second vector
-      y[m] = gather_lanes(x[2 * m], x[2 * m + 1], lower) +
-             gather_lanes(x[2 * m], x[2 * m + 1], [=](int l) { return lower(l) + half; });
+      // Beyond kLanes, of the second vector.
+      const Vec<T> lower = gather_lanes(x[2 * m], x[2 * m + 1], [](int l) { return l / half * width + l % half; });
+      const Vec<T> upper = gather_lanes(x[2 * m], x[2 * m + 1], [](int l) { return l / half * width + l % half + half; });
+      y[m] = lower + upper;
     }
     return sums_of_parts<half>(y);
   }
@@ -237,10 +238,8 @@ struct Compute<Half> {
 
 using Half16 = Traits<float>::Half16;
 
-template <class T>
-FASTRNN_HD Vec<T> from_storage(typename Vec<T>::Native x, const T*) {
-  return x;
-}
+FASTRNN_HD Vec<float> from_storage(Vec<float>::Native x, const float*) { return x; }
+FASTRNN_HD Vec<double> from_storage(Vec<double>::Native x, const double*) { return x; }
 FASTRNN_HD Vec<float> from_storage(Half16 x, const BFloat16*) {
   return (Vec<float>::Native)(__builtin_convertvector(x, Vec<float>::Bits) << 16);
 }
@@ -249,7 +248,9 @@ FASTRNN_HD Vec<float> from_storage(Half16 x, const Half*) {
   return (Vec<float>::Native)_mm512_maskz_cvtph_ps(0xffff, (__m256i)x);
 #elif FASTRNN_VECTOR_BYTES == 32
   return (Vec<float>::Native)_mm256_cvtph_ps((__m128i)x);
-#endif
+#elif defined(__aarch64__)
+  return (Vec<float>::Native)vcvt_f32_f16((float16x4_t)x);
+#else
   using F = Vec<float>::Native;
   using I = Vec<float>::Bits;
   const I bits = __builtin_convertvector(x, I), magnitude = bits & 0x7fff;
@@ -258,6 +259,7 @@ FASTRNN_HD Vec<float> from_storage(Half16 x, const Half*) {
   const F special = (F)((magnitude << 13) | 0x7f800000);
   const F value = magnitude < 0x400 ? small : magnitude >= 0x7c00 ? special : normal;
   return (F)((I)value | (bits & 0x8000) << 16);
+#endif
 }
 
 template <class T>
@@ -281,7 +283,9 @@ FASTRNN_HD Half16 to_storage(Vec<float> x, const Half*) {
   return (Half16)_mm512_maskz_cvtps_ph(0xffff, (__m512)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif FASTRNN_VECTOR_BYTES == 32
   return (Half16)_mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#endif
+#elif defined(__aarch64__)
+  return (Half16)vcvt_f16_f32((float32x4_t)x.v);
+#else
   using F = Vec<float>::Native;
   using I = Vec<float>::Bits;
   const I bits = (I)x.v, magnitude = bits & 0x7fffffff;
@@ -291,6 +295,7 @@ FASTRNN_HD Half16 to_storage(Vec<float> x, const Half*) {
   const I large = magnitude > 0x7f800000 ? I{} + 0x7e00 : I{} + 0x7c00;
   const I value = magnitude < 0x38800000 ? small : magnitude >= 0x477ff000 ? large : normal;
   return __builtin_convertvector((value | ((bits >> 16) & 0x8000)) & 0xffff, Half16);
+#endif
 }
 
 template <class S>

@@ -147,8 +147,9 @@ struct ForwardStep : Walk<ForwardParams> {
       const T* own = scratch + j * (G + W);
       FASTRNN_UNROLL for (int k = 0; k < G; ++k) in.gates_ih[k] = load(own + k * L);
       load_unit(i, j, n, gates_hh + j * G, in);
-      if constexpr (work)
-        FASTRNN_UNROLL for (int k = 0; k < W; ++k) in.work[k] = load(own + (G + k) * L);
+      if constexpr (W > 0)  // by itself: where nothing depends on `work`, a compiler may look inside
+        if constexpr (work)
+          FASTRNN_UNROLL for (int k = 0; k < W; ++k) in.work[k] = load(own + (G + k) * L);
     };
     const auto keep = [&](int64_t j, const ForwardIn<Cell, V>& in) FASTRNN_INLINE_BODY {
       if constexpr (W > 0)

@@ -23,6 +23,8 @@ int64_t now() {  // nanoseconds
 void pause() {
 #if defined(__x86_64__)
   _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ __volatile__("yield");
 #endif
 }
 

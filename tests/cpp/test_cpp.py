@@ -1,6 +1,8 @@
 """The C++ parts by themselves: cells, SIMD maths, and who may include what."""
 
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,11 +18,16 @@ KINDS_OF_CELLS = ("lstm", "gru", "rnn_tanh", "lstm_norm", "gru_reset_before", "s
 ISAS = ("avx512bf16", "avx512", "avx2", "baseline")
 
 
-def compile_and_run(source: Path, out: Path, *flags: str) -> list[list[str]]:
+HERE = ("g++",), ()  # the compiler, and what runs its programs
+AARCH64 = ("aarch64-linux-gnu-g++", "-static"), ("qemu-aarch64",)
+
+
+def compile_and_run(source: Path, out: Path, *flags: str, machine=HERE) -> list[list[str]]:
     """Builds a program with csrc/ as its only include path; returns its output, split into words."""
-    build = ["g++", "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", f"-I{CSRC}", *flags]
+    compiler, runner = machine
+    build = [*compiler, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", f"-I{CSRC}", *flags]
     subprocess.run([*build, str(source), "-o", str(out)], check=True)
-    done = subprocess.run([str(out)], capture_output=True, text=True)
+    done = subprocess.run([*runner, str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return [line.split() for line in done.stdout.splitlines()]
 
@@ -76,6 +83,37 @@ def test_members_of_a_call(tmp_path):
     """Barriers, and the choice between threads and one thread."""
     source = ROOT / "tests/cpp/test_team.cpp"
     assert compile_and_run(source, tmp_path / "team", "-fopenmp", str(CSRC / "cpu/team.cpp")) == [["team"]]
+
+
+def needs(*programs: str) -> pytest.MarkDecorator:
+    """`make test-portable` sees to it that they are there: then a test without them fails instead."""
+    missing = [program for program in programs if shutil.which(program) is None]
+    return pytest.mark.skipif(bool(missing) and not os.environ.get("FASTRNN_PORTABLE"), reason=f"no {missing} here")
+
+
+@needs("aarch64-linux-gnu-g++", "qemu-aarch64")
+@pytest.mark.parametrize("name", ["cells", "simd", "cpu"])
+def test_on_aarch64(name, tmp_path):
+    """Cells, functions of vectors, and whole calls of every cell kind, compiled for NEON and run by an emulator."""
+    source, out = ROOT / f"tests/cpp/test_{name}.cpp", tmp_path / name
+    if name == "cells":
+        rows = compile_and_run(source, out, WITH_MORE_CELLS, machine=AARCH64)
+        assert [row[0] for row in rows] == [*fastrnn.ops.CELLS, "norm"]
+    elif name == "simd":
+        stride = ("-DFASTRNN_TEST_STRIDE=9973", "-DFASTRNN_TEST_POINTS=30000")
+        assert len(compile_and_run(source, out, *stride, machine=AARCH64)) == 25
+    else:
+        files = [str(CSRC / f"cpu/{name}.cpp") for name in ("recurrent", "team", "processors", "isa_baseline")]
+        flags = ["-fopenmp", WITH_MORE_CELLS, only(*KINDS_OF_CELLS), *files]
+        assert compile_and_run(source, out, *flags, machine=AARCH64) == [["baseline", "80", "calls"]]
+
+
+@needs("clang++")
+def test_clang_takes_the_kernels():
+    """As macOS' compiler does, of which it is a relative: all but the kernels of single processors of x86-64."""
+    flags = ["-std=c++20", "-fsyntax-only", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        subprocess.run(["clang++", *flags, "-DFASTRNN_BASELINE_ALONE", str(source)], check=True)
 
 
 def includes(path: Path) -> list[str]:

@@ -165,12 +165,11 @@ def test_a_build_takes_any_torch_where_there_is_none(monkeypatch, tmp_path):
     assert build_backend.get_requires_for_build_wheel() == [build_backend.TORCH]
 
 
-def compiler(folder, version):
-    """A stand-in for g++ that tells a version and compiles nothing."""
+def compiler(folder, version, owner="g++ Copyright (C) Free Software Foundation"):
+    """A stand-in for a compiler that tells a version and compiles nothing."""
     script = folder / "other g++"
     script.write_text(
-        f"#!/bin/sh\ncase $1 in --version) echo 'g++ {version} Copyright (C) Free Software Foundation';; "
-        f"-dump*) echo {version};; *) exit 1;; esac\n"
+        f"#!/bin/sh\ncase $1 in --version) echo '{owner} {version}';; -dump*) echo {version};; *) exit 1;; esac\n"
     )
     script.chmod(0o755)
     return f"'{script}'"
@@ -203,6 +202,11 @@ def test_build_without_a_compiler(tmp_path):
 
 def test_build_with_an_old_compiler(tmp_path):
     assert "is g++ 9.4.0: expected 12 or newer" in build(tmp_path, CXX=compiler(tmp_path, "9.4.0"))
+
+
+def test_build_with_clang(tmp_path):
+    """It compiles all of it, and the module then finds no OpenMP in torch."""
+    assert "is clang: expected g++ 12 or newer" in build(tmp_path, CXX=compiler(tmp_path, "19.1.7", "clang version"))
 
 
 def test_build_without_torch(tmp_path):
