@@ -23,6 +23,12 @@ inline int64_t computed_bytes(DType dtype) {
   }
 }
 
+// Of the weights of a call's groups: how many elements stand between the end of one group's and the start of the next
+// one's. 0 where they stand one behind the other, as they have to for CUDA's kernels and where they are narrow.
+struct Gaps {
+  int64_t weight_ih, bias_ih, weight_hh, bias_hh, weight_hr, params;
+};
+
 struct ForwardParams {
   int64_t steps, batch, groups, hidden, width;  // T, B, P, h, R
   int32_t cell;                                 // index into kCells
@@ -35,6 +41,7 @@ struct ForwardParams {
   const void* bias_hh;    // [P, G*h] or null
   const void* weight_hr;  // [P, R, h] or null: h' = weight_hr (o tanh(c))
   const void* params;     // [P, kParams, h], null for cells without such
+  Gaps gaps;
   const void* h_0;        // [B, P*R] or null for zeros
   const void* c_0;        // [B, P*C*h] or null for zeros, and for cells with one state
 

@@ -91,7 +91,7 @@ class BackwardWorker {
 
   void pack(int64_t group) {
     const int64_t h = p.hidden, R = p.width;
-    const S* weight = static_cast<const S*>(p.weight_hh) + group * G * h * R;
+    const S* weight = static_cast<const S*>(p.weight_hh) + group * (G * h * R + p.gaps.weight_hh);
     // The first step of this loop has no gate gradients of a step before to multiply.
     const Range multiplied = kHasLate<Cell> || steps() > 1 ? widths : Range{0, 0};
     for_each_packed_panel(multiplied, kMaxVectors, plan.split_rows, member, plan.team_size, [&](int64_t v, int vectors) {
@@ -99,7 +99,7 @@ class BackwardWorker {
                    b.panels_hh + v * L * b.gates_padded * G);
     });
     if (!p.weight_hr) return;
-    const S* projection = static_cast<const S*>(p.weight_hr) + group * R * h;
+    const S* projection = static_cast<const S*>(p.weight_hr) + group * (R * h + p.gaps.weight_hr);
     for_each_packed_panel(units, kMaxVectors, plan.split_rows, member, plan.team_size, [&](int64_t v, int vectors) {
       pack_columns(projection + v * L, h, vectors, h - v * L, 1, R, R, b.panels_hr + v * L * padded_depth<A>(R));
     });
@@ -126,8 +126,8 @@ class BackwardWorker {
           for (int n = 0; n < vectors; ++n)
             step.state(first + m, (v + n) * L, V(sums ? load(sums + (m * vectors + n) * L) : V(0)));
       };
-      const Panel<A> panel = panel_of_columns(p.weight_hh, step.group, G * p.hidden, p.width, b.panels_hh,
-                                              b.gates_padded * G, v, vectors, packed);
+      const Panel<A> panel = panel_of_columns(p.weight_hh, step.group, G * p.hidden, p.width, p.gaps.weight_hh,
+                                              b.panels_hh, b.gates_padded * G, v, vectors, packed);
       fetch(0, max_rows<A>(vectors), v, vectors);
       for_each_deep_tile(was_running, from, b.gates_stride, panel.weights, panel.stride,
                          b.gates_padded * kEarlyGates<Cell>, vectors, sums, body, terms_of_weights(p));
@@ -148,8 +148,8 @@ class BackwardWorker {
   void multiply_late() {
     const int64_t late = kEarlyGates<Cell> * b.gates_padded;  // where they start
     for_each_panel(units, kMaxVectors, [&](int64_t v, int vectors) {
-      const Panel<A> panel = panel_of_columns(p.weight_hh, step.group, G * p.hidden, p.width, b.panels_hh,
-                                              b.gates_padded * G, v, vectors, packed);
+      const Panel<A> panel = panel_of_columns(p.weight_hh, step.group, G * p.hidden, p.width, p.gaps.weight_hh,
+                                              b.panels_hh, b.gates_padded * G, v, vectors, packed);
       for_each_deep_tile(step.running, static_cast<const A*>(step.to + late), b.gates_stride,
                          panel.weights + late * panel.stride, panel.stride, b.gates_padded * kLateGates<Cell>, vectors,
                          sums, [&](int64_t first, int rows_in_tile, const T* product) {
@@ -165,8 +165,8 @@ class BackwardWorker {
   void project_gradients() {
     const int64_t count = step.running > step.was_running ? step.running : step.was_running;
     for_each_panel(units, kMaxVectors, [&](int64_t v, int vectors) {
-      const Panel<A> panel = panel_of_columns(p.weight_hr, step.group, p.width, p.hidden, b.panels_hr, p.width, v,
-                                              vectors, packed);
+      const Panel<A> panel = panel_of_columns(p.weight_hr, step.group, p.width, p.hidden, p.gaps.weight_hr,
+                                              b.panels_hr, p.width, v, vectors, packed);
       for_each_tile(count, static_cast<const A*>(step.grad_h), b.stride, panel.weights, panel.stride, p.width, vectors,
                     nullptr,
                     [&](int64_t first, int rows_in_tile, const T* sums) {

@@ -82,9 +82,10 @@ class ForwardWorker {
 
   void find_weights(int64_t group) {
     const int64_t h = p.hidden, R = p.width, I = layer ? layer->size : 0;
-    bias_hh = p.bias_hh ? static_cast<const S*>(p.bias_hh) + group * G * h : nullptr;
-    weight_hr = p.weight_hr ? static_cast<const WeightHr*>(p.weight_hr) + group * R * h : nullptr;
-    bias_ih = layer && layer->bias ? static_cast<const S*>(layer->bias) + group * G * h : nullptr;
+    const Gaps& gaps = p.gaps;
+    bias_hh = p.bias_hh ? static_cast<const S*>(p.bias_hh) + group * (G * h + gaps.bias_hh) : nullptr;
+    weight_hr = p.weight_hr ? static_cast<const WeightHr*>(p.weight_hr) + group * (R * h + gaps.weight_hr) : nullptr;
+    bias_ih = layer && layer->bias ? static_cast<const S*>(layer->bias) + group * (G * h + gaps.bias_ih) : nullptr;
     if constexpr (kInt8) {
       const int64_t blocks = ceil_div(h, kInt8Units), rows = blocks * G * kInt8Units;
       const auto weights = [&](const void* all, const float* scale, const int32_t* sum, int64_t quads) {
@@ -94,8 +95,8 @@ class ForwardWorker {
       int8_ih = weights(layer->weight, layer->scale_ih, layer->sum_ih, b.quads_ih);
       int8_hh = weights(p.weight_hh, layer->scale_hh, layer->sum_hh, b.quads_hh);
     } else {
-      weight_hh = static_cast<const W*>(p.weight_hh) + group * G * h * R;
-      weight_ih = layer ? static_cast<const W*>(layer->weight) + group * G * h * I : nullptr;
+      weight_hh = static_cast<const W*>(p.weight_hh) + group * (G * h * R + gaps.weight_hh);
+      weight_ih = layer ? static_cast<const W*>(layer->weight) + group * (G * h * I + gaps.weight_ih) : nullptr;
     }
   }
 

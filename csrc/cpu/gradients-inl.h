@@ -175,7 +175,7 @@ class LayerGradients {
   // Vectors v .. of the columns of weight_ih.
   void pack(int64_t v, int vectors, A* panel) const {
     const int64_t I = layer->size;
-    const S* weight = static_cast<const S*>(layer->weight) + step.group * G * p.hidden * I;
+    const S* weight = static_cast<const S*>(layer->weight) + step.group * (G * p.hidden * I + p.gaps.weight_ih);
     pack_columns(weight + v * L, I, vectors, I - v * L, G, p.hidden, b.gates_padded, panel);
   }
 
@@ -285,7 +285,8 @@ class LayerGradients {
         if (late) pack(v, vectors, b.panels_ih);
         const Panel<A> panel = late ? Panel<A>{b.panels_ih, vectors * L}
                                     : panel_of_columns(layer->weight, step.group, G * p.hidden, layer->size,
-                                                       b.panels_ih, b.gates_padded * G, v, vectors, packed);
+                                                       p.gaps.weight_ih, b.panels_ih, b.gates_padded * G, v, vectors,
+                                                       packed);
         const auto keep = [&](int64_t first, int rows_in_tile, const T* tile) {
           for (int m = 0; m < rows_in_tile; ++m)
             for (int n = 0; n < vectors; ++n) {

@@ -48,11 +48,11 @@ struct Panel {
 // Of vectors v .. of the columns of a [P, rows, columns] weight: packed `depth` rows deep by pack_columns (packs), or
 // those of the weight itself.
 template <class A>
-Panel<A> panel_of_columns(const void* weight, int64_t group, int64_t rows, int64_t columns, const A* packs,
+Panel<A> panel_of_columns(const void* weight, int64_t group, int64_t rows, int64_t columns, int64_t gap, const A* packs,
                           int64_t depth, int64_t v, int vectors, bool packed) {
   constexpr int L = Vec<typename Compute<A>::type>::kLanes;
   if (packed) return {packs + v * L * padded_depth<A>(depth), vectors * L};
-  return {static_cast<const A*>(weight) + group * rows * columns + v * L, columns};
+  return {static_cast<const A*>(weight) + group * (rows * columns + gap) + v * L, columns};
 }
 
 // Outputs are rows of the matrix: panel[k][n][lane] = w[(n * gate_stride + lane) * ld + k] for lane < valid, else 0.

@@ -31,7 +31,8 @@ FASTRNN_HD auto load_params(const ForwardParams& p, int64_t group, int64_t j, in
   Pack<Vec<typename Compute<S>::type>, Cell::kParams> params;
   if constexpr (Cell::kParams > 0)
     FASTRNN_UNROLL for (int k = 0; k < Cell::kParams; ++k)
-      params[k] = load(static_cast<const S*>(p.params) + (group * Cell::kParams + k) * p.hidden + j, valid);
+      params[k] = load(static_cast<const S*>(p.params) + (group * Cell::kParams + k) * p.hidden + group * p.gaps.params + j,
+                       valid);
   return params;
 }
 

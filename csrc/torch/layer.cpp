@@ -160,7 +160,7 @@ LayerResults forward_by_products(const LayerCall& call, bool save) {
     out.saved = padded.pack(out.saved);
     return out;
   }
-  Recurrence args = recurrence_of(call);
+  Recurrence args = recurrence_of(call, /*stack=*/true);
   const Tensor& input = call.input;
   const bool tokens = are_tokens(input);
   RNN_CHECK(input.dim() == (tokens ? 2 : 3), "layer_forward: input: expected ", tokens ? 2 : 3, " dimensions, got ",
@@ -287,7 +287,7 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
     grads[kOf_input] = padded.pack(grads[kOf_input]);
     return grads;
   }
-  const Recurrence args = recurrence_of(call);
+  const Recurrence args = recurrence_of(call, /*stack=*/true);
   const bool initial = needed[kOf_h_0] || needed[kOf_c_0];
   Given of_kernel = of_recurrence(given);
   of_kernel.in_place =

@@ -198,6 +198,21 @@ class Checker {
     return read(name, x, of_layer_ && dims_.P == 1 ? expected.slice(1) : expected);
   }
 
+  // The same of a layer's groups, which are read where they are if they are equally far apart, as any two are. gap: see
+  // Gaps.
+  const void* read_groups(const char* name, const Group& group, at::IntArrayRef expected, int64_t& gap) {
+    if (group.empty()) return nullptr;
+    const size_t first = keep.size();
+    for (const Tensor& x : group) read(name, x, expected.slice(1));
+    const auto address = [&](size_t p) { return reinterpret_cast<intptr_t>(keep[first + p].const_data_ptr()); };
+    const int64_t element = group[0].element_size(), apart = group.size() == 1 ? 0 : address(1) - address(0);
+    bool equally = apart % element == 0;
+    for (size_t p = 2; p < group.size(); ++p) equally &= address(p) - address(p - 1) == apart;
+    if (!equally) keep.push_back(at::stack(at::TensorList(group)));
+    gap = equally && group.size() > 1 ? apart / element - keep[first].numel() : 0;
+    return (equally ? keep[first] : keep.back()).const_data_ptr();
+  }
+
   // The same of a state of n values a group, as [B, P*n]; a layer has it as [P, B, n].
   const void* read_state(const char* name, const OptionalTensor& x, int64_t n) {
     if (!of_layer_ || dims_.P == 1 || !x) return read(name, x, state_sizes(n));
@@ -243,8 +258,17 @@ class Checker {
   void weights(const Recurrence& args, ForwardParams& p) {
     const auto [T, B, P, G, h, R, S, C, ragged, rows] = dims_;
     p.weight_hh = read_weight("weight_hh", args.weight_hh, {P, G * h, R});
+    p.bias_hh = read_weight("bias_hh", args.bias_hh, {P, G * h});
     p.weight_hr = read_weight("weight_hr", args.weight_hr, {P, R, h});
     p.params = read_weight("params", args.params, {P, info_.params, h});
+  }
+
+  void weights(const Weights& of, ForwardParams& p) {
+    const auto [T, B, P, G, h, R, S, C, ragged, rows] = dims_;
+    p.weight_hh = read_groups("weight_hh", of.weight_hh, {P, G * h, R}, p.gaps.weight_hh);
+    p.bias_hh = read_groups("bias_hh", of.bias_hh, {P, G * h}, p.gaps.bias_hh);
+    p.weight_hr = read_groups("weight_hr", of.weight_hr, {P, R, h}, p.gaps.weight_hr);
+    p.params = read_groups("params", of.params, {P, info_.params, h}, p.gaps.params);
   }
 
   // All but the weights.
@@ -258,7 +282,6 @@ class Checker {
     p.cell = cell_;
     p.dtype = dtype_;
     p.constant_weights = args.constant_weights;
-    p.bias_hh = read_weight("bias_hh", args.bias_hh, {P, G * h});
     p.h_0 = read_state("h_0", args.states.h_0, R);
     p.c_0 = read_state("c_0", args.states.c_0, C * h);
     for (const bool r : args.reverse) own.reverse.push_back(r);
@@ -396,7 +419,7 @@ OptionalTensor stacked(const Group& group) {
   return group.size() == 1 ? group[0] : at::stack(at::TensorList(group));
 }
 
-Recurrence recurrence_of(const LayerCall& call) {
+Recurrence recurrence_of(const LayerCall& call, bool stack) {
   const Weights& w = call.weights;
   const int64_t P = call.groups();
   RNN_CHECK(P > 0, "layer_forward: reverse: expected a value for every group, got none");
@@ -411,9 +434,13 @@ Recurrence recurrence_of(const LayerCall& call) {
 #undef FASTRNN_CHECK
   Recurrence args;
   static_cast<Run&>(args) = call;
-  args.weight_hh = *stacked(w.weight_hh);
-  args.bias_hh = stacked(w.bias_hh);
-#define FASTRNN_STACK(name) args.name = stacked(w.name);
+  args.stacked = stack || P == 1;
+  const auto taken = [&](const Group& group) {
+    return args.stacked ? stacked(group) : group.empty() ? OptionalTensor() : OptionalTensor(group[0]);
+  };
+  args.weight_hh = *taken(w.weight_hh);
+  args.bias_hh = taken(w.bias_hh);
+#define FASTRNN_STACK(name) args.name = taken(w.name);
   FASTRNN_FOR_EACH_RECURRENT_WEIGHT(FASTRNN_STACK)
 #undef FASTRNN_STACK
   args.states = call.states;
@@ -475,7 +502,7 @@ RecurrentGradients PreparedBackward::results() const {
 
 static std::vector<int64_t> weight_sizes(const Recurrence& args) {
   std::vector<int64_t> sizes = args.weight_hh.sizes().vec();
-  if (args.of_layer && args.reverse.size() == 1) sizes.insert(sizes.begin(), 1);
+  if (args.of_layer && (args.reverse.size() == 1 || !args.stacked)) sizes.insert(sizes.begin(), args.reverse.size());
   return sizes;
 }
 
@@ -491,7 +518,7 @@ PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, 
 }
 
 PreparedForward prepare_layer(const LayerCall& call, bool save) {
-  const Recurrence args = recurrence_of(call);
+  const Recurrence args = recurrence_of(call, /*stack=*/false);
   Checker checker("layer_forward", args, call.input, "input", weight_sizes(args));
   const auto [T, B, P, G, h, R, S, C, ragged, rows] = checker.dims();
   PreparedForward out;
@@ -499,10 +526,10 @@ PreparedForward prepare_layer(const LayerCall& call, bool save) {
   p.size = call.input.size(-1);
   check_features("layer_forward", checker.dims(), p.size);
   p.input = checker.read_strided("input", call.input, p.size, p.input_stride_t, p.input_stride_b);
-  p.weight = checker.read_weight("weight_ih", stacked(call.weights.weight_ih), {P, G * h, p.size});
-  p.bias = checker.read_weight("bias_ih", stacked(call.weights.bias_ih), {P, G * h});
+  p.weight = checker.read_groups("weight_ih", call.weights.weight_ih, {P, G * h, p.size}, out.params.gaps.weight_ih);
+  p.bias = checker.read_groups("bias_ih", call.weights.bias_ih, {P, G * h}, out.params.gaps.bias_ih);
   p.weight_dtype = checker.dtype();
-  checker.weights(args, out.params);
+  checker.weights(call.weights, out.params);
   prepare_results(checker, args, save, out);
   return out;
 }
@@ -551,6 +578,7 @@ PreparedForward prepare_quantized(const Recurrence& args, const Tensor& input, c
   p.sum_ih = static_cast<const int32_t*>(of_rows("sum_ih", narrow.sum_ih, at::kInt));
   p.sum_hh = static_cast<const int32_t*>(of_rows("sum_hh", narrow.sum_hh, at::kInt));
   out.params.weight_hr = checker.read_as("weight_hr", args.weight_hr, int8 ? at::kFloat : at::kBFloat16, {P, R, h});
+  out.params.bias_hh = checker.read("bias_hh", args.bias_hh, {P, G * h});
   out.params.params = checker.read("params", args.params, {P, checker.info().params, h});
   prepare_results(checker, args, /*save=*/false, out);
   return out;
@@ -565,7 +593,6 @@ void prepare_gradients(const char* op, Checker& checker, const Recurrence& args,
   BackwardParams& p = out.params;
   check_grad_clip(op, args.grad_clip);
   p.grad_clip = args.grad_clip;
-  checker.weights(args, p);
   checker.fill(args, p, out.own);
   const bool c = checker.info().states > 1;
   RNN_CHECK(c || !given.grad_c_n, op, ": grad_c_n: expected none for cell '", checker.info().name, "', got a tensor");
@@ -605,6 +632,7 @@ PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bo
   const auto [T, B, P, G, h, R, S, C, ragged, rows] = checker.dims();
   PreparedBackward out;
   BackwardParams& p = out.params;
+  checker.weights(args, p);
   prepare_gradients(op, checker, args, given, initial, out);
   const bool padded = p.lengths != nullptr;
   RecurrentGradients& grad = out.gradients;
@@ -633,11 +661,12 @@ PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bo
 PreparedBackward prepare_layer_backward(const LayerCall& call, const LayerGiven& given, const Needed& needed) {
   const char* op = "layer_backward";
   const Weights& w = call.weights;
-  const Recurrence args = recurrence_of(call);
+  const Recurrence args = recurrence_of(call, /*stack=*/false);
   Checker checker(op, args, given.output, "output", weight_sizes(args));
   const auto [T, B, P, G, h, R, S, C, ragged, rows] = checker.dims();
   PreparedBackward out;
   LayerBackwardParams& p = out.layer;
+  checker.weights(w, out.params);
   prepare_gradients(op, checker, args, of_recurrence(given), needed[kOf_h_0] || needed[kOf_c_0], out);
   const OptionalTensor input = call.input.defined() ? OptionalTensor(call.input) : std::nullopt;
   p.size = input ? input->size(-1) : w.weight_ih.empty() ? 0 : w.weight_ih[0].size(-1);
@@ -645,7 +674,7 @@ PreparedBackward prepare_layer_backward(const LayerCall& call, const LayerGiven&
   p.rows = rows;
   p.separate_gates_hh = checker.info().separate_gates_hh;
   p.input = checker.read_strided("input", input, p.size, p.input_stride_t, p.input_stride_b);
-  p.weight = checker.read_weight("weight_ih", stacked(w.weight_ih), {P, G * h, p.size});
+  p.weight = checker.read_groups("weight_ih", w.weight_ih, {P, G * h, p.size}, out.params.gaps.weight_ih);
   auto parts = checker.sequence(p.size);
   parts.insert(parts.begin(), P);
   const bool padded = out.params.lengths && !ragged;

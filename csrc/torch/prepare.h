@@ -12,7 +12,9 @@ namespace fastrnn {
 
 // What every call of a recurrence is given, a layer's included.
 struct Recurrence : Run {
-  Tensor weight_hh;  // [P, G*h, R]; of a layer of one group [G*h, R], and those that follow likewise
+  // [P, G*h, R], and those that follow likewise; of a layer of one group, or where they are not stacked, [G*h, R]: the
+  // first group's.
+  Tensor weight_hh;
   OptionalTensor bias_hh;
 #define FASTRNN_FIELD(name) OptionalTensor name;
   FASTRNN_FOR_EACH_RECURRENT_WEIGHT(FASTRNN_FIELD)
@@ -20,8 +22,10 @@ struct Recurrence : Run {
   States states;
   OptionalTensor batch_sizes = std::nullopt, offsets = std::nullopt;  // as in LayerCall
   bool of_layer = false;                      // are the states [P, B, n], and not [B, P*n]?
+  bool stacked = true;                        // are the weights those of all groups?
 };
-Recurrence recurrence_of(const LayerCall& call);
+// stack: copy the weights of several groups into tensors of all? Where not, a layer's kernel reads them where they are.
+Recurrence recurrence_of(const LayerCall& call, bool stack);
 
 // What kernels call this type; none where they do not compute with it.
 std::optional<DType> kernel_dtype(at::ScalarType type);

@@ -232,9 +232,13 @@ bool check_call() {
   projection.size = size();
   projection.weight_dtype = d;
   const int64_t I = projection.size;
-  Array gates(d, N * P * G * h), weight_hh(d, P * G * h * R), bias_hh(d, P * G * h, coin()),
-      weight_hr(d, P * R * h, projected), h_0(d, B * P * R), c_0(d, B * P * C * h, second), params(d, P * K * h, K > 0);
-  Array input(d, N * I), weight_ih(d, P * G * h * I), bias_ih(d, P * G * h, coin());
+  const auto gap = [&] { return layer && !narrow && coin() ? draw(1, 9) : 0; };
+  p.gaps = {gap(), gap(), gap(), gap(), gap(), gap()};
+  const Gaps& gaps = p.gaps;
+  Array gates(d, N * P * G * h), weight_hh(d, P * (G * h * R + gaps.weight_hh)),
+      bias_hh(d, P * (G * h + gaps.bias_hh), coin()), weight_hr(d, P * (R * h + gaps.weight_hr), projected),
+      h_0(d, B * P * R), c_0(d, B * P * C * h, second), params(d, P * (K * h + gaps.params), K > 0);
+  Array input(d, N * I), weight_ih(d, P * (G * h * I + gaps.weight_ih)), bias_ih(d, P * (G * h + gaps.bias_ih), coin());
   for (Array* x : {&gates, &weight_hh, &bias_hh, &weight_hr, &h_0, &c_0, &params, &input, &weight_ih, &bias_ih})
     x->random();
   for (auto [x, n] : {std::pair{&weight_hh, R}, {&weight_hr, h}, {&weight_ih, I}})  // sums of order 1
