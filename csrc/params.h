@@ -35,8 +35,8 @@ struct ForwardParams {
   DType dtype;
   bool constant_weights;  // of dual numbers: do weight_ih, weight_hh and weight_hr have slopes of zero?
 
-  const void* gates_ih;  // [T, B, P*G*h], last dimension contiguous
-  int64_t gates_ih_stride_t, gates_ih_stride_b;
+  const void* gates_ih;  // [T, B, P, G*h], last dimension contiguous
+  int64_t gates_ih_stride_t, gates_ih_stride_b, gates_ih_stride_p;
   const void* weight_hh;  // [P, G*h, R]
   const void* bias_hh;    // [P, G*h] or null
   const void* weight_hr;  // [P, R, h] or null: h' = weight_hr (o tanh(c))
@@ -83,7 +83,10 @@ struct ForwardParams {
   void* output;  // [T, B, P*R]
   void* h_n;     // [B, P*R]
   void* c_n;     // [B, P*C*h] or null
-  void* saved;   // [T, B, P*S*h], S = saved_values (registry.h), or null: backward will not follow
+  // [T, B, P*S*h], S = saved_values (registry.h), or null: backward will not follow. A group's gates_ih may lie in the
+  // first G*h of its S*h values, and in a backward pass their gradients. So one thread reads what a step needs of a
+  // unit there, and writes only then; other steps look only at the states, which stand last, behind the gates.
+  void* saved;
 };
 
 // What a layer's call has beside ForwardParams: it makes gates_ih = weight_ih input + bias_ih itself, a few steps at a
@@ -114,8 +117,8 @@ struct BackwardParams : ForwardParams {
   const void* grad_cells;  // [T, B, P*C*h], last dimension contiguous: gradient of c after every step, or null
   int64_t grad_cells_stride_t, grad_cells_stride_b;
 
-  // [T, B, P, ..], of one unit's group G*h, and grad_gates_stride elements from that of a group to the next: G*h, or S*h
-  // where it lies in the memory of `saved`. A step's values are read there before its gradients are written.
+  // [T, B, P, ..], of one group G*h, and grad_gates_stride elements from that of a group to the next: G*h, or S*h where
+  // it lies in the memory of `saved`.
   void* grad_gates_ih;
   int64_t grad_gates_stride;
   void* grad_gates_hh;   // [T, B, P*G*h], or null where the cell's is equal to grad_gates_ih

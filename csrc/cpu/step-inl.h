@@ -183,7 +183,7 @@ struct ForwardStep : Walk<ForwardParams> {
     }
     const int n = valid_lanes<T>(p.hidden, j);
     const S* given = static_cast<const S*>(p.gates_ih) + offset(i, t, p.gates_ih_stride_t, p.gates_ih_stride_b) +
-                     group * G * p.hidden + j;
+                     group * p.gates_ih_stride_p + j;
     for (int k = 0; k < G; ++k) gates[k] = load(given + k * p.hidden, n);
     return gates;
   }

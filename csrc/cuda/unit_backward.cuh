@@ -32,16 +32,26 @@ FASTRNN_INLINE void clear_sums(const BackwardParams& p, const RowWalk& r, int j)
   clear_sums_of_unit<Cell, S>(p, r, j);
 }
 
+// Gate gradients of unit j < h at a place (RowWalk::place). grad_gates_ih may lie where the place's values are saved
+// (params.h): whoever stores them has read those.
+template <class Cell, class S>
+FASTRNN_INLINE void store_grad_gates(const BackwardParams& p, int64_t place, int j,
+                                     const Pack<Wide<S>, Cell::kGates>& of_ih,
+                                     const Pack<Wide<S>, Cell::kGates>& of_hh) {
+  constexpr int G = Cell::kGates;
+  const int64_t at_ih = place * p.grad_gates_stride + j, at_hh = place * G * p.hidden + j;
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+    store<S>(p.grad_gates_ih, at_ih + g * p.hidden, of_ih[g]);
+    if constexpr (kSeparateGates<Cell>) store<S>(p.grad_gates_hh, at_hh + g * p.hidden, of_hh[g]);
+  }
+}
+
 // Zeros in the gate gradients of unit j < h at time k behind the row's end; and at all such times.
 template <class Cell, class S>
 FASTRNN_INLINE void pad_grad_gates(const BackwardParams& p, const RowWalk& r, int64_t k, int j) {
-  constexpr int G = Cell::kGates;
-  const int64_t at = r.padding(p, k) * G * p.hidden + j;
-#pragma unroll
-  for (int g = 0; g < G; ++g) {
-    store<S>(p.grad_gates_ih, at + g * p.hidden, 0);
-    if constexpr (kSeparateGates<Cell>) store<S>(p.grad_gates_hh, at + g * p.hidden, 0);
-  }
+  const Pack<Wide<S>, Cell::kGates> zeros{};
+  store_grad_gates<Cell, S>(p, r.padding(p, k), j, zeros, zeros);
 }
 template <class Cell, class S>
 FASTRNN_INLINE void pad_backward(const BackwardParams& p, const RowWalk& r, int j) {
@@ -210,7 +220,7 @@ template <class Cell, class S>
 FASTRNN_INLINE void store_backward(const BackwardParams& p, const RowWalk& r, int k, int j,
                                    const BackwardOut<Cell, Wide<S>>& out, Carried<Cell, Wide<S>>& carried,
                                    Pack<Wide<S>, Cell::kGates>& grad_gates_hh) {
-  constexpr int C = carried_state<Cell>, G = Cell::kGates;
+  constexpr int C = carried_state<Cell>;
   if constexpr (Cell::kParams > 0) {
     if (p.grad_params) {
       Wide<S>* sums = static_cast<Wide<S>*>(p.grad_params) + r.place(p) * Cell::kParams * p.hidden + j;
@@ -221,12 +231,7 @@ FASTRNN_INLINE void store_backward(const BackwardParams& p, const RowWalk& r, in
 #pragma unroll
   for (int c = 0; c < kCarried<Cell>; ++c) carried_at(carried, c) = out.grad_state_prev[C + c];
   grad_gates_hh = out.grad_gates_hh;
-  const int64_t at = r.place(p, k) * G * p.hidden + j;
-#pragma unroll
-  for (int g = 0; g < G; ++g) {
-    store<S>(p.grad_gates_ih, at + g * p.hidden, out.grad_gates_ih[g]);
-    if constexpr (kSeparateGates<Cell>) store<S>(p.grad_gates_hh, at + g * p.hidden, out.grad_gates_hh[g]);
-  }
+  store_grad_gates<Cell, S>(p, r.place(p, k), j, out.grad_gates_ih, out.grad_gates_hh);
 }
 
 // Step k of unit j < h of a running row, given the gradient of its state 0. carried: of step k + 1, then of step k; not

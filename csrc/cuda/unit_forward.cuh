@@ -11,7 +11,7 @@ FASTRNN_INLINE void load_gates(const ForwardParams& p, const RowWalk& r, int k, 
   const bool there = r.running(k) && j < p.hidden;
   const S* gates = static_cast<const S*>(p.gates_ih);
   if (there)
-    gates += r.time(k) * p.gates_ih_stride_t + r.row * p.gates_ih_stride_b + int64_t(r.group) * G * p.hidden + j;
+    gates += r.time(k) * p.gates_ih_stride_t + r.row * p.gates_ih_stride_b + r.group * p.gates_ih_stride_p + j;
 #pragma unroll
   for (int g = 0; g < G; ++g) out[g] = there ? gates[g * p.hidden] : zero<S>();
 }

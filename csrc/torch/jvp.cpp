@@ -91,7 +91,7 @@ void recurrent_forward_jvp(const c10::OperatorHandle& op, Stack* stack) {
   FASTRNN_FOR_EACH_FORWARD_TANGENT(FASTRNN_JOIN)
   args.call.constant_weights = !slope_of_weight_hh && !slope_of_weight_hr;
   mark_dual(op, args.call);
-  const LayerResults out = kernels.forward(args.call, gates_ih, args.save, {});
+  const LayerResults out = kernels.forward(args.call, gates_ih, args.save, /*in_place=*/false);
   give(op, *stack, dtype, {&out.output, &out.h_n, &out.c_n, &out.saved});
 }
 

@@ -125,13 +125,33 @@ int64_t values_in(const LayerCall& call) {
   return saved_values(kCells[known_cell(call.cell)], call.states.keep_h.has_value(), call.states.keep_c.has_value());
 }
 
-// Have the gates of a step room where the cell's own values of the step are saved? What a cell's Row reads of those may
-// be another unit's; the gradients of weight_hr and of late gates look at them once more.
+// ---- gates in the memory of saved ----
+//
+// A step's gates_ih may lie where its values are going to be saved, and their gradients where they were (params.h).
+
+// Have the gates of a step room where the cell's own values of the step are saved?
 bool fit_in_saved(const LayerCall& call) {
   const CellInfo& cell = kCells[known_cell(call.cell)];
-  const int own = cell.saved - cell.in_c();
-  return call.groups() == 1 && cell.gates <= own && !cell.whole_rows && cell.late_gates == 0 &&
-         call.weights.weight_hr.empty() && !call.states.keep_h;
+  return cell.gates <= cell.saved - cell.in_c();
+}
+
+// May forward make the gates there? bias: is there one to be added to them? That would be a pass of its own there. A
+// CPU's kernel leaves alone what is behind a row's end, where saved is to be zero.
+bool gates_in_saved(const LayerCall& call, bool bias) {
+  return fit_in_saved(call) && !bias && !(call.states.lengths && call.input.is_cpu());
+}
+
+// May backward leave the gates' gradients there? Those of weight_hr and of late gates look at the values once more; and
+// the one of tokens would copy gates that lie apart.
+bool gradients_in_saved(const LayerCall& call, const LayerGiven& given, const Needed& needed) {
+  const bool copied = are_tokens(call.input) && needed[kOf_weight_ih];
+  return given.may_overwrite && fit_in_saved(call) && given.saved.is_contiguous() && call.weights.weight_hr.empty() &&
+         kCells[known_cell(call.cell)].late_gates == 0 && !copied;
+}
+
+// [T, B, P, n]: of every group the first n values, gates or their gradients, where they lie so or one behind the other.
+Tensor by_group(const Tensor& x, int64_t P, int64_t n) {
+  return x.view({x.size(0), x.size(1), P, x.size(2) / P}).narrow(3, 0, n);
 }
 
 // ---- forward ----
@@ -167,6 +187,9 @@ LayerResults forward_by_products(const LayerCall& call, bool save) {
             input.sizes());
   RNN_CHECK(!call.weights.weight_ih.empty() && (tokens || call.weights.weight_ih[0].size(-1) == input.size(2)),
             "layer_forward: weight_ih: expected ", tokens ? 0 : input.size(2), " columns (features of input)");
+  for (const Tensor& x : call.weights.weight_ih)
+    RNN_CHECK(x.sizes() == call.weights.weight_ih[0].sizes(), "layer_forward: weight_ih: expected ",
+              call.weights.weight_ih[0].sizes(), " as of the first group, got ", x.sizes());
   OptionalTensor bias = one_vector(call.weights.bias_ih);
   // Where both biases are added to the same gates, the kernel adds them: no pass over all gates.
   if (bias && args.bias_hh && !kCells[known_cell(call.cell)].separate_gates_hh && (tokens || !input.is_cpu())) {
@@ -179,21 +202,21 @@ LayerResults forward_by_products(const LayerCall& call, bool save) {
     for (const Tensor& weight : call.weights.weight_ih) parts.push_back(look_up(indices, weight));
     Tensor gates = parts.size() == 1 ? parts[0] : at::cat(parts, -1);
     if (bias) gates += *bias;
-    return kernels_of(gates).forward(args, gates, save, {});
+    return kernels_of(gates).forward(args, gates, save, /*in_place=*/false);
   }
   const RecurrentKernels& kernels = kernels_of(input);
-  const Tensor weight = one_matrix(call.weights.weight_ih);
-  const int64_t T = input.size(0), B = input.size(1), rows = weight.size(0);
+  const Group& weights = call.weights.weight_ih;
+  const int64_t T = input.size(0), B = input.size(1), P = call.groups(), Gh = weights[0].size(0);
   const Tensor x = input.reshape({T * B, input.size(2)});
-  // A bias would be a pass of its own there. A CPU's kernel leaves alone what is behind a row's end, where saved is to be
-  // zero.
-  const bool in_place =
-      save && !bias && kernels.in_place && fit_in_saved(call) && !(call.states.lengths && input.is_cpu());
-  if (!in_place) return kernels.forward(args, kernels.linear(x, weight, bias, T).view({T, B, rows}), save, {});
-  const CellInfo& cell = kCells[known_cell(call.cell)];
-  const Tensor saved = at::empty({T, B, rows / cell.gates * cell.saved}, input.options());
-  kernels.product(saved.flatten(0, 1).narrow(1, 0, rows), x, weight.t(), false, T);
-  return kernels.forward(args, saved.narrow(2, 0, rows), save, saved);
+  if (!save || !gates_in_saved(call, bias.has_value())) {
+    const Tensor gates = kernels.linear(x, one_matrix(weights), bias, T).view({T, B, P * Gh});
+    return kernels.forward(args, gates, save, /*in_place=*/false);
+  }
+  const int64_t h = Gh / kCells[known_cell(call.cell)].gates;
+  const Tensor saved = at::empty({T, B, P * values_in(call) * h}, input.options());
+  const Tensor gates = by_group(saved, P, Gh).flatten(0, 1);
+  for (int64_t p = 0; p < P; ++p) kernels.product(gates.select(1, p), x, weights[p].t(), false, T);
+  return kernels.forward(args, saved, save, /*in_place=*/true);
 }
 
 // ---- backward ----
@@ -290,8 +313,7 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
   const Recurrence args = recurrence_of(call, /*stack=*/true);
   const bool initial = needed[kOf_h_0] || needed[kOf_c_0];
   Given of_kernel = of_recurrence(given);
-  of_kernel.in_place =
-      given.may_overwrite && kernels.in_place && fit_in_saved(call) && given.saved.is_contiguous();
+  of_kernel.in_place = gradients_in_saved(call, given, needed);
   const RecurrentGradients found = kernels.backward(args, of_kernel, initial, /*together=*/true);
   LayerGradients grads = from_recurrence(call, given, found, needed);
   const int64_t T = given.output.size(0), B = given.output.size(1), P = call.groups();
@@ -301,10 +323,11 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
               "layer_backward: input: expected ", dims, " dimensions that begin with ", T, " steps of ", B,
               " rows, got ", call.input.sizes());
   }
-  const int64_t Gh = found.gates_ih.size(2) / P;
-  const Tensor gates_hh = found.gates_hh.numel() ? found.gates_hh : found.gates_ih;
-  const Tensor rows = found.gates_ih.flatten(0, 1);  // a view, in place too
-  const auto empty = [&](at::IntArrayRef sizes) { return at::empty(sizes, rows.options()); };
+  const int64_t Gh = args.weight_hh.size(-2);
+  const Tensor gates_ih = by_group(found.gates_ih, P, Gh);
+  const Tensor gates_hh = found.gates_hh.numel() ? by_group(found.gates_hh, P, Gh) : gates_ih;
+  const auto rows_of = [&](const Tensor& gates, int64_t p) { return gates.select(2, p).flatten(0, 1); };  // a view
+  const auto empty = [&](at::IntArrayRef sizes) { return at::empty(sizes, gates_ih.options()); };
   const auto of_group = [&](const Tensor& x, int64_t p) {
     const int64_t n = x.size(2) / P;
     return P == 1 ? x : x.narrow(2, p * n, n);
@@ -332,22 +355,24 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
                       hidden.select(2, p).flatten(0, 1), false, T);
   }
   if (needed[kOf_input]) {
-    const Tensor weight = one_matrix(call.weights.weight_ih), out = empty({T * B, weight.size(1)});
-    kernels.product(out, rows, weight, false, T);
-    grads[kOf_input] = out.view({T, B, weight.size(1)});
+    const Group& weights = call.weights.weight_ih;
+    const Tensor out = empty({T * B, weights[0].size(1)});
+    for (int64_t p = 0; p < P; ++p) kernels.product(out, rows_of(gates_ih, p), weights[p], p > 0, T);
+    grads[kOf_input] = out.view({T, B, out.size(1)});
   }
   if (needed[kOf_weight_ih]) {
     if (are_tokens(call.input)) {
       const int64_t I = call.weights.weight_ih[0].size(1);
       const Tensor of_tokens =  // [I, P*G*h]
-          at::embedding_dense_backward(found.gates_ih, without_padding(call).to(at::kLong), I, -1, false);
+          at::embedding_dense_backward(gates_ih.flatten(2), without_padding(call).to(at::kLong), I, -1, false);
       grads[kOf_weight_ih] = of_tokens.view({I, P, Gh}).permute({1, 2, 0});
     } else {
       const Tensor input = without_padding(call);
       const int64_t I = input.size(2);
-      const Tensor out = empty({P * Gh, I});
-      kernels.product(out, rows.t(), input.reshape({T * B, I}), false, T);
-      grads[kOf_weight_ih] = out.view({P, Gh, I});
+      const Tensor x = input.reshape({T * B, I});
+      grads[kOf_weight_ih] = empty({P, Gh, I});
+      for (int64_t p = 0; p < P; ++p)
+        kernels.product(grads[kOf_weight_ih].select(0, p), rows_of(gates_ih, p).t(), x, false, T);
     }
   }
   if (needed[kOf_weight_hh]) {
@@ -355,7 +380,7 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
     grads[kOf_weight_hh] = empty({P, Gh, R});
     const CellInfo& cell = kCells[known_cell(call.cell)];
     for (int64_t p = 0; p < P; ++p) {
-      Tensor gates = of_group(gates_hh, p), out = grads[kOf_weight_hh].select(0, p);
+      Tensor gates = gates_hh.select(2, p), out = grads[kOf_weight_hh].select(0, p);
       const Tensor output = of_group(given.output, p);
       if (cell.late_gates > 0) {  // whose product was with the first saved value times h
         const int64_t late = Gh / cell.gates * cell.late_gates, early = Gh - late;
@@ -373,9 +398,9 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
     grads[kOf_bias_ih] = sums.select(0, 0).view({P, Gh});
     grads[kOf_bias_hh] = sums.select(0, 1).view({P, Gh}).clone();  // results of an op share no memory
   } else {
-    const auto sum = [&](const Tensor& gates) { return gates.sum(at::IntArrayRef{0, 1}).view({P, Gh}); };
+    const auto sum = [&](const Tensor& gates) { return gates.sum(at::IntArrayRef{0, 1}); };
     const bool equal = !found.gates_hh.numel() && needed[kOf_bias_ih];
-    if (needed[kOf_bias_ih]) grads[kOf_bias_ih] = sum(found.gates_ih);
+    if (needed[kOf_bias_ih]) grads[kOf_bias_ih] = sum(gates_ih);
     if (needed[kOf_bias_hh]) grads[kOf_bias_hh] = equal ? grads[kOf_bias_ih].clone() : sum(gates_hh);
   }
   return grads;

@@ -64,6 +64,7 @@ struct Sizes {
     if (!known) throw std::invalid_argument("dtype: expected float32, float64, bfloat16 or float16, got " + dtype);
     static const int64_t present[1] = {0};
     params.gates_ih = params.weight_hh = params.bias_hh = params.h_0 = present;
+    params.gates_ih_stride_p = fastrnn::kCells[cell].gates * h;
     params.gates_ih_stride_b = P * fastrnn::kCells[cell].gates * h;
     params.gates_ih_stride_t = B * params.gates_ih_stride_b;
     if (fastrnn::kCells[cell].states > 1) params.c_0 = present;

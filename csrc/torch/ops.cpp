@@ -26,8 +26,8 @@ namespace {
 
 int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-LayerResults forward_cpu(const Recurrence& args, const Tensor& gates_ih, bool save, const Tensor& saved) {
-  PreparedForward run = prepare_forward(args, gates_ih, save, saved);
+LayerResults forward_cpu(const Recurrence& args, const Tensor& gates_ih, bool save, bool in_place) {
+  PreparedForward run = prepare_forward(args, gates_ih, save, in_place);
   if (run.params.batch > 0) cpu::recurrent_forward(run.params, threads());
   return run.results();
 }
@@ -85,8 +85,7 @@ Tensor linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   return at::linear(x, weight, bias);
 }
 
-constexpr RecurrentKernels kKernels{forward_cpu, backward_cpu, product_cpu, linear_cpu,
-                                    /*in_place=*/true};
+constexpr RecurrentKernels kKernels{forward_cpu, backward_cpu, product_cpu, linear_cpu};
 [[maybe_unused]] const bool known = (set_recurrent_kernels(at::kCPU, kKernels), true);
 
 // Products of many groups, each on one thread where there are enough of them. Small ones are ATen's: preparing a call
@@ -191,7 +190,7 @@ const RecurrentKernels& kernels_for(const Tensor& x, const char* op, const char*
 void recurrent_forward(const c10::OperatorHandle& op, Stack* stack) {
   Reader from = reader(op, *stack);
   const auto [args, gates_ih, save] = read_recurrent_forward(from);
-  const LayerResults out = kernels_for(gates_ih, "recurrent_forward", "gates_ih").forward(args, gates_ih, save, {});
+  const LayerResults out = kernels_for(gates_ih, "recurrent_forward", "gates_ih").forward(args, gates_ih, save, false);
   give(op, *stack, out.output, out.h_n, out.c_n, out.saved);
 }
 

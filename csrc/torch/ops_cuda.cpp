@@ -66,9 +66,9 @@ struct Scratch {
   Tensor in_wide(at::IntArrayRef sizes) const { return at::empty(sizes, wide); }
 };
 
-// out [P, B, m] = x [P, B, n] @ weight [P, n, m], or what is there and that; out contiguous. cuBLAS accumulates half types
-// in float32 and here may give that. Of float32 the guard keeps out what torch.backends.cuda.matmul may allow: ATen's
-// products obey that alone.
+// out [P, B, m] = x [P, B, n] @ weight [P, n, m], or what is there and that; the rows of out are contiguous. cuBLAS
+// accumulates half types in float32 and here may give that. Of float32 the guard keeps out what
+// torch.backends.cuda.matmul may allow: ATen's products obey that alone.
 void product(Tensor out, const Tensor& x, const Tensor& weight, bool tf32, bool add = false) {
   if (out.scalar_type() != x.scalar_type()) {
     at::bmm_out(out, x, weight, out.scalar_type());
@@ -191,10 +191,10 @@ OptionalTensor three_dimensions(const OptionalTensor& weight) {
   return weight ? OptionalTensor(three_dimensions(*weight)) : weight;
 }
 
-LayerResults forward_cuda(const Recurrence& args, const Tensor& gates_ih, bool save, const Tensor& saved) {
+LayerResults forward_cuda(const Recurrence& args, const Tensor& gates_ih, bool save, bool in_place) {
   const at::AutoDispatchBelowADInplaceOrView below;  // the products' out= tensors meet no autograd
   const c10::cuda::CUDAGuard guard(gates_ih.device());
-  PreparedForward run = prepare_forward(args, gates_ih, save, saved);
+  PreparedForward run = prepare_forward(args, gates_ih, save, in_place);
   const ForwardParams& p = run.params;
   if (p.batch > 0) {
     const cuda::Choice choice = choose("recurrent_forward", p, false);
@@ -244,8 +244,7 @@ Tensor linear_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   return bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
 }
 
-constexpr RecurrentKernels kKernels{forward_cuda, backward_cuda, product_cuda, linear_cuda,
-                                    /*in_place=*/false};
+constexpr RecurrentKernels kKernels{forward_cuda, backward_cuda, product_cuda, linear_cuda};
 [[maybe_unused]] const bool known = (set_recurrent_kernels(at::kCUDA, kKernels), true);
 
 Tensor grouped_linear_cuda(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {

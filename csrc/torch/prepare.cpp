@@ -506,14 +506,16 @@ static std::vector<int64_t> weight_sizes(const Recurrence& args) {
   return sizes;
 }
 
-PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save, const Tensor& saved) {
+PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save, bool in_place) {
   Checker checker("recurrent_forward", args, gates_ih, "gates_ih", weight_sizes(args));
   const auto [T, B, P, G, h, R, S, C, ragged, rows] = checker.dims();
   PreparedForward out;
   ForwardParams& p = out.params;
-  p.gates_ih = checker.read_strided("gates_ih", gates_ih, P * G * h, p.gates_ih_stride_t, p.gates_ih_stride_b);
+  p.gates_ih_stride_p = (in_place ? S : G) * h;
+  p.gates_ih = checker.read_strided("gates_ih", gates_ih, P * p.gates_ih_stride_p, p.gates_ih_stride_t,
+                                    p.gates_ih_stride_b);
   checker.weights(args, out.params);
-  prepare_results(checker, args, save, out, saved);
+  prepare_results(checker, args, save, out, in_place ? gates_ih : Tensor());
   return out;
 }
 
@@ -637,10 +639,9 @@ PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bo
   const bool padded = p.lengths != nullptr;
   RecurrentGradients& grad = out.gradients;
   const bool separate = checker.info().separate_gates_hh;
-  p.grad_gates_stride = G * h;
+  p.grad_gates_stride = (given.in_place ? S : G) * h;
   if (given.in_place) {
-    p.grad_gates_stride = S * h;
-    grad.gates_ih = given.saved.narrow(2, 0, G * h);  // P is 1
+    grad.gates_ih = given.saved;
   } else if (together && separate) {
     grad.together = checker.result({2, T, B, P * G * h}, padded);
     grad.gates_ih = grad.together.select(0, 0);

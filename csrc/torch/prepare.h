@@ -67,7 +67,7 @@ struct PreparedForward {
 struct Given {
   OptionalTensor grad_output, grad_h_n, grad_c_n, grad_cells;
   Tensor output, saved;
-  bool in_place = false;  // gates_ih goes where saved is
+  bool in_place = false;  // the gradient of gates_ih goes where saved is
 };
 
 inline Given of_recurrence(const LayerGiven& given) {
@@ -75,7 +75,8 @@ inline Given of_recurrence(const LayerGiven& given) {
 }
 
 struct RecurrentGradients {
-  // [2, T, B, P*G*h]: gates_ih, and gates_hh where it is a tensor of its own; where asked for, and not in place
+  // [2, T, B, P*G*h]: gates_ih, and gates_hh where it is a tensor of its own; where asked for, and not in place. (There
+  // gates_ih is `saved`, with a group's gradients in the first G*h of its S*h values.)
   Tensor together;
 #define FASTRNN_FIELD(name) Tensor name;
   FASTRNN_FOR_EACH_RECURRENT_GRADIENT(FASTRNN_FIELD)
@@ -96,8 +97,8 @@ struct PreparedBackward {
   RecurrentGradients results() const;
 };
 
-// saved: where to save, if it is given; gates_ih may lie in it.
-PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save, const Tensor& saved = {});
+// in_place: as of RecurrentKernels (layer.h).
+PreparedForward prepare_forward(const Recurrence& args, const Tensor& gates_ih, bool save, bool in_place);
 PreparedForward prepare_layer(const LayerCall& call, bool save);
 
 // Weights narrower than the input, which is float32: bfloat16 [P, G*h, n], or int8 blocks with scales and sums as at

@@ -89,7 +89,7 @@ FASTRNN_EXPORT void call_sizes(NamedCall* call, const int64_t* n) {
   p.cell = int32_t(n[5]);
   p.dtype = static_cast<DType>(n[6]);
   const int64_t size = n[7], gates = p.groups * kCells[p.cell].gates * p.hidden, width = p.groups * p.width;
-  p.gates_ih_stride_b = gates, p.gates_ih_stride_t = p.batch * gates;
+  p.gates_ih_stride_p = gates / p.groups, p.gates_ih_stride_b = gates, p.gates_ih_stride_t = p.batch * gates;
   p.grad_output_stride_b = width, p.grad_output_stride_t = p.batch * width;
   p.keep_h_stride_b = width, p.keep_h_stride_t = p.batch * width;
   p.keep_c_stride_b = p.groups * p.hidden, p.keep_c_stride_t = p.batch * p.groups * p.hidden;

@@ -261,6 +261,7 @@ bool check_call() {
   for (uint8_t& r : reverse) r = coin();
 
   p.gates_ih = gates.data;
+  p.gates_ih_stride_p = G * h;
   p.gates_ih_stride_b = P * G * h;
   p.gates_ih_stride_t = B * P * G * h;
   p.weight_hh = weight_hh.data;

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
+from benchmarks.gpu.calls import peak_bytes
 from benchmarks.gpu.steps import capture
 from fastrnn import info, ops, packing, reference, wavefront
 from tests.accuracy import assert_as_exact, magnified, plain_backward, plain_forward
@@ -536,6 +537,31 @@ def test_launches_keep_no_memory():
     for _ in range(50):
         call()
     assert torch.cuda.memory_allocated() == before
+
+
+@needs_gpu
+@pytest.mark.parametrize(("kind", "options", "saved", "gates"), [
+    ("LSTM", {}, 5, 4), ("LSTM", {"bidirectional": True}, 10, 8), ("GRU", {"bias": False}, 4, 3),
+])  # fmt: skip
+def test_memory_of_a_training_step(kind, options, saved, gates, tier):
+    """At most what docs/gpu.md counts, in sizes of one direction's output: no tensor of the gates beside what is saved,
+    none of their gradients. (A GRU has as many gradients again, which are in memory of their own.)"""
+    T, B, H = 128, 64, 256
+    if not can_run(Case(kind.lower(), T, B, 1 + ("bidirectional" in options), H, dtype=torch.bfloat16), tier):
+        pytest.skip("another tier's size")
+    module = getattr(fastrnn, kind)(H, H, dtype=torch.bfloat16, device=DEVICE, **options)
+    x = torch.randn(T, B, H, dtype=torch.bfloat16, device=DEVICE)
+    grad = torch.ones_like(module(x)[0])
+    module(x)[0].backward(grad)  # the weights' gradients are there, and what cuBLAS keeps
+    made, unit, separate = [], T * B * H * 2, gates if kind == "GRU" else 0
+    forward = peak_bytes(lambda: made.append(module(x)[0]), DEVICE) / unit
+    kept = torch.cuda.memory_allocated()
+    again, last = (
+        peak_bytes(lambda: made[0].backward(grad, retain_graph=retain), DEVICE) / unit for retain in (True, False)
+    )
+    assert torch.cuda.memory_allocated() <= kept - (saved - 0.25) * unit
+    assert forward < saved + grad.numel() * 2 / unit + 0.75 * gates
+    assert last < separate + 0.75 * gates and again - last > 0.75 * gates
 
 
 @needs_gpu

@@ -40,7 +40,7 @@ ADDRESSES = (
     "grad_gates_ih", "grad_gates_hh", "grad_projected", "grad_h_0", "grad_c_0", "grad_reset_h", "grad_reset_c",
     "grad_params", "kept_h", "grad_cells",
 )  # fmt: skip
-SIZES = 23  # numbers of a call: launchers.h
+SIZES = 25  # numbers of a call: launchers.h
 
 
 class CellInfo(NamedTuple):  # csrc/cells/registry.h
@@ -112,7 +112,7 @@ class Call:
         self.results, self.written = {}, []
         self.reverse = (ctypes.c_uint8 * self.P)(*reverse)
         self.numbers = [T, B, self.P, self.h, self.R, list(cuda.cells).index(cell), DTYPES.index(self.dtype)]
-        self.numbers += [0] * 16  # strides and grad_clip
+        self.numbers += [0] * (SIZES - 9) + [self.info.gates * self.h] * 2  # strides and grad_clip
         self.places = dict.fromkeys(ADDRESSES)
         self.places["reverse"] = ctypes.addressof(self.reverse)
         for name, x in (("weight_hh", weight_hh), ("weight_hr", weight_hr), ("params", params), ("h_0", h_0),
@@ -145,6 +145,27 @@ class Call:
             x = x.as_strided((extent,), (1,))
         self.places[name] = self.cuda.upload(x, name).value
 
+    def in_place(self, backward, saved):
+        """`saved` [T, B, P*S*h], of which each group's first values are its gates or, in backward, will be their
+        gradients. Forward finds nothing else there, and backward may not write to what stands behind them."""
+        address = self.cuda.empty(saved.nbytes, "saved").value
+        self.places["saved"] = self.places["grad_gates_ih" if backward else "gates_ih"] = address
+        self.numbers[23] = self.numbers[24] = self.saved_values * self.h
+        self.numbers[7:9] = saved.stride()[:2]
+        ctypes.memmove(address, saved.data_ptr(), saved.nbytes)
+        group, gates = (n * self.h * saved.itemsize for n in (self.saved_values, self.info.gates))
+        for at in range(address, address + saved.nbytes, group):
+            self.cuda.library.emu_define(at, gates)
+            if backward:
+                self.cuda.library.emu_seal(at + gates, group - gates)
+        self.results["grad_gates_ih" if backward else "saved"] = torch.empty_like(saved)
+        if not backward:
+            self.written.append("saved")
+
+    def gates_in(self, saved):
+        """[T, B, P, G, h]: where in_place() has them."""
+        return saved.view(self.T, self.B, self.P, self.saved_values, self.h)[:, :, :, : self.info.gates]
+
     def result(self, name, shape, there=True, zero=False, dtype=None):
         """A result: memory that nobody has written, its bytes those of NaN, or zeros where the caller clears it."""
         x = torch.empty(shape if there else 0, dtype=dtype or self.dtype)
@@ -162,6 +183,8 @@ class Call:
         for name, x in self.results.items():
             if x.numel():
                 self.cuda.download(self.places[name], x)
+        if self.places["saved"] and self.places["grad_gates_ih"] == self.places["saved"]:
+            self.results["grad_gates_ih"] = self.gates_in(self.results["grad_gates_ih"]).flatten(2)
         return tuple(self.results.values())
 
     def buffer(self, *shape, dtype=None):
@@ -170,37 +193,47 @@ class Call:
         return x, self.cuda.empty(x.nbytes, "buffer")
 
 
-def forward_call(cuda, arguments, save=True):
+def forward_call(cuda, arguments, save=True, in_place=False):
     a = dict(arguments)
     gates_ih, bias_hh = a.pop("gates_ih"), a.pop("bias_hh")
     T, B = gates_ih.shape[:2]
     call = Call(cuda, **a, T=T, B=B)
-    call.read("gates_ih", gates_ih, 7)
     call.read("bias_hh", bias_hh)
     P, h, R, second = call.P, call.h, call.R, call.info.states > 1
     call.result("output", (T, B, P * R))
     call.result("h_n", (B, P * R))
     call.result("c_n", (B, P * call.info.in_c * h), second)
-    call.result("saved", (T, B, P * call.saved_values * h), save)
+    of_saved = (T, B, P * call.saved_values * h)
+    if in_place:
+        saved = torch.full(of_saved, torch.nan, dtype=call.dtype)
+        call.gates_in(saved).copy_(gates_ih.view(T, B, P, -1, h))
+        call.in_place(False, saved)
+    else:
+        call.read("gates_ih", gates_ih, 7)
+        call.result("saved", of_saved, save)
     return call
 
 
 def backward_call(cuda, cell, grad_output, grad_h_n, grad_c_n, weight_hh, weight_hr, params, h_0, c_0, lengths, resets,
                   reset_h, reset_c, mask_h, keep_h, keep_c, reverse, output, saved, initial=True,
-                  grad_clip=0.0, grad_cells=None):  # fmt: skip
+                  grad_clip=0.0, grad_cells=None, in_place=False):  # fmt: skip
     T, B = output.shape[:2]
     call = Call(cuda, cell, weight_hh, weight_hr, params, h_0, c_0, lengths, resets, reset_h, reset_c, mask_h, keep_h,
                 keep_c, reverse, B, T)  # fmt: skip
     call.read("grad_output", grad_output, 14)
     call.read("grad_cells", grad_cells, 21)
     call.numbers[16] = struct.unpack("q", struct.pack("d", grad_clip))[0]
-    for name, x in (("grad_h_n", grad_h_n), ("grad_c_n", grad_c_n), ("output", output), ("saved", saved)):
+    for name, x in (("grad_h_n", grad_h_n), ("grad_c_n", grad_c_n), ("output", output)):
         call.read(name, x)
     P, h, R, second = call.P, call.h, call.R, call.info.states > 1
     if keep_h is not None:
         call.places["kept_h"] = call.buffer(B, P * R, dtype=call.wide)[1].value
     gates = (T, B, P * call.info.gates * h)
-    call.result("grad_gates_ih", gates)
+    if in_place:
+        call.in_place(True, saved)
+    else:
+        call.read("saved", saved)
+        call.result("grad_gates_ih", gates)
     call.result("grad_gates_hh", gates, call.info.separate_gates_hh)
     call.result("grad_projected", (T, B, P * R), weight_hr is not None)
     call.result("grad_h_0", (B, P * R), initial)
@@ -376,9 +409,9 @@ def cluster_tile(case, backward, units, rows, tf32=False, most=256):
 TIERS = {"step": Step(), "resident": Resident(), "grid": Grid(), "cluster": Cluster()}
 
 
-def run_forward(cuda, tier, tile, arguments, save=True):
+def run_forward(cuda, tier, tile, arguments, save=True, in_place=False):
     cuda.reset()
-    call = forward_call(cuda, arguments, save)
+    call = forward_call(cuda, arguments, save, in_place)
     tier.run(call, False, tile)
     return call.finish()
 
@@ -404,10 +437,10 @@ class Problem:
         self.want_back = cache(lambda: reference.backward(*map(double, self.back)))
         self.plain_back = cache(lambda tf32: plain_backward(self.back, tf32))
 
-    def run(self, cuda, tier, tile, backward):
+    def run(self, cuda, tier, tile, backward, in_place=False):
         if backward:
-            return run_backward(cuda, tier, tile, self.back)
-        return run_forward(cuda, tier, tile, self.arguments)
+            return run_backward(cuda, tier, tile, self.back, in_place=in_place)
+        return run_forward(cuda, tier, tile, self.arguments, in_place=in_place)
 
     def check(self, cuda, tier):
         """Both passes with every tile that the tier has for the case; how many runs that were."""
@@ -506,6 +539,28 @@ class AnyClusterTile(Cluster):
             if blocks <= 16 and blocks * -(-case.B // tile[1]) * case.P <= 60:
                 tiles.append(tile)
         return tiles
+
+
+@each_tier
+@each_dtype
+@each_cell
+def test_gates_in_the_memory_of_saved(cuda, tier, cell, projected, dtype):
+    """Forward finds the gates where it is going to save, and backward leaves their gradients where that was: with the
+    bits that memory of their own gives, whoever runs first, and nobody reads what another thread writes."""
+    info = cuda.cells[cell]
+    if info.gates > info.saved - info.in_c:
+        pytest.skip("no room for gates")
+    for i, (B, h) in enumerate([(1, 1), (3, 3), (1, 17), (17, 1), (3, 17), (17, 3), (3, 129), (129, 3)]):
+        masks = LENGTHS[i % 3], RESETS[i % 4], REVERSE[i // 3 % 3]
+        noise = NOISES[i % 5] if tier is TIERS["step"] else ""
+        problem = Problem(Case(cell, 4, B, 1 + i % 3, h, projected, *masks, dtype, noise), i)
+        cuda.schedule(i % 8, seed=i, races=h < 100)
+        for backward in (False, True):
+            for tile in tier.tiles(problem.case, backward):
+                want = problem.run(cuda, tier, tile, backward)
+                got = problem.run(cuda, tier, tile, backward, in_place=True)
+                for name, a, b in zip(BACKWARD_NAMES if backward else FORWARD_NAMES, got, want, strict=True):
+                    assert torch.equal(a, b), (problem.case, tile, name)
 
 
 @each_tier

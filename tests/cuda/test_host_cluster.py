@@ -12,6 +12,7 @@ from tests.cuda.test_host import (
     ADDRESSES,
     CELLS,
     DTYPES,
+    SIZES,
     TIERS,
     Cuda,
     Problem,
@@ -152,7 +153,7 @@ def choice_of(cuda, cell, kind, B, h, P, backward, multiprocessors=132, capabili
     numbers = [8, B, P, h, h, CELLS.index(cell), DTYPES.index(dtype), *[0] * 10]
     choice = (ctypes.c_int64 * 8)()
     taken = cuda.library.cuda_choose_from(
-        (ctypes.c_int64 * 17)(*numbers), (ctypes.c_void_p * len(ADDRESSES))(), b"cluster", backward, multiprocessors,
+        (ctypes.c_int64 * SIZES)(*numbers), (ctypes.c_void_p * len(ADDRESSES))(), b"cluster", backward, multiprocessors,
         capability, ctypes.c_int64(232448), choice)  # fmt: skip
     tier, rows, units, variant, said_tf32, blocks, threads, shared = choice
     if not taken:

@@ -30,6 +30,7 @@ class Fault(NamedTuple):
     says: str | None  # what a finding says; "": nothing is wrong; None: only numbers tell
     launches: int = 1  # over one workspace, zeroed before the first
     flags: bool = False  # grid: results beside flags, or words with tags
+    in_place: bool = False  # gates, or their gradients, in the memory of saved
 
 
 def grid(*rest, launches=1):
@@ -52,6 +53,14 @@ def step(which, product, text, instead, says=None):
     return Fault("step", which, product, text, instead, says)
 
 
+def in_place(tier, *rest):
+    return Fault(tier, *rest, in_place=True)
+
+
+# Loads of a unit that read its neighbour, too, and have no use for it.
+GATES, SAVED = "there ? gates[g * p.hidden] :", "out[i] = saved[i * p.hidden];"
+GATES_OF_TWO = "there ? gates[g * p.hidden] + 0 * gates[g * p.hidden - (j > 0)] :"
+SAVED_OF_TWO = "out[i] = saved[i * p.hidden] + 0 * saved[i * p.hidden - (j > 0)];"
 GRID_BARRIER = "dev::sync_block();\n    const bool own ="
 CLEARED = "tagged_words[i] = s.unit_of_word(int(i % s.words())) < s.hidden ? 0 : kNoUnit;"
 AWAIT = "exchange.await(k, tag, flags.begin, flags.end - flags.begin);"
@@ -309,6 +318,16 @@ FAULTS = {
         "backward", "ffma", "const V recurrent = r.last(k) ? V(0) : handed_on", "const V recurrent = handed_on",
         "uninitialised"),
 
+    # gates, and their gradients, in the memory of saved
+    "step_in_place": in_place("step", "forward", "ffma", "", "", ""),
+    "grid_in_place": in_place("grid", "backward", "ffma", "", "", ""),
+    "gates_of_another_thread": in_place("step", "forward", "ffma", GATES, GATES_OF_TWO, "race"),
+    "values_of_another_thread": in_place("step", "backward", "ffma", SAVED, SAVED_OF_TWO, "race"),
+    "values_of_another_block": in_place("grid", "backward", "ffma", SAVED, SAVED_OF_TWO, "race"),
+    "values_of_another_block_of_a_cluster": in_place("cluster", "backward", "ffma", SAVED, SAVED_OF_TWO, "race"),
+    "gradients_one_behind_the_other": in_place(
+        "resident", "backward", "ffma", "place * p.grad_gates_stride", "place * G * p.hidden", "race|read-only"),
+
     # what all tiers share
     "reset_gradient_overwritten": step("backward", "ffma", "[at] += later;", "[at] = later;"),
     "reset_of_another_step": step("forward", "ffma", "r.time(k) + (r.reverse ? 1 : 0)", "r.time(k)"),
@@ -451,7 +470,10 @@ def results(faulty, fault, problems, tile):
     faulty.reset()
     workspace = None
     for problem in problems:
-        call = backward_call(faulty, *problem.back) if backward else forward_call(faulty, problem.arguments)
+        if backward:
+            call = backward_call(faulty, *problem.back, in_place=fault.in_place)
+        else:
+            call = forward_call(faulty, problem.arguments, in_place=fault.in_place)
         if fault.tier != "step" and workspace is None:
             workspace = tier.workspace(call, backward, tile)
             if fault.launches > 1:

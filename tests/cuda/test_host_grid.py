@@ -38,7 +38,7 @@ class Params(ctypes.Structure):
     _fields_ = [
         *[(name, I64) for name in ("steps", "batch", "groups", "hidden", "width")],
         ("cell", ctypes.c_int32), ("dtype", ctypes.c_int32), ("constant_weights", ctypes.c_bool),
-        ("gates_ih", POINTER), ("gates_ih_stride_t", I64), ("gates_ih_stride_b", I64),
+        ("gates_ih", POINTER), *[(f"gates_ih_stride_{x}", I64) for x in "tbp"],
         *[(name, POINTER) for name in ("weight_hh", "bias_hh", "weight_hr", "params", "h_0", "c_0", "lengths")],
         ("lengths_stride_b", I64), ("lengths_stride_p", I64),
         ("resets", POINTER),
@@ -134,6 +134,7 @@ class Grid(Emulator):
         P, h = p.groups, p.hidden
         p.steps, p.batch = T, B
         p.gates_ih, p.gates_ih_stride_t, p.gates_ih_stride_b = self.upload(x, "gates_ih"), x.stride(0), x.stride(1)
+        p.gates_ih_stride_p = info.gates * h
         results = [
             self.result(p, "output", (T, B, P * h), x.dtype),
             self.result(p, "h_n", (B, P * h), x.dtype),
@@ -161,6 +162,7 @@ class Grid(Emulator):
         if grad_output is not None:
             p.grad_output_stride_t, p.grad_output_stride_b = grad_output.stride()[:2]
         dtype, absent, gates = output.dtype, (0,), (T, B, P * info.gates * h)
+        p.grad_gates_stride = info.gates * h
         results = [
             self.result(p, "grad_gates_ih", gates, dtype),
             self.result(p, "grad_gates_hh", gates if cell == "gru" else absent, dtype),

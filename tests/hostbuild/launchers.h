@@ -10,13 +10,13 @@
 namespace fastrnn::cuda {
 
 // sizes: T, B, P, h, R, cell, dtype, then the strides of gates_ih (t, b), lengths (b, p), resets (t, b, p) and
-// grad_output (t, b), the bits of grad_clip, and the strides of keep_h, keep_c and grad_cells (t, b). addresses: as below;
-// forward reads the first 19.
+// grad_output (t, b), the bits of grad_clip, the strides of keep_h, keep_c and grad_cells (t, b), and those of groups
+// in gates_ih and in its gradient. addresses: as below; forward reads the first 19.
 inline BackwardParams unpack(const int64_t* n, void* const* a, bool backward) {
   BackwardParams p{};
   p.steps = n[0], p.batch = n[1], p.groups = n[2], p.hidden = n[3], p.width = n[4];
   p.cell = int32_t(n[5]), p.dtype = DType(n[6]);
-  p.gates_ih_stride_t = n[7], p.gates_ih_stride_b = n[8];
+  p.gates_ih_stride_t = n[7], p.gates_ih_stride_b = n[8], p.gates_ih_stride_p = n[23];
   p.lengths_stride_b = n[9], p.lengths_stride_p = n[10];
   p.resets_stride_t = n[11], p.resets_stride_b = n[12], p.resets_stride_p = n[13];
   p.gates_ih = a[0], p.weight_hh = a[1], p.bias_hh = a[2], p.weight_hr = a[3], p.params = a[4];
@@ -29,7 +29,7 @@ inline BackwardParams unpack(const int64_t* n, void* const* a, bool backward) {
   if (!backward) return p;
   p.grad_output_stride_t = n[14], p.grad_output_stride_b = n[15];
   p.grad_output = a[19], p.grad_h_n = a[20], p.grad_c_n = a[21];
-  p.grad_gates_ih = a[22], p.grad_gates_hh = a[23], p.grad_projected = a[24];
+  p.grad_gates_ih = a[22], p.grad_gates_stride = n[24], p.grad_gates_hh = a[23], p.grad_projected = a[24];
   p.grad_h_0 = a[25], p.grad_c_0 = a[26], p.grad_reset_h = a[27], p.grad_reset_c = a[28], p.grad_params = a[29];
   p.kept_h = a[30];
   p.grad_cells = a[31], p.grad_cells_stride_t = n[21], p.grad_cells_stride_b = n[22];
