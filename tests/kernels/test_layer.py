@@ -159,6 +159,34 @@ def test_reads_any_layout():
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize(("options", "training"), [({"bidirectional": True}, True), ({"num_heads": 3}, False)], ids=str)
+def test_weights_of_groups_are_not_copied(options, training):
+    """It would be as much to write as a step has to read. (Autograd itself puts the gradients of heads together.)"""
+    module, x = fastrnn.LSTM(5, 12, **options), torch.randn(4, 3, 5, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        total = module(x)[0].square().sum()
+        if training:
+            total.backward()
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::sum" in names and not names & {"aten::stack", "aten::cat"}
+
+
+@pytest.mark.parametrize("P", [2, 3])
+@pytest.mark.parametrize("place", ["apart", "misaligned"])
+def test_weights_of_groups_are_read_where_they_are(place, P):
+    """In any memory, also of unequal distances, or at an address that is no multiple of a number's size."""
+    arguments = arguments_of(Case("lstm", 6, 4, P, 5, dtype=torch.float32), 7, 0)
+    want = by_op(arguments, True)
+    moved = {name: [x.clone() for x in arguments[name]] for name in ("weight_ih", "bias_ih", "weight_hh", "bias_hh")}
+    if place == "misaligned":
+        memory = bytearray(4 * moved["weight_hh"][1].numel() + 2)
+        odd = torch.frombuffer(memory, dtype=torch.float32, offset=2).view(20, 5)
+        assert odd.data_ptr() % 4
+        moved["weight_hh"][1] = odd.copy_(moved["weight_hh"][1])
+    got = by_op(arguments | moved, True)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
