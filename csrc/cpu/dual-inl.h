@@ -20,6 +20,9 @@ struct Dual {
 };
 
 template <class T>
+inline constexpr bool kIsDual<Dual<T>> = true;
+
+template <class T>
 struct Vec<Dual<T>> {
   static constexpr int kLanes = Vec<T>::kLanes;
   Vec<T> value, slope;

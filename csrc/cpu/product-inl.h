@@ -23,10 +23,6 @@ constexpr bool kManyRegisters = false;
 #endif
 constexpr int kMaxVectors = 4;
 template <class T>
-inline constexpr bool kIsDual = false;
-template <class T>
-inline constexpr bool kIsDual<Dual<T>> = true;
-template <class T>
 inline constexpr int kTileVectors = !kIsDual<T> ? kMaxVectors : kManyRegisters ? 2 : 1;
 template <class T>
 constexpr int max_rows(int vectors) {

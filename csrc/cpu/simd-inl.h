@@ -109,8 +109,13 @@ FASTRNN_HD Vec<T> gather_lanes(Vec<T> a, Vec<T> b, Index) {
   }(std::make_integer_sequence<int, Vec<T>::kLanes>());
 }
 
+// Of what is not a plain number, but a dual one (dual-inl.h).
+template <class T>
+inline constexpr bool kIsDual = false;
+
 // Lane l of vector i becomes lane i of vector l: blocks of s x s lanes change places across the diagonal, for s = 1, 2, 4 ..
 template <int s = 1, class T>
+  requires(!kIsDual<T>)
 FASTRNN_HD void transpose(Vec<T> (&x)[Vec<T>::kLanes]) {
   constexpr int L = Vec<T>::kLanes;
   FASTRNN_UNROLL for (int i = 0; i < L; ++i) {
