@@ -281,7 +281,7 @@ FAULTS = {
     "tiles_before_for_those_behind": clusters(
         "forward", "ffma", "begin, middle + own, own_end,", "begin, middle, own_end,", None),
     "own_tiles_twice": clusters(
-        "backward", "half", "first < begin ? begin : first < end ? first : end;", "end;", None),
+        "backward", "half", "first < begin ? begin : first < end ? first : end;", "end;", "race"),
     "first_tile_of_all": clusters(
         "forward", "half", f"own_words(exchange, k){OF_LANE}", f"own_words(exchange, k){OF_LANE}".replace(
             " - tiles.first", ""), "out of bounds|race|uninitialised"),
@@ -551,7 +551,7 @@ def test_fault_is_noticed(faulty, name, monkeypatch):
     case = Case("lstm", 4, 10, 1, h, 0, "rows", "state", "all", dtype)
     cluster = (3, 5, 12 if fault.product == "ffma" else 16, 0, 0, 0, 64, 0)
     tile = {"grid": (2, 10, 4, int(fault.flags), 0, 0, 64, 0), "step": None, "cluster": cluster,
-            "clusters": (3, 5, 16, 2, 0, 0, 64, 0),
+            "clusters": (3, 5, 16, 2, 0, 0, 128 if fault.product == "ffma" else 64, 0),
             "resident": (1, 4 if fault.product == "ffma" else 8, *[0] * 6)}[fault.tier]  # fmt: skip
     entry = {"step": "cuda_step"}.get(fault.tier, f"cuda_{fault.which}")
     monkeypatch.setattr(faulty.library, entry, getattr(faulty.library, f"run_{symbol(name)}"))
