@@ -279,7 +279,7 @@ FAULTS = {
     "block_without_units_reads": clusters(
         "forward", "half", "if (int(blockIdx.x) * s.units >= s.hidden) return {};", "", "race"),
     "tiles_before_for_those_behind": clusters(
-        "forward", "ffma", "begin, middle + own, own_end,", "begin, middle, own_end,", None),
+        "forward", "ffma", "begin, middle + own, own_end,", "begin, middle, own_end,", "race"),
     "own_tiles_twice": clusters(
         "backward", "half", "first < begin ? begin : first < end ? first : end;", "end;", "race"),
     "first_tile_of_all": clusters(
