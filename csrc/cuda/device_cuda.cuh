@@ -275,6 +275,7 @@ using Error = cudaError_t;
 using Stream = cudaStream_t;
 constexpr Error kSuccess = cudaSuccess;
 constexpr Error kInvalidValue = cudaErrorInvalidValue;
+constexpr Error kCooperativeLaunchTooLarge = cudaErrorCooperativeLaunchTooLarge;
 inline const char* error_string(Error e) { return cudaGetErrorString(e); }
 
 struct Launch {

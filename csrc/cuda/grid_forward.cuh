@@ -9,8 +9,9 @@ namespace fastrnn::cuda {
 
 // kRagged: may rows differ, by lengths or resets?
 template <class Cell, class S, class Product, bool kRagged = true>
-FASTRNN_INLINE void run_forward(const LaunchParams<ForwardParams>& p, const GridShape& s, void* workspace) {
+FASTRNN_INLINE void run_forward(const LaunchParams<ForwardParams>& p, const GridShape& shape, void* workspace) {
   constexpr int G = Cell::kGates, N = Product::kValues;
+  const GridShape s = shape_for<Product>(shape, G, false);
   const int group = p.first_group + int(blockIdx.z), first_unit = int(blockIdx.x) * s.units;
   const GridShared shared(dev::dynamic_shared(), s);
   sort_rows(p, s, group, shared);

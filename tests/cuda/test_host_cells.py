@@ -131,7 +131,7 @@ def test_a_cell_with_a_row_or_two_products_has_the_per_step_tier_alone(cuda, cel
         for tier, call in product(host.TIERS, calls):
             choice = (ctypes.c_int64 * 8)()
             taken = cuda.library.cuda_choose_from(
-                call.sizes, call.addresses, tier.encode(), backward, 132, 90, ctypes.c_int64(232448), choice
+                call.sizes, call.addresses, tier.encode(), backward, 132, 90, ctypes.c_int64(232448), 0, choice
             )
             assert bool(taken) == (tier == "step" or call is calls[0])
     call = calls[1]

@@ -31,10 +31,11 @@ FASTRNN_EXPORT const char* cuda_choose(const int64_t* sizes, void* const* addres
 // the same from one tier; 0: it cannot run the call
 FASTRNN_EXPORT int cuda_choose_from(const int64_t* sizes, void* const* addresses, const char* tier, int backward,
                                     int multiprocessors, int compute_capability, int64_t shared_per_block,
-                                    int64_t* choice) {
+                                    int allow_tf32, int64_t* choice) {
   const Device device{multiprocessors, compute_capability, shared_per_block};
   Choice c{};
-  if (!choose_from(find_tier(tier), unpack(sizes, addresses, false), backward != 0, device, false, &c)) return 0;
+  if (!choose_from(find_tier(tier), unpack(sizes, addresses, false), backward != 0, device, allow_tf32 != 0, &c))
+    return 0;
   const int64_t values[8] = {int64_t(c.tier), c.rows, c.units, c.variant, c.tf32, c.blocks, c.threads, c.shared};
   std::memcpy(choice, values, sizeof values);
   return 1;

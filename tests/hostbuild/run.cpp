@@ -29,13 +29,15 @@ int check_shape(const Config& c) {
     return refuse(dev::kInvalidConfiguration, format("grid.x %u in clusters of %u", c.grid.x, c.cluster));
   if (c.shared > device.shared_per_block + kSharedSlack)
     return refuse(dev::kInvalidValue, format("%zu bytes of shared memory", c.shared));
-  if (size_t(blocks) * (c.block + kAgentsPerBlock) > kMostColumns)
-    return refuse(dev::kInvalidConfiguration, "grid too large for the emulator");
+  if (schedule.races && size_t(blocks) * (c.block + kAgentsPerBlock) > kMostColumns)
+    return refuse(dev::kInvalidConfiguration, "grid too large for the emulator's vector clocks");
   size_t resident = c.coresident ? blocks : size_t(std::max(3, schedule.resident)) * c.cluster;
   if (schedule.races && resident * c.block * blocks * (c.block + kAgentsPerBlock) > kMostClocks)
     return refuse(dev::kInvalidConfiguration, "grid too large for the emulator's race checks");
   // what the real launch answers too: the launcher's to handle, not a finding
   if (c.coresident && int(blocks) > std::min(device.coresident_blocks, kMaxResident))
+    return dev::kCooperativeLaunchTooLarge;
+  if (c.coresident && c.cluster > 1 && int(blocks / c.cluster) > device.active_clusters)
     return dev::kCooperativeLaunchTooLarge;
   return dev::kSuccess;
 }
