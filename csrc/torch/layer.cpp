@@ -38,9 +38,10 @@ bool are_tokens(const Tensor& input) { return input.defined() && at::isIntegralT
 
 thread_local bool by_products = false;
 
-// Is the whole layer one kernel, for tensors like this one (the input, or in backward the output)?
+// Is the whole layer one kernel, for tensors like this one (the input, or in backward the output)? Of dual numbers it always
+// is: torch's products would take them for complex ones.
 bool is_one_kernel(const LayerCall& call, const Tensor& like) {
-  return like.is_cpu() && !are_tokens(call.input) && !by_products;
+  return call.dual || (like.is_cpu() && !are_tokens(call.input) && !by_products);
 }
 
 int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
@@ -141,12 +142,16 @@ bool gates_in_saved(const LayerCall& call, bool bias) {
   return fit_in_saved(call) && !bias && !(call.states.lengths && call.input.is_cpu());
 }
 
-// May backward leave the gates' gradients there? Those of weight_hr and of late gates look at the values once more; and
-// the one of tokens would copy gates that lie apart.
+// Of a few groups the input's gradient is a product for each, added to the one before; of more, one product of gates side
+// by side with weights put together, for a half type is rounded with every addition.
+bool are_few(int64_t groups) { return groups <= 2; }
+
+// May backward leave the gates' gradients there? Those of weight_hr and of late gates look at the values once more; the one
+// of tokens, and the input's of more than a few groups, would copy gates that lie apart.
 bool gradients_in_saved(const LayerCall& call, const LayerGiven& given, const Needed& needed) {
   const bool copied = are_tokens(call.input) && needed[kOf_weight_ih];
-  return given.may_overwrite && fit_in_saved(call) && given.saved.is_contiguous() && call.weights.weight_hr.empty() &&
-         kCells[known_cell(call.cell)].late_gates == 0 && !copied;
+  return given.may_overwrite && fit_in_saved(call) && given.saved.is_contiguous() && are_few(call.groups()) &&
+         call.weights.weight_hr.empty() && kCells[known_cell(call.cell)].late_gates == 0 && !copied;
 }
 
 // [T, B, P, n]: of every group the first n values, gates or their gradients, where they lie so or one behind the other.
@@ -357,7 +362,10 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
   if (needed[kOf_input]) {
     const Group& weights = call.weights.weight_ih;
     const Tensor out = empty({T * B, weights[0].size(1)});
-    for (int64_t p = 0; p < P; ++p) kernels.product(out, rows_of(gates_ih, p), weights[p], p > 0, T);
+    if (are_few(P))
+      for (int64_t p = 0; p < P; ++p) kernels.product(out, rows_of(gates_ih, p), weights[p], p > 0, T);
+    else
+      kernels.product(out, found.gates_ih.flatten(0, 1), one_matrix(weights), false, T);
     grads[kOf_input] = out.view({T, B, out.size(1)});
   }
   if (needed[kOf_weight_ih]) {

@@ -204,13 +204,23 @@ class Checker {
     if (group.empty()) return nullptr;
     const size_t first = keep.size();
     for (const Tensor& x : group) read(name, x, expected.slice(1));
-    const auto address = [&](size_t p) { return reinterpret_cast<intptr_t>(keep[first + p].const_data_ptr()); };
-    const int64_t element = group[0].element_size(), apart = group.size() == 1 ? 0 : address(1) - address(0);
-    bool equally = apart % element == 0;
-    for (size_t p = 2; p < group.size(); ++p) equally &= address(p) - address(p - 1) == apart;
-    if (!equally) keep.push_back(at::stack(at::TensorList(group)));
-    gap = equally && group.size() > 1 ? apart / element - keep[first].numel() : 0;
-    return (equally ? keep[first] : keep.back()).const_data_ptr();
+    // Each address is asked for once: another thread may give a parameter other memory meanwhile.
+    const void* const base = keep[first].const_data_ptr();
+    const int64_t element = group[0].element_size();
+    intptr_t last = reinterpret_cast<intptr_t>(base), apart = 0;
+    bool equally = true;
+    for (size_t p = 1; p < group.size(); ++p) {
+      const intptr_t address = reinterpret_cast<intptr_t>(keep[first + p].const_data_ptr());
+      if (p == 1) apart = address - last;
+      equally &= address - last == apart && apart % element == 0;
+      last = address;
+    }
+    if (!equally) {
+      keep.push_back(at::stack(at::TensorList(group)));
+      return keep.back().const_data_ptr();
+    }
+    gap = group.size() > 1 ? apart / element - keep[first].numel() : 0;
+    return base;
   }
 
   // The same of a state of n values a group, as [B, P*n]; a layer has it as [P, B, n].
@@ -528,6 +538,7 @@ PreparedForward prepare_layer(const LayerCall& call, bool save) {
   p.size = call.input.size(-1);
   check_features("layer_forward", checker.dims(), p.size);
   p.input = checker.read_strided("input", call.input, p.size, p.input_stride_t, p.input_stride_b);
+  RNN_CHECK(!call.weights.weight_ih.empty(), "layer_forward: weight_ih: expected ", P, " tensors (groups), got 0");
   p.weight = checker.read_groups("weight_ih", call.weights.weight_ih, {P, G * h, p.size}, out.params.gaps.weight_ih);
   p.bias = checker.read_groups("bias_ih", call.weights.bias_ih, {P, G * h}, out.params.gaps.bias_ih);
   p.weight_dtype = checker.dtype();

@@ -159,9 +159,41 @@ def test_reads_any_layout():
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+def test_refuses_a_call_without_weights_of_the_input():
+    arguments = list(arguments_of_op(arguments_of(Case("lstm", 4, 3, 2, 5, dtype=torch.float32), 6, 0), False))
+    arguments[2] = []
+    with pytest.raises(RuntimeError, match=r"layer_forward: weight_ih: expected 2 tensors \(groups\), got 0"):
+        layer_forward(*arguments)
+
+
+@pytest.mark.parametrize("heads", [1, 8])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_input_gradients_of_many_groups_by_products(heads, dtype, by_products):
+    """Their sum is rounded once, or with two directions twice: no error grows with the number of groups."""
+    torch.manual_seed(heads)
+    module, x = fastrnn.LSTM(64, 128, num_heads=heads, bidirectional=True), torch.randn(8, 16, 64)
+
+    def gradient(module, x):
+        x = x.detach().requires_grad_()
+        module(x)[0].sum().backward()
+        return x.grad.double()
+
+    by_product = gradient(module.to(dtype), x.to(dtype))
+    want = gradient(module.double(), x.to(dtype).double())
+    _C.set_layers_by_products(False)
+    by_kernel = gradient(module.to(dtype), x.to(dtype))
+
+    def error(got):
+        return (got - want).square().mean().sqrt().item()
+
+    assert error(by_product) < 1.15 * error(by_kernel)
+
+
 @pytest.mark.parametrize(("options", "training"), [({"bidirectional": True}, True), ({"num_heads": 3}, False)], ids=str)
 def test_weights_of_groups_are_not_copied(options, training):
-    """It would be as much to write as a step has to read. (Autograd itself puts the gradients of heads together.)"""
+    """Not stacked, that is: it would be as much to write as a step has to read. (Heads' rows of weight_ih are put in
+    order before, and autograd puts their gradients together.)
+    """
     module, x = fastrnn.LSTM(5, 12, **options), torch.randn(4, 3, 5, requires_grad=True)
     with torch.profiler.profile() as profile:
         total = module(x)[0].square().sum()
