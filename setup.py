@@ -164,7 +164,7 @@ def check_compiler(command: str) -> None:
     )
     if "Free Software Foundation" in told and int(version.split(".")[0]) < OLDEST_GCC:
         raise SystemExit(f"fastrnn: {command!r} is g++ {version}: expected {OLDEST_GCC} or newer (CXX names another)")
-    if "clang" in told and not MACOS:  # its OpenMP is LLVM's, and torch brings GNU's: there would be two sets of threads
+    if "clang" in told and not MACOS:  # its OpenMP is LLVM's and torch's is GNU's: there would be two sets of threads
         raise SystemExit(f"fastrnn: {command!r} is clang: expected g++ {OLDEST_GCC} or newer (CXX names another)")
 
 
