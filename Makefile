@@ -43,7 +43,8 @@ CALLS ?= 100000
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup build test test-extras test-sdist test-versions test-portable wheel bench bench-peers examples fuzz soak sanitize docs lint
+.PHONY: setup build test test-extras test-sdist test-versions test-portable wheel bench bench-peers examples fuzz soak
+.PHONY: sanitize docs lint
 .PHONY: check-cuda test-cuda-build clean distclean
 
 setup: $(STAMP)

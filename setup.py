@@ -103,7 +103,7 @@ class Build(BuildExtension):
         else:
             exports = Path(self.build_temp).resolve() / "exports.map"
             exports.parent.mkdir(parents=True, exist_ok=True)
-            exports.write_text("{ global: PyInit__C; local: *; };\n")
+            exports.write_text(carried_objects.EXPORTS)
             extension.extra_link_args.append(f"-Wl,--version-script={exports}")
         if kernels := getattr(extension, "kernels", None):
             extension.extra_objects += self.compile_kernels(*kernels)

@@ -26,8 +26,11 @@ from cuda_toolkit import ToolkitError, find_toolkit, parse_archs
 ROOT = Path(__file__).resolve().parent.parent
 # OpenMP is compiled in but not linked: its symbols then come from the runtime that torch has loaded, so that the
 # process has one thread pool and not two. Apple's clang has no such option of its own, only its parts behind it.
-OPENMP = ("-Xpreprocessor", "-fopenmp") if sys.platform == "darwin" else ("-fopenmp",)
-CXX_FLAGS = ("-std=c++20", "-O3", *OPENMP, "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas")
+OPENMP = {"linux": ("-fopenmp",), "darwin": ("-Xpreprocessor", "-fopenmp")}
+OTHER_FLAGS = ("-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas")
+CXX_FLAGS = (*OTHER_FLAGS, *OPENMP.get(sys.platform, OPENMP["linux"]))
+# What the module exports, in the words of GNU's linkers; setup.py says why.
+EXPORTS = "{ global: PyInit__C; local: *; };\n"
 MANIFEST = "objects.json"
 
 

@@ -25,18 +25,18 @@ import carried_objects
 
 ROOT = Path(__file__).resolve().parent.parent
 TAG = f"{sys.version_info.major}{sys.version_info.minor}"
-# The wheel's platform; options of the compiler; options of the linker beside the libraries; the module's suffix.
+# The wheel's platform; Python's name for the system; options of the linker beside the libraries; the module's suffix.
 TARGETS = {
     "linux-aarch64": (
         "manylinux_2_28_aarch64",
-        ("-fopenmp",),
+        "linux",
         ("-shared", "-Wl,--version-script={exports}"),
         f".cpython-{TAG}-aarch64-linux-gnu.so",
     ),
     "macos-arm64": (
         "macosx_11_0_arm64",
-        ("-Xpreprocessor", "-fopenmp"),
-        ("-dynamiclib", "-undefined", "dynamic_lookup", "-Wl,-exported_symbol,_PyInit__C", "-lomp"),
+        "darwin",
+        ("-dynamiclib", "-undefined", "dynamic_lookup", "-lomp"),  # zig's linker has no -exported_symbol
         f".cpython-{TAG}-darwin.so",
     ),
 }
@@ -77,15 +77,15 @@ def main() -> None:
     parser.add_argument("--torch", default="2.11.0", help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    platform, compiled, linked, suffix = TARGETS[options.target]
+    platform, system, linked, suffix = TARGETS[options.target]
     folder = (options.folder or ROOT / "build/cross" / options.target).resolve()
     (folder / "fastrnn").mkdir(parents=True, exist_ok=True)
     command = compiler(options.target, folder)
     torch = torch_of(options.torch, platform, folder)
 
     includes = [torch / "include", torch / "include/torch/csrc/api/include", sysconfig.get_path("include")]
-    flags = [flag for flag in carried_objects.CXX_FLAGS if flag not in carried_objects.OPENMP]
-    flags += [*compiled, "-fPIC", "-DNDEBUG", "-g0", "-Werror", "-DTORCH_API_INCLUDE_EXTENSION_H"]
+    flags = [*carried_objects.OTHER_FLAGS, *carried_objects.OPENMP[system]]
+    flags += ["-fPIC", "-DNDEBUG", "-g0", "-Werror", "-DTORCH_API_INCLUDE_EXTENSION_H"]
     flags += ["-DTORCH_EXTENSION_NAME=_C", f'-DFASTRNN_TORCH="{options.torch}"', *(f"-isystem{p}" for p in includes)]
     sources = [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/torch/*.cpp")]
     sources = sorted(path for path in sources if not path.stem.endswith("_cuda"))
@@ -97,7 +97,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(compile_one, sources, objects))
     exports = folder / "exports.map"
-    exports.write_text("{ global: PyInit__C; local: *; };\n")
+    exports.write_text(carried_objects.EXPORTS)
     module = folder / "fastrnn" / f"_C{suffix}"
     libraries = [f"-L{torch / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
     run(*command, *objects, *(word.format(exports=exports) for word in linked), *libraries, "-o", module)
