@@ -38,7 +38,7 @@ def load(path):
 
 @pytest.fixture(scope="module")
 def mutants():
-    return load(build(SOURCES, OUT / "libmutants.so"))
+    return load(build(SOURCES, OUT / "libmutants.so", optimise=True))
 
 
 # of values in (-1, 1), float32 against float64; mma's 16-bit inputs are rounded in both, but an h may round
@@ -249,7 +249,7 @@ def test_number_formats(mutants):
 
 def test_portable_fibers():
     """ucontext instead of the x86-64 switch."""
-    mutants = load(build(SOURCES, OUT / "libmutants_ucontext.so", defines=["FASTRNN_EMU_UCONTEXT"]))
+    mutants = load(build(SOURCES, OUT / "libmutants_ucontext.so", ["FASTRNN_EMU_UCONTEXT"], optimise=True))
     for _ in mutants.schedules(seed=1, count=8):
         assert mutants.run("words") <= TOLERANCE and mutants.findings() == []
         mutants.run("cluster", "NoSyncBeforePush")

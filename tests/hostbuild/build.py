@@ -49,9 +49,10 @@ KERNEL = [
     "tsan-instrument-func-entry-exit=0",
     "-fsanitize=bounds,shift,signed-integer-overflow,integer-divide-by-zero,alignment,null",
 ]
-# In the project's own kernels undefined behaviour ends the process with SIGILL: the calls that report it, in kernels
-# with faults on purpose, take twice as long to compile.
-TRAPS = ["-fsanitize-undefined-trap-on-error"]
+# The project's own kernels take longer to compile than to run. They are not optimised, and what their headers mark as
+# always_inline is not: copies of it at every call are most of an unoptimised kernel. Undefined behaviour ends the
+# process with SIGILL: calls that report it, as in the emulator's own test kernels, take twice as long to compile.
+QUICKLY = ["-O0", "-Dalways_inline=unused", "-fsanitize-undefined-trap-on-error"]
 
 
 def headers_hash():
@@ -70,9 +71,9 @@ def replace_text(path, text):
     partial.rename(path)
 
 
-def object_of(source, defines, compiler, headers, quick=False):
-    flags = (KERNEL if source.suffix == ".cu" else HOST) + [f"-D{d}" for d in defines] + ["-O0"] * quick
-    flags += TRAPS * (source.parent == ROOT / "csrc" / "cuda")
+def object_of(source, defines, compiler, headers, optimise):
+    flags = KERNEL + QUICKLY * (not optimise) if source.suffix == ".cu" else HOST
+    flags = flags + [f"-D{d}" for d in defines]
     told = "\0".join([compiler, headers, *flags]).encode()
     key = hashlib.sha256(told + source.read_bytes()).hexdigest()[:16]
     target = OUT / f"{source.stem}-{key}.o"
@@ -88,17 +89,16 @@ def object_of(source, defines, compiler, headers, quick=False):
     return target
 
 
-def build(sources, library, defines=(), compiler=None, jobs=None, quick=()):
-    """Compiles `sources` (.cu and .cpp) and the emulator into `library`; returns its path.
-
-    `quick`: more sources, compiled without optimisation, since they take longer to compile than to run.
+def build(sources, library, defines=(), compiler=None, jobs=None, optimise=False):
+    """Compiles `sources` (.cu and .cpp) and the emulator into `library`; returns its path. Kernels are not optimised,
+    unless asked to be.
     """
     compiler = compiler or os.environ.get("CXX", "g++")
     OUT.mkdir(parents=True, exist_ok=True)
     headers = headers_hash()
-    every = [(Path(s).resolve(), False) for s in (*sources, *EMULATOR)] + [(Path(s).resolve(), True) for s in quick]
+    every = [Path(source).resolve() for source in (*sources, *EMULATOR)]
     with ThreadPoolExecutor(jobs or min(4, os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(lambda s: object_of(s[0], defines, compiler, headers, s[1]), every))
+        objects = list(pool.map(lambda source: object_of(source, defines, compiler, headers, optimise), every))
     library = Path(library)
     stamp = library.with_suffix(".objects")
     names = "\n".join(map(str, objects))
