@@ -597,7 +597,7 @@ def test_gates_in_the_memory_of_saved(cuda, tier, cell, projected, dtype):
     info = cuda.cells[cell]
     if info.gates > info.saved - info.in_c:
         pytest.skip("no room for gates")
-    for i, (B, h) in half_of([(1, 1), (3, 3), (1, 17), (17, 1), (3, 17), (17, 3), (3, 129), (129, 3)], cell, dtype):
+    for i, (B, h) in half_of([(1, 1), (3, 3), (1, 17), (17, 1), (3, 17), (17, 3), (3, 129), (33, 3)], cell, dtype):
         masks = LENGTHS[i % 3], RESETS[i % 4], REVERSE[i // 3 % 3]
         noise = NOISES[i % 5] if tier is TIERS["step"] else ""
         problem = Problem(Case(cell, 4, B, 1 + i % 3, h, projected, *masks, dtype, noise), i)
