@@ -1,6 +1,6 @@
 """Times every tier by itself, whatever the table says: `python -m benchmarks.gpu.tiers --out tiers.json --budget 40`.
 
-For each cell, dtype, hidden size and batch: microseconds a step of the recurrence's op alone, forward and backward,
+For each cell, dtype (tf32: float32 whose products may be rounded), hidden size and batch: microseconds a step of the recurrence's op alone, forward and backward,
 eager, with the tier forced by FASTRNN_CUDA_TIER, as the shortest of several calls between CUDA events. tools/tiers.py
 makes the table of it. What the time does not suffice for is left out, the last sizes first.
 """
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.report import machine
+from benchmarks.gpu.timing import allow_tf32
 from fastrnn import ops
 from fastrnn.records import LayerStates
 
@@ -28,7 +29,7 @@ STEPS, CALLS = 100, 5
 TIERS = ("resident", "grid", "cluster", "step")
 HIDDEN, BATCH = (64, 128, 192, 256, 512, 1024), (1, 8, 16, 32, 64, 128)
 MORE_HIDDEN, MORE_BATCH = (96, 384, 768, 1536, 2048), (4, 256)
-CELLS, DTYPES = ("lstm", "gru", "rnn_tanh"), ("bfloat16", "float32", "float16")
+CELLS, DTYPES = ("lstm", "gru", "rnn_tanh"), ("bfloat16", "float32", "tf32", "float16")
 
 
 def sizes(tiny: bool) -> Iterator[tuple[str, str, int, int]]:
@@ -37,11 +38,11 @@ def sizes(tiny: bool) -> Iterator[tuple[str, str, int, int]]:
         yield from product(CELLS[:2], DTYPES[:2], (8, 16), (1, 3))
         return
     for dtypes, cells, hidden, batch in (
-        (DTYPES[:2], CELLS[:2], HIDDEN, BATCH),
-        (DTYPES[:2], CELLS[:2], MORE_HIDDEN, BATCH),
-        (DTYPES[:2], CELLS[2:], HIDDEN, BATCH),
-        (DTYPES[:2], CELLS, HIDDEN, MORE_BATCH),
-        (DTYPES[2:], CELLS[:1], HIDDEN, BATCH),
+        (DTYPES[:3], CELLS[:2], HIDDEN, BATCH),
+        (DTYPES[:3], CELLS[:2], MORE_HIDDEN, BATCH),
+        (DTYPES[:3], CELLS[2:], HIDDEN, BATCH),
+        (DTYPES[:3], CELLS, HIDDEN, MORE_BATCH),
+        (DTYPES[3:], CELLS[:1], HIDDEN, BATCH),
     ):
         yield from product(cells, dtypes, hidden, batch)
 
@@ -68,7 +69,8 @@ def calls(
     cell: str, dtype: str, h: int, B: int, steps: int, device: torch.device
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """The recurrence forward and backward, on the same values for every tier."""
-    facts, options = ops.CELLS[cell], {"device": device, "dtype": getattr(torch, dtype)}
+    facts = ops.CELLS[cell]
+    options = {"device": device, "dtype": torch.float32 if dtype == "tf32" else getattr(torch, dtype)}
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -97,6 +99,8 @@ def calls(
 def run(device: torch.device, budget_s: float, tiny: bool) -> Iterator[dict[str, Any]]:
     begin, steps = time.perf_counter(), 3 if tiny else STEPS
     for cell, dtype, h, B in sizes(tiny):
+        if device.type == "cuda":
+            allow_tf32(dtype == "tf32")
         both = calls(cell, dtype, h, B, steps, device)
         for tier in TIERS:
             if time.perf_counter() - begin > budget_s:

@@ -190,12 +190,13 @@ def test_autocast_with_the_other_half_type(kind: str) -> None:
 
 @KIND
 def test_training_under_autocast(kind: str) -> None:
-    """Weights of float32, activations of bfloat16: the loss falls about as it does without."""
+    """Weights of float32, activations of bfloat16: the loss falls about as it does without. At twice the rate an
+    RNN_RELU's training is chaotic, torch.nn's too."""
     found = []
     for enabled in (False, True):
         torch.manual_seed(1)
         module, head = build(fastrnn, kind, 4, 16), nn.Linear(16, 1)
-        optimizer = torch.optim.Adam([*module.parameters(), *head.parameters()], 0.02)
+        optimizer = torch.optim.Adam([*module.parameters(), *head.parameters()], 0.01)
         losses = []
         for step in range(30):
             x = randn(12, 16, 4, seed=step, dtype=torch.float32)
