@@ -34,7 +34,7 @@ WHEEL_VENV ?= .venv-wheel
 EXTRAS_STAMP := $(EXTRAS_VENV)/.installed-torch-$(TORCH)
 OUT := out/bench
 WRITE = --json $(OUT)/$(1).json --markdown $(OUT)/$(1).md --html $(OUT)/$(1).html --plots $(OUT)/$(1)-plots
-SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc') setup.py
 
 PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 

@@ -32,7 +32,7 @@ from .nested import is_jagged, jagged
 from .network import network, of_layers, own
 from .ops import CELLS
 from .options import CHANGE_RESULTS, SWITCHES, VALUES, checked, documented, without_lstm_only
-from .packing import check_batch_sizes, check_indices, layout_of, on_device, pack, pad, permute
+from .packing import check_batch_sizes, check_indices, layout_of_packed, pack, pad, permute
 from .records import PARAMS, LayerWeights, Masks, States, name_of, rows_of
 from .regularizers import with_weight_dropout
 from .transforms import in_autocast_dtype, is_plain_call
@@ -472,15 +472,8 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
             finals = tuple(permute(x, sorted_indices, state_dim) for x in finals)
             output = of_layers(lambda x: pack(permute(x, sorted_indices), lengths), output)
             cells = of_layers(lambda x: pack(permute(x, sorted_indices), lengths), cells)
-        elif is_plain_call():
-            padded, lengths = pad(data, batch_sizes)
-            output, finals, cells = self._layers(padded, states, on_device(lengths, data.device))
-            output = of_layers(lambda x: pack(x, lengths), output)
-            cells = of_layers(lambda x: pack(x, lengths), cells)
-        else:  # torch's routines have neither a forward derivative nor a rule for vmap
-            layout = layout_of(batch_sizes, None)
-            assert layout is not None
-            layout = layout.to(data.device)
+        else:
+            layout = layout_of_packed(batch_sizes, data.device)
             output, finals, cells = self._layers(layout.pad(data), states, layout.lengths)
             output, cells = (of_layers(layout.pack, each) for each in (output, cells))
 

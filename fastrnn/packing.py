@@ -101,11 +101,47 @@ class Layout(NamedTuple):
 
     def pack(self, x: Tensor) -> Tensor:
         """The way back."""
+        if is_plain_call():
+            packed: Tensor = _Pack.apply(x, self)
+            return packed
+        return self.select(x)
+
+    def select(self, x: Tensor) -> Tensor:
         return x.reshape(self.steps * self.rows, *x.shape[2:]).index_select(0, self.places)
 
     def of_rows(self, x: Tensor) -> Tensor:
         """[B, ..] -> [N, ..]: each row's for all of its values."""
         return x.index_select(0, (self.places % self.rows).to(x.device))
+
+
+class _Pack(torch.autograd.Function):
+    """Layout.pack, whose gradient is a copy: that of index_select adds, as if places were given twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        return layout.select(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.layout.pad(grad), None
+
+
+def layout_of_packed(batch_sizes: Tensor, device: torch.device) -> Layout:
+    """As layout_of, on another device than the batch sizes'. A plain call waits for no copy (on_device): places are
+    made there, of the lengths."""
+    layout = layout_of(batch_sizes, None)
+    assert layout is not None
+    if device.type == "cpu" or not is_plain_call():
+        return layout.to(device)
+    lengths = on_device(layout.lengths, device)
+    valid = (torch.arange(layout.steps, device=device)[:, None] < lengths).flatten()
+    count = len(layout.places)
+    # Values are packed in the order of their places, so that each one's number is that of those before; what is none
+    # goes behind the last.
+    number = torch.where(valid, valid.cumsum(0) - 1, count)
+    places = number.new_empty(count + 1).scatter_(0, number, torch.arange(len(valid), device=device))[:count]
+    return layout._replace(lengths=lengths, places=places)
 
 
 def layout_of(batch_sizes: Tensor | None, offsets: Tensor | None) -> Layout | None:

@@ -40,7 +40,7 @@ def sources() -> list[Path]:
 
 def digest() -> str:
     """Of all that the objects are made of."""
-    headers = [path for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".cuh") and path.parent.name != "torch"]
+    headers = [path for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".cuh", ".inc") and path.parent.name != "torch"]
     found = hashlib.sha256()
     for path in sorted([*headers, *sources()]):
         found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

@@ -148,7 +148,7 @@ def disassemble(path: Path, cuobjdump: str, nvdisasm: str) -> dict[str, list[Ins
 
 def headers_digest() -> str:
     digest = hashlib.sha256()
-    for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh")):
+    for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh", ".inc")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

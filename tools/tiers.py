@@ -1,12 +1,15 @@
 """Makes the table of tiers of what a GPU has measured: tiers.json, as benchmarks/gpu_check.sh writes it, to C++.
 
-    python tools/tiers.py out/gpu/tiers.json                    # what the times say, and what they gain
-    python tools/tiers.py out/gpu/tiers.json --write tiers.inc  # lines {cell, dtype, backward, B, h, tier}
+    python tools/tiers.py out/gpu/tiers.json                                      # what the times say, and what they gain
+    python tools/tiers.py out/gpu/tiers.json --write csrc/cuda/measured_tiers.inc
 
 An entry is for calls with at most its B and h; of those that hold for a call the first counts, which is the smallest. A
 tier is left for another one only where that is faster by more than TIE: sizes between the measured ones take the entry
-of the next larger, and a boundary that noise has drawn would be in the wrong place. Each entry says which run chose it,
-and its times.
+of the next larger, and a boundary that noise has drawn would be in the wrong place. The file says which run chose its
+entries, and each entry the times of all tiers.
+
+The per-step tier's times are eager ones, which is what its launches take. In a graph its kernels take about half as
+long, and the table is for both: its times count half.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from typing import Any
 TIE = 0.05
 PASSES = ("fwd", "bwd")
 KEYS = {"cell": str, "dtype": str, "h": int, "B": int, "tier": str, "fwd": float, "bwd": float}
-DTYPES = {"float32": "kFloat32", "float64": "kFloat64", "bfloat16": "kBFloat16", "float16": "kFloat16"}
+ARITHMETIC = {"float32": "kFloat32", "tf32": "kTF32", "bfloat16": "kHalf", "float16": "kHalf"}
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}  # the cells that stand for those with as many gates
+STEP = 0.5  # of the per-step tier's times
 
 
 class TiersError(Exception):
@@ -42,11 +47,10 @@ class Entry:
     tier: str
     us: dict[str, float]
 
-    def line(self, run: str) -> str:
+    def line(self) -> str:
         times = ", ".join(f"{tier} {us:g}" for tier, us in sorted(self.us.items(), key=lambda pair: pair[1]))
-        what = f'"{self.cell}", DType::{DTYPES[self.dtype]}, {str(self.backward).lower()}, {self.B}, {self.h}'
-        first, *_, day = run.split(", ")
-        return f"{{{what}, Tier::k{self.tier.capitalize()}}},  // {times} us a step; {first}, {day}"
+        what = f"{GATES[self.cell]}, Arithmetic::{ARITHMETIC[self.dtype]}, {str(self.backward).lower()}"
+        return f"{{{what}, {self.B}, {self.h}, Tier::k{self.tier.capitalize()}}},  // {times}"
 
 
 def read(path: Path) -> tuple[str, list[dict[str, Any]]]:
@@ -66,24 +70,27 @@ def read(path: Path) -> tuple[str, list[dict[str, Any]]]:
             fits = isinstance(value, (int, float)) and value > 0 if kind is not str else isinstance(value, str)
             if not fits:
                 raise TiersError(f"{path}: rows[{i}]: {key}: expected {kind.__name__}, got {value!r}")
-        if row["dtype"] not in DTYPES:
-            raise TiersError(f"{path}: rows[{i}]: dtype: expected one of {', '.join(DTYPES)}, got {row['dtype']!r}")
+        for key, known in (("dtype", ARITHMETIC), ("cell", GATES)):
+            if row[key] not in known:
+                raise TiersError(f"{path}: rows[{i}]: {key}: expected one of {', '.join(known)}, got {row[key]!r}")
     return run, rows
 
 
 def choose(us: dict[str, float], before: str) -> str:
     """The fastest, or the neighbour's where that is as fast."""
+    us = {tier: time * (STEP if tier == "step" else 1) for tier, time in us.items()}
     best = min(us, key=lambda tier: us[tier])
     return before if us.get(before, float("inf")) <= us[best] * (1 + TIE) else best
 
 
 def entries(rows: Iterable[dict[str, Any]]) -> list[Entry]:
-    """Of every kind of call by rising B, then h. Neighbours with one tier are one entry, and batches that agree."""
+    """Of every kind of call by rising B, then h. Neighbours with one tier are one entry, and batches that agree. float16
+    takes the tiers of bfloat16."""
     measured: dict[tuple[str, str, bool], dict[tuple[int, int], dict[str, float]]] = defaultdict(
         lambda: defaultdict(dict)
     )
     for row in rows:
-        for name in filter(row.__contains__, PASSES):
+        for name in filter(row.__contains__, PASSES if row["dtype"] != "float16" else ()):
             measured[row["cell"], row["dtype"], name == "bwd"][row["B"], row["h"]][row["tier"]] = row[name]
     found: list[Entry] = []
     for kind, sizes in measured.items():
@@ -115,7 +122,7 @@ def gains(rows: Sequence[dict[str, Any]], table: Sequence[Entry]) -> list[str]:
     """By how much the table's choice misses the fastest tier, where it does: ties, and nothing else."""
     times: dict[tuple[str, str, bool, int, int], dict[str, float]] = defaultdict(dict)
     for row in rows:
-        for name in filter(row.__contains__, PASSES):
+        for name in filter(row.__contains__, PASSES if row["dtype"] != "float16" else ()):
             times[row["cell"], row["dtype"], name == "bwd", row["B"], row["h"]][row["tier"]] = row[name]
     lines = []
     for call, us in times.items():
@@ -141,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tiers: {error}", file=sys.stderr)
         return 2
     table = entries(rows)
-    lines = [entry.line(run) for entry in table]
+    head = f"// Made by tools/tiers.py of a run on {run}.\n// Behind each entry the times of the tiers, in us a step."
+    lines = [head, *(entry.line() for entry in table)]
     if options.write:
         options.write.write_text("\n".join(lines) + "\n")
     else:

@@ -40,12 +40,16 @@ class Exchange<ByPushes, kGates, kTileWords> {
   // Ends with a barrier of the cluster. s, word: as in the other exchanges, of one cluster (GridShape::pushed).
   FASTRNN_INLINE Exchange(void*, const GridShape& s, const GridShared& shared, int word)
       : even(shared.pushed_even), odd(shared.pushed_odd), barrier_even(shared.barrier_even),
-        barrier_odd(shared.barrier_odd), bytes(unsigned(s.pushed_bytes())), first(word / 4 * 4),
+        barrier_odd(shared.barrier_odd), bytes(unsigned(s.pushed_bytes())), first(word / 4 * 4), own(word % 4),
         low(s.mma ? 4 : 1), high(s.mma ? 1 : 2), ranks(0) {
     const int tid = int(threadIdx.x), words = s.words_per_row(), rank = int(dev::cluster_rank());
-    const int blocks = int(dev::cluster_size()), in_four = (tid & low ? 1 : 0) + (tid & high ? 2 : 0);
+    const int blocks = int(dev::cluster_size());
+    in_four = dev::keep((tid & low ? 1 : 0) + (tid & high ? 2 : 0));
+    arrives = dev::keep(tid == 0 ? 1 : 0);
+    alone = blocks == 1;
     const bool owns = tid / words < s.rows && rank * s.units + tid % words * s.values() < s.pushed_units();
-    pushes = owns && in_four < blocks ? ceil_div(blocks - in_four, 4) : 0;
+    pushes = !owns ? 0 : alone ? 1 : in_four < blocks ? ceil_div(blocks - in_four, 4) : 0;
+    pushes = dev::keep(pushes);
     for (int n = pushes - 1; n >= 0; --n) ranks = ranks << 8 | uint32_t((rank + in_four + 4 * n) % blocks);
     // FFMA reads rows and units that are not, too.
     for (int i = tid; i < int(s.pushed_words()); i += int(blockDim.x)) even[i] = odd[i] = 0;
@@ -67,16 +71,27 @@ class Exchange<ByPushes, kGates, kTileWords> {
   // All threads of the block, behind its barrier of the step. Four neighbouring words of a row are in four lanes; each
   // of these pushes all four to every fourth block, counted from its own, so that not all push to one at once.
   FASTRNN_INLINE void publish(int k, uint32_t, bool wanted) {
-    if (wanted) {
+    if (wanted && alone) {
+#pragma unroll
+      for (int g = 0; g < kGates; ++g)
+        if (pushes) words(k)[first + own + g * kTileWords] = result[g];
+      dev::sync_block();
+    } else if (wanted) {
       uint64_t* const barrier = barrier_of(k);
-      if (threadIdx.x == 0) dev::mbarrier_arrive_expect(barrier, bytes);
+      if (arrives) dev::mbarrier_arrive_expect(barrier, bytes);
 #pragma unroll
       for (int g = 0; g < kGates; ++g) {
         const uint4 four = gather(result[g]);
         uint4* const to = reinterpret_cast<uint4*>(words(k) + first + g * kTileWords);
+        const auto push = [&](int n) { dev::push_async(to, four, barrier, ranks >> 8 * n & 0xffu); };
+        if (pushes == kRanks) {  // one branch where there are as many blocks as may be
 #pragma unroll
-        for (int n = 0; n < kRanks; ++n)
-          if (n < pushes) dev::push_async(to, four, barrier, ranks >> 8 * n & 0xffu);
+          for (int n = 0; n < kRanks; ++n) push(n);
+        } else {
+#pragma unroll
+          for (int n = 0; n < kRanks - 1; ++n)
+            if (n < pushes) push(n);
+        }
       }
     }
 #pragma unroll
@@ -85,6 +100,7 @@ class Exchange<ByPushes, kGates, kTileWords> {
 
   // Every thread that reads the step's results, and by its block's next barrier every thread of the block.
   FASTRNN_INLINE void await(int k, uint32_t tag, int, int) const {
+    if (alone) return;  // behind publish()'s barrier
     const unsigned parity = (tag - 1) / 2 % 2;
     if constexpr (kMostTurns > 0) {
       for (int turn = 0; !dev::mbarrier_test(barrier_of(k), parity);) pause(turn);
@@ -98,7 +114,7 @@ class Exchange<ByPushes, kGates, kTileWords> {
 
   FASTRNN_INLINE uint4 gather(uint32_t own) const {
     const uint32_t other = dev::shuffle_xor(own, low);
-    const bool second = int(threadIdx.x) & low, upper = int(threadIdx.x) & high;
+    const bool second = in_four & 1, upper = in_four & 2;
     const uint32_t a = second ? other : own, b = second ? own : other;
     const uint32_t c = dev::shuffle_xor(a, high), d = dev::shuffle_xor(b, high);
     return upper ? make_uint4(c, d, a, b) : make_uint4(a, b, c, d);
@@ -107,8 +123,11 @@ class Exchange<ByPushes, kGates, kTileWords> {
   Word *const even, *const odd;
   uint64_t *const barrier_even, *const barrier_odd;
   const unsigned bytes;  // of a step
-  const int first;        // of the four words
+  const int first, own;   // of the four words, and which of them is the thread's
   const int low, high;    // the bits in which their lanes differ, in the order of the words
+  int in_four;            // the thread's place in that order
+  int arrives;            // does the thread arrive at the mbarriers?
+  bool alone;             // a cluster of one block, for which the hardware has no pushes (H200: an illegal instruction)
   int pushes;             // of the thread, for each gate
   uint32_t ranks;         // and where they go, a byte for each
   uint32_t result[kGates];
@@ -193,8 +212,10 @@ class PushedFfmaProduct {
         reinterpret_cast<const float4*>(pushed.words(k)) + (tiles.own - tiles.first) * (kTileWords / 4);
     for (int row = 0; row < rows; row += 4) {  // rows is the same in all threads
       const float4* x = words + row / 8 * group_fours + row % 8 * 8 + lane / kColumns;
-      if (rows - row > 1) multiply_rows<4>(exchange, k, tag, x, row, rows - row, sums);
-      else multiply_rows<1>(exchange, k, tag, x, row, 1, sums);
+      const int left = rows - row;
+      if (left > 2) multiply_rows<4>(exchange, k, tag, x, row, left, sums);
+      else if (left > 1) multiply_rows<2>(exchange, k, tag, x, row, left, sums);
+      else multiply_rows<1>(exchange, k, tag, x, row, left, sums);
     }
   }
 
@@ -207,9 +228,7 @@ class PushedFfmaProduct {
   template <int R>
   FASTRNN_INLINE void multiply_rows(const Exchange& exchange, int k, uint32_t tag, const float4* x, int row, int left,
                                     float* sums) const {
-    float acc[R];
-#pragma unroll
-    for (int r = 0; r < R; ++r) acc[r] = 0.f;
+    FfmaSums<R> acc;
     if constexpr (kSeveral) {
 #pragma unroll 1
       for (int side = 0; side < 3; ++side) {  // own, before, behind: in a loop, so that the product is there once
@@ -231,14 +250,14 @@ class PushedFfmaProduct {
     const int part = warp / unit_tiles * kSplits + lane / kColumns;
     float* to = sums + ((part * unit_tiles + warp % unit_tiles) * padded_rows + row) * kStride + lane % kColumns;
 #pragma unroll
-    for (int r = 0; r < R; ++r) to[r * kStride] = acc[r];
+    for (int r = 0; r < R; ++r) to[r * kStride] = acc.sum(r);
   }
 
   // The warp's tiles begin, .. end - 1: from where they have been pushed to, x, or through L2, `from`, by way of the
   // stage. Either is where its tile 0 would be.
   template <int R>
   FASTRNN_INLINE void add_stages(bool pushed, const float4* x, const Word* from, int begin, int end, int left,
-                                 float (&acc)[R]) const {
+                                 FfmaSums<R>& acc) const {
     const int stride = pushed ? kTileWords / 4 : kTile;
     if (!pushed) x = reinterpret_cast<const float4*>(staged) + lane / kColumns;
 #pragma unroll
@@ -279,7 +298,7 @@ class PushedFfmaProduct {
 
   // The product of tile t, whose weights are in shared memory.
   template <int R>
-  FASTRNN_INLINE void add_rest(int t, const float4* x, float (&acc)[R]) const {
+  FASTRNN_INLINE void add_rest(int t, const float4* x, FfmaSums<R>& acc) const {
     float4 w[kOfTile];
 #pragma unroll
     for (int i = 0; i < kOfTile; ++i) w[i] = rest[((t - kHeldTiles) * kOfTile + i) * int(blockDim.x)];
@@ -287,16 +306,12 @@ class PushedFfmaProduct {
   }
 
   template <int R>
-  static FASTRNN_INLINE void add_tile(const float4* w, const float4* x, float (&acc)[R]) {
+  static FASTRNN_INLINE void add_tile(const float4* w, const float4* x, FfmaSums<R>& acc) {
 #pragma unroll
     for (int i = 0; i < kOfTile; ++i)
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        const float4 u = x[r * 8 + i * kSplits];
-        acc[r] += w[i].x * u.x;
-        acc[r] += w[i].y * u.y;
-        acc[r] += w[i].z * u.z;
-        acc[r] += w[i].w * u.w;
+        acc.add(r, w[i], x[r * 8 + i * kSplits]);
       }
   }
 

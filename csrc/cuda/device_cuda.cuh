@@ -73,6 +73,12 @@ FASTRNN_DEV char* dynamic_shared() {
 
 FASTRNN_DEV unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 
+// The same value, which the compiler keeps rather than make it anew from the thread's number each time it is asked for.
+FASTRNN_DEV int keep(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // ---- block and warp ----
 
 constexpr unsigned kFullMask = 0xffffffffu;

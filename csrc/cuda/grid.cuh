@@ -64,7 +64,7 @@ struct GridShared {
     }
     row = carver.take<int>(size_t(s.rows));
     length = carver.take<int>(size_t(s.rows));
-    all_lengths = carver.take<int>(size_t(s.batch));
+    all_lengths = carver.take<int>(round_up(size_t(s.batch), size_t(4)));  // ptxas reads 16 bytes at a time
     bytes = carver.used;
   }
 };
@@ -141,8 +141,22 @@ FASTRNN_INLINE PushedSums pushed_sums(const GridShape& s, int position, int unit
   return sums;
 }
 
+// One part's. A word's two columns are aligned to 8 bytes.
+template <int kM, int N>
+FASTRNN_INLINE void load_sums(const float* from, int gate_columns, float (&z)[kM][N]) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    if constexpr (N == 2) {
+      const float2 pair = *reinterpret_cast<const float2*>(from + m * gate_columns);
+      z[m][0] = pair.x, z[m][1] = pair.y;
+    } else {
+      z[m][0] = from[m * gate_columns];
+    }
+  }
+}
+
 // What a row's columns column + n of each of kM gates of M end with: the sums over all parts of K, in their order. A
-// gate has `gate_columns` of a row's floats.
+// gate has `gate_columns` of a row's floats. Parts are loaded a few at a time, so that they arrive together.
 template <class Product, int kM, int N>
 FASTRNN_INLINE void grid_sums(const float* sums, const GridShape& s, const PushedSums& pushed, int position, int column,
                               int gate_columns, float (&z)[kM][N]) {
@@ -153,14 +167,23 @@ FASTRNN_INLINE void grid_sums(const float* sums, const GridShape& s, const Pushe
   const int parts = kPushes ? pushed.parts : s.warps() * (s.mma ? 1 : 32 / s.columns());
 #pragma unroll
   for (int i = 0; i < kM * N; ++i) z[i / N][i % N] = 0.f;
+  int left = parts;
 #pragma unroll 1
-  for (int first = 0; first < parts; first += kAtOnce) {
+  for (; left >= kAtOnce; left -= kAtOnce, from += kAtOnce * part) {
+    float of_part[kAtOnce][kM][N];
 #pragma unroll
-    for (int n = 0; n < kAtOnce; ++n, from += part)
-      if (first + n < parts) {
+    for (int n = 0; n < kAtOnce; ++n) load_sums(from + n * part, gate_columns, of_part[n]);
 #pragma unroll
-        for (int i = 0; i < kM * N; ++i) z[i / N][i % N] += from[i / N * gate_columns + i % N];
-      }
+    for (int n = 0; n < kAtOnce; ++n)
+#pragma unroll
+      for (int i = 0; i < kM * N; ++i) z[i / N][i % N] += of_part[n][i / N][i % N];
+  }
+#pragma unroll 1
+  for (; left > 0; --left, from += part) {
+    float of_part[kM][N];
+    load_sums(from, gate_columns, of_part);
+#pragma unroll
+    for (int i = 0; i < kM * N; ++i) z[i / N][i % N] += of_part[i / N][i % N];
   }
 }
 
@@ -171,10 +194,72 @@ FASTRNN_INLINE uint32_t hold(const float (&value)[N]) {
   else return dev::float_to_bits(value[0]);
 }
 template <class S, int N>
-FASTRNN_INLINE float held(uint32_t bits, int n) {
-  if constexpr (N == 2) return dev::to_float(n == 0 ? dev::unpack_low<S>(bits) : dev::unpack_high<S>(bits));
+FASTRNN_INLINE S element(uint32_t bits, int n) {
+  if constexpr (N == 2) return n == 0 ? dev::unpack_low<S>(bits) : dev::unpack_high<S>(bits);
   else return dev::bits_to_float(bits);
 }
+template <class S, int N>
+FASTRNN_INLINE float held(uint32_t bits, int n) {
+  return dev::to_float(element<S, N>(bits, n));
+}
+
+// ---- words in arrays ----
+//
+// What a thread reads and writes of an array in a step are such words, too: `units` neighbouring elements each, which
+// `pairs` says may be moved at once; the next word is `stride` elements further. Loads give 0 for elements that are not.
+
+template <class S, int N, int W>
+FASTRNN_INLINE void load_words(const S* from, int stride, int units, bool pairs, uint32_t (&words)[W]) {
+  if (N == 2 && pairs) {
+#pragma unroll
+    for (int i = 0; i < W; ++i) words[i] = units ? *reinterpret_cast<const uint32_t*>(from + i * stride) : 0;
+  } else {
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      const S* at = from + i * stride;
+      if constexpr (N == 2) words[i] = dev::pack2(units > 0 ? at[0] : zero<S>(), units > 1 ? at[1] : zero<S>());
+      else words[i] = units ? dev::float_to_bits(at[0]) : 0;
+    }
+  }
+}
+template <class S, int N>
+FASTRNN_INLINE uint32_t load_word(const S* from, int units, bool pairs) {
+  uint32_t word[1];
+  load_words<S, N>(from, 0, units, pairs, word);
+  return word[0];
+}
+template <class S, int N, int W>
+FASTRNN_INLINE void store_words(S* to, int stride, int units, bool pairs, const uint32_t (&words)[W]) {
+  if (N == 2 && pairs) {
+    if (!units) return;
+#pragma unroll
+    for (int i = 0; i < W; ++i) *reinterpret_cast<uint32_t*>(to + i * stride) = words[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      S* at = to + i * stride;
+      if (units > 0) at[0] = element<S, N>(words[i], 0);
+      if (units > 1) at[1] = element<S, N>(words[i], 1);
+    }
+  }
+}
+
+// May words of all these arrays, which begin at even offsets, be moved at once? Then no word is half a unit's.
+template <int N, class... P>
+FASTRNN_INLINE bool in_pairs(int64_t strides, const P*... arrays) {
+  return N == 2 && strides % 2 == 0 && ((uint64_t(arrays) | ...) % 4) == 0;
+}
+
+// Where a row's elements of step k are: time passes evenly, so a step is a stride.
+template <class S>
+struct Steps {
+  S* at;         // of step k
+  int64_t step;  // from one step to the next
+
+  // first: of time 0 and this row, group and unit
+  FASTRNN_INLINE Steps(S* first, const RowWalk& r, int k, int64_t stride)
+      : at(first + r.time(k) * stride), step(r.reverse ? -stride : stride) {}
+};
 
 // ---- launches ----
 

@@ -67,6 +67,26 @@ FASTRNN_INLINE WarpTiles warp_tiles(const GridShape& s, int part, int parts) {
   }
 }
 
+// Of a lane's column and R rows. Of few rows each sum is in parts, so that not every multiply-add waits for the one
+// before.
+template <int R>
+struct FfmaSums {
+  static constexpr int kParts = R < 4 ? 4 / R : 1;
+  float part[R][kParts] = {};
+
+  FASTRNN_INLINE void add(int r, const float4& w, const float4& u) {
+    part[r][0] += w.x * u.x;
+    part[r][1 % kParts] += w.y * u.y;
+    part[r][2 % kParts] += w.z * u.z;
+    part[r][3 % kParts] += w.w * u.w;
+  }
+  FASTRNN_INLINE float sum(int r) const {
+    if constexpr (kParts == 4) return (part[r][0] + part[r][1]) + (part[r][2] + part[r][3]);
+    else if constexpr (kParts == 2) return part[r][0] + part[r][1];
+    else return part[r][0];
+  }
+};
+
 // kColumns lanes side by side hold the columns of M; the 32 / kColumns sets of lanes split K by fours. Weights, as
 // [k / 4, column, 4], and a stage of 8 rows' words are in shared memory: 4 R multiply-adds for R + 1 loads of 16
 // bytes, R of which are the same for all lanes of a set.
@@ -117,9 +137,7 @@ class FfmaProduct {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i)
       from[i] = words + (2 * i + half < left ? 2 * i + half : left - 1) * kTile + pair;
-    float acc[R];
-#pragma unroll
-    for (int r = 0; r < R; ++r) acc[r] = 0.f;
+    FfmaSums<R> acc;
     bool early = row == 0;
     for (int stage = range.begin; stage < range.end; stage += kStageTiles) {
       const int count = range.end - stage < kStageTiles ? range.end - stage : kStageTiles;
@@ -147,18 +165,14 @@ class FfmaProduct {
         const float4 v = w[i * 32];
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-          const float4 u = x[r * (kStage / 4) + i * kSplits];
-          acc[r] += v.x * u.x;
-          acc[r] += v.y * u.y;
-          acc[r] += v.z * u.z;
-          acc[r] += v.w * u.w;
+          acc.add(r, v, x[r * (kStage / 4) + i * kSplits]);
         }
       }
       dev::sync_warp();  // before the stage is written again
     }
     float* to = sums + ((warp * kSplits + split) * padded_rows + row) * kStride + c;
 #pragma unroll
-    for (int r = 0; r < R; ++r) to[r * kStride] = acc[r];
+    for (int r = 0; r < R; ++r) to[r * kStride] = acc.sum(r);
   }
 
   const int lane, warp;
@@ -173,11 +187,18 @@ class FfmaProduct {
 template <class S, int kM, int kGates, class W>
 class MmaProduct {
   static constexpr bool kHalf = sizeof(S) == 2, kSeveral = kSeveralClusters<W>;
-  static constexpr int kHeld = tiles::kGridFragments / kM;  // k tiles of a warp in registers
+  static constexpr bool kOneCluster = W::kPushes && !kSeveral;
+  // k tiles of a warp in registers
+  static constexpr int kHeld = (kOneCluster ? tiles::kClusterFragments : tiles::kGridFragments) / kM;
   // k tiles whose words are in flight at once: as many as there are registers for, of which tags take half
   template <class Word>
-  static constexpr int kAhead = kM == 3 ? 9 : kM == 1 && sizeof(Word) == 4 ? 14 : 7;
+  static constexpr int kAhead = kOneCluster ? (kM == 3 ? 10 : 8)
+                                : kM == 3   ? 9
+                                : kM == 1 && sizeof(Word) == 4 ? 14
+                                                               : 7;
   static constexpr int kAheadSpilled = 4;
+  // Sums of a tile of M: two of them where one would have every mma wait for the last.
+  static constexpr int kSums = kM == 1 ? 2 : 1;
 
  public:
   using Way = W;
@@ -227,9 +248,9 @@ class MmaProduct {
     const auto* words = own_words(exchange, k) + (tiles.own - tiles.first) * kTileWords + lane % 4 * 2;
     for (int row = 0; row < rows; row += 8, words += group_words) {
       const auto* from = words + (row + lane / 4 < rows ? lane / 4 : rows - 1 - row) * 8;
-      float d[kM][4];
+      float d[kSums * kM][4];
 #pragma unroll
-      for (int m = 0; m < kM; ++m)
+      for (int m = 0; m < kSums * kM; ++m)
 #pragma unroll
         for (int i = 0; i < 4; ++i) d[m][i] = 0.f;
       add_tiles(from, 0, tiles.own_end, tag, row == 0, d);
@@ -250,7 +271,8 @@ class MmaProduct {
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) to[i % 2 * kStride + m * 16 + i / 2 * 8] = d[m][i];
+        for (int i = 0; i < 4; ++i)
+          to[i % 2 * kStride + m * 16 + i / 2 * 8] = kSums == 1 ? d[m][i] : d[m][i] + d[kSums - 1][i];
     }
   }
 
@@ -276,44 +298,65 @@ class MmaProduct {
   // Adds the products of the warp's tiles begin, .. end - 1. from: where its tile 0 would be.
   template <class Word>
   FASTRNN_INLINE void add_tiles(const Word* from, int begin, int end, uint32_t tag, bool early,
-                                float (&d)[kM][4]) const {
+                                float (&d)[kSums * kM][4]) const {
     constexpr int kAtOnce = kAhead<Word>;
     static_assert(kHeld % kAtOnce == 0, "whole batches");
+    if (kOneCluster && end >= kHeld) {  // all of them, as where the weights fill the registers
 #pragma unroll
-    for (int t = 0; t < kHeld; t += kAtOnce)
-      if (begin < t + kAtOnce && t < end) {
+      for (int t = 0; t < kHeld; t += kAtOnce) {
         Word b[kAtOnce][2];
-        take_tiles(from + t * kTileWords, begin - t, end - t, tag, early && t == 0, b);
+        take_tiles(from + t * kTileWords, 0, kAtOnce, tag, early && t == 0, b);
 #pragma unroll
         for (int n = 0; n < kAtOnce; ++n)
-          if (begin <= t + n && t + n < end) {
 #pragma unroll
-            for (int m = 0; m < kM; ++m) mma(d[m], held[t + n][m], b[n]);
-          }
+          for (int m = 0; m < kM; ++m) mma(d[n % kSums + m], held[t + n][m], b[n]);
       }
+    } else {
+#pragma unroll
+      for (int t = 0; t < kHeld; t += kAtOnce)
+        if (begin < t + kAtOnce && t < end) {
+          Word b[kAtOnce][2];
+          take_tiles(from + t * kTileWords, begin - t, end - t, tag, early && t == 0, b);
+#pragma unroll
+          for (int n = 0; n < kAtOnce; ++n)
+            if (begin <= t + n && t + n < end) {
+#pragma unroll
+              for (int m = 0; m < kM; ++m) mma(d[n % kSums + m], held[t + n][m], b[n]);
+            }
+        }
+    }
     add_spilled(from, begin < kHeld ? kHeld : begin, end, tag, d);
   }
 
   template <class Word>
-  FASTRNN_INLINE void add_spilled(const Word* from, int begin, int end, uint32_t tag, float (&d)[kM][4]) const {
+  FASTRNN_INLINE void add_spilled(const Word* from, int begin, int end, uint32_t tag,
+                                  float (&d)[kSums * kM][4]) const {
     const uint4* weight = spilled + (begin - kHeld) * kM * 32;
     from += begin * kTileWords;
+    int t = begin;
 #pragma unroll 1
-    for (int t = begin; t < end; t += kAheadSpilled, from += kAheadSpilled * kTileWords) {
-      Word b[kAheadSpilled][2];
-      take_tiles(from, 0, end - t, tag, false, b);
-#pragma unroll
-      for (int n = 0; n < kAheadSpilled; ++n)
-        if (t + n < end) {
-#pragma unroll
-          for (int m = 0; m < kM; ++m) {
-            const uint4 w = weight[(n * kM + m) * 32];
-            const uint32_t a[4] = {w.x, w.y, w.z, w.w};
-            mma(d[m], a, b[n]);
-          }
-        }
-      weight += kAheadSpilled * kM * 32;
+    for (; t + kAheadSpilled <= end; t += kAheadSpilled) {
+      add_some_spilled<kAheadSpilled>(from, weight, tag, d);
+      from += kAheadSpilled * kTileWords, weight += kAheadSpilled * kM * 32;
     }
+#pragma unroll 1
+    for (; t < end; ++t, from += kTileWords, weight += kM * 32) add_some_spilled<1>(from, weight, tag, d);
+  }
+
+  // The next N tiles.
+  template <int N, class Word>
+  static FASTRNN_INLINE void add_some_spilled(const Word* from, const uint4* weight, uint32_t tag,
+                                              float (&d)[kSums * kM][4]) {
+    Word b[N][2];
+    take_tiles(from, 0, N, tag, false, b);
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        const uint4 w = weight[(n * kM + m) * 32];
+        const uint32_t a[4] = {w.x, w.y, w.z, w.w};
+        mma(d[n % kSums + m], a, b[n]);
+      }
   }
 
   template <class Word>

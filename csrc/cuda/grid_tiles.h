@@ -46,6 +46,8 @@ constexpr int64_t kGridExchangeBytes = 256 << 10;
 constexpr int kClusterBlocks = 16;
 // Clusters that hold a group's weights between them, at most. An H200 has room for 7 of 16 blocks at once.
 constexpr int kClusters = 4;
+// Fragments that a warp of a single cluster keeps in registers.
+constexpr int kClusterFragments = 32;
 // FFMA there: groups of 4 weights that a lane keeps in registers, 96 of 255.
 constexpr int kClusterQuads = 24;
 // Bytes that an mbarrier can count.
@@ -111,7 +113,9 @@ struct GridShape {
   constexpr FASTRNN_HD int k_tiles_beside(int own) const {
     return ceil_div(own, warp_parts()) + ceil_div(k_tiles() - own, warp_parts());
   }
-  constexpr FASTRNN_HD int held_tiles() const { return kGridFragments / gates_in_m(); }
+  constexpr FASTRNN_HD int held_tiles() const {
+    return (clusters == 1 ? kClusterFragments : kGridFragments) / gates_in_m();
+  }
   constexpr FASTRNN_HD int padded_rows() const { return round_up(rows, 8); }
 
   // One of the two buffers of one (group, row tile), in words: 64 bits with their tags, 32 beside flags.
@@ -175,7 +179,7 @@ struct GridShape {
   constexpr FASTRNN_HD int barriers() const { return clusters ? 2 : 0; }
   constexpr FASTRNN_HD int64_t shared_bytes() const {
     return 16 * weight_quads() + 4 * staged_floats() + 8 * sums_floats() + 8 * pushed_words() + 8 * barriers() +
-           4 * (2 * rows + batch) + (clusters ? 8 : 5) * 16;
+           4 * (2 * rows + round_up(batch, 4)) + (clusters ? 8 : 5) * 16;
   }
 
   // Can a kernel run it at all, whatever the device?
@@ -230,7 +234,7 @@ constexpr bool cluster_fit(GridShape& s, int64_t groups, int multiprocessors, in
       if (clusters > 1 && int64_t(multiprocessors) * 7 / 8 < x.blocks()) continue;  // they wait for each other
       const int tiles = free < 1 ? 1 : free < x.batch ? int(free) : x.batch;
       const int rows = ceil_div(x.batch, tiles);
-      x.rows = grid_min(most, rows == 1 && !x.mma ? 1 : round_up(rows, step));  // FFMA has a product of a single row
+      x.rows = grid_min(most, rows <= 2 && !x.mma ? rows : round_up(rows, step));  // FFMA has products of 1 and 2 rows
       while (x.rows > step && x.shared_bytes() > shared_per_block) x.rows -= step;
       if (!x.valid() || x.shared_bytes() > shared_per_block) continue;
       best = x;

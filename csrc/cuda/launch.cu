@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "common.cuh"
+#include "tiles.h"
 
 namespace fastrnn::cuda {
 
@@ -21,9 +22,26 @@ static Choice step_choice(const ForwardParams& params, bool allow_tf32) {
   return choice;
 }
 
+// kUnknown where nothing like it was measured. Cells between have gates as those of the next one up: 2 as 3.
+static Tier measured_tier(const ForwardParams& params, bool backward, const Device& device, bool allow_tf32) {
+  // Of a single step a launch is all there is.
+  if (device.compute_capability != tiles::kMeasuredCapability || params.steps < 2) return Tier::kUnknown;
+  const int gates = kCells[params.cell].gates;
+  const tiles::Arithmetic arithmetic = tiles::is_half(params.dtype) ? tiles::Arithmetic::kHalf
+                                       : allow_tf32                 ? tiles::Arithmetic::kTF32
+                                                                    : tiles::Arithmetic::kFloat32;
+  for (const tiles::MeasuredTier& x : tiles::kMeasuredTiers)
+    if (x.gates == (gates == 2 ? 3 : gates) && x.arithmetic == arithmetic && x.backward == backward &&
+        params.batch * params.groups <= x.rows && params.hidden <= x.hidden)
+      return x.tier;
+  return Tier::kUnknown;
+}
+
 Choice choose(const ForwardParams& params, bool backward, const Device& device, bool allow_tf32) {
   Choice choice{};
   if (check_sizes(params) && params.batch > 0 && params.steps > 0) {
+    if (choose_from(measured_tier(params, backward, device, allow_tf32), params, backward, device, allow_tf32, &choice))
+      return choice;
     if (resident_choice(params, backward, device, &choice)) return choice;
     if (grid_choice(params, backward, device, allow_tf32, false, &choice)) return choice;
   }

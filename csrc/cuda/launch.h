@@ -33,7 +33,8 @@ struct Choice {
   const char* description;
 };
 
-// The tier and tile of a call (tiles.h). Never fails: what no other tier takes goes to kStep.
+// The tier and tile of a call (tiles.h): the fastest measured one, or else the first that is worth it. Never fails: what
+// no other tier takes goes to kStep.
 Choice choose(const ForwardParams& params, bool backward, const Device& device, bool allow_tf32);
 // The same from one tier alone, worth it or not. False where it cannot run the call.
 bool choose_from(Tier tier, const ForwardParams& params, bool backward, const Device& device, bool allow_tf32,
@@ -113,7 +114,7 @@ int64_t grid_workspace_bytes(const ForwardParams& params, const Choice& choice, 
 int grid_forward(const ForwardParams& params, const Choice& choice, void* workspace, void* stream);
 int grid_backward(const BackwardParams& params, const Choice& choice, void* workspace, void* stream);
 
-// Never worth it as yet: choose() does not ask. Its workspace is as the grid tier's.
+// choose() takes it where it was measured to be the fastest. Its workspace is as the grid tier's.
 bool cluster_choice(const ForwardParams& params, bool backward, const Device& device, bool allow_tf32, Choice* choice);
 int cluster_forward(const ForwardParams& params, const Choice& choice, void* workspace, void* stream);
 int cluster_backward(const BackwardParams& params, const Choice& choice, void* workspace, void* stream);

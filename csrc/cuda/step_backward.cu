@@ -15,7 +15,8 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
     const int64_t at = in_buffer(p, r, p.width, j);
     const Wide<S> later = r.last(k) ? Wide<S>(0) : handed_on<S>(p, r, j, load<Wide<S>>(b.recurrent, at));
     const bool crossed = reset_before(p, r, k + 1);
-    const Wide<S> grad = backward_h<S, true>(p, r, k, j, later, crossed, load_grad_output<S>(p, r, k, j));
+    const Wide<S> grad =
+        backward_h<S, true>(p, r, k, j, later, clip_limit<S>(p), crossed, load_grad_output<S>(p, r, k, j));
     store<S>(p.grad_projected, r.place(p, k) * p.width + j, grad);
     store<S>(b.grad_h, at, grad);
   });
@@ -51,9 +52,9 @@ FASTRNN_INLINE Pack<Wide<S>, Cell::kStates> step_backward_states(const BackwardP
   } else {
     const V recurrent = r.last(k) ? V(0) : handed_on<S>(p, r, j, load<V>(b.recurrent, at));
     const V later = Cell::kStates == 1 ? recurrent + carried_at(carried, 0) : recurrent;
-    grads[0] = backward_h<S, true>(p, r, k, j, later, crossed, grad_output);
+    grads[0] = backward_h<S, true>(p, r, k, j, later, clip_limit<S>(p), crossed, grad_output);
   }
-  backward_c<Cell, S>(p, r, k, j, carried, crossed, grads);
+  backward_c<Cell, S>(p, r, k, j, carried, clip_limit<S>(p), crossed, grads);
   return grads;
 }
 

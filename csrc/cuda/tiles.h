@@ -1,6 +1,5 @@
-// The numbers of the per-step and resident tiers, each with its reason; choose() and *_choice (launch.h)
-// read them. No entry has been measured on a GPU yet: the reasons are counts of registers, bytes and cycles, to
-// be replaced by times.
+// Which tier a call takes, as measured, and the numbers of the per-step and resident tiers, each with its reason;
+// choose() and *_choice (launch.h) read them. The reasons are counts of registers, bytes and cycles.
 #pragma once
 #include <cstdint>
 
@@ -11,6 +10,23 @@
 namespace fastrnn::cuda::tiles {
 
 constexpr bool is_half(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
+
+// ---- the fastest tier, as a GPU has measured it ----
+
+enum class Arithmetic { kHalf, kTF32, kFloat32 };
+// For calls of cells with so many gates, one group for another row, with at most `rows` and `hidden`. First match wins.
+struct MeasuredTier {
+  int32_t gates;
+  Arithmetic arithmetic;
+  bool backward;
+  int32_t rows, hidden;
+  Tier tier;
+};
+inline constexpr MeasuredTier kMeasuredTiers[] = {
+#include "measured_tiers.inc"
+};
+// Where they hold; elsewhere, and for calls beyond the largest ones, the first tier that thinks itself worth it.
+constexpr int kMeasuredCapability = 90;
 
 // ---- per-step: pointwise kernels ----
 

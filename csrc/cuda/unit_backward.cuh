@@ -1,5 +1,7 @@
 // What happens to one unit of one row in one step, backward; the same in every tier. csrc/cpu/step-inl.h is the twin.
 #pragma once
+#include <cmath>
+
 #include "common.cuh"
 
 namespace fastrnn::cuda {
@@ -128,17 +130,20 @@ FASTRNN_INLINE void load_backward(const BackwardParams& p, const RowWalk& r, int
   if (!p.weight_hr) out.grad_output = load_grad_output<S>(p, r, k, j);
 }
 
+// What gradients are clipped to on their way from step to step.
+template <class S>
+FASTRNN_INLINE Wide<S> clip_limit(const BackwardParams& p) {
+  return p.grad_clip > 0 ? Wide<S>(p.grad_clip) : Wide<S>(INFINITY);
+}
+
 // The gradient of a state after step k (k = -1: of the initial one) by what came after: `later` from step k + 1,
 // unless there is none or a reset cut it off. crossed: reset_before(k + 1). at: of the element in
 // grad_last [B, P*n] and in grad_reset.
 template <class S>
-FASTRNN_INLINE Wide<S> arriving(const BackwardParams& p, const RowWalk& r, int k, int64_t at, Wide<S> later,
-                                bool crossed, const void* grad_last, void* grad_reset) {
+FASTRNN_INLINE Wide<S> arriving(const RowWalk& r, int k, int64_t at, Wide<S> later, Wide<S> limit, bool crossed,
+                                const void* grad_last, void* grad_reset) {
   if (r.last(k)) return load_or_zero<S>(grad_last, at);
-  if (p.grad_clip > 0) {  // comparisons, and not fmin and fmax, which lose NaN
-    const Wide<S> limit = Wide<S>(p.grad_clip);
-    later = later > limit ? limit : later < -limit ? -limit : later;
-  }
+  later = later > limit ? limit : later < -limit ? -limit : later;  // comparisons; fmin and fmax lose NaN
   if (!crossed) return later;
   if (grad_reset) static_cast<Wide<S>*>(grad_reset)[at] += later;
   return Wide<S>(0);
@@ -155,10 +160,11 @@ FASTRNN_INLINE Wide<S> handed_on(const BackwardParams& p, const RowWalk& r, int 
 // The whole gradient of state 0 after step k of a running row, column j < R; under zoneout of what the cell or the
 // projection made of it. later: from step k + 1, and the carried gradient where h is the only state.
 template <class S, bool kMasks = false>
-FASTRNN_INLINE Wide<S> backward_h(const BackwardParams& p, const RowWalk& r, int k, int j, Wide<S> later, bool crossed,
-                                  S grad_output) {
+FASTRNN_INLINE Wide<S> backward_h(const BackwardParams& p, const RowWalk& r, int k, int j, Wide<S> later,
+                                  Wide<S> limit, bool crossed, S grad_output) {
   const int64_t at = r.place(p) * p.width + j;
-  const Wide<S> grad = arriving<S>(p, r, k, at, later, crossed, p.grad_h_n, p.grad_reset_h) + widen(grad_output);
+  const Wide<S> grad =
+      arriving<S>(r, k, at, later, limit, crossed, p.grad_h_n, p.grad_reset_h) + widen(grad_output);
   if constexpr (kMasks) {
     if (p.keep_h) {
       const Wide<S> keep = load_keep_h<S>(p, r, k, j);
@@ -172,13 +178,13 @@ FASTRNN_INLINE Wide<S> backward_h(const BackwardParams& p, const RowWalk& r, int
 // The whole gradients of the states besides h after step k of a running row, unit j < h. carried: as backward_cell's.
 template <class Cell, class S>
 FASTRNN_INLINE void backward_c(const BackwardParams& p, const RowWalk& r, int k, int j, Carried<Cell, Wide<S>> carried,
-                               bool crossed, Pack<Wide<S>, Cell::kStates>& grads) {
+                               Wide<S> limit, bool crossed, Pack<Wide<S>, Cell::kStates>& grads) {
   if constexpr (Cell::kStates > 1) {
     const int64_t at = r.in_c<Cell>(p, j);
 #pragma unroll
     for (int c = 0; c < kCarried<Cell>; ++c)
       grads[1 + c] =
-          arriving<S>(p, r, k, at + c * p.hidden, carried_at(carried, c), crossed, p.grad_c_n, p.grad_reset_c);
+          arriving<S>(r, k, at + c * p.hidden, carried_at(carried, c), limit, crossed, p.grad_c_n, p.grad_reset_c);
     if (p.grad_cells) {
       const int64_t place = r.time(k) * p.grad_cells_stride_t + r.row * p.grad_cells_stride_b +
                             int64_t(r.group) * kCarried<Cell> * p.hidden + j;
@@ -215,49 +221,68 @@ FASTRNN_INLINE void make_backward_in(const BackwardParams& p, const RowWalk& r, 
   }
 }
 
+template <class Cell, class S>
+FASTRNN_INLINE void add_grad_params(const BackwardParams& p, const RowWalk& r, int j,
+                                    const BackwardOut<Cell, Wide<S>>& out) {
+  if constexpr (Cell::kParams > 0) {
+    if (!p.grad_params) return;
+    Wide<S>* sums = static_cast<Wide<S>*>(p.grad_params) + r.place(p) * Cell::kParams * p.hidden + j;
+#pragma unroll
+    for (int i = 0; i < Cell::kParams; ++i) sums[i * p.hidden] += out.grad_params[i];
+  }
+}
+
 // Stores what the cell's backward made in step k of unit j < h, and hands grad_gates_hh on to the product.
 template <class Cell, class S>
 FASTRNN_INLINE void store_backward(const BackwardParams& p, const RowWalk& r, int k, int j,
                                    const BackwardOut<Cell, Wide<S>>& out, Carried<Cell, Wide<S>>& carried,
                                    Pack<Wide<S>, Cell::kGates>& grad_gates_hh) {
   constexpr int C = carried_state<Cell>;
-  if constexpr (Cell::kParams > 0) {
-    if (p.grad_params) {
-      Wide<S>* sums = static_cast<Wide<S>*>(p.grad_params) + r.place(p) * Cell::kParams * p.hidden + j;
-#pragma unroll
-      for (int i = 0; i < Cell::kParams; ++i) sums[i * p.hidden] += out.grad_params[i];
-    }
-  }
+  add_grad_params<Cell, S>(p, r, j, out);
 #pragma unroll
   for (int c = 0; c < kCarried<Cell>; ++c) carried_at(carried, c) = out.grad_state_prev[C + c];
   grad_gates_hh = out.grad_gates_hh;
   store_grad_gates<Cell, S>(p, r.place(p, k), j, out.grad_gates_ih, out.grad_gates_hh);
 }
 
-// Step k of unit j < h of a running row, given the gradient of its state 0. carried: of step k + 1, then of step k; not
-// read in a row's last step.
+// What step k of unit j < h of a running row makes, given the gradient of its state 0; none of it stored. carried: of step
+// k + 1; not read in a row's last step.
+template <class Cell, class S>
+FASTRNN_INLINE void run_backward_cell(const BackwardParams& p, const RowWalk& r, int k, int j,
+                                      const BackwardLoads<Cell, S>& loads, Wide<S> grad_h, Wide<S> limit, bool crossed,
+                                      Wide<S> carried, BackwardOut<Cell, Wide<S>>& out) {
+  BackwardIn<Cell, Wide<S>> in;
+  make_backward_in<Cell, S>(p, r, j, loads, in);
+  in.grad_state[0] = grad_h;
+  backward_c<Cell, S>(p, r, k, j, carried, limit, crossed, in.grad_state);
+  Cell::backward(in, out);
+}
+// The same where nothing is projected. recurrent: the product over step k + 1's gate gradients.
+template <class Cell, class S>
+FASTRNN_INLINE void run_backward_step(const BackwardParams& p, const RowWalk& r, int k, int j,
+                                      const BackwardLoads<Cell, S>& loads, Wide<S> recurrent, Wide<S> limit,
+                                      bool crossed, Wide<S> carried, BackwardOut<Cell, Wide<S>>& out) {
+  const Wide<S> later = Cell::kStates == 1 ? recurrent + carried : recurrent;
+  const Wide<S> grad_h = backward_h<S>(p, r, k, j, later, limit, crossed, loads.grad_output);
+  run_backward_cell<Cell, S>(p, r, k, j, loads, grad_h, limit, crossed, carried, out);
+}
+
+// Both, with what they make stored. carried: of step k + 1, then of step k.
 template <class Cell, class S>
 FASTRNN_INLINE void backward_cell(const BackwardParams& p, const RowWalk& r, int k, int j,
                                   const BackwardLoads<Cell, S>& loads, Wide<S> grad_h, bool crossed,
                                   Wide<S>& carried, Pack<Wide<S>, Cell::kGates>& grad_gates_hh) {
-  using V = Wide<S>;
-  BackwardIn<Cell, V> in;
-  BackwardOut<Cell, V> out;
-  make_backward_in<Cell, S>(p, r, j, loads, in);
-  in.grad_state[0] = grad_h;
-  backward_c<Cell, S>(p, r, k, j, carried, crossed, in.grad_state);
-  Cell::backward(in, out);
+  BackwardOut<Cell, Wide<S>> out;
+  run_backward_cell<Cell, S>(p, r, k, j, loads, grad_h, clip_limit<S>(p), crossed, carried, out);
   store_backward<Cell, S>(p, r, k, j, out, carried, grad_gates_hh);
 }
-
-// Both, where nothing is projected. recurrent: the product over step k + 1's gate gradients.
 template <class Cell, class S>
 FASTRNN_INLINE void backward_step(const BackwardParams& p, const RowWalk& r, int k, int j,
                                   const BackwardLoads<Cell, S>& loads, Wide<S> recurrent, bool crossed,
                                   Wide<S>& carried, Pack<Wide<S>, Cell::kGates>& grad_gates_hh) {
-  const Wide<S> later = Cell::kStates == 1 ? recurrent + carried : recurrent;
-  const Wide<S> grad_h = backward_h<S>(p, r, k, j, later, crossed, loads.grad_output);
-  backward_cell<Cell, S>(p, r, k, j, loads, grad_h, crossed, carried, grad_gates_hh);
+  BackwardOut<Cell, Wide<S>> out;
+  run_backward_step<Cell, S>(p, r, k, j, loads, recurrent, clip_limit<S>(p), crossed, carried, out);
+  store_backward<Cell, S>(p, r, k, j, out, carried, grad_gates_hh);
 }
 
 // Is there something to do after step 0, for which the last product is needed: the initial state's gradient, or a
@@ -269,7 +294,7 @@ __host__ __device__ inline bool finish_wanted(const BackwardParams& p) { return 
 template <class S>
 FASTRNN_INLINE void finish_h(const BackwardParams& p, const RowWalk& r, int j, Wide<S> later, bool crossed) {
   const int64_t at = r.place(p) * p.width + j;
-  const Wide<S> grad = arriving<S>(p, r, -1, at, later, crossed, p.grad_h_n, p.grad_reset_h);
+  const Wide<S> grad = arriving<S>(r, -1, at, later, clip_limit<S>(p), crossed, p.grad_h_n, p.grad_reset_h);
   if (p.grad_h_0) store<S>(p.grad_h_0, at, grad);
 }
 // grad_c_0, unit j < h; nothing where h is the only state.
@@ -280,7 +305,8 @@ FASTRNN_INLINE void finish_carried(const BackwardParams& p, const RowWalk& r, in
 #pragma unroll
     for (int c = 0; c < kCarried<Cell>; ++c) {
       const int64_t at = r.in_c<Cell>(p, j) + c * p.hidden;
-      const Wide<S> grad = arriving<S>(p, r, -1, at, carried_at(carried, c), crossed, p.grad_c_n, p.grad_reset_c);
+      const Wide<S> grad =
+          arriving<S>(r, -1, at, carried_at(carried, c), clip_limit<S>(p), crossed, p.grad_c_n, p.grad_reset_c);
       if (p.grad_c_0) store<S>(p.grad_c_0, at, grad);
     }
   }

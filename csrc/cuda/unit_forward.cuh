@@ -132,6 +132,13 @@ FASTRNN_INLINE void store_cell(const ForwardParams& p, const RowWalk& r, int k, 
   }
 }
 
+// h_n and c_n of unit j < h, where nothing is projected: of a row whose last step made `out`.
+template <class Cell, class S>
+FASTRNN_INLINE void store_last(const ForwardParams& p, const RowWalk& r, int j, const ForwardOut<Cell, Wide<S>>& out) {
+  store<S>(p.h_n, r.place(p) * p.width + j, out.state[0]);
+  if constexpr (Cell::kStates == 2) store<S>(p.c_n, r.in_c<Cell>(p, j), out.state[1]);
+}
+
 // Both: returns state 0 as the cell made it (o tanh(c) where it will be projected).
 template <class Cell, class S>
 FASTRNN_INLINE Wide<S> forward_cell(const ForwardParams& p, const RowWalk& r, int k, int j,

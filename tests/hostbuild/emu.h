@@ -244,6 +244,7 @@ void mbarrier_init_fence();
 void mbarrier_arrive_expect(uint64_t* bar, unsigned bytes);
 bool mbarrier_test(uint64_t* bar, unsigned parity);
 void mbarrier_wait(uint64_t* bar, unsigned parity);
+inline int keep(int v) { return v; }
 inline void push_async(uint32_t* dst, uint32_t v, uint64_t* bar, unsigned rank) {
   emu::push_async(dst, &v, 4, bar, rank);
 }
