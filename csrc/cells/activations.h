@@ -47,6 +47,16 @@ FASTRNN_HD V relu(V x) {
   return where_positive(x, x);
 }
 
+// a b, rounded by itself and no part of a fused multiply-add. So what is made of the same a and b elsewhere cancels it.
+template <class V>
+FASTRNN_HD V rounded_product(V a, V b) {
+  return a * b;
+}
+#if defined(__CUDA_ARCH__)
+FASTRNN_HD float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+FASTRNN_HD double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+#endif
+
 // log sigmoid(x) = min(x, 0) - log(1 + e^-|x|)
 template <class V>
 FASTRNN_HD V log_sigmoid(V x) {

@@ -72,7 +72,7 @@ struct NormGates {
   static FASTRNN_HD Pack<V, 2 * N> gradient_terms(const BackwardIn<Cell, V>& in, const Pack<V, N>& grad) {
     Pack<V, 2 * N> terms;
     FASTRNN_UNROLL for (int k = 0; k < N; ++k) {
-      terms[k] = grad[k] * in.params[k];
+      terms[k] = rounded_product(grad[k], in.params[k]);
       terms[N + k] = terms[k] * n(in, k);
     }
     return terms;
@@ -82,7 +82,8 @@ struct NormGates {
   template <int first, class Cell, class V>
   static FASTRNN_HD void finish(const BackwardIn<Cell, V>& in, const Pack<V, N>& grad, BackwardOut<Cell, V>& out) {
     FASTRNN_UNROLL for (int k = 0; k < N; ++k) {
-      const V grad_a = in.row[k] * (grad[k] * in.params[k] - in.row[first + k] - n(in, k) * in.row[first + N + k]);
+      const V grad_n = rounded_product(grad[k], in.params[k]);  // of a single unit its mean is the same
+      const V grad_a = in.row[k] * (grad_n - in.row[first + k] - n(in, k) * in.row[first + N + k]);
       (k < G ? out.grad_gates_ih[k] : out.grad_gates_hh[k - G]) = grad_a;
       out.grad_params[k] = grad[k] * n(in, k);
       out.grad_params[N + k] = grad[k];

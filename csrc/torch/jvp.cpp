@@ -108,7 +108,7 @@ void recurrent_backward_jvp(const c10::OperatorHandle& op, Stack* stack) {
   FASTRNN_FOR_EACH_BACKWARD_TANGENT(FASTRNN_JOIN)
   args.call.constant_weights = !slope_of_weight_hh && !slope_of_weight_hr;
   mark_dual(op, args.call);
-  const RecurrentGradients out = kernels.backward(args.call, args.given, args.initial, /*together=*/false);
+  const RecurrentGradients out = kernels.backward(args.call, args.given, args.initial);
 #define FASTRNN_ADDRESS(name) &out.name,
   give(op, *stack, dtype, {FASTRNN_FOR_EACH_RECURRENT_GRADIENT(FASTRNN_ADDRESS)}, &out.params);
 #undef FASTRNN_ADDRESS

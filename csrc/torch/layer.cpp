@@ -319,7 +319,7 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
   const bool initial = needed[kOf_h_0] || needed[kOf_c_0];
   Given of_kernel = of_recurrence(given);
   of_kernel.in_place = gradients_in_saved(call, given, needed);
-  const RecurrentGradients found = kernels.backward(args, of_kernel, initial, /*together=*/true);
+  const RecurrentGradients found = kernels.backward(args, of_kernel, initial);
   LayerGradients grads = from_recurrence(call, given, found, needed);
   const int64_t T = given.output.size(0), B = given.output.size(1), P = call.groups();
   if (call.input.defined()) {
@@ -401,16 +401,14 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
       weight_hh_gradient(call, gates, output, p, out);
     }
   }
-  if (needed[kOf_bias_ih] && needed[kOf_bias_hh] && found.together.defined()) {  // both in one pass
-    const Tensor sums = found.together.sum(at::IntArrayRef{1, 2});
-    grads[kOf_bias_ih] = sums.select(0, 0).view({P, Gh});
-    grads[kOf_bias_hh] = sums.select(0, 1).view({P, Gh}).clone();  // results of an op share no memory
-  } else {
-    const auto sum = [&](const Tensor& gates) { return gates.sum(at::IntArrayRef{0, 1}); };
-    const bool equal = !found.gates_hh.numel() && needed[kOf_bias_ih];
-    if (needed[kOf_bias_ih]) grads[kOf_bias_ih] = sum(gates_ih);
-    if (needed[kOf_bias_hh]) grads[kOf_bias_hh] = equal ? grads[kOf_bias_ih].clone() : sum(gates_hh);
-  }
+  const auto sum = [&](const Tensor& gates) {
+    std::vector<Tensor> of_groups;
+    for (int64_t p = 0; p < P; ++p) of_groups.push_back(kernels.sum_rows(rows_of(gates, p)));
+    return at::stack(of_groups);
+  };
+  const bool equal = !found.gates_hh.numel() && needed[kOf_bias_ih];
+  if (needed[kOf_bias_ih]) grads[kOf_bias_ih] = sum(gates_ih);
+  if (needed[kOf_bias_hh]) grads[kOf_bias_hh] = equal ? grads[kOf_bias_ih].clone() : sum(gates_hh);
   return grads;
 }
 

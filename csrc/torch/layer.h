@@ -10,12 +10,14 @@ namespace fastrnn {
 struct RecurrentKernels {
   // in_place: gates_ih is [T, B, P*S*h] and becomes what is saved; a group's gates are the first G*h of its S*h values.
   LayerResults (*forward)(const Recurrence& args, const Tensor& gates_ih, bool save, bool in_place);
-  RecurrentGradients (*backward)(const Recurrence& args, const Given& given, bool initial, bool together);
+  RecurrentGradients (*backward)(const Recurrence& args, const Given& given, bool initial);
   // out [m, n] = a [m, k] @ b [k, n], or what is there and that. Of how many steps the call is says which of torch's
   // switches for TF32 it obeys (precision.h).
   void (*product)(const Tensor& out, const Tensor& a, const Tensor& b, bool add, int64_t steps);
   // x [rows, k] @ weight [m, k]^T + bias [m], which may be absent.
   Tensor (*linear)(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t steps);
+  // x [rows, m] -> [m], exact float32 or wider between.
+  Tensor (*sum_rows)(const Tensor& x);
 };
 void set_recurrent_kernels(c10::DeviceType device, const RecurrentKernels& kernels);
 const RecurrentKernels* recurrent_kernels(c10::DeviceType device);  // null where there are none

@@ -32,8 +32,8 @@ LayerResults forward_cpu(const Recurrence& args, const Tensor& gates_ih, bool sa
   return run.results();
 }
 
-RecurrentGradients backward_cpu(const Recurrence& args, const Given& given, bool initial, bool together) {
-  PreparedBackward run = prepare_backward(args, given, initial, together);
+RecurrentGradients backward_cpu(const Recurrence& args, const Given& given, bool initial) {
+  PreparedBackward run = prepare_backward(args, given, initial);
   if (run.params.batch > 0) cpu::recurrent_backward(run.params, threads());
   return run.results();
 }
@@ -85,7 +85,9 @@ Tensor linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   return at::linear(x, weight, bias);
 }
 
-constexpr RecurrentKernels kKernels{forward_cpu, backward_cpu, product_cpu, linear_cpu};
+Tensor sum_rows_cpu(const Tensor& x) { return x.sum(0); }
+
+constexpr RecurrentKernels kKernels{forward_cpu, backward_cpu, product_cpu, linear_cpu, sum_rows_cpu};
 [[maybe_unused]] const bool known = (set_recurrent_kernels(at::kCPU, kKernels), true);
 
 // Products of many groups, each on one thread where there are enough of them. Small ones are ATen's: preparing a call
@@ -198,7 +200,7 @@ void recurrent_backward(const c10::OperatorHandle& op, Stack* stack) {
   Reader from = reader(op, *stack);
   const auto [args, given, initial] = read_recurrent_backward(from);
   const RecurrentGradients out =
-      kernels_for(given.output, "recurrent_backward", "output").backward(args, given, initial, /*together=*/false);
+      kernels_for(given.output, "recurrent_backward", "output").backward(args, given, initial);
   torch::jit::drop(*stack, op.schema().arguments().size());
 #define FASTRNN_GIVE(name) stack->emplace_back(out.name);
   FASTRNN_FOR_EACH_RECURRENT_GRADIENT(FASTRNN_GIVE)

@@ -9,6 +9,7 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/ones.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -210,10 +211,10 @@ LayerResults forward_cuda(const Recurrence& args, const Tensor& gates_ih, bool s
   return run.results();
 }
 
-RecurrentGradients backward_cuda(const Recurrence& args, const Given& given, bool initial, bool together) {
+RecurrentGradients backward_cuda(const Recurrence& args, const Given& given, bool initial) {
   const at::AutoDispatchBelowADInplaceOrView below;
   const c10::cuda::CUDAGuard guard(given.output.device());
-  PreparedBackward run = prepare_backward(args, given, initial, together);
+  PreparedBackward run = prepare_backward(args, given, initial);
   const BackwardParams& p = run.params;
   if (p.batch > 0) {
     const cuda::Choice choice = choose("recurrent_backward", p, true);
@@ -244,7 +245,17 @@ Tensor linear_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   return bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
 }
 
-constexpr RecurrentKernels kKernels{forward_cuda, backward_cuda, product_cuda, linear_cuda};
+// By a product with ones: for the sum over the rows of so many columns ATen takes a buffer of 128 MiB (H200, 8,192 rows of
+// 2,048), more than all else that a training step of the layer needs.
+Tensor sum_rows_cuda(const Tensor& x) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  const bool half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
+  const Tensor out = at::empty({1, 1, x.size(1)}, half ? x.options().dtype(at::kFloat) : x.options());
+  product(out, at::ones({1, 1, x.size(0)}, x.options()), x.unsqueeze(0), /*tf32=*/false);
+  return out.view({x.size(1)}).to(x.scalar_type());
+}
+
+constexpr RecurrentKernels kKernels{forward_cuda, backward_cuda, product_cuda, linear_cuda, sum_rows_cuda};
 [[maybe_unused]] const bool known = (set_recurrent_kernels(at::kCUDA, kKernels), true);
 
 Tensor grouped_linear_cuda(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {

@@ -639,7 +639,7 @@ void prepare_gradients(const char* op, Checker& checker, const Recurrence& args,
 
 }  // namespace
 
-PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bool initial, bool together) {
+PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bool initial) {
   const char* op = "recurrent_backward";
   Checker checker(op, args, given.output, "output", weight_sizes(args));
   const auto [T, B, P, G, h, R, S, C, ragged, rows] = checker.dims();
@@ -651,17 +651,8 @@ PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bo
   RecurrentGradients& grad = out.gradients;
   const bool separate = checker.info().separate_gates_hh;
   p.grad_gates_stride = (given.in_place ? S : G) * h;
-  if (given.in_place) {
-    grad.gates_ih = given.saved;
-  } else if (together && separate) {
-    grad.together = checker.result({2, T, B, P * G * h}, padded);
-    grad.gates_ih = grad.together.select(0, 0);
-    grad.gates_hh = grad.together.select(0, 1);
-  } else {
-    grad.gates_ih = checker.result({T, B, P * G * h}, padded);
-  }
-  if (separate && !grad.gates_hh.defined()) grad.gates_hh = checker.result({T, B, P * G * h}, padded);
-  if (!separate) grad.gates_hh = checker.absent();
+  grad.gates_ih = given.in_place ? given.saved : checker.result({T, B, P * G * h}, padded);
+  grad.gates_hh = separate ? checker.result({T, B, P * G * h}, padded) : checker.absent();
   grad.projected = args.weight_hr ? checker.result({T, B, P * R}, padded) : checker.absent();
   p.grad_gates_ih = data_or_null(grad.gates_ih);
   p.grad_gates_hh = data_or_null(grad.gates_hh);

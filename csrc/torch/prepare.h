@@ -74,10 +74,8 @@ inline Given of_recurrence(const LayerGiven& given) {
   return {given.grad_output, given.grad_h_n, given.grad_c_n, given.grad_cells, given.output, given.saved};
 }
 
+// Where in place, gates_ih is `saved`, with a group's gradients in the first G*h of its S*h values.
 struct RecurrentGradients {
-  // [2, T, B, P*G*h]: gates_ih, and gates_hh where it is a tensor of its own; where asked for, and not in place. (There
-  // gates_ih is `saved`, with a group's gradients in the first G*h of its S*h values.)
-  Tensor together;
 #define FASTRNN_FIELD(name) Tensor name;
   FASTRNN_FOR_EACH_RECURRENT_GRADIENT(FASTRNN_FIELD)
 #undef FASTRNN_FIELD
@@ -110,8 +108,7 @@ struct Narrow {
 PreparedForward prepare_quantized(const Recurrence& args, const Tensor& input, const Narrow& narrow,
                                   const OptionalTensor& bias_ih);
 
-// together: may gates_ih and gates_hh lie in one tensor?
-PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bool initial, bool together);
+PreparedBackward prepare_backward(const Recurrence& args, const Given& given, bool initial);
 // grad_input has a part for every group.
 PreparedBackward prepare_layer_backward(const LayerCall& call, const LayerGiven& given, const Needed& needed);
 

@@ -422,6 +422,7 @@ class Net:
         for x in (output, *finals):
             weight = torch.randn(x.shape, generator=generator).to(self.rounding).to(device, dtype)
             total = total + (x * weight).sum()
+        module.zero_grad()
         total.backward()
         named = {"output": output, **{f"final {i}": x for i, x in enumerate(finals)}, "grad input": input.grad}
         named |= {f"grad {name}": p.grad for name, p in module.named_parameters()}
