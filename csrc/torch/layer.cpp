@@ -402,6 +402,7 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
     }
   }
   const auto sum = [&](const Tensor& gates) {
+    if (P == 1) return kernels.sum_rows(rows_of(gates, 0)).unsqueeze(0);
     std::vector<Tensor> of_groups;
     for (int64_t p = 0; p < P; ++p) of_groups.push_back(kernels.sum_rows(rows_of(gates, p)));
     return at::stack(of_groups);
