@@ -23,7 +23,7 @@ int cluster_backward(const BackwardParams& params, const Choice& choice, void* w
       using S = typename decltype(storage)::type;
       using Product = typename decltype(product)::type;
       constexpr bool kRagged = decltype(masks)::value;
-      return launch_clusters(cluster_backward_kernel<Cell, S, Product, kRagged>, call, s, workspace, stream);
+      return launch_grid(cluster_backward_kernel<Cell, S, Product, kRagged>, call, s, workspace, stream);
     });
   });
 }

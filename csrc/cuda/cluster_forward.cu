@@ -14,10 +14,6 @@ __global__ void __launch_bounds__(tiles::kGridThreads, 1)
 }  // namespace
 
 static const char* cluster_description(const GridShape& s) {
-  if (s.clusters > 1)
-    return s.half  ? "several clusters, mma, results pushed within them and beside flags between them"
-           : s.mma ? "several clusters, TF32 mma, results pushed within them and beside flags between them"
-                   : "several clusters, FFMA, results pushed within them and beside flags between them";
   return s.half  ? "cluster, mma, results pushed between shared memories"
          : s.mma ? "cluster, TF32 mma, results pushed between shared memories"
                  : "cluster, FFMA, results pushed between shared memories";
@@ -29,14 +25,14 @@ bool cluster_choice(const ForwardParams& p, bool backward, const Device& device,
   if (device.compute_capability < 90 || device.compute_capability >= 110) return false;
   const bool half = tiles::is_half(p.dtype), tf32 = allow_tf32 && p.dtype == DType::kFloat32;
   GridShape s{kCells[p.cell].gates, int32_t(p.hidden), int32_t(p.batch), 0, 0, 0, backward, half || tf32, half, false,
-              1};
+              true};
   if (!tiles::cluster_fit(s, p.groups, device.multiprocessors, device.shared_per_block)) return false;
   *choice = Choice{Tier::kCluster,
                    s.rows,
                    s.units,
-                   s.clusters > 1 ? s.clusters : 0,
+                   0,
                    tf32,
-                   int64_t(s.blocks()) * s.row_tiles() * p.groups,
+                   int64_t(s.unit_blocks()) * s.row_tiles() * p.groups,
                    s.threads,
                    s.shared_bytes(),
                    cluster_description(s)};
@@ -53,7 +49,7 @@ int cluster_forward(const ForwardParams& params, const Choice& choice, void* wor
       using S = typename decltype(storage)::type;
       using Product = typename decltype(product)::type;
       constexpr bool kRagged = decltype(masks)::value;
-      return launch_clusters(cluster_forward_kernel<Cell, S, Product, kRagged>, call, s, workspace, stream);
+      return launch_grid(cluster_forward_kernel<Cell, S, Product, kRagged>, call, s, workspace, stream);
     });
   });
 }

@@ -281,7 +281,6 @@ using Error = cudaError_t;
 using Stream = cudaStream_t;
 constexpr Error kSuccess = cudaSuccess;
 constexpr Error kInvalidValue = cudaErrorInvalidValue;
-constexpr Error kCooperativeLaunchTooLarge = cudaErrorCooperativeLaunchTooLarge;
 inline const char* error_string(Error e) { return cudaGetErrorString(e); }
 
 struct Launch {
@@ -346,23 +345,24 @@ Error max_coresident_blocks(void (*kernel)(P...), unsigned block, size_t shared,
   return checked(e);
 }
 
-template <class... P>
-Error configure(void (*kernel)(P...), const Launch& l, cudaLaunchConfig_t* config,
-                cudaLaunchAttribute* attributes) {
-  *config = cudaLaunchConfig_t{};
-  config->gridDim = l.grid;
-  config->blockDim = dim3(l.block);
-  config->dynamicSmemBytes = l.shared;
-  config->stream = l.stream;
-  config->attrs = attributes;
+// Asynchronous on l.stream and capturable in a graph. Arguments are passed by value.
+template <class... P, class... A>
+Error launch(void (*kernel)(P...), const Launch& l, A... args) {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = l.grid;
+  config.blockDim = dim3(l.block);
+  config.dynamicSmemBytes = l.shared;
+  config.stream = l.stream;
+  config.attrs = attributes;
   if (l.cluster > 1) {
-    cudaLaunchAttribute& a = attributes[config->numAttrs++];
+    cudaLaunchAttribute& a = attributes[config.numAttrs++];
     a.id = cudaLaunchAttributeClusterDimension;
     a.val.clusterDim.x = l.cluster;
     a.val.clusterDim.y = a.val.clusterDim.z = 1;
   }
   if (l.coresident) {
-    cudaLaunchAttribute& a = attributes[config->numAttrs++];
+    cudaLaunchAttribute& a = attributes[config.numAttrs++];
     a.id = cudaLaunchAttributeCooperative;
     a.val.cooperative = 1;
   }
@@ -370,26 +370,6 @@ Error configure(void (*kernel)(P...), const Launch& l, cudaLaunchConfig_t* confi
   // more than 8 blocks in a cluster is not portable between devices and has to be asked for
   if (e == cudaSuccess && l.cluster > 8)
     e = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  return e;
-}
-
-// how many clusters of this launch the current device holds at once; 0: it cannot be launched
-template <class... P>
-Error max_active_clusters(void (*kernel)(P...), const Launch& l, int* clusters) {
-  cudaLaunchConfig_t config;
-  cudaLaunchAttribute attributes[2];
-  *clusters = 0;
-  Error e = configure(kernel, l, &config, attributes);
-  if (e == cudaSuccess) e = cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
-  return checked(e);
-}
-
-// Asynchronous on l.stream and capturable in a graph. Arguments are passed by value.
-template <class... P, class... A>
-Error launch(void (*kernel)(P...), const Launch& l, A... args) {
-  cudaLaunchConfig_t config;
-  cudaLaunchAttribute attributes[2];
-  Error e = configure(kernel, l, &config, attributes);
   if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
   return checked(e);
 }

@@ -1,6 +1,6 @@
 // How the blocks of the grid tier hand each other the results of a step, through L2. There are two ways; grid_tiles.h
 // chooses by the bytes that a block reads in a step (grid_word_bytes). The third, pushes within a cluster, is in
-// cluster.cuh; between several clusters that share a tile of rows it is flags.
+// cluster.cuh.
 //
 // Words. A word of 64 bits holds one result (a float or two halves) and the tag of the step that made it. Readers look
 // at the words themselves: one trip through L2, no fence, no flag and no second trip for the payload, but twice the
@@ -77,12 +77,12 @@ FASTRNN_INLINE void take(At at, int count, uint32_t tag, bool early, uint64_t (&
   }
 }
 
-// The same of results that flags have told to be there, but those before `first`.
+// The same of results that flags have told to be there.
 template <int N, class At>
-FASTRNN_INLINE void take(At at, int count, uint32_t, bool, uint32_t (&value)[N][2], int first = 0) {
+FASTRNN_INLINE void take(At at, int count, uint32_t, bool, uint32_t (&value)[N][2]) {
 #pragma unroll
   for (int n = 0; n < N; ++n)
-    if (first <= n && n < count) {
+    if (n < count) {
       const uint2 pair = *reinterpret_cast<const uint2*>(at(n));
       value[n][0] = pair.x, value[n][1] = pair.y;
     }
@@ -100,10 +100,6 @@ struct ByPushes {
   using Word = uint32_t;
   static constexpr bool kPushes = true;
 };
-// Of several clusters: within each by pushes, between them beside flags.
-struct ByPushesAndFlags : ByPushes {};
-template <class Way>
-constexpr bool kSeveralClusters = std::is_same<Way, ByPushesAndFlags>::value;
 
 struct GridShared;
 

@@ -35,8 +35,8 @@ FASTRNN_INLINE GridShape shape_for(GridShape s, int gates, bool backward) {
   s.backward = backward;
   s.mma = Product::kMma;
   s.half = Product::kValues == 2;
-  s.flags = std::is_same<Way, ByFlags>::value || kSeveralClusters<Way>;
-  if constexpr (!kSeveralClusters<Way>) s.clusters = Way::kPushes ? 1 : 0;
+  s.flags = std::is_same<Way, ByFlags>::value;
+  s.cluster = Way::kPushes;
   return s;
 }
 
@@ -56,7 +56,7 @@ struct GridShared {
     staged = carver.take<float>(size_t(s.staged_floats()));
     sums_even = carver.take<float>(size_t(s.sums_floats()));
     sums_odd = carver.take<float>(size_t(s.sums_floats()));
-    if (s.clusters) {
+    if (s.cluster) {
       pushed_even = carver.take<uint32_t>(size_t(s.pushed_words()));
       pushed_odd = carver.take<uint32_t>(size_t(s.pushed_words()));
       barrier_even = carver.take<uint64_t>(1);
@@ -74,7 +74,7 @@ struct GridShared {
 // The tile's rows: rank tile * rows and on of the batch by length, longest first, so that the running ones are a
 // prefix. Past the batch the length is -1. Ends with a barrier.
 FASTRNN_INLINE void sort_rows(const ForwardParams& p, const GridShape& s, int group, const GridShared& shared) {
-  const int tid = int(threadIdx.x), step = int(blockDim.x), first = (s.first_tile + int(blockIdx.y)) * s.rows;
+  const int tid = int(threadIdx.x), step = int(blockDim.x), first = int(blockIdx.y) * s.rows;
   for (int i = tid; i < s.rows; i += step)
     if (first + i >= s.batch) shared.row[i] = s.batch, shared.length[i] = -1;
   for (int b = tid; b < s.batch; b += step) shared.all_lengths[b] = length_of(p, group, b);
@@ -263,40 +263,32 @@ struct Steps {
 
 // ---- launches ----
 
-// Choice::variant of the grid tier: how its blocks exchange results. Of the cluster tier: 0, or the number of clusters
-// that share a tile of rows where they are several.
+// Choice::variant of the grid tier: how its blocks exchange results.
 constexpr int kGridWords = 0, kGridFlags = 1;
 
 inline GridShape grid_shape(const ForwardParams& p, const Choice& choice, bool backward) {
   const bool half = tiles::is_half(p.dtype);
-  const int clusters = choice.tier == Tier::kGrid ? 0 : choice.variant > 1 ? choice.variant : 1;
-  const bool flags = clusters ? clusters > 1 : choice.variant == kGridFlags;
+  const bool cluster = choice.tier == Tier::kCluster;
   return {kCells[p.cell].gates, int32_t(p.hidden), int32_t(p.batch), choice.units, choice.rows, choice.threads,
-          backward, half || choice.tf32, half, flags, clusters};
+          backward, half || choice.tf32, half, !cluster && choice.variant == kGridFlags, cluster};
 }
 
 // Clears the exchange and packs weights; grid_prepare.cu.
 int prepare_grid(const ForwardParams& p, int first_group, int groups, const GridShape& s, void* workspace,
                  dev::Stream stream);
 
-// row_tiles: from s.first_tile on. Where blocks wait for others than those of their cluster, all have to fit at once.
-inline dev::Launch grid_launch(const GridShape& s, int row_tiles, int groups, void* stream) {
-  const dim3 blocks(unsigned(s.blocks()), unsigned(row_tiles), unsigned(groups));
-  return {blocks, unsigned(s.threads), GridShared(nullptr, s).bytes, s.clusters ? unsigned(s.cluster_blocks()) : 1u,
-          s.clusters != 1, static_cast<dev::Stream>(stream)};
-}
-
-template <class Kernel, class Params>
-int launch_tiles(Kernel kernel, const LaunchParams<Params>& call, const GridShape& s, int row_tiles, void* workspace,
-                 void* stream) {
-  const dev::Launch launch = grid_launch(s, row_tiles, call.groups_here, stream);
-  const int error = prepare_grid(call, call.first_group, call.groups_here, s, workspace, launch.stream);
-  return error != int(dev::kSuccess) ? error : int(dev::launch(kernel, launch, call, s, workspace));
-}
-
+// Blocks of the grid tier wait for each other, so all have to fit at once; those of a cluster wait for nobody else.
 template <class Kernel, class Params>
 int launch_grid(Kernel kernel, const LaunchParams<Params>& call, const GridShape& s, void* workspace, void* stream) {
-  return launch_tiles(kernel, call, s, s.row_tiles(), workspace, stream);
+  const unsigned unit_blocks = unsigned(s.unit_blocks());
+  const dev::Launch launch{dim3(unit_blocks, unsigned(s.row_tiles()), unsigned(call.groups_here)),
+                           unsigned(s.threads),
+                           GridShared(nullptr, s).bytes,
+                           s.cluster ? unit_blocks : 1u,
+                           !s.cluster,
+                           static_cast<dev::Stream>(stream)};
+  const int error = prepare_grid(call, call.first_group, call.groups_here, s, workspace, launch.stream);
+  return error != int(dev::kSuccess) ? error : int(dev::launch(kernel, launch, call, s, workspace));
 }
 
 // f(Type<Way>{}, Type<Cell>{}) -> int.

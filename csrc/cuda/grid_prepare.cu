@@ -16,7 +16,7 @@ struct Element {
 FASTRNN_INLINE Element element(const GridShape& s, int index, int e) {
   Element x;
   int tile, k;
-  const int unit_tile = s.clusters ? index / int(s.tile_quads()) : 0;
+  const int unit_tile = s.cluster ? index / int(s.tile_quads()) : 0;
   index -= unit_tile * int(s.tile_quads());
   if (s.mma) {  // [tile, gate of M, lane]: a's registers, with s.values() elements each
     const int lane = index % 32, reg = e / s.values();
@@ -108,7 +108,7 @@ bool grid_choice(const ForwardParams& p, bool backward, const Device& device, bo
   if (p.groups > kGroupsPerLaunch || p.batch > tiles::kGridBatch || device.compute_capability < 80) return false;
   const bool half = tiles::is_half(p.dtype), tf32 = allow_tf32 && p.dtype == DType::kFloat32;
   GridShape s{kCells[p.cell].gates, int32_t(p.hidden), int32_t(p.batch), 0, 0, 0, backward, half || tf32, half, false,
-              0};
+              false};
   if (!tiles::grid_fit(s, p.groups, device.multiprocessors, device.shared_per_block)) return false;
   // One step has nothing to exchange, and a product of cuBLAS is spread as well.
   if (!forced && (p.steps < 2 || s.exchanged_bytes() > tiles::kGridExchangeBytes)) return false;

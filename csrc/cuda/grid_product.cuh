@@ -35,38 +35,6 @@ FASTRNN_INLINE Range flag_range(const GridShape& s, const Range& tiles, int tile
   return {first / s.units * s.owner_warps(), (last / s.units + 1) * s.owner_warps()};
 }
 
-// The tiles that a warp multiplies. Where several clusters share a tile of rows these are a part of its own cluster's,
-// and then a part of the others', which stand before and behind those in K; else all are `own`. A warp counts its tiles
-// in this order, from 0.
-struct WarpTiles {
-  int own, before, behind;       // where in K each of the three begins
-  int own_end, before_end, end;  // the warp's count behind each
-  int first;                     // where in K the own cluster's tiles begin
-  // Where in K the warp's tile t is.
-  FASTRNN_INLINE int in_k(int t) const {
-    return t < own_end ? own + t : t < before_end ? before + t - own_end : behind + t - before_end;
-  }
-  FASTRNN_INLINE Range before_range() const { return {before, before + before_end - own_end}; }
-  FASTRNN_INLINE Range behind_range() const { return {behind, behind + end - before_end}; }
-};
-template <class Way>
-FASTRNN_INLINE WarpTiles warp_tiles(const GridShape& s, int part, int parts) {
-  if constexpr (!kSeveralClusters<Way>) {
-    const Range all = k_range(s, part, parts);
-    return {all.begin, 0, 0, all.end - all.begin, all.end - all.begin, all.end - all.begin, 0};
-  } else {
-    // A block without units reads nothing through L2, where nobody waits for it before he writes the next results.
-    if (int(blockIdx.x) * s.units >= s.hidden) return {};
-    const int all = s.k_tiles(), of_cluster = s.pushed().k_tiles();
-    const int first = int(blockIdx.x) / s.cluster_blocks() * of_cluster;
-    const int own = all - first < of_cluster ? all - first : of_cluster, others = all - own;
-    const int begin = others * part / parts, end = others * (part + 1) / parts;
-    const int middle = first < begin ? begin : first < end ? first : end;  // up to it they stand before the own ones
-    const int own_begin = own * part / parts, own_end = own * (part + 1) / parts - own_begin;
-    return {first + own_begin, begin, middle + own, own_end, own_end + middle - begin, own_end + end - begin, first};
-  }
-}
-
 // Of a lane's column and R rows. Of few rows each sum is in parts, so that not every multiply-add waits for the one
 // before.
 template <int R>
@@ -186,16 +154,14 @@ class FfmaProduct {
 // its columns. A pair of words is b of one tile in one lane; words never touch shared memory.
 template <class S, int kM, int kGates, class W>
 class MmaProduct {
-  static constexpr bool kHalf = sizeof(S) == 2, kSeveral = kSeveralClusters<W>;
-  static constexpr bool kOneCluster = W::kPushes && !kSeveral;
+  using Word = typename W::Word;
+  static constexpr bool kHalf = sizeof(S) == 2;
   // k tiles of a warp in registers
-  static constexpr int kHeld = (kOneCluster ? tiles::kClusterFragments : tiles::kGridFragments) / kM;
+  static constexpr int kHeld = (W::kPushes ? tiles::kClusterFragments : tiles::kGridFragments) / kM;
   // k tiles whose words are in flight at once: as many as there are registers for, of which tags take half
-  template <class Word>
-  static constexpr int kAhead = kOneCluster ? (kM == 3 ? 10 : 8)
-                                : kM == 3   ? 9
-                                : kM == 1 && sizeof(Word) == 4 ? 14
-                                                               : 7;
+  static constexpr int kAhead =
+      W::kPushes ? (kM == 3 ? 10 : 8) : kM == 3 ? 9 : kM == 1 && sizeof(Word) == 4 ? 14 : 7;
+  static_assert(kHeld % kAhead == 0, "whole batches");
   static constexpr int kAheadSpilled = 4;
   // Sums of a tile of M: two of them where one would have every mma wait for the last.
   static constexpr int kSums = kM == 1 ? 2 : 1;
@@ -211,14 +177,12 @@ class MmaProduct {
   // Warps are [parts of K, tiles of units].
   FASTRNN_INLINE MmaProduct(const GridShape& s, const GridShared& shared)
       : lane(int(threadIdx.x) % 32), warp(warp_of_block()), unit_tiles(Way::kPushes ? s.unit_tiles() : 1),
-        tiles(warp_tiles<Way>(s, warp / unit_tiles, s.warps() / unit_tiles)),
-        flags(flag_range(s, kSeveral ? tiles.before_range() : Range{tiles.own, tiles.own + tiles.end}, kTile, kGates)),
-        flags_behind(flag_range(s, tiles.behind_range(), kTile, kGates)),
-        group_words(ceil_div(kSeveral ? s.pushed().hidden : s.hidden, kTile) * kGates * kTileWords),
-        other_group_words(ceil_div(s.hidden, kTile) * kGates * kTileWords), padded_rows(s.padded_rows()) {
+        range(k_range(s, warp / unit_tiles, s.warps() / unit_tiles)), flags(flag_range(s, range, kTile, kGates)),
+        tiles(range.end - range.begin), group_words(ceil_div(s.hidden, kTile) * kGates * kTileWords),
+        padded_rows(s.padded_rows()) {
     const int more = s.k_tiles_of_warp() - kHeld;
     spilled = shared.weights + (more > 0 ? more : 0) * warp * kM * 32 + lane;
-    first_quad = (warp % unit_tiles * s.k_tiles() + tiles.own) * kM * 32 + lane;
+    first_quad = (warp % unit_tiles * s.k_tiles() + range.begin) * kM * 32 + lane;
   }
 
   static FASTRNN_INLINE uint32_t encode(const float (&value)[kValues]) {
@@ -228,45 +192,29 @@ class MmaProduct {
 
   FASTRNN_INLINE void load(const uint4* packed) {
     const uint4* from = packed + first_quad;
-    // From one tile of the warp to another.
-    const auto quads_to = [&](int t) { return (kSeveral ? tiles.in_k(t) - tiles.own : t) * kM * 32; };
 #pragma unroll
     for (int t = 0; t < kHeld; ++t)
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        const uint4 w = t < tiles.end ? from[quads_to(t) + m * 32] : make_uint4(0, 0, 0, 0);
+        const uint4 w = t < tiles ? from[(t * kM + m) * 32] : make_uint4(0, 0, 0, 0);
         held[t][m][0] = w.x, held[t][m][1] = w.y, held[t][m][2] = w.z, held[t][m][3] = w.w;
       }
-    const int more = (tiles.end - kHeld) * kM;
+    const int more = (tiles - kHeld) * kM;
 #pragma unroll 4
-    for (int i = 0; i < more; ++i) spilled[i * 32] = from[quads_to(kHeld + i / kM) + i % kM * 32];
+    for (int i = 0; i < more; ++i) spilled[i * 32] = from[(kHeld * kM + i) * 32];
   }
 
   FASTRNN_INLINE void multiply(const Exchange& exchange, int k, uint32_t tag, int rows, float* sums) const {
-    if constexpr (kSeveral) exchange.within.await(k, tag, 0, 0);
-    else exchange.await(k, tag, flags.begin, flags.end - flags.begin);
-    const auto* words = own_words(exchange, k) + (tiles.own - tiles.first) * kTileWords + lane % 4 * 2;
+    exchange.await(k, tag, flags.begin, flags.end - flags.begin);
+    const Word* words = exchange.words(k) + range.begin * kTileWords + lane % 4 * 2;
     for (int row = 0; row < rows; row += 8, words += group_words) {
-      const auto* from = words + (row + lane / 4 < rows ? lane / 4 : rows - 1 - row) * 8;
+      const Word* from = words + (row + lane / 4 < rows ? lane / 4 : rows - 1 - row) * 8;
       float d[kSums * kM][4];
 #pragma unroll
       for (int m = 0; m < kSums * kM; ++m)
 #pragma unroll
         for (int i = 0; i < 4; ++i) d[m][i] = 0.f;
-      add_tiles(from, 0, tiles.own_end, tag, row == 0, d);
-      if constexpr (kSeveral) {
-#pragma unroll 1
-        for (int side = 0; side < 2; ++side) {
-          const int begin = side == 0 ? tiles.own_end : tiles.before_end;
-          const int end = side == 0 ? tiles.before_end : tiles.end;
-          if (begin == end) continue;
-          const Range flag = side == 0 ? flags : flags_behind;
-          if (row == 0) exchange.between.await(k, tag, flag.begin, flag.end - flag.begin);
-          const auto* others = exchange.between.words(k) + row / 8 * other_group_words + lane % 4 * 2 + (from - words);
-          const int of_tile = (side == 0 ? tiles.before : tiles.behind) - begin;
-          add_tiles(others + of_tile * kTileWords, begin, end, tag, row == 0, d);
-        }
-      }
+      add_tiles(from, tag, row == 0, d);
       float* to = sums + (warp * padded_rows + row + lane % 4 * 2) * kStride + lane / 4;
 #pragma unroll
       for (int m = 0; m < kM; ++m)
@@ -277,78 +225,57 @@ class MmaProduct {
   }
 
  private:
-  static FASTRNN_INLINE const typename W::Word* own_words(const Exchange& exchange, int k) {
-    if constexpr (kSeveral) return exchange.within.words(k);
-    else return exchange.words(k);
+  // b of the first `count` of N tiles.
+  template <int N>
+  static FASTRNN_INLINE void take_tiles(const Word* from, int count, uint32_t tag, bool early, Word (&b)[N][2]) {
+    take([&](int n) { return from + n * kTileWords; }, count, tag, early, b);
+    if constexpr (sizeof(Word) == 8) dev::sync_warp();  // lanes come back from spinning one by one
   }
 
-  // b of the first `count` of N tiles, but those before `first`: 0 or less for words.
-  template <class Word, int N>
-  static FASTRNN_INLINE void take_tiles(const Word* from, int first, int count, uint32_t tag, bool early,
-                                        Word (&b)[N][2]) {
-    const auto at = [&](int n) { return from + n * kTileWords; };
-    if constexpr (sizeof(Word) == 8) {
-      take(at, count, tag, early, b);
-      dev::sync_warp();  // lanes come back from spinning one by one
-    } else {
-      take(at, count, tag, early, b, first);
-    }
-  }
-
-  // Adds the products of the warp's tiles begin, .. end - 1. from: where its tile 0 would be.
-  template <class Word>
-  FASTRNN_INLINE void add_tiles(const Word* from, int begin, int end, uint32_t tag, bool early,
-                                float (&d)[kSums * kM][4]) const {
-    constexpr int kAtOnce = kAhead<Word>;
-    static_assert(kHeld % kAtOnce == 0, "whole batches");
-    if (kOneCluster && end >= kHeld) {  // all of them, as where the weights fill the registers
+  // Adds the products of the warp's tiles, whose words begin at `from`.
+  FASTRNN_INLINE void add_tiles(const Word* from, uint32_t tag, bool early, float (&d)[kSums * kM][4]) const {
+    if (W::kPushes && tiles >= kHeld) {  // all of them, as where the weights fill the registers
 #pragma unroll
-      for (int t = 0; t < kHeld; t += kAtOnce) {
-        Word b[kAtOnce][2];
-        take_tiles(from + t * kTileWords, 0, kAtOnce, tag, early && t == 0, b);
+      for (int t = 0; t < kHeld; t += kAhead) {
+        Word b[kAhead][2];
+        take_tiles(from + t * kTileWords, kAhead, tag, early && t == 0, b);
 #pragma unroll
-        for (int n = 0; n < kAtOnce; ++n)
+        for (int n = 0; n < kAhead; ++n)
 #pragma unroll
           for (int m = 0; m < kM; ++m) mma(d[n % kSums + m], held[t + n][m], b[n]);
       }
     } else {
 #pragma unroll
-      for (int t = 0; t < kHeld; t += kAtOnce)
-        if (begin < t + kAtOnce && t < end) {
-          Word b[kAtOnce][2];
-          take_tiles(from + t * kTileWords, begin - t, end - t, tag, early && t == 0, b);
+      for (int t = 0; t < kHeld; t += kAhead)
+        if (t < tiles) {
+          Word b[kAhead][2];
+          take_tiles(from + t * kTileWords, tiles - t, tag, early && t == 0, b);
 #pragma unroll
-          for (int n = 0; n < kAtOnce; ++n)
-            if (begin <= t + n && t + n < end) {
+          for (int n = 0; n < kAhead; ++n)
+            if (t + n < tiles) {
 #pragma unroll
               for (int m = 0; m < kM; ++m) mma(d[n % kSums + m], held[t + n][m], b[n]);
             }
         }
     }
-    add_spilled(from, begin < kHeld ? kHeld : begin, end, tag, d);
-  }
-
-  template <class Word>
-  FASTRNN_INLINE void add_spilled(const Word* from, int begin, int end, uint32_t tag,
-                                  float (&d)[kSums * kM][4]) const {
-    const uint4* weight = spilled + (begin - kHeld) * kM * 32;
-    from += begin * kTileWords;
-    int t = begin;
+    const uint4* weight = spilled;
+    from += kHeld * kTileWords;
+    int t = kHeld;
 #pragma unroll 1
-    for (; t + kAheadSpilled <= end; t += kAheadSpilled) {
-      add_some_spilled<kAheadSpilled>(from, weight, tag, d);
+    for (; t + kAheadSpilled <= tiles; t += kAheadSpilled) {
+      add_spilled<kAheadSpilled>(from, weight, tag, d);
       from += kAheadSpilled * kTileWords, weight += kAheadSpilled * kM * 32;
     }
 #pragma unroll 1
-    for (; t < end; ++t, from += kTileWords, weight += kM * 32) add_some_spilled<1>(from, weight, tag, d);
+    for (; t < tiles; ++t, from += kTileWords, weight += kM * 32) add_spilled<1>(from, weight, tag, d);
   }
 
-  // The next N tiles.
-  template <int N, class Word>
-  static FASTRNN_INLINE void add_some_spilled(const Word* from, const uint4* weight, uint32_t tag,
-                                              float (&d)[kSums * kM][4]) {
+  // The next N tiles of those beyond kHeld.
+  template <int N>
+  static FASTRNN_INLINE void add_spilled(const Word* from, const uint4* weight, uint32_t tag,
+                                         float (&d)[kSums * kM][4]) {
     Word b[N][2];
-    take_tiles(from, 0, N, tag, false, b);
+    take_tiles(from, N, tag, false, b);
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
@@ -359,7 +286,6 @@ class MmaProduct {
       }
   }
 
-  template <class Word>
   static FASTRNN_INLINE void mma(float (&d)[4], const uint32_t (&a)[4], const Word (&words)[2]) {
     const uint32_t b[2] = {uint32_t(words[0]), uint32_t(words[1])};
     if constexpr (kHalf) dev::mma_16816<S>(d, a, b);
@@ -367,9 +293,8 @@ class MmaProduct {
   }
 
   const int lane, warp, unit_tiles;
-  const WarpTiles tiles;
-  const Range flags, flags_behind;  // of what comes through L2: before the own tiles if there are any, and behind
-  const int group_words, other_group_words, padded_rows;  // words of 8 rows
+  const Range range, flags;
+  const int tiles, group_words, padded_rows;  // k tiles of the warp; words of 8 rows
   int first_quad;  // the lane's, of the packed weights
   uint4* spilled;  // [k tiles beyond kHeld, kM, 32] of the warp
   uint32_t held[kHeld][kM][4];

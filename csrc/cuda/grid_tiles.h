@@ -1,5 +1,5 @@
 // The grid and cluster tiers' numbers: tiles, what fits on a multiprocessor, which call takes which. Host and device,
-// no CUDA header. Not measured on a GPU yet: the reasons are counts of registers, bytes and cycles.
+// no CUDA header. The reasons are counts of registers, bytes and cycles; which tier is faster was measured (tiles.h).
 //
 // A block's weights are its share of W_hh, G * units * h elements in either pass. They may take 227 KB of shared
 // memory less what sums and stages need and, for mma, 112 KB of registers. Blocks, ceil(h / units) * row tiles *
@@ -44,11 +44,9 @@ constexpr int64_t kGridExchangeBytes = 256 << 10;
 
 // The cluster tier: blocks of a cluster, at most. More than 8 have to be asked for (device_cuda.cuh).
 constexpr int kClusterBlocks = 16;
-// Clusters that hold a group's weights between them, at most. An H200 has room for 7 of 16 blocks at once.
-constexpr int kClusters = 4;
-// Fragments that a warp of a single cluster keeps in registers.
+// Fragments that a warp keeps in registers there: 128 of 255.
 constexpr int kClusterFragments = 32;
-// FFMA there: groups of 4 weights that a lane keeps in registers, 96 of 255.
+// FFMA: groups of 4 weights that a lane keeps in registers, 96 of 255.
 constexpr int kClusterQuads = 24;
 // Bytes that an mbarrier can count.
 constexpr int64_t kClusterBytes = (1 << 20) - 1;
@@ -60,9 +58,8 @@ constexpr FASTRNN_HD int grid_min(int a, int b) { return a < b ? a : b; }
 struct GridShape {
   int32_t gates, hidden, batch, units, rows, threads;
   bool backward, mma, half;
-  bool flags;        // what goes through L2 are results beside flags, not words that carry tags; exchange.cuh
-  int32_t clusters;  // that share a tile of rows, whose blocks push results to each other; cluster.cuh. 0: grid tier
-  int32_t first_tile = 0;  // of rows, in this launch
+  bool flags;    // blocks exchange results beside flags, not in words that carry tags; exchange.cuh
+  bool cluster;  // the blocks of a tile of rows are a cluster and push results to each other; cluster.cuh
 
   // K: what the product sums over. Forward the units of state 0, backward the gate gradients of all units.
   // M: what a block computes of it. Forward all gates of its units, backward its units' gradient of state 0.
@@ -73,24 +70,12 @@ struct GridShape {
   // Units whose columns of M fill a warp: the most of a block in the grid tier. A cluster's blocks have several such
   // tiles of units, the last of which may be narrower, and whole groups of the words that are pushed at a time.
   constexpr FASTRNN_HD int most_units() const {
-    return mma ? 16 : backward ? 8 : clusters ? 32 / gates / 4 * 4 : 32 / gates;
+    return mma ? 16 : backward ? 8 : cluster ? 32 / gates / 4 * 4 : 32 / gates;
   }
-  constexpr FASTRNN_HD int tile_units() const { return clusters ? grid_min(units, most_units()) : units; }
-  constexpr FASTRNN_HD int unit_tiles() const { return clusters ? ceil_div(units, most_units()) : 1; }
-  constexpr FASTRNN_HD int unit_step() const { return clusters ? (mma ? 16 : 4) : values(); }
+  constexpr FASTRNN_HD int tile_units() const { return cluster ? grid_min(units, most_units()) : units; }
+  constexpr FASTRNN_HD int unit_tiles() const { return cluster ? ceil_div(units, most_units()) : 1; }
+  constexpr FASTRNN_HD int unit_step() const { return cluster ? (mma ? 16 : 4) : values(); }
   constexpr FASTRNN_HD int unit_blocks() const { return ceil_div(hidden, units); }
-  // Several clusters have as many blocks each, with whole tiles of K: the last ones may have no unit.
-  constexpr FASTRNN_HD int cluster_blocks() const {
-    if (clusters <= 1) return unit_blocks();
-    return round_up(ceil_div(unit_blocks(), clusters), k_tile() / grid_min(units & -units, k_tile()));
-  }
-  constexpr FASTRNN_HD int blocks() const { return grid_max(clusters, 1) * cluster_blocks(); }  // of a tile of rows
-  // One of the clusters by itself, with units that are not where it has such blocks: what is pushed within it.
-  constexpr FASTRNN_HD GridShape pushed() const {
-    GridShape s = *this;
-    if (clusters > 1) s.hidden = cluster_blocks() * units, s.clusters = 1;
-    return s;
-  }
   constexpr FASTRNN_HD int row_tiles() const { return ceil_div(batch, rows); }
   constexpr FASTRNN_HD int words_per_row() const { return ceil_div(units, values()); }
 
@@ -104,18 +89,8 @@ struct GridShape {
   // K in tiles, each gate padded to whole ones; a warp has at most k_tiles_of_warp, mma's first few in registers.
   constexpr FASTRNN_HD int k_tile() const { return mma ? 8 * values() : 32; }
   constexpr FASTRNN_HD int k_tiles() const { return ceil_div(hidden, k_tile()) * gates_in_k(); }
-  constexpr FASTRNN_HD int k_tiles_of_warp() const {
-    if (clusters <= 1) return ceil_div(k_tiles(), warp_parts());
-    const int own = pushed().k_tiles(), own_of_last = k_tiles() - (clusters - 1) * own;
-    return grid_max(k_tiles_beside(own), k_tiles_beside(own_of_last));
-  }
-  // Where so many are its own cluster's: a warp has its part of these and of the others.
-  constexpr FASTRNN_HD int k_tiles_beside(int own) const {
-    return ceil_div(own, warp_parts()) + ceil_div(k_tiles() - own, warp_parts());
-  }
-  constexpr FASTRNN_HD int held_tiles() const {
-    return (clusters == 1 ? kClusterFragments : kGridFragments) / gates_in_m();
-  }
+  constexpr FASTRNN_HD int k_tiles_of_warp() const { return ceil_div(k_tiles(), warp_parts()); }
+  constexpr FASTRNN_HD int held_tiles() const { return (cluster ? kClusterFragments : kGridFragments) / gates_in_m(); }
   constexpr FASTRNN_HD int padded_rows() const { return round_up(rows, 8); }
 
   // One of the two buffers of one (group, row tile), in words: 64 bits with their tags, 32 beside flags.
@@ -134,18 +109,18 @@ struct GridShape {
     return tile / gates_in_k() * k_tile() + k * values();
   }
   constexpr FASTRNN_HD int64_t all_words(int64_t groups) const {
-    return clusters == 1 ? 0 : groups * row_tiles() * 2 * words();
+    return cluster ? 0 : groups * row_tiles() * 2 * words();
   }
   // A flag for each warp of a block that owns results.
   constexpr FASTRNN_HD int owner_warps() const { return ceil_div(rows * words_per_row(), 32); }
-  constexpr FASTRNN_HD int flags_of_tile() const { return blocks() * owner_warps(); }
+  constexpr FASTRNN_HD int flags_of_tile() const { return unit_blocks() * owner_warps(); }
   constexpr FASTRNN_HD int64_t all_flags(int64_t groups) const {
     return flags ? groups * row_tiles() * flags_of_tile() : 0;
   }
   constexpr FASTRNN_HD int64_t exchange_bytes(int64_t groups) const {
     return round_up(all_words(groups) * word_bytes() + all_flags(groups) * 4, int64_t(16));
   }
-  // Of one cluster: units whose results its blocks push, of the padded K, and the bytes of a step's that reach each.
+  // Units whose results a cluster's blocks push, of the padded K; and the bytes of a step's that arrive in each.
   constexpr FASTRNN_HD int pushed_units() const {
     return grid_min(unit_blocks() * units, ceil_div(hidden, k_tile()) * k_tile());
   }
@@ -164,22 +139,20 @@ struct GridShape {
   }
   constexpr FASTRNN_HD int64_t packed_quads() const { return unit_tiles() * tile_quads(); }
   constexpr FASTRNN_HD int64_t weight_quads() const {
-    if (!mma && clusters) return int64_t(threads) * grid_max(0, k_tiles_of_warp() * columns() / 4 - kClusterQuads);
+    if (!mma && cluster) return int64_t(threads) * grid_max(0, k_tiles_of_warp() * columns() / 4 - kClusterQuads);
     if (!mma) return packed_quads();
     return int64_t(warps()) * grid_max(0, k_tiles_of_warp() - held_tiles()) * gates_in_m() * 32;
   }
   // Other pieces of shared memory, in elements.
-  constexpr FASTRNN_HD int64_t staged_floats() const {
-    return mma || clusters == 1 ? 0 : int64_t(warps()) * (clusters ? 4 : 8) * kGridStage;
-  }
+  constexpr FASTRNN_HD int64_t staged_floats() const { return mma || cluster ? 0 : int64_t(warps()) * 8 * kGridStage; }
   constexpr FASTRNN_HD int64_t sums_floats() const {
     return int64_t(parts()) * unit_tiles() * padded_rows() * sums_stride();
   }
-  constexpr FASTRNN_HD int64_t pushed_words() const { return clusters ? pushed().words() : 0; }  // one of two buffers
-  constexpr FASTRNN_HD int barriers() const { return clusters ? 2 : 0; }
+  constexpr FASTRNN_HD int64_t pushed_words() const { return cluster ? words() : 0; }  // one of the two buffers
+  constexpr FASTRNN_HD int barriers() const { return cluster ? 2 : 0; }
   constexpr FASTRNN_HD int64_t shared_bytes() const {
     return 16 * weight_quads() + 4 * staged_floats() + 8 * sums_floats() + 8 * pushed_words() + 8 * barriers() +
-           4 * (2 * rows + round_up(batch, 4)) + (clusters ? 8 : 5) * 16;
+           4 * (2 * rows + round_up(batch, 4)) + (cluster ? 8 : 5) * 16;
   }
 
   // Can a kernel run it at all, whatever the device?
@@ -187,10 +160,8 @@ struct GridShape {
     return hidden > 0 && hidden <= kGridHidden && batch > 0 && batch <= kGridBatch && units > 0 &&
            units % unit_step() == 0 && rows > 0 && threads > 0 && threads % 32 == 0 &&
            threads <= kGridThreads && rows * words_per_row() <= threads &&
-           (clusters ? clusters <= kClusters && cluster_blocks() <= kClusterBlocks && warps() % unit_tiles() == 0 &&
-                           pushed().pushed_bytes() <= kClusterBytes &&
-                           (clusters == 1 || (clusters - 1) * pushed().hidden < hidden)
-                     : units <= most_units());
+           (cluster ? unit_blocks() <= kClusterBlocks && warps() % unit_tiles() == 0 && pushed_bytes() <= kClusterBytes
+                    : units <= most_units());
   }
 };
 
@@ -209,38 +180,33 @@ constexpr bool grid_fit(GridShape& s, int64_t groups, int multiprocessors, int64
   return s.rows <= kGridRows && s.valid() && s.shared_bytes() <= shared_per_block;
 }
 
-// The same for clusters: one for a tile of rows if that holds the weights, or else the fewest that do. In each the
-// fewest blocks whose registers hold all weights, or else as many as there may be, with the rest of them in shared
-// memory. Tiles do not wait for each other, so there may be more than fit at once; rows are as few as let all run at
-// once, if any do, on seven of eight multiprocessors: a cluster has to find its own within one part of the device, and
-// those that are left over there have no use.
+// The same for a cluster: the fewest blocks whose registers hold all weights, or else as many as there may be, with the
+// rest of them in shared memory. Clusters do not wait for each other, so there may be more than fit at once; rows are
+// as few as let all run at once, if any do, on seven of eight multiprocessors: a cluster has to find its own within one
+// part of the device, and those that are left over there have no use.
 constexpr bool cluster_fit(GridShape& s, int64_t groups, int multiprocessors, int64_t shared_per_block) {
   if (s.batch < 1 || s.hidden < 1) return false;
   const int step = s.mma ? 8 : 4;
   GridShape best = s;
   bool found = false;
-  for (int clusters = 1; clusters <= kClusters && !found; ++clusters)
-    for (int blocks = 1; blocks <= kClusterBlocks; ++blocks) {
-      GridShape x = s;
-      x.clusters = clusters;
-      x.flags = clusters > 1;
-      x.units = round_up(ceil_div(s.hidden, clusters * blocks), x.unit_step());
-      if (x.cluster_blocks() != blocks || x.unit_tiles() > kGridThreads / 32) continue;
-      x.threads = kGridThreads / 32 / x.unit_tiles() * x.unit_tiles() * 32;
-      int most = grid_min(kGridRows, x.threads / x.words_per_row());
-      if (most >= step) most = most / step * step;
-      if (most < grid_min(x.batch, step)) continue;
-      const int64_t free = int64_t(multiprocessors) * 7 / 8 / (x.blocks() * groups);
-      if (clusters > 1 && int64_t(multiprocessors) * 7 / 8 < x.blocks()) continue;  // they wait for each other
-      const int tiles = free < 1 ? 1 : free < x.batch ? int(free) : x.batch;
-      const int rows = ceil_div(x.batch, tiles);
-      x.rows = grid_min(most, rows <= 2 && !x.mma ? rows : round_up(rows, step));  // FFMA has products of 1 and 2 rows
-      while (x.rows > step && x.shared_bytes() > shared_per_block) x.rows -= step;
-      if (!x.valid() || x.shared_bytes() > shared_per_block) continue;
-      best = x;
-      found = true;
-      if (x.weight_quads() == 0) break;
-    }
+  for (int blocks = 1; blocks <= kClusterBlocks; ++blocks) {
+    GridShape x = s;
+    x.units = round_up(ceil_div(s.hidden, blocks), x.unit_step());
+    if (x.unit_blocks() != blocks || x.unit_tiles() > kGridThreads / 32) continue;
+    x.threads = kGridThreads / 32 / x.unit_tiles() * x.unit_tiles() * 32;
+    int most = grid_min(kGridRows, x.threads / x.words_per_row());
+    if (most >= step) most = most / step * step;
+    if (most < grid_min(x.batch, step)) continue;
+    const int64_t free = int64_t(multiprocessors) * 7 / 8 / (blocks * groups);
+    const int tiles = free < 1 ? 1 : free < x.batch ? int(free) : x.batch;
+    const int rows = ceil_div(x.batch, tiles);
+    x.rows = grid_min(most, rows <= 2 && !x.mma ? rows : round_up(rows, step));  // FFMA has products of 1 and 2 rows
+    while (x.rows > step && x.shared_bytes() > shared_per_block) x.rows -= step;
+    if (!x.valid() || x.shared_bytes() > shared_per_block) continue;
+    best = x;
+    found = true;
+    if (x.weight_quads() == 0) break;
+  }
   s = best;
   return found;
 }

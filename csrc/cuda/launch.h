@@ -25,7 +25,7 @@ struct Choice {
   Tier tier;
   int32_t rows;     // batch rows of a block's tile
   int32_t units;    // grid, cluster: hidden units of a block; else 0
-  int32_t variant;  // the tier's own number (grid.cuh), 0 where it has none
+  int32_t variant;  // grid: how blocks exchange results (grid.cuh); else 0
   bool tf32;        // float32 products rounded to tf32 (only where the caller allows it)
   int64_t blocks;   // of the whole launch
   int32_t threads;  // of a block
@@ -46,9 +46,8 @@ bool choose_from(Tier tier, const ForwardParams& params, bool backward, const De
 // nothing for the next. 0 for kStep, whose buffers are StepBuffers.
 int64_t workspace_bytes(const ForwardParams& params, const Choice& choice, bool backward);
 
-// The whole recurrence in one launch: one for every kGroupsPerLaunch groups, and where several clusters share a tile of
-// rows, for as many tiles as the device has room for at once. cudaErrorInvalidValue where the choice cannot run these
-// params, kStep included.
+// The whole recurrence in one launch (one for every kGroupsPerLaunch groups). cudaErrorInvalidValue where the
+// choice cannot run these params, kStep included.
 int recurrent_forward(const ForwardParams& params, const Choice& choice, void* workspace, void* stream);
 int recurrent_backward(const BackwardParams& params, const Choice& choice, void* workspace, void* stream);
 

@@ -187,24 +187,6 @@ def test_every_size(cell, dtype, sizes):
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell not in PER_STEP])
-def test_several_clusters_for_a_tile_of_rows(cell, dtype, monkeypatch):
-    """Of the cluster tier, where one does not hold the weights. The last sizes are more tiles than run at once."""
-    if torch.cuda.get_device_capability()[0] not in (9, 10):
-        pytest.skip("the cluster tier is for compute capability 9.0 and 10.x")
-    monkeypatch.setenv("FASTRNN_CUDA_TIER", "cluster")
-    h = 1050 if cell.startswith("rnn") else 790
-    sizes = ((7, 1, 1, "", ""), (5, 17, 1, "rows", "state"), (4, 70, 3, "groups", "groups"))
-    for seed, (T, B, P, lengths, resets) in enumerate(sizes):
-        case = Case(cell, T, B, P, h, 0, lengths, resets, "alternate", dtype)
-        assert plan(case, tier="cluster")["variant"] > 1
-        check(case, seed)
-        first, again = run(case, seed), run(case, seed)
-        assert all(torch.equal(a, b) for a, b in zip((*first[0], *first[1]), (*again[0], *again[1]), strict=True))
-
-
-@needs_gpu
 def test_every_tier_is_reached():
     """By the sizes above, in both passes, on a GPU that has the room."""
     reached = Counter()

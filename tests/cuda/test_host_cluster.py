@@ -1,6 +1,5 @@
 """What the cluster tier of the CUDA recurrence has to itself, run by the host build: pushes between shared memories,
-tiles of units, several clusters for a tile of rows, its choice. What it shares with other tiers is tested in
-test_host.py.
+tiles of units, its choice. What it shares with other tiers is tested in test_host.py.
 """
 
 import ctypes
@@ -13,28 +12,23 @@ from tests.cuda.test_host import (
     ADDRESSES,
     CELLS,
     DTYPES,
-    LENGTHS,
-    RESETS,
-    REVERSE,
     SIZES,
     TIERS,
     Cuda,
     Problem,
-    check_backward,
     cluster_tile,
     forward_call,
     run_backward,
     run_forward,
 )
 from tests.hostbuild.build import HERE, OUT, ROOT, build
-from tests.kernels.test_kernels import PER_STEP, Case
+from tests.kernels.test_kernels import Case
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = {"float32": (F32, False), "tf32": (F32, True), "bfloat16": (BF16, False), "float16": (F16, False)}
 CLUSTER = list(TIERS).index("cluster")
-TOO_LARGE = 720  # cudaErrorCooperativeLaunchTooLarge
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +38,7 @@ def cuda():
 
 
 class Tiles:
-    """The cluster tier with these tiles alone: (units, rows, tf32, threads at most, clusters where they are several),
-    the same in both passes."""
+    """The cluster tier with these tiles alone: (units, rows, tf32, threads at most), the same in both passes."""
 
     def __init__(self, *tiles):
         self.mine = tiles
@@ -139,137 +132,6 @@ def test_without_masks_is_the_same(cuda, kind):
     assert all(torch.equal(a, b) for a, b in zip(plain, run_backward(cuda, tier, back, masked), strict=True))
 
 
-# ---- several clusters for a tile of rows ----
-
-
-def split(kind, clusters, blocks, last):
-    """(hidden size, units of a block): so many clusters of so many blocks each, the last with `last` units."""
-    units = 16 if kind != "float32" else 32 // blocks if 32 % blocks == 0 else 32
-    return (clusters - 1) * blocks * units + last, units
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu"])
-def test_every_schedule_of_several_clusters(cuda, cell, kind):
-    """Two clusters of two blocks, the last of which has no units, two tiles of rows: as above."""
-    dtype, tf32 = KINDS[kind]
-    h, units = split(kind, 2, 2, 3)
-    case = Case(cell, 5, 3, 1, h, 0, "rows", "state", dtype=dtype)
-    tier, problem = Tiles((units, 2, tf32, 64, 2)), Problem(case)
-    cuda.schedule(0, seed=1)
-    problem.check(cuda, tier)
-    for backward in (False, True):
-        (tile,), results = tier.tiles(case, backward), []
-        for _ in cuda.schedules(seed=2, count=8):
-            results.append(problem.run(cuda, tier, tile, backward))
-        for _ in cuda.starve_each(seed=3, blocks=8, warps=16):
-            results.append(problem.run(cuda, tier, tile, backward))
-        assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("clusters", "blocks", "last"), [
-    (2, 1, 1), (2, 2, 17), (2, 4, 9), (3, 1, 16), (3, 2, 5), (4, 1, 7), (4, 2, 19), (3, 4, 27),
-])  # fmt: skip
-def test_numbers_of_clusters(cuda, kind, clusters, blocks, last):
-    """Tiles of K before a warp's own cluster's, behind them and on both sides; clusters that are not full."""
-    dtype, tf32 = KINDS[kind]
-    h, units = split(kind, clusters, blocks, last)
-    for threads in (32, 128):
-        case = Case("gru", 3, 3, 1 + (clusters * blocks < 5), h, 0, "groups", "groups", "alternate", dtype)
-        cuda.schedule((blocks + clusters) % 8, seed=blocks, races=blocks * clusters < 9)
-        Problem(case, blocks).check(cuda, Tiles((units, 3, tf32, threads, clusters)))
-
-
-@pytest.mark.parametrize("resets", RESETS)
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("cell", [c for c in CELLS if c not in PER_STEP])
-def test_lengths_and_resets_of_several_clusters(cuda, cell, lengths, resets):
-    reverse = REVERSE[(CELLS.index(cell) + LENGTHS.index(lengths) + RESETS.index(resets)) % 3]
-    for seed, (kind, h) in enumerate({"bfloat16": 21, "tf32": 23, "float32": 37}.items()):
-        dtype, tf32 = KINDS[kind]
-        cuda.schedule(seed + 2, seed=9, races=kind != "float32")
-        case = Case(cell, 4, 5, 2, h, 0, lengths, resets, reverse, dtype)
-        Problem(case, seed).check(cuda, Tiles((32 if kind == "float32" else 16, 3, tf32, 64, 2)))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
-def test_tiles_and_weights_of_several_clusters(cuda, cell, kind):
-    """Blocks of several tiles of units, more than 8 rows, and weights in shared memory of either kind of tile of K."""
-    dtype, tf32 = KINDS[kind]
-    cuda.schedule(3, seed=7, races=False)
-    for h, clusters, threads in ((81, 2, 256), (129, 3, 64), (161, 3, 32)):
-        units = 32 if h < 160 or kind == "float32" else 16 if cell != "rnn_tanh" else 64
-        case = Case(cell, 3, 9, 1, h, 0, "rows", "zeros", dtype=dtype)
-        Problem(case, h).check(cuda, Tiles((units, 9, tf32, threads, clusters)))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_absent_arguments_of_several_clusters(cuda, kind):
-    """No bias; the initial state's gradient not wanted."""
-    dtype, tf32 = KINDS[kind]
-    h, units = split(kind, 2, 1, 5)
-    cuda.schedule(5, 1)
-    case = Case("lstm", 4, 3, 2, h, 0, "rows", "state", "alternate", dtype)
-    problem, tier = Problem(case, edit=lambda a: a.update(bias_hh=None)), Tiles((units, 2, tf32, 64, 2))
-    problem.check(cuda, tier)
-    (tile,) = tier.tiles(case, True)
-    back = [*problem.back, False]
-    check_backward(run_backward(cuda, tier, tile, back), back, tile, case)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_more_tiles_than_fit(cuda, kind):
-    """They run in several launches, by tiles and by groups; where not even one tile fits there is an error."""
-    dtype, tf32 = KINDS[kind]
-    h, units = split(kind, 2, 1, 5)
-    case = Case("lstm", 3, 7, 3, h, 0, "groups", "groups", "alternate", dtype)
-    problem, tier = Problem(case), Tiles((units, 2, tf32, 64, 2))
-    cuda.schedule(1, seed=2, races=False)
-    try:
-        for active in (2, 3, 7, 8, 17):
-            cuda.device(active_clusters=active)
-            problem.check(cuda, tier)
-        cuda.device(active_clusters=1)
-        cuda.reset()
-        call, (tile,) = forward_call(cuda, problem.arguments), tier.tiles(case, False)
-        with pytest.raises(AssertionError, match=str(TOO_LARGE)):
-            tier.run(call, False, tile)
-        assert cuda.unwritten(call.places["output"], call.results["output"].nbytes) == call.results["output"].nbytes
-    finally:
-        cuda.device()
-
-
-@pytest.mark.parametrize("change", [
-    {"clusters": 5, "units": 16, "h": 80}, {"units": 20}, {"clusters": 3, "h": 64}, {"h": 32}, {"rows": 33},
-    {"h": 1025},
-], ids=str)  # fmt: skip
-def test_refused_splits(cuda, change):
-    """No more than 4 clusters of 16 blocks, each with units of its own."""
-    tile = {"units": 32, "rows": 8, "clusters": 2, "h": 40} | change
-    cuda.reset()
-    call = forward_call(cuda, Case("lstm", 2, 40, 1, tile["h"], dtype=F32).arguments())
-    choice = (ctypes.c_int64 * 8)(CLUSTER, tile["rows"], tile["units"], tile["clusters"], 0, 0, 256, 0)
-    assert cuda.library.cuda_forward(call.sizes, call.addresses, choice, None) == 1
-    assert cuda.library.cuda_backward(call.sizes, call.addresses, choice, None) == 1
-
-
-@pytest.mark.parametrize(("cell", "kind", "h", "clusters"), [("lstm", "bfloat16", 688, 2), ("gru", "tf32", 528, 2)])
-def test_beyond_one_cluster(cuda, cell, kind, h, clusters):
-    """What the choice gives a call that one cluster does not hold."""
-    dtype, tf32 = KINDS[kind]
-    cuda.schedule(0, seed=1, races=False)
-
-    class Chosen(Tiles):
-        def tiles(self, case, backward):
-            units, rows, threads, blocks, variant = choice_of(cuda, cell, kind, case.B, h, 1, backward)
-            assert variant == clusters and blocks > 16
-            return [(CLUSTER, rows, units, variant, tf32, 0, threads, 0)]
-
-    Problem(Case(cell, 2, 2, 1, h, 0, "rows", "", dtype=dtype)).check(cuda, Chosen())
-
-
 @pytest.mark.parametrize("change", [
     {"units": 0}, {"units": 6}, {"units": 8, "dtype": BF16}, {"units": 24, "tf32": True}, {"rows": 0}, {"rows": 33},
     {"threads": 0}, {"threads": 48}, {"threads": 288}, {"h": 65}, {"units": 48, "threads": 64, "h": 48, "dtype": BF16},
@@ -287,7 +149,7 @@ def test_refused_tiles(cuda, change):
 
 
 def choice_of(cuda, cell, kind, B, h, P, backward, multiprocessors=132, capability=90):
-    """units, rows, threads, blocks, clusters: 0 for one."""
+    """units, rows, threads, blocks; None: not for this tier."""
     dtype, tf32 = KINDS[kind]
     cuda.reset()
     numbers = [8, B, P, h, h, CELLS.index(cell), DTYPES.index(dtype), *[0] * 10]
@@ -298,21 +160,21 @@ def choice_of(cuda, cell, kind, B, h, P, backward, multiprocessors=132, capabili
     tier, rows, units, variant, said_tf32, blocks, threads, shared = choice
     if not taken:
         return None
-    assert (tier, said_tf32) == (CLUSTER, tf32) and shared <= 232448 and variant in (0, 2, 3, 4)
-    return units, rows, threads, blocks, variant
+    assert (tier, said_tf32) == (CLUSTER, tf32) and shared <= 232448 and variant == 0
+    return units, rows, threads, blocks
 
 
-# (cell, kind, B, h, P) -> units, rows, threads, blocks, clusters; forward and backward; None: not for this tier
+# (cell, kind, B, h, P) -> choice_of, forward and backward
 CHOICES = [
-    (("lstm", "bfloat16", 16, 256, 1), (32, 8, 256, 16, 0), (32, 8, 256, 16, 0)),
-    (("lstm", "bfloat16", 16, 512, 1), (32, 8, 256, 32, 0), (32, 8, 256, 32, 0)),
-    (("lstm", "bfloat16", 128, 512, 1), (32, 16, 256, 128, 0), (32, 16, 256, 128, 0)),
-    (("gru", "float16", 16, 768, 1), (48, 8, 192, 32, 0), (48, 8, 192, 32, 0)),
-    (("lstm", "float32", 16, 64, 1), (64, 1, 256, 16, 0), (64, 1, 256, 16, 0)),
-    (("lstm", "float32", 32, 128, 1), (32, 4, 256, 32, 0), (32, 4, 256, 32, 0)),
-    (("gru", "float32", 16, 128, 1), (32, 1, 256, 64, 0), (64, 1, 256, 32, 0)),
-    (("lstm", "float32", 16, 256, 1), (16, 4, 256, 64, 0), (16, 4, 256, 64, 0)),
-    (("rnn_tanh", "float32", 1, 33, 2), (36, 1, 256, 2, 0), (36, 1, 160, 2, 0)),
+    (("lstm", "bfloat16", 16, 256, 1), (32, 8, 256, 16), (32, 8, 256, 16)),
+    (("lstm", "bfloat16", 16, 512, 1), (32, 8, 256, 32), (32, 8, 256, 32)),
+    (("lstm", "bfloat16", 128, 512, 1), (32, 16, 256, 128), (32, 16, 256, 128)),
+    (("gru", "float16", 16, 768, 1), (48, 8, 192, 32), (48, 8, 192, 32)),
+    (("lstm", "float32", 16, 64, 1), (64, 1, 256, 16), (64, 1, 256, 16)),
+    (("lstm", "float32", 32, 128, 1), (32, 4, 256, 32), (32, 4, 256, 32)),
+    (("gru", "float32", 16, 128, 1), (32, 1, 256, 64), (64, 1, 256, 32)),
+    (("lstm", "float32", 16, 256, 1), (16, 4, 256, 64), (16, 4, 256, 64)),
+    (("rnn_tanh", "float32", 1, 33, 2), (36, 1, 256, 2), (36, 1, 160, 2)),
     (("lstm", "float32", 4, 2048, 1), None, None),
 ]
 
@@ -336,7 +198,7 @@ def test_every_choice_can_run(cuda):
             tier = Tiles()
             tier.tiles = lambda case, backward, kind=kind: [
                 (CLUSTER, rows, units, 0, 0, 0, threads, 0)
-                for units, rows, threads, *_ in [choice_of(cuda, case.cell, kind, case.B, case.h, 1, backward)]
+                for units, rows, threads, _ in [choice_of(cuda, case.cell, kind, case.B, case.h, 1, backward)]
             ]
             cuda.schedule(i, seed=i, races=False)
             Problem(case, i).check(cuda, tier)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.accuracy import errors
-from tests.cuda.test_host import ALL, Cuda, backward_call, forward_call, same_problem
+from tests.cuda.test_host import TIERS, Cuda, backward_call, forward_call, same_problem
 from tests.hostbuild.build import HERE, OUT, ROOT, build, replace_text
 from tests.kernels.test_kernels import Case
 
@@ -44,10 +44,6 @@ def cluster(*rest, launches=1):
     return Fault("cluster", *rest, launches)
 
 
-def clusters(*rest, launches=1):
-    return Fault("clusters", *rest, launches)
-
-
 def resident(*rest):
     return Fault("resident", *rest)
 
@@ -66,9 +62,8 @@ GATES_OF_TWO = "there ? gates[g * p.hidden] + 0 * gates[g * p.hidden - (j > 0)] 
 SAVED_OF_TWO = "out[i] = saved[i * p.hidden] + 0 * saved[i * p.hidden - (j > 0)];"
 GRID_BARRIER = "dev::sync_block();\n    const bool own ="
 CLEARED = "tagged_words[i] = s.unit_of_word(int(i % s.words())) < s.hidden ? 0 : kNoUnit;"
-AWAIT = "else exchange.await(k, tag, flags.begin, flags.end - flags.begin);"
-OF_LANE = " + (tiles.own - tiles.first) * kTileWords + lane"
-AWAIT_OTHERS = "exchange.between.await(k, tag, flag.begin, flag.end - flag.begin);"
+AWAIT = "exchange.await(k, tag, flags.begin, flags.end - flags.begin);"
+OF_LANE = " + range.begin * kTileWords + lane"
 BUFFER = "return base + (k & 1 ? even + odd : even);"
 EXPECT = "if (threadIdx.x == 0) dev::mbarrier_arrive_expect(barrier, bytes);"
 BACKWARD_BARRIER = "before, sums);\n    dev::sync_block();"
@@ -90,7 +85,7 @@ FAULTS = {
         "forward", "ffma", "dev::sync_warp();  // before the stage", "// before", "race"),
     "rows_not_sorted": grid("forward", "half", "if (p.lengths) {", "if (false) {", None),
     "tiles_that_are_not_awaited": grid(
-        "forward", "half", "from + t * kTileWords, begin - t, end - t,", "from + t * kTileWords, begin - t, kAtOnce,",
+        "forward", "half", "from + t * kTileWords, tiles - t,", "from + t * kTileWords, kAhead,",
         "deadlock|out of bounds"),
     # words
     "one_word_buffer": grid("forward", "half", BUFFER, "return base + even;", None),
@@ -121,7 +116,7 @@ FAULTS = {
     "tag_of_last_step": grid(
         "backward", "ffma", "uint32_t(steps - k) - 1, before", "uint32_t(steps - k) - 2, before", None),
     "words_of_wrong_buffer": grid(
-        "forward", "half", f"own_words(exchange, k){OF_LANE}", f"own_words(exchange, k + 1){OF_LANE}", "deadlock"),
+        "forward", "half", f"exchange.words(k){OF_LANE}", f"exchange.words(k + 1){OF_LANE}", "deadlock"),
     # flags
     "flags_half": flags("forward", "half", "", "", ""),
     "flags_ffma": flags("forward", "ffma", "", "", ""),
@@ -134,7 +129,8 @@ FAULTS = {
     "flag_seen_by_one_lane": flags(
         "forward", "half", "tag) pause(turn);\n      dev::sync_warp();", "tag) pause(turn);", "race"),
     "flag_not_awaited": flags(
-        "forward", "half", AWAIT, ";", "race"),
+        "forward", "half", f"{AWAIT}\n    const Word* words = exchange.words(k){OF_LANE}",
+        f"const Word* words = exchange.words(k){OF_LANE}", "race"),
     "flag_of_last_block_not_awaited": flags(
         "forward", "ffma", "(last / s.units + 1) * s.owner_warps()", "(last / s.units) * s.owner_warps()", "race"),
     "flag_of_last_warp_not_awaited": flags(
@@ -238,72 +234,6 @@ FAULTS = {
     "masks_left_out": cluster(
         "forward", "half", "p.lengths || p.resets ? f(cell", "false ? f(cell", "race|out of bounds"),
     "cluster_bounded_spins_that_run_out": cluster("forward", "half", "kMostTurns = 0;", "kMostTurns = 1;", ": trap"),
-
-    # several clusters
-    "clusters_half": clusters("forward", "half", "", "", ""),
-    "clusters_ffma": clusters("forward", "ffma", "", "", ""),
-    "clusters_backward_half": clusters("backward", "half", "", "", ""),
-    "clusters_backward_ffma": clusters("backward", "ffma", "", "", ""),
-    "clusters_two_launches": clusters("forward", "half", "", "", "", launches=2),
-    "clusters_phase_of_other_parity": clusters("backward", "half", "(tag - 1) / 2 % 2", "(tag + 1) / 2 % 2", "race"),
-    "clusters_bytes_not_expected": clusters("forward", "ffma", EXPECT, "", "deadlock"),
-    "bytes_of_the_other_cluster": clusters(
-        "forward", "half", "within(workspace, s.pushed(),", "within(workspace, s,", "deadlock|race|out of bounds"),
-    "own_cluster_not_awaited": clusters(
-        "forward", "half", "if constexpr (kSeveral) exchange.within.await(k, tag, 0, 0);", "if constexpr (kSeveral);",
-        "race"),
-    "other_clusters_not_awaited": clusters("forward", "half", f"if (row == 0) {AWAIT_OTHERS}", "", "race"),
-    "other_clusters_not_awaited_ffma": clusters(
-        "backward", "ffma", f"if (side > 0 && row == 0 && begin < end) {AWAIT_OTHERS}", "", "race"),
-    "clusters_behind_not_awaited": clusters(
-        "backward", "half", "side == 0 ? flags : flags_behind;", "flags;", "race"),
-    "clusters_before_not_awaited": clusters(
-        "forward", "ffma", "side == 1 ? flags : flags_behind;", "flags_behind;", "race"),
-    "other_clusters_of_last_step": clusters(
-        "forward", "half", f"if (row == 0) {AWAIT_OTHERS}", f"if (row == 0) {AWAIT_OTHERS}".replace("tag,", "tag - 1,"),
-        "race"),
-    "other_clusters_of_next_step": clusters(
-        "backward", "ffma", f"begin < end) {AWAIT_OTHERS}", f"begin < end) {AWAIT_OTHERS}".replace("tag,", "tag + 1,"),
-        "deadlock"),
-    "flag_between_clusters_relaxed_load": clusters(
-        "forward", "half", "dev::load_acquire(", "dev::load_relaxed(", "race"),
-    "flag_between_clusters_relaxed_store": clusters(
-        "backward", "ffma", "dev::store_release(", "dev::store_relaxed(", "race"),
-    "flag_between_clusters_before_other_lanes": clusters(
-        "forward", "half", "dev::sync_warp();\n    if constexpr (kFlags) {", "if constexpr (kFlags) {", "race"),
-    "flag_between_clusters_seen_by_one_lane": clusters(
-        "forward", "ffma", "tag) pause(turn);\n      dev::sync_warp();", "tag) pause(turn);", "race"),
-    "flag_between_clusters_not_set": clusters("forward", "half", "between.publish(k, tag, wanted);", "", "deadlock"),
-    "flags_between_clusters_of_last_launch": clusters("forward", "half", "results[i] = 0;", ";", "race", launches=2),
-    "results_not_given_to_others": clusters("forward", "half", "between.store(k, tag, gate, value);", "", None),
-    "results_not_given_to_own": clusters("backward", "half", "within.store(k, tag, gate, value);", "", None),
-    "one_buffer_between_clusters": clusters("forward", "half", BUFFER, "return base + even;", "race"),
-    "one_buffer_between_clusters_backward": clusters("backward", "ffma", BUFFER, "return base + even;", "race"),
-    "one_pushed_buffer_of_several": clusters("forward", "ffma", "return k & 1 ? odd : even;", "return even;", "race"),
-    "written_before_others_have_read": clusters(
-        "forward", "half", GRID_BARRIER, GRID_BARRIER.replace("dev::sync_block();", ""), "race|uninitialised"),
-    "written_before_others_have_read_backward": clusters(
-        "backward", "ffma", BACKWARD_BARRIER, "before, sums);", "race|uninitialised"),
-    "block_without_units_reads": clusters(
-        "forward", "half", "if (int(blockIdx.x) * s.units >= s.hidden) return {};", "", "race"),
-    "tiles_before_for_those_behind": clusters(
-        "forward", "ffma", "begin, middle + own, own_end,", "begin, middle, own_end,", "race"),
-    "own_tiles_twice": clusters(
-        "backward", "half", "first < begin ? begin : first < end ? first : end;", "end;", "race"),
-    "first_tile_of_all": clusters(
-        "forward", "half", f"own_words(exchange, k){OF_LANE}", f"own_words(exchange, k){OF_LANE}".replace(
-            " - tiles.first", ""), "out of bounds|race|uninitialised"),
-    "weights_of_own_tiles_alone": clusters(
-        "forward", "half", "(kSeveral ? tiles.in_k(t) - tiles.own : t) * kM", "t * kM", "race|out of bounds|uninit"),
-    "no_warp_barrier_before_next_stage": clusters(
-        "backward", "ffma", "dev::sync_warp();  // before the stage is written again\n      }\n#pragma unroll 1\n",
-        "}\n#pragma unroll 1\n", "race|async"),
-    "no_warp_barrier_after_copies": clusters(
-        "forward", "ffma", "dev::copy_async_wait<0>();\n    dev::sync_warp();", "dev::copy_async_wait<0>();",
-        "race|uninitialised|async"),
-    "copies_not_awaited": clusters("forward", "ffma", "dev::copy_async_wait<0>();", "", "async|in flight|copies"),
-    "clusters_not_all_resident": clusters("forward", "half", "s.clusters != 1, static_cast", "!s.clusters, static_cast",
-                                          "deadlock"),
 
     "resident_ffma": resident("forward", "ffma", "", "", ""),
     "resident_half": resident("forward", "half", "", "", ""),
@@ -430,11 +360,9 @@ FILES = {
     "resident": ("common.cuh", "unit_forward.cuh", "unit_backward.cuh", "resident.cuh", "resident_{}.cu"),
     "step": ("common.cuh", "step.cuh", "unit_{}.cuh", "step_{}.cu"),
 }
-FILES["clusters"] = FILES["cluster"]
 CALLS = {
     "grid": "grid_WHICH(p, unpack_choice(choice), workspace, nullptr)",
     "cluster": "cluster_WHICH(p, unpack_choice(choice), workspace, nullptr)",
-    "clusters": "cluster_WHICH(p, unpack_choice(choice), workspace, nullptr)",
     "resident": "resident_WHICH(p, unpack_choice(choice), nullptr)",
 }
 WHOLE_LAUNCHER = """
@@ -489,17 +417,11 @@ def faulty_source(name):
             text = text[:half] + text[half:mma].replace("if (s.half)", "") + text[end:]
         both = "s.flags ? f(Type<ByFlags>{}, type) : f(Type<ByWords>{}, type)"
         text = once(text, both, "f(Type<ByFlags>{}, type)" if fault.flags else "f(Type<ByWords>{}, type)")
-    elif fault.tier in ("cluster", "clusters"):
-        several = "      if (s.clusters > 1) return f(cell, storage, several, std::true_type{});\n"
-        if fault.tier == "cluster":
-            text = once(text, several, "")
-        else:
-            one = text.index("      return p.lengths || p.resets ?", text.index(several))
-            text = text[:one] + f"      {invalid}\n" + text[text.index(";\n", one) + 2 :]
+    elif fault.tier == "cluster":
         half = text.index("    if (s.half)\n      return with_half(p.dtype")
-        mma = text.index("    if (s.mma)\n      return with_masks", half)
-        ffma = text.index("    constexpr int kColumns = kBackward", mma)
-        end = text.index(";\n", text.index("return with_masks", ffma)) + 2
+        mma = text.index("    if (s.mma) return with_masks", half)
+        ffma = text.index("    return with_masks(Type<float>{}, Type<PushedFfmaProduct", mma)
+        end = text.index(";\n", ffma) + 2
         if fault.product == "ffma":
             text = text[:half] + text[ffma:]
         else:
@@ -546,7 +468,7 @@ def faulty():
 
 def results(faulty, fault, problems, tile):
     """What the last of so many launches gives."""
-    backward, tier = fault.which == "backward", ALL[fault.tier]
+    backward, tier = fault.which == "backward", TIERS[fault.tier]
     faulty.reset()
     workspace = None
     for problem in problems:
@@ -571,11 +493,10 @@ def results(faulty, fault, problems, tile):
 def test_fault_is_noticed(faulty, name, monkeypatch):
     fault = FAULTS[name]
     dtype = torch.float32 if fault.product == "ffma" else torch.bfloat16
-    h = {"cluster": 20, "clusters": 36}.get(fault.tier, 9)  # two blocks, or two clusters of two, the last without units
+    h = 20 if fault.tier == "cluster" else 9  # two blocks either way
     case = Case("lstm", 4, 10, 1, h, 0, "rows", "state", "all", dtype)
     cluster = (3, 5, 12 if fault.product == "ffma" else 16, 0, 0, 0, 64, 0)
     tile = {"grid": (2, 10, 4, int(fault.flags), 0, 0, 64, 0), "step": None, "cluster": cluster,
-            "clusters": (3, 5, 16, 2, 0, 0, 128 if fault.product == "ffma" else 64, 0),
             "resident": (1, 4 if fault.product == "ffma" else 8, *[0] * 6)}[fault.tier]  # fmt: skip
     entry = {"step": "cuda_step"}.get(fault.tier, f"cuda_{fault.which}")
     monkeypatch.setattr(faulty.library, entry, getattr(faulty.library, f"run_{symbol(name)}"))

@@ -54,8 +54,6 @@ def test_a_launch(runtime):
         and calls[-1].endswith(" clusters of 16")
         and calls[0] == "cudaFuncSetAttribute nonportable clusters 1"
     )
-    error, calls = launch(runtime, 32, cluster=16, coresident=True, failing="")
-    assert error == 0 and "clusters of 16" in calls[-1] and "cooperative" in calls[-1]
 
 
 def test_shared_memory_is_allowed_once_and_for_all(runtime):

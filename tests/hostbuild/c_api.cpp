@@ -23,9 +23,9 @@ FASTRNN_EXPORT void emu_schedule(int kind, uint64_t seed, int resident, int race
 FASTRNN_EXPORT void emu_starve(uint64_t seed, int blocks, int warps, int index) {
   emu::schedule = emu::starve_each(seed, blocks, warps).at(size_t(index));
 }
-FASTRNN_EXPORT void emu_device(int coresident_blocks, int active_clusters, int multiprocessors,
-                               int compute_capability, size_t shared_per_block) {
-  emu::device = {coresident_blocks, active_clusters, multiprocessors, compute_capability, shared_per_block};
+FASTRNN_EXPORT void emu_device(int coresident_blocks, int multiprocessors, int compute_capability,
+                               size_t shared_per_block) {
+  emu::device = {coresident_blocks, multiprocessors, compute_capability, shared_per_block};
 }
 
 FASTRNN_EXPORT int emu_finding_count() { return int(emu::findings().size()); }

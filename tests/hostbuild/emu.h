@@ -94,7 +94,6 @@ void push_async(void* dst, const void* v, size_t bytes, uint64_t* bar, unsigned 
 // what the occupancy and attribute queries answer; tests set them
 struct Device {
   int coresident_blocks = 64;
-  int active_clusters = 8;
   int multiprocessors = 16;
   int compute_capability = 90;
   size_t shared_per_block = 232448;
@@ -291,11 +290,6 @@ inline Error device_info(DeviceInfo* info) {
 template <class... P>
 Error max_coresident_blocks(void (*)(P...), unsigned, size_t, int* blocks) {
   *blocks = emu::device.coresident_blocks;
-  return kSuccess;
-}
-template <class... P>
-Error max_active_clusters(void (*)(P...), const Launch&, int* clusters) {
-  *clusters = emu::device.active_clusters;
   return kSuccess;
 }
 

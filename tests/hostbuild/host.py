@@ -93,15 +93,12 @@ class Emulator:
     def device(
         self,
         coresident_blocks=64,
-        active_clusters=8,
         multiprocessors=16,
         compute_capability=90,
         shared_per_block=232448,
     ):
         """What the occupancy and attribute queries of launchers answer."""
-        self.library.emu_device(
-            coresident_blocks, active_clusters, multiprocessors, compute_capability, shared_per_block
-        )
+        self.library.emu_device(coresident_blocks, multiprocessors, compute_capability, shared_per_block)
 
     # results
 

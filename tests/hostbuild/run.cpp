@@ -37,8 +37,6 @@ int check_shape(const Config& c) {
   // what the real launch answers too: the launcher's to handle, not a finding
   if (c.coresident && int(blocks) > std::min(device.coresident_blocks, kMaxResident))
     return dev::kCooperativeLaunchTooLarge;
-  if (c.coresident && c.cluster > 1 && int(blocks / c.cluster) > device.active_clusters)
-    return dev::kCooperativeLaunchTooLarge;
   return dev::kSuccess;
 }
 
