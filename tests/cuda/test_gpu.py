@@ -155,9 +155,12 @@ def test_odd_sizes_on_every_tier(cell, projected, dtype, tier):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_no_steps_and_no_rows_on_every_tier(cell, tier):
+    """Without rows no tier is asked, so there every cell runs on each of them."""
     for T, B in [(0, 3), (4, 0), (0, 0)]:
         for dtype in (torch.float32, torch.bfloat16):
-            check(Case(cell, T, B, 2, 5, 0, "rows", "state", dtype=dtype))
+            case = Case(cell, T, B, 2, 5, 0, "rows", "state", dtype=dtype)
+            if B == 0 or can_run(case, tier):
+                check(case)
 
 
 @needs_gpu
