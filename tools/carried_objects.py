@@ -40,7 +40,8 @@ def sources() -> list[Path]:
 
 def digest() -> str:
     """Of all that the objects are made of."""
-    headers = [path for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".cuh", ".inc") and path.parent.name != "torch"]
+    found_in = (path for path in ROOT.glob("csrc/**/*") if path.parent.name != "torch")
+    headers = [path for path in found_in if path.suffix in (".h", ".cuh", ".inc")]
     found = hashlib.sha256()
     for path in sorted([*headers, *sources()]):
         found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

@@ -1,6 +1,6 @@
 """Makes the table of tiers of what a GPU has measured: tiers.json, as benchmarks/gpu_check.sh writes it, to C++.
 
-    python tools/tiers.py out/gpu/tiers.json                                      # what the times say, and what they gain
+    python tools/tiers.py out/gpu/tiers.json        # what the times say, and what they gain
     python tools/tiers.py out/gpu/tiers.json --write csrc/cuda/measured_tiers.inc
 
 An entry is for calls with at most its B and h; of those that hold for a call the first counts, which is the smallest. A
@@ -84,8 +84,8 @@ def choose(us: dict[str, float], before: str) -> str:
 
 
 def entries(rows: Iterable[dict[str, Any]]) -> list[Entry]:
-    """Of every kind of call by rising B, then h. Neighbours with one tier are one entry, and batches that agree. float16
-    takes the tiers of bfloat16."""
+    """Of every kind of call by rising B, then h. Neighbours with one tier are one entry, and batches that agree.
+    float16 takes the tiers of bfloat16."""
     measured: dict[tuple[str, str, bool], dict[tuple[int, int], dict[str, float]]] = defaultdict(
         lambda: defaultdict(dict)
     )

@@ -1,9 +1,9 @@
 """Times every tier by itself, whatever the table says: `python -m benchmarks.gpu.tiers --out tiers.json --budget 40`.
 
 For each cell, dtype (tf32: float32 whose products may be rounded), hidden size and batch: microseconds a step of the
-recurrence's op alone, forward and backward,
-eager, with the tier forced by FASTRNN_CUDA_TIER, as the shortest of several calls between CUDA events. tools/tiers.py
-makes the table of it. What the time does not suffice for is left out, the last sizes first.
+recurrence's op alone, forward and backward, eager, with the tier forced by FASTRNN_CUDA_TIER, as the shortest of several
+calls between CUDA events. tools/tiers.py makes the table of it. What the time does not suffice for is left out, the last
+sizes first.
 """
 
 from __future__ import annotations
