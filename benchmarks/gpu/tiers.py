@@ -1,9 +1,9 @@
 """Times every tier by itself, whatever the table says: `python -m benchmarks.gpu.tiers --out tiers.json --budget 40`.
 
 For each cell, dtype (tf32: float32 whose products may be rounded), hidden size and batch: microseconds a step of the
-recurrence's op alone, forward and backward, eager, with the tier forced by FASTRNN_CUDA_TIER, as the shortest of several
-calls between CUDA events. tools/tiers.py makes the table of it. What the time does not suffice for is left out, the last
-sizes first.
+recurrence's op alone, forward and backward, eager, with the tier forced by FASTRNN_CUDA_TIER, as the shortest of
+several calls between CUDA events. tools/tiers.py makes the table of it. What the time does not suffice for is left
+out, the last sizes first.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def calls(
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """The recurrence forward and backward, on the same values for every tier."""
     facts = ops.CELLS[cell]
-    options = {"device": device, "dtype": torch.float32 if dtype == "tf32" else getattr(torch, dtype)}
+    options: dict[str, Any] = {"device": device, "dtype": getattr(torch, "float32" if dtype == "tf32" else dtype)}
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
