@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.accuracy import errors
-from tests.cuda.test_host import TIERS, Cuda, backward_call, forward_call, same_problem
+from tests.cuda.test_host import TIERS, Cuda, Problem, backward_call, forward_call, same_problem
 from tests.hostbuild.build import HERE, OUT, ROOT, build, replace_text
 from tests.kernels.test_kernels import Case
 
@@ -30,6 +30,8 @@ class Fault(NamedTuple):
     launches: int = 1  # over one workspace, zeroed before the first
     flags: bool = False  # grid: results beside flags, or words with tags
     in_place: bool = False  # gates, or their gradients, in the memory of saved
+    alone: bool = False  # cluster: of one block
+    infinite: bool = False  # a reset makes the last unit's state infinite, which even weights of 0 do not hide
 
 
 def grid(*rest, launches=1):
@@ -44,6 +46,10 @@ def cluster(*rest, launches=1):
     return Fault("cluster", *rest, launches)
 
 
+def alone(*rest):
+    return Fault("cluster", *rest, alone=True)
+
+
 def resident(*rest):
     return Fault("resident", *rest)
 
@@ -56,6 +62,10 @@ def in_place(tier, *rest):
     return Fault(tier, *rest, in_place=True)
 
 
+def infinite(*rest):
+    return Fault("grid", *rest, infinite=True)
+
+
 # Loads of a unit that read its neighbour, too, and have no use for it.
 GATES, SAVED = "there ? gates[g * p.hidden] :", "out[i] = saved[i * p.hidden];"
 GATES_OF_TWO = "there ? gates[g * p.hidden] + 0 * gates[g * p.hidden - (j > 0)] :"
@@ -65,7 +75,9 @@ CLEARED = "tagged_words[i] = s.unit_of_word(int(i % s.words())) < s.hidden ? 0 :
 AWAIT = "exchange.await(k, tag, flags.begin, flags.end - flags.begin);"
 OF_LANE = " + range.begin * kTileWords + lane"
 BUFFER = "return base + (k & 1 ? even + odd : even);"
-EXPECT = "if (threadIdx.x == 0) dev::mbarrier_arrive_expect(barrier, bytes);"
+EXPECT = "if (arrives) dev::mbarrier_arrive_expect(barrier, bytes);"
+ALONE = "dev::sync_block();\n    } else if (wanted) {"
+IN_PAIRS = "return N == 2 && strides % 2 == 0 &&"
 BACKWARD_BARRIER = "before, sums);\n    dev::sync_block();"
 FAULTS = {
     "grid_ffma": grid("forward", "ffma", "", "", ""),
@@ -164,6 +176,12 @@ FAULTS = {
         "carver.take<uint4>(size_t(s.weight_quads()) - 1)", "out of bounds"),
     "grid_tail_of_weights": grid("forward", "ffma", "unit < s.hidden && x.k_unit < s.hidden;", "unit < s.hidden;",
                                  "out of bounds"),
+    "infinite_half": infinite("forward", "half", "", "", ""),
+    "half_a_word_not_cleared": infinite(
+        "forward", "half", "n < o.units ? next_h<S>(p, o.row, unit(n), out[n].state[0], reset_next) : 0.f;",
+        "next_h<S>(p, o.row, unit(n), out[n].state[0], reset_next);", None),
+    "pairs_of_odd_sizes": grid("forward", "half", IN_PAIRS, "return N == 2 &&", "align|race|out of bounds"),
+    "pairs_of_odd_sizes_backward": grid("backward", "half", IN_PAIRS, "return N == 2 &&", "align|race|out of bounds"),
     "grid_padding_left": grid("forward", "half", "if (n < o.units) pad_forward", "if (false) pad_forward", None),
     "grid_backward_padding_left": grid(
         "backward", "ffma", "if (n < o.units) pad_backward", "if (false) pad_backward", None),
@@ -179,16 +197,15 @@ FAULTS = {
     "phase_of_other_parity": cluster("forward", "half", "(tag - 1) / 2 % 2", "(tag + 1) / 2 % 2", "race"),
     "phase_parity_of_step": cluster("backward", "ffma", "(tag - 1) / 2 % 2", "(tag - 1) % 2", "race|deadlock"),
     "bytes_not_expected": cluster("forward", "half", EXPECT, "", "deadlock"),
-    "bytes_expected_twice": cluster("forward", "half", "if (threadIdx.x == 0) dev::mbarrier_arrive",
-                                    "if (threadIdx.x <= 1) dev::mbarrier_arrive", "arrivals|deadlock"),
+    "bytes_expected_twice": cluster("forward", "half", "arrives = dev::keep(tid == 0 ? 1 : 0);",
+                                    "arrives = dev::keep(tid <= 1 ? 1 : 0);", "arrivals|deadlock"),
     "too_few_bytes_expected": cluster(
         "forward", "half", "bytes(unsigned(s.pushed_bytes()))", "bytes(unsigned(s.pushed_bytes()) - 16)",
         "race|deadlock"),
     "too_many_bytes_expected": cluster(
         "backward", "ffma", "bytes(unsigned(s.pushed_bytes()))", "bytes(unsigned(s.pushed_bytes()) + 16)", "deadlock"),
     "bytes_of_rows_that_do_not_run": cluster(
-        "forward", "half", "if (n < pushes) dev::push", "if (n < pushes && four.x) dev::push",
-        "deadlock"),
+        "forward", "half", "if (n < pushes) push(n);", "if (n < pushes && four.x) push(n);", "deadlock"),
     "phase_not_awaited": cluster("forward", "half", "dev::mbarrier_wait(barrier_of(k), parity);", "", "race"),
     "phase_awaited_by_one_lane": cluster(
         "forward", "half", "dev::mbarrier_wait(barrier_of(k), parity);",
@@ -233,6 +250,16 @@ FAULTS = {
         "sums_odd = carver.take<float>(size_t(s.sums_floats()) / 2);", "out of bounds"),
     "masks_left_out": cluster(
         "forward", "half", "p.lengths || p.resets ? f(cell", "false ? f(cell", "race|out of bounds"),
+    "alone_half": alone("forward", "half", "", "", ""),
+    "alone_ffma": alone("forward", "ffma", "", "", ""),
+    "alone_backward_half": alone("backward", "half", "", "", ""),
+    "alone_backward_ffma": alone("backward", "ffma", "", "", ""),
+    "alone_no_barrier": alone("forward", "half", ALONE, "} else if (wanted) {", "race"),
+    "alone_no_barrier_backward": alone("backward", "ffma", ALONE, "} else if (wanted) {", "race"),
+    "alone_in_wrong_buffer": alone(
+        "forward", "half", "words(k)[first + own + g", "words(k + 1)[first + own + g", None),
+    "alone_in_wrong_buffer_backward": alone(
+        "backward", "ffma", "words(k)[first + own + g", "words(k + 1)[first + own + g", None),
     "cluster_bounded_spins_that_run_out": cluster("forward", "half", "kMostTurns = 0;", "kMostTurns = 1;", ": trap"),
 
     "resident_ffma": resident("forward", "ffma", "", "", ""),
@@ -493,14 +520,15 @@ def results(faulty, fault, problems, tile):
 def test_fault_is_noticed(faulty, name, monkeypatch):
     fault = FAULTS[name]
     dtype = torch.float32 if fault.product == "ffma" else torch.bfloat16
-    h = 20 if fault.tier == "cluster" else 9  # two blocks either way
+    h = 20 if fault.tier == "cluster" and not fault.alone else 9  # several blocks, but for the cluster of one
     case = Case("lstm", 4, 10, 1, h, 0, "rows", "state", "all", dtype)
     cluster = (3, 5, 12 if fault.product == "ffma" else 16, 0, 0, 0, 64, 0)
     tile = {"grid": (2, 10, 4, int(fault.flags), 0, 0, 64, 0), "step": None, "cluster": cluster,
             "resident": (1, 4 if fault.product == "ffma" else 8, *[0] * 6)}[fault.tier]  # fmt: skip
     entry = {"step": "cuda_step"}.get(fault.tier, f"cuda_{fault.which}")
     monkeypatch.setattr(faulty.library, entry, getattr(faulty.library, f"run_{symbol(name)}"))
-    problems = [same_problem(case, seed) for seed in range(2)]
+    edit = (lambda arguments: arguments["reset_h"][:, -1].fill_(torch.inf)) if fault.infinite else None
+    problems = [Problem(case, seed, edit) if edit else same_problem(case, seed) for seed in range(2)]
     if fault.which == "forward":
         truths = [(x.want, x.plain(False)) for x in problems]
     else:
