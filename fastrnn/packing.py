@@ -42,6 +42,8 @@ def on_device(lengths: Tensor, device: torch.device) -> Tensor:
         return lengths.to(device, non_blocking=True)
     values, counts = lengths.unique_consecutive(return_counts=True)
     found = torch.zeros_like(lengths, device=device)
+    if not len(lengths):
+        return found
     torch._foreach_add_(found.split(counts.tolist()), values.tolist())
     return found
 

@@ -33,8 +33,8 @@ FASTRNN_HD V sigmoid(V x) {
   return V(1) / (V(1) + exp(-x));
 }
 #if defined(__CUDA_ARCH__)
-// The same as a division makes it but without its branch, which would have the activations of a unit wait for each other:
-// the hardware's reciprocal and a step of Newton's, except where that would multiply infinity by 0.
+// As a division makes it, but 0 below 2^-126, and without its branch, for which activations of a unit wait for each other:
+// the hardware's reciprocal and a step of Newton's (by fused multiply-adds), but where that would multiply infinity by 0.
 FASTRNN_HD float sigmoid(float x) {
   const float s = 1.0f + exp(-x);
   float y;
@@ -47,7 +47,7 @@ FASTRNN_HD V relu(V x) {
   return where_positive(x, x);
 }
 
-// a b, rounded by itself and no part of a fused multiply-add. So what is made of the same a and b elsewhere cancels it.
+// a b, on a GPU rounded by itself and no part of a fused multiply-add: so what the same product made elsewhere cancels it.
 template <class V>
 FASTRNN_HD V rounded_product(V a, V b) {
   return a * b;

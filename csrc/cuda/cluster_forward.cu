@@ -13,6 +13,13 @@ __global__ void __launch_bounds__(tiles::kGridThreads, 1)
 
 }  // namespace
 
+// Whatever the kernel, one block fills a multiprocessor. 8 is what every device of this kind has.
+int largest_cluster() {
+  int blocks = 0;
+  const auto kernel = cluster_forward_kernel<LSTMCell, dev::bf16, MmaProduct<dev::bf16, 4, 1, ByPushes>, false>;
+  return dev::max_cluster_blocks(kernel, tiles::kGridThreads, &blocks) == dev::kSuccess ? blocks : 8;
+}
+
 static const char* cluster_description(const GridShape& s) {
   return s.half  ? "cluster, mma, results pushed between shared memories"
          : s.mma ? "cluster, TF32 mma, results pushed between shared memories"
@@ -26,7 +33,8 @@ bool cluster_choice(const ForwardParams& p, bool backward, const Device& device,
   const bool half = tiles::is_half(p.dtype), tf32 = allow_tf32 && p.dtype == DType::kFloat32;
   GridShape s{kCells[p.cell].gates, int32_t(p.hidden), int32_t(p.batch), 0, 0, 0, backward, half || tf32, half, false,
               true};
-  if (!tiles::cluster_fit(s, p.groups, device.multiprocessors, device.shared_per_block)) return false;
+  if (!tiles::cluster_fit(s, p.groups, device.multiprocessors, device.shared_per_block, device.cluster_blocks))
+    return false;
   *choice = Choice{Tier::kCluster,
                    s.rows,
                    s.units,

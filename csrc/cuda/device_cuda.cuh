@@ -345,6 +345,21 @@ Error max_coresident_blocks(void (*kernel)(P...), unsigned block, size_t shared,
   return checked(e);
 }
 
+// how many blocks of this kernel, with all the shared memory that there is, may form a cluster on the current device
+template <class... P>
+Error max_cluster_blocks(void (*kernel)(P...), unsigned block, int* blocks) {
+  DeviceInfo info{};
+  Error e = device_info(&info);
+  if (e == cudaSuccess) e = allow_shared(kernel, info.shared_per_block);
+  if (e == cudaSuccess) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(16);
+  config.blockDim = dim3(block);
+  config.dynamicSmemBytes = info.shared_per_block;
+  if (e == cudaSuccess) e = cudaOccupancyMaxPotentialClusterSize(blocks, kernel, &config);
+  return checked(e);
+}
+
 // Asynchronous on l.stream and capturable in a graph. Arguments are passed by value.
 template <class... P, class... A>
 Error launch(void (*kernel)(P...), const Launch& l, A... args) {

@@ -1,5 +1,5 @@
 // How the blocks of the grid tier hand each other the results of a step, through L2. There are two ways; grid_tiles.h
-// chooses by the bytes that a block reads in a step (grid_word_bytes). The third, pushes within a cluster, is in
+// chooses by the bytes that a block reads in a step (kGridWordBytes). The third, pushes within a cluster, is in
 // cluster.cuh.
 //
 // Words. A word of 64 bits holds one result (a float or two halves) and the tag of the step that made it. Readers look

@@ -20,7 +20,8 @@
 // passes, and sums in an order that no other block influences; so it is taken for all. Float32 LSTM pays up to
 // twice the bytes for that.
 //
-// Results are bitwise the same from run to run: warps split K, and their sums are added in the order of warps.
+// Results are bitwise the same from run to run: warps split K, and their sums are added in the order of warps. Not so
+// from batch to batch: exact float32 sums fewer than four rows in more parts.
 #pragma once
 #include "exchange.cuh"
 #include "tiles.h"

@@ -34,10 +34,10 @@ constexpr int kGridStage = 128;
 constexpr int kGridBatch = 1024;
 // Offsets into a group's weights fit 31 bits; no device has the multiprocessors for that many units.
 constexpr int kGridHidden = 16384;
-// The bytes of a step's results up to which blocks exchange words with tags, and above which results beside flags. By
-// themselves flags were faster from 8 KB on (docs/gpu.md). But forward passes with 16 KB of results took less time on an
-// H200 when they still used words than with flags now, 0.4 to 1.4 us a step of GRUs in bfloat16 and of LSTMs in float32.
-constexpr int64_t grid_word_bytes(bool backward) { return (backward ? 8 : 16) << 10; }
+// The bytes of a step's results up to which blocks exchange words with tags, and above which results beside flags. On
+// an H200 blocks have seen 8 KB of results in words, which are twice as many bytes, after 1.1 us and 16 KB after 1.8 to
+// 1.9; with a flag it is 1.3 to 1.4 us for 8 KB, 1.3 for 16, 1.8 for 32 and 3 for 128 (docs/gpu.md).
+constexpr int64_t kGridWordBytes = 8 << 10;
 // Above this many bytes from the exchange a step and block (4 to 5 us, going by those numbers) a GEMM per step is as
 // good.
 constexpr int64_t kGridExchangeBytes = 256 << 10;
@@ -176,7 +176,7 @@ constexpr bool grid_fit(GridShape& s, int64_t groups, int multiprocessors, int64
   const int step = s.mma ? 8 : 4;  // what rows cost is counted in these
   const int tiles = free_tiles < s.batch ? int(free_tiles) : s.batch;
   s.rows = round_up(ceil_div(s.batch, tiles), step);
-  s.flags = s.result_bytes() > grid_word_bytes(s.backward);
+  s.flags = s.result_bytes() > kGridWordBytes;
   return s.rows <= kGridRows && s.valid() && s.shared_bytes() <= shared_per_block;
 }
 
@@ -184,12 +184,14 @@ constexpr bool grid_fit(GridShape& s, int64_t groups, int multiprocessors, int64
 // rest of them in shared memory. Clusters do not wait for each other, so there may be more than fit at once; rows are
 // as few as let all run at once, if any do, on seven of eight multiprocessors: a cluster has to find its own within one
 // part of the device, and those that are left over there have no use.
-constexpr bool cluster_fit(GridShape& s, int64_t groups, int multiprocessors, int64_t shared_per_block) {
+// most_blocks: of a cluster on the device.
+constexpr bool cluster_fit(GridShape& s, int64_t groups, int multiprocessors, int64_t shared_per_block,
+                           int most_blocks) {
   if (s.batch < 1 || s.hidden < 1) return false;
   const int step = s.mma ? 8 : 4;
   GridShape best = s;
   bool found = false;
-  for (int blocks = 1; blocks <= kClusterBlocks; ++blocks) {
+  for (int blocks = 1; blocks <= grid_min(kClusterBlocks, most_blocks); ++blocks) {
     GridShape x = s;
     x.units = round_up(ceil_div(s.hidden, blocks), x.unit_step());
     if (x.unit_blocks() != blocks || x.unit_tiles() > kGridThreads / 32) continue;

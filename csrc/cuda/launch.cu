@@ -40,8 +40,10 @@ static Tier measured_tier(const ForwardParams& params, bool backward, const Devi
 Choice choose(const ForwardParams& params, bool backward, const Device& device, bool allow_tf32) {
   Choice choice{};
   if (check_sizes(params) && params.batch > 0 && params.steps > 0) {
-    if (choose_from(measured_tier(params, backward, device, allow_tf32), params, backward, device, allow_tf32, &choice))
-      return choice;
+    const Tier measured = measured_tier(params, backward, device, allow_tf32);
+    if (choose_from(measured, params, backward, device, allow_tf32, &choice)) return choice;
+    // Of several groups the grid tier may not hold the weights, where each has a cluster that does.
+    if (measured == Tier::kGrid && cluster_choice(params, backward, device, allow_tf32, &choice)) return choice;
     if (resident_choice(params, backward, device, &choice)) return choice;
     if (grid_choice(params, backward, device, allow_tf32, false, &choice)) return choice;
   }

@@ -13,7 +13,10 @@ struct Device {
   int multiprocessors;
   int compute_capability;    // 80, 86, 90, ...
   int64_t shared_per_block;  // opt-in limit, bytes
+  int cluster_blocks = 16;   // that a cluster may have
 };
+// That of the current device: fewer where its parts have fewer multiprocessors each.
+int largest_cluster();
 
 enum class Tier : int32_t { kStep, kResident, kGrid, kCluster, kUnknown };
 inline constexpr const char* kTierNames[] = {"step", "resident", "grid", "cluster"};

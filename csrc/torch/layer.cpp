@@ -401,15 +401,9 @@ LayerGradients backward_by_products(const LayerCall& call, const LayerGiven& giv
       weight_hh_gradient(call, gates, output, p, out);
     }
   }
-  const auto sum = [&](const Tensor& gates) {
-    if (P == 1) return kernels.sum_rows(rows_of(gates, 0)).unsqueeze(0);
-    std::vector<Tensor> of_groups;
-    for (int64_t p = 0; p < P; ++p) of_groups.push_back(kernels.sum_rows(rows_of(gates, p)));
-    return at::stack(of_groups);
-  };
   const bool equal = !found.gates_hh.numel() && needed[kOf_bias_ih];
-  if (needed[kOf_bias_ih]) grads[kOf_bias_ih] = sum(gates_ih);
-  if (needed[kOf_bias_hh]) grads[kOf_bias_hh] = equal ? grads[kOf_bias_ih].clone() : sum(gates_hh);
+  if (needed[kOf_bias_ih]) grads[kOf_bias_ih] = kernels.sum_rows(gates_ih);
+  if (needed[kOf_bias_hh]) grads[kOf_bias_hh] = equal ? grads[kOf_bias_ih].clone() : kernels.sum_rows(gates_hh);
   return grads;
 }
 

@@ -16,7 +16,7 @@ struct RecurrentKernels {
   void (*product)(const Tensor& out, const Tensor& a, const Tensor& b, bool add, int64_t steps);
   // x [rows, k] @ weight [m, k]^T + bias [m], which may be absent.
   Tensor (*linear)(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t steps);
-  // x [rows, m] -> [m], exact float32 or wider between.
+  // x [T, B, P, m] -> [P, m], in float32 or wider between; no TF32.
   Tensor (*sum_rows)(const Tensor& x);
 };
 void set_recurrent_kernels(c10::DeviceType device, const RecurrentKernels& kernels);

@@ -85,7 +85,7 @@ Tensor linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   return at::linear(x, weight, bias);
 }
 
-Tensor sum_rows_cpu(const Tensor& x) { return x.sum(0); }
+Tensor sum_rows_cpu(const Tensor& x) { return x.sum(at::IntArrayRef{0, 1}); }
 
 constexpr RecurrentKernels kKernels{forward_cpu, backward_cpu, product_cpu, linear_cpu, sum_rows_cpu};
 [[maybe_unused]] const bool known = (set_recurrent_kernels(at::kCPU, kKernels), true);

@@ -15,6 +15,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstdlib>
 #include <string>
 
@@ -29,8 +31,11 @@ namespace fastrnn {
 namespace {
 
 cuda::Device current_device() {
+  static std::array<std::atomic<int>, C10_COMPILE_TIME_MAX_GPUS> clusters{};  // asked of each device once
   const cudaDeviceProp* d = at::cuda::getCurrentDeviceProperties();
-  return {d->multiProcessorCount, d->major * 10 + d->minor, static_cast<int64_t>(d->sharedMemPerBlockOptin)};
+  std::atomic<int>& largest = clusters[c10::cuda::current_device()];
+  if (largest == 0) largest = d->major >= 9 ? cuda::largest_cluster() : 1;
+  return {d->multiProcessorCount, d->major * 10 + d->minor, static_cast<int64_t>(d->sharedMemPerBlockOptin), largest};
 }
 
 std::string described(const ForwardParams& p) {
@@ -245,15 +250,18 @@ Tensor linear_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   return bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
 }
 
-// Of many rows by a product with ones: for their sum ATen takes a buffer of 128 MiB (H200, 8,192 rows of 2,048), more than
-// all else that a training step of the layer needs. Of few it is one launch instead of three.
+// Of many rows by products with ones: for their sum ATen takes a buffer of 128 MiB (H200, 8,192 rows of 2,048), more than
+// all else that a training step of the layer needs. Of few it is one launch.
 Tensor sum_rows_cuda(const Tensor& x) {
   const c10::cuda::CUDAGuard guard(x.device());
-  if (x.numel() < (1 << 20)) return x.sum(0);
+  if (x.numel() < (1 << 20)) return x.sum(at::IntArrayRef{0, 1});
   const bool half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
-  const Tensor out = at::empty({1, 1, x.size(1)}, half ? x.options().dtype(at::kFloat) : x.options());
-  product(out, at::ones({1, 1, x.size(0)}, x.options()), x.unsqueeze(0), /*tf32=*/false);
-  return out.view({x.size(1)}).to(x.scalar_type());
+  const int64_t rows = x.size(0) * x.size(1), P = x.size(2), m = x.size(3);
+  const Tensor out = at::empty({P, 1, m}, half ? x.options().dtype(at::kFloat) : x.options());
+  const Tensor ones = at::ones({1, 1, rows}, x.options());
+  for (int64_t p = 0; p < P; ++p)
+    product(out.narrow(0, p, 1), ones, x.select(2, p).flatten(0, 1).unsqueeze(0), /*tf32=*/false);
+  return out.view({P, m}).to(x.scalar_type());
 }
 
 constexpr RecurrentKernels kKernels{forward_cuda, backward_cuda, product_cuda, linear_cuda, sum_rows_cuda};

@@ -3,6 +3,7 @@ tiles of units, its choice. What it shares with other tiers is tested in test_ho
 """
 
 import ctypes
+import re
 import shutil
 
 import pytest
@@ -202,3 +203,21 @@ def test_every_choice_can_run(cuda):
             ]
             cuda.schedule(i, seed=i, races=False)
             Problem(case, i).check(cuda, tier)
+
+
+def test_every_measured_tier_can_run(cuda):
+    """Of the entries that choose() follows, each at its largest size on the GPU that has measured it."""
+    cells, kinds = {4: "lstm", 3: "gru", 1: "rnn_tanh"}, {"kHalf": "bfloat16", "kTF32": "tf32", "kFloat32": "float32"}
+    lines = (ROOT / "csrc/cuda/measured_tiers.inc").read_text().splitlines()
+    entry = re.compile(r"\{(\d), Arithmetic::(\w+), (\w+), (\d+), (\d+), Tier::k(\w+)\},")
+    entries = [found.groups() for found in map(entry.match, lines) if found]
+    assert len(entries) > 100
+    for gates, arithmetic, backward, B, h, tier in entries:
+        dtype, tf32 = KINDS[kinds[arithmetic]]
+        cell = CELLS.index(cells[int(gates)])
+        numbers = [8, int(B), 1, int(h), int(h), cell, DTYPES.index(dtype), *[0] * 10]
+        choice = (ctypes.c_int64 * 8)()
+        taken = cuda.library.cuda_choose_from(
+            (ctypes.c_int64 * SIZES)(*numbers), (ctypes.c_void_p * len(ADDRESSES))(), tier.lower().encode(),
+            backward == "true", 132, 90, ctypes.c_int64(232448), tf32, choice)  # fmt: skip
+        assert taken, (gates, arithmetic, backward, B, h, tier)

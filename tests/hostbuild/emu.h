@@ -293,6 +293,12 @@ Error max_coresident_blocks(void (*)(P...), unsigned, size_t, int* blocks) {
   return kSuccess;
 }
 
+template <class... P>
+Error max_cluster_blocks(void (*)(P...), unsigned, int* blocks) {
+  *blocks = 16;
+  return kSuccess;
+}
+
 // Synchronous: returns when the grid has ended, with what it did wrong in emu::findings().
 template <class... P, class... A>
 Error launch(void (*kernel)(P...), const Launch& l, A... args) {
