@@ -46,8 +46,8 @@ struct BackwardArrays {
     if constexpr (kSeparateGates<Cell>) grads_hh.at -= grads_hh.step;
   }
 
-  static FASTRNN_INLINE bool in_pairs(const BackwardParams& p) {
-    return cuda::in_pairs<N>(
+  static FASTRNN_INLINE bool are_pairs(const BackwardParams& p) {
+    return in_pairs<N>(
         p.hidden | p.grad_output_stride_t | p.grad_output_stride_b | p.grad_gates_stride,
         static_cast<const S*>(p.saved), static_cast<const S*>(p.output), static_cast<const S*>(p.grad_output),
         static_cast<const S*>(p.grad_gates_ih), static_cast<const S*>(p.grad_gates_hh));
@@ -119,7 +119,7 @@ FASTRNN_INLINE void run_backward(const LaunchParams<BackwardParams>& p, const Gr
   const auto unit = [&](int n) { return o.unit + (n < o.units ? n : 0); };
   const float limit = clip_limit<S>(p);
   using Arrays = BackwardArrays<Cell, S, N>;
-  const bool pairs = Arrays::in_pairs(p);
+  const bool pairs = Arrays::are_pairs(p);
 
   // Step -1 finishes: its product, over the gate gradients of step 0, goes to grad_h_0.
   const int steps = shared.length[0], end = finish_wanted(p) ? -1 : 0;

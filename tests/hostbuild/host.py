@@ -33,7 +33,7 @@ class Emulator:
             ("emu_unwritten", size, [address, size]),
             ("emu_schedule", None, [i32, u64, i32, i32]),
             ("emu_starve", None, [u64, i32, i32, i32]),
-            ("emu_device", None, [i32, i32, i32, i32, size]),
+            ("emu_device", None, [i32, i32, i32, size]),
             ("emu_finding_count", i32, []),
             ("emu_finding", text, [i32]),
             ("emu_error_string", text, [i32]),

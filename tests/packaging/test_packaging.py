@@ -74,7 +74,7 @@ def test_sdist_holds_what_a_build_reads(sdist):
     """Every file of ours that a source includes, and every module that setup.py imports."""
     names = set(sdist)
     read = [name for name in names if name.startswith("csrc/") and PurePosixPath(name).suffix != ".json"]
-    assert {PurePosixPath(name).suffix for name in read} == {".cpp", ".cu", ".cuh", ".h"}
+    assert {PurePosixPath(name).suffix for name in read} == {".cpp", ".cu", ".cuh", ".h", ".inc"}
     for name in read:
         for included in re.findall(r'^\s*#\s*include "(.*)"', sdist[name].decode(), re.M):
             folders = (PurePosixPath(name).parent, "csrc", "tests/hostbuild")
