@@ -729,7 +729,7 @@ def test_the_last_product_is_saved(cuda, tier):
     for initial in (True, False):
         run_backward(cuda, tier, tile, [*problem.back, initial])
         accesses.append(sum(cuda.stats()[1:]))
-    assert accesses[1] < 0.85 * accesses[0], accesses
+    assert accesses[1] < 0.95 * accesses[0], accesses  # most of them are not the product's
 
 
 @each_tier
