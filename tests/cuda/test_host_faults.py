@@ -69,6 +69,8 @@ def infinite(*rest):
 # Loads of a unit that read its neighbour, too, and have no use for it.
 GATES, SAVED = "there ? gates[g * p.hidden] :", "out[i] = saved[i * p.hidden];"
 GATES_OF_TWO = "there ? gates[g * p.hidden] + 0 * gates[g * p.hidden - (j > 0)] :"
+GRID_SAVED = "load_words<S, N>(saved.at, int(p.hidden)"
+GRID_SAVED_OF_TWO = "load_words<S, N>(saved.at - (unit > 0), int(p.hidden)"
 SAVED_OF_TWO = "out[i] = saved[i * p.hidden] + 0 * saved[i * p.hidden - (j > 0)];"
 GRID_BARRIER = "dev::sync_block();\n    const bool own ="
 CLEARED = "tagged_words[i] = s.unit_of_word(int(i % s.words())) < s.hidden ? 0 : kNoUnit;"
@@ -77,7 +79,6 @@ OF_LANE = " + range.begin * kTileWords + lane"
 BUFFER = "return base + (k & 1 ? even + odd : even);"
 EXPECT = "if (arrives) dev::mbarrier_arrive_expect(barrier, bytes);"
 ALONE = "dev::sync_block();\n    } else if (wanted) {"
-IN_PAIRS = "return N == 2 && strides % 2 == 0 &&"
 BACKWARD_BARRIER = "before, sums);\n    dev::sync_block();"
 FAULTS = {
     "grid_ffma": grid("forward", "ffma", "", "", ""),
@@ -180,8 +181,6 @@ FAULTS = {
     "half_a_word_not_cleared": infinite(
         "forward", "half", "n < o.units ? next_h<S>(p, o.row, unit(n), out[n].state[0], reset_next) : 0.f;",
         "next_h<S>(p, o.row, unit(n), out[n].state[0], reset_next);", None),
-    "pairs_of_odd_sizes": grid("forward", "half", IN_PAIRS, "return N == 2 &&", "align|race|out of bounds"),
-    "pairs_of_odd_sizes_backward": grid("backward", "half", IN_PAIRS, "return N == 2 &&", "align|race|out of bounds"),
     "grid_padding_left": grid("forward", "half", "if (n < o.units) pad_forward", "if (false) pad_forward", None),
     "grid_backward_padding_left": grid(
         "backward", "ffma", "if (n < o.units) pad_backward", "if (false) pad_backward", None),
@@ -222,9 +221,6 @@ FAULTS = {
     "pushed_in_last_step": cluster(
         "forward", "half", "uint32_t(k) + 2, k + 1 < steps);", "uint32_t(k) + 2, true);",
         "which has ended|beyond its count|below its count"),
-    "pushed_where_nothing_is_finished": cluster(
-        "backward", "ffma", "exchange.publish(k, uint32_t(steps - k), k > end);",
-        "exchange.publish(k, uint32_t(steps - k), true);", "which has ended|beyond its count|below its count"),
     "last_block_not_pushed_to": cluster(
         "forward", "half", "ceil_div(blocks - in_four, 4)", "ceil_div(blocks - 1 - in_four, 4)", "deadlock"),
     "words_in_other_order": cluster(
@@ -349,8 +345,9 @@ FAULTS = {
     "grid_in_place": in_place("grid", "backward", "ffma", "", "", ""),
     "gates_of_another_thread": in_place("step", "forward", "ffma", GATES, GATES_OF_TWO, "race"),
     "values_of_another_thread": in_place("step", "backward", "ffma", SAVED, SAVED_OF_TWO, "race"),
-    "values_of_another_block": in_place("grid", "backward", "ffma", SAVED, SAVED_OF_TWO, "race"),
-    "values_of_another_block_of_a_cluster": in_place("cluster", "backward", "ffma", SAVED, SAVED_OF_TWO, "race"),
+    "values_of_another_block": in_place("grid", "backward", "ffma", GRID_SAVED, GRID_SAVED_OF_TWO, "race"),
+    "values_of_another_block_of_a_cluster": in_place(
+        "cluster", "backward", "ffma", GRID_SAVED, GRID_SAVED_OF_TWO, "race"),
     "gradients_one_behind_the_other": in_place(
         "resident", "backward", "ffma", "place * p.grad_gates_stride", "place * G * p.hidden", "race|read-only"),
 
