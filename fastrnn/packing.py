@@ -132,18 +132,18 @@ class _Pack(torch.autograd.Function):
 def layout_of_packed(batch_sizes: Tensor, device: torch.device) -> Layout:
     """As layout_of, on another device than the batch sizes'. A plain call waits for no copy (on_device): places are
     made there, of the lengths."""
-    layout = layout_of(batch_sizes, None)
-    assert layout is not None
     if device.type == "cpu" or not is_plain_call():
+        layout = layout_of(batch_sizes, None)
+        assert layout is not None
         return layout.to(device)
-    lengths = on_device(layout.lengths, device)
-    valid = (torch.arange(layout.steps, device=device)[:, None] < lengths).flatten()
-    count = len(layout.places)
+    steps, rows, count = len(batch_sizes), int(batch_sizes[0]), int(batch_sizes.sum())
+    lengths = on_device((torch.arange(rows) < batch_sizes[:, None]).sum(0), device)
+    valid = (torch.arange(steps, device=device)[:, None] < lengths).flatten()
     # Values are packed in the order of their places, so that each one's number is that of those before; what is none
     # goes behind the last.
     number = torch.where(valid, valid.cumsum(0) - 1, count)
     places = number.new_empty(count + 1).scatter_(0, number, torch.arange(len(valid), device=device))[:count]
-    return layout._replace(lengths=lengths, places=places)
+    return Layout(steps, rows, lengths, places)
 
 
 def layout_of(batch_sizes: Tensor | None, offsets: Tensor | None) -> Layout | None:

@@ -31,6 +31,9 @@ GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}  # the cells that stand for those w
 STEP = 0.5  # of the per-step tier's times
 
 
+Kind = tuple[str, str, bool]  # cell, dtype, backward
+
+
 class TiersError(Exception):
     """The file is none that gpu_check.sh has written; the text says where."""
 
@@ -83,17 +86,19 @@ def choose(us: dict[str, float], before: str) -> str:
     return before if us.get(before, float("inf")) <= us[best] * (1 + TIE) else best
 
 
-def entries(rows: Iterable[dict[str, Any]]) -> list[Entry]:
-    """Of every kind of call by rising B, then h. Neighbours with one tier are one entry, and batches that agree.
-    float16 takes the tiers of bfloat16."""
-    measured: dict[tuple[str, str, bool], dict[tuple[int, int], dict[str, float]]] = defaultdict(
-        lambda: defaultdict(dict)
-    )
+def times(rows: Iterable[dict[str, Any]]) -> dict[Kind, dict[tuple[int, int], dict[str, float]]]:
+    """Of every kind of call, B and h the microseconds a step of each tier. float16 takes the tiers of bfloat16."""
+    found: dict[Kind, dict[tuple[int, int], dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         for name in filter(row.__contains__, PASSES if row["dtype"] != "float16" else ()):
-            measured[row["cell"], row["dtype"], name == "bwd"][row["B"], row["h"]][row["tier"]] = row[name]
+            found[row["cell"], row["dtype"], name == "bwd"][row["B"], row["h"]][row["tier"]] = row[name]
+    return found
+
+
+def entries(rows: Iterable[dict[str, Any]]) -> list[Entry]:
+    """Of every kind of call by rising B, then h. Neighbours with one tier are one entry, and batches that agree."""
     found: list[Entry] = []
-    for kind, sizes in measured.items():
+    for kind, sizes in times(rows).items():
         same = 0  # entries of the batch before
         for B in sorted({B for B, _ in sizes}):
             of_batch: list[Entry] = []
@@ -120,20 +125,17 @@ def tier_of(table: Iterable[Entry], cell: str, dtype: str, backward: bool, B: in
 
 def gains(rows: Sequence[dict[str, Any]], table: Sequence[Entry]) -> list[str]:
     """By how much the table's choice misses the fastest tier, where it does: ties, and launches that count half."""
-    times: dict[tuple[str, str, bool, int, int], dict[str, float]] = defaultdict(dict)
-    for row in rows:
-        for name in filter(row.__contains__, PASSES if row["dtype"] != "float16" else ()):
-            times[row["cell"], row["dtype"], name == "bwd", row["B"], row["h"]][row["tier"]] = row[name]
     lines = []
-    for call, us in times.items():
-        tier = tier_of(table, *call)
-        assert tier is not None
-        if us[tier] > min(us.values()):
-            cell, dtype, backward, B, h = call
-            lines.append(
-                f"{cell} {dtype} B {B} h {h} {'backward' if backward else 'forward'}: {tier} {us[tier]:g} us a step, "
-                f"fastest {min(us.values()):g}"
-            )
+    for kind, sizes in times(rows).items():
+        for (B, h), us in sizes.items():
+            tier = tier_of(table, *kind, B, h)
+            assert tier is not None
+            if us[tier] > min(us.values()):
+                cell, dtype, backward = kind
+                lines.append(
+                    f"{cell} {dtype} B {B} h {h} {'backward' if backward else 'forward'}: {tier} {us[tier]:g} us a "
+                    f"step, fastest {min(us.values()):g}"
+                )
     return lines
 
 

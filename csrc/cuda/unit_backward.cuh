@@ -175,7 +175,7 @@ FASTRNN_INLINE Wide<S> backward_h(const BackwardParams& p, const RowWalk& r, int
   return grad;
 }
 
-// The whole gradients of the states besides h after step k of a running row, unit j < h. carried: as backward_cell's.
+// The whole gradients of the states besides h after step k of a running row, unit j < h. carried: as run_backward_step's.
 template <class Cell, class S>
 FASTRNN_INLINE void backward_c(const BackwardParams& p, const RowWalk& r, int k, int j, Carried<Cell, Wide<S>> carried,
                                Wide<S> limit, bool crossed, Pack<Wide<S>, Cell::kStates>& grads) {
@@ -245,37 +245,21 @@ FASTRNN_INLINE void store_backward(const BackwardParams& p, const RowWalk& r, in
   store_grad_gates<Cell, S>(p, r.place(p, k), j, out.grad_gates_ih, out.grad_gates_hh);
 }
 
-// What step k of unit j < h of a running row makes, given the gradient of its state 0; none of it stored. carried: of step
-// k + 1; not read in a row's last step.
-template <class Cell, class S>
-FASTRNN_INLINE void run_backward_cell(const BackwardParams& p, const RowWalk& r, int k, int j,
-                                      const BackwardLoads<Cell, S>& loads, Wide<S> grad_h, Wide<S> limit, bool crossed,
-                                      Wide<S> carried, BackwardOut<Cell, Wide<S>>& out) {
-  BackwardIn<Cell, Wide<S>> in;
-  make_backward_in<Cell, S>(p, r, j, loads, in);
-  in.grad_state[0] = grad_h;
-  backward_c<Cell, S>(p, r, k, j, carried, limit, crossed, in.grad_state);
-  Cell::backward(in, out);
-}
-// The same where nothing is projected. recurrent: the product over step k + 1's gate gradients.
+// What step k of unit j < h of a running row makes, where nothing is projected; none of it stored. recurrent: the product
+// over step k + 1's gate gradients. carried: of step k + 1; not read in a row's last step.
 template <class Cell, class S>
 FASTRNN_INLINE void run_backward_step(const BackwardParams& p, const RowWalk& r, int k, int j,
                                       const BackwardLoads<Cell, S>& loads, Wide<S> recurrent, Wide<S> limit,
                                       bool crossed, Wide<S> carried, BackwardOut<Cell, Wide<S>>& out) {
   const Wide<S> later = Cell::kStates == 1 ? recurrent + carried : recurrent;
-  const Wide<S> grad_h = backward_h<S>(p, r, k, j, later, limit, crossed, loads.grad_output);
-  run_backward_cell<Cell, S>(p, r, k, j, loads, grad_h, limit, crossed, carried, out);
+  BackwardIn<Cell, Wide<S>> in;
+  make_backward_in<Cell, S>(p, r, j, loads, in);
+  in.grad_state[0] = backward_h<S>(p, r, k, j, later, limit, crossed, loads.grad_output);
+  backward_c<Cell, S>(p, r, k, j, carried, limit, crossed, in.grad_state);
+  Cell::backward(in, out);
 }
 
-// Both, with what they make stored. carried: of step k + 1, then of step k.
-template <class Cell, class S>
-FASTRNN_INLINE void backward_cell(const BackwardParams& p, const RowWalk& r, int k, int j,
-                                  const BackwardLoads<Cell, S>& loads, Wide<S> grad_h, bool crossed,
-                                  Wide<S>& carried, Pack<Wide<S>, Cell::kGates>& grad_gates_hh) {
-  BackwardOut<Cell, Wide<S>> out;
-  run_backward_cell<Cell, S>(p, r, k, j, loads, grad_h, clip_limit<S>(p), crossed, carried, out);
-  store_backward<Cell, S>(p, r, k, j, out, carried, grad_gates_hh);
-}
+// The same, with what it makes stored. carried: of step k + 1, then of step k.
 template <class Cell, class S>
 FASTRNN_INLINE void backward_step(const BackwardParams& p, const RowWalk& r, int k, int j,
                                   const BackwardLoads<Cell, S>& loads, Wide<S> recurrent, bool crossed,

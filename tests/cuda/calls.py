@@ -111,6 +111,7 @@ CALLS: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
     "packed": ({"bidirectional": True}, lambda m, k, p: m(packed(p, inputs(), False))),
     "packed, state": ({}, lambda m, k, p: m(packed(p, inputs(), False), state_of(k, p))),
     "packed, recompute": ({"recompute": 2}, lambda m, k, p: m(packed(p, inputs(), False))),
+    "packed, empty": ({}, lambda m, k, p: m(PackedSequence(p(inputs()[0, :0]), torch.tensor([0])))),
     "packed tokens": ({"token_input": True}, lambda m, k, p: m(packed(p, tokens(), False))),
     "tokens": ({"num_layers": 2, "token_input": True}, lambda m, k, p: m(p(tokens()))),
     "tokens, lengths": (

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = {"float32": (F32, False), "tf32": (F32, True), "bfloat16": (BF16, False), "float16": (F16, False)}
-CLUSTER = list(TIERS).index("cluster")
+CLUSTER, GRID = map(list(TIERS).index, ("cluster", "grid"))
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +203,14 @@ def test_every_choice_can_run(cuda):
             ]
             cuda.schedule(i, seed=i, races=False)
             Problem(case, i).check(cuda, tier)
+
+
+def test_groups_that_the_grid_tier_cannot_hold_have_clusters(cuda):
+    """Where the entry for as many rows of one group says grid, and not a product per step."""
+    for P, tier in ((1, GRID), (8, CLUSTER)):
+        cuda.reset()
+        case = Case("lstm", 8, 128 // P, P, 512, dtype=BF16)
+        assert cuda.choose(forward_call(cuda, case.arguments()), False, capability=90)[1][0] == tier
 
 
 def test_every_measured_tier_can_run(cuda):
