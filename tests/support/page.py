@@ -46,8 +46,8 @@ it passes one day, the test fails and so says that this page is out of date. Res
 `fastrnn/reference.py` on equal parameters, in float32 unless said.
 
 torch's column is measured with torch {torch} on a CPU. **CUDA**: the tests are the same with `cuda` in place of `cpu`;
-they are skipped without a GPU and **have not been run on one**, so nothing is claimed there. What has run on one, once,
-is `tests/cuda/test_gpu.py` ([gpu.md](gpu.md)). cuDNN was not measured.
+they are skipped without a GPU and **have not been run on one**, so nothing is claimed there. What has run on one is
+`tests/cuda/test_gpu.py` ([gpu.md](gpu.md)). cuDNN was not measured.
 """
 VERSIONS = """\
 `make test-versions` (`tools/test_versions.sh`): the tests of modules, sequences, transforms, `torch.compile`,
