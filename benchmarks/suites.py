@@ -129,6 +129,9 @@ SERVER = [  # a few sequences at a time, on one thread
     *entries("server", "GRU", (90, 1, 200, 900), (80, 2, 448, 448), (60, 1, 160, 320), modes=FORWARD),
     *entries("server", "GRU", (50, 4, 512, 512), (100, 1, 512, 512), modes=FORWARD),
     *entries("server", "RNN", (1, 1, 384, 384), (100, 1, 512, 512), modes=FORWARD),
+    # Where no state is given ONNX Runtime's first step multiplies nothing with it, and torch.nn's and ours do.
+    *entries("server", "LSTM", (1, 4, 320, 640), modes=FORWARD, stateful=True),
+    *entries("server", "RNN", (1, 1, 384, 384), modes=FORWARD, stateful=True),
     # Chunks of a stream with the state of the one before, as detectors of voice activity take them.
     *entries("stream", "LSTM", (1, 1, 128, 128), (4, 1, 128, 128), (16, 1, 128, 128), modes=FORWARD, stateful=True),
     *entries("stream", "LSTM", (1, 1, 64, 64), (4, 1, 64, 64), modes=FORWARD, layers=2, stateful=True),

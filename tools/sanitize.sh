@@ -1,9 +1,10 @@
 #!/bin/sh
-# Builds the extension, the binding included, with AddressSanitizer and UBSan in build/sanitized, and runs the tests of the
-# ops and the fuzzer under it. Of the CPU's kernels those of the baseline stand for all: it is the same text. (Threads, and
-# the kernels that multiply pairs of bfloat16, are tests/cpp/test_cpp.py's.)
+# Runs the CPU's kernels alone under valgrind, where there is one; then builds the extension, the binding included, with
+# AddressSanitizer and UBSan in build/sanitized, and runs the tests of the ops and the fuzzer under it. Of the kernels
+# those of the baseline stand for all: it is the same text. (Threads, and the kernels that multiply pairs of bfloat16, are
+# tests/cpp/test_cpp.py's.)
 #
-#   tools/sanitize.sh [pytest arguments]      default: tests/kernels and tests/fuzz
+#   tools/sanitize.sh [pytest arguments]      default: valgrind's, tests/kernels and tests/fuzz
 #
 #   PYTHON  an interpreter with torch and the packages of requirements-dev.txt, default .venv/bin/python
 set -eu
@@ -12,6 +13,13 @@ python=$(realpath --no-symlinks "${PYTHON:-.venv/bin/python}")
 tree=$PWD/build/sanitized
 log=$PWD/build/sanitized.log
 mkdir -p build
+if [ $# -gt 0 ]; then
+  : # those alone are wanted
+elif command -v valgrind >/dev/null; then
+  FASTRNN_VALGRIND=1 "$python" -m pytest tests/cpp -k valgrind
+else
+  echo "no valgrind on PATH: the kernels did NOT run under it" >&2
+fi
 FASTRNN_CUDA=0 FASTRNN_SANITIZE=address,undefined "$python" tools/build_copy.py "$tree" >"$log" 2>&1 ||
   { tail -n 60 "$log"; exit 1; }
 

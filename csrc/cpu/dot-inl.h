@@ -9,12 +9,14 @@
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
-constexpr int kDotRows = 4, kDotOutputs = 4;
+// Rows of a tile, outputs of a tile, and rows of the tiles that share one reading of the weights.
+constexpr int kDotRows = 4, kDotOutputs = 4, kDotBlock = 16;
 
 // out[m * out_stride + n] = sum_k a[m * stride + k] w[n * ld + k]
-template <class A, class S, int M, int N, class T = typename Compute<A>::type>
-__attribute__((noinline)) void dot(const A* a, int64_t stride, const S* w, int64_t ld, int64_t depth, T* out,
-                                   int64_t out_stride) {
+// next: the weights whose turn comes after these, which are fetched meanwhile if `fetches`.
+template <class A, class S, int M, int N, bool fetches, class T = typename Compute<A>::type>
+FASTRNN_HD void dot(const A* a, int64_t stride, const S* w, [[maybe_unused]] const S* next, int64_t ld, int64_t depth,
+                    T* out, int64_t out_stride) {
   using V = Vec<T>;
   constexpr int L = V::kLanes, D = kDepth<A>;
   V sum[M][4];
@@ -39,6 +41,7 @@ __attribute__((noinline)) void dot(const A* a, int64_t stride, const S* w, int64
       for (int n = 0; n < N; ++n) {
         Bits pairs;
         __builtin_memcpy(&pairs, w + n * ld + k, sizeof pairs);
+        if constexpr (fetches) __builtin_prefetch(next + n * ld + k, 0, 2);
         const V low = (typename V::Native)(pairs << 16), high = (typename V::Native)(pairs & int32_t(0xffff0000));
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) sum[m][n] = sum[m][n] + even[m] * low + odd[m] * high;
@@ -52,60 +55,99 @@ __attribute__((noinline)) void dot(const A* a, int64_t stride, const S* w, int64
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       const Operands<A> weight = load_along<A>(w + n * ld + k, lanes);
+      if constexpr (fetches) __builtin_prefetch(next + n * ld + k, 0, 2);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) sum[m][n] = add_products<Terms::kAll>(sum[m][n], x[m], weight);
     }
   };
   for (; k + L * D <= depth; k += L * D) add(k, L * D);
   if (k < depth) add(k, int(depth - k));
+  if constexpr (M * 4 == L) {
+    T sums[M][4];
+    sum_lanes(*reinterpret_cast<const V(*)[L]>(sum), &sums[0][0]);
 #pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) {
-    T sums[4];
-    sum_lanes(sum[m], sums);
-    for (int n = 0; n < N; ++n) out[m * out_stride + n] = sums[n];
+    for (int m = 0; m < M; ++m) __builtin_memcpy(out + m * out_stride, sums[m], N * sizeof(T));
+  } else {
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      T sums[4];
+      sum_lanes(sum[m], sums);
+      for (int n = 0; n < N; ++n) out[m * out_stride + n] = sums[n];
+    }
   }
 }
 
-template <int N, class A, class S, class T>
-void dot(int rows, const A* a, int64_t stride, const S* w, int64_t ld, int64_t depth, T* out, int64_t out_stride) {
+// The same for any number of outputs, a few at a time.
+template <class A, class S, int M, bool fetches, class T = typename Compute<A>::type>
+__attribute__((noinline)) void dots(int outputs, const A* a, int64_t stride, const S* w, const S* next, int64_t ld,
+                                    int64_t depth, T* out, int64_t out_stride) {
+  for (; outputs >= kDotOutputs; outputs -= kDotOutputs, w += kDotOutputs * ld, out += kDotOutputs)
+    dot<A, S, M, kDotOutputs, fetches>(a, stride, w, next, ld, depth, out, out_stride);
+  for (; outputs > 0; --outputs, w += ld, ++out) dot<A, S, M, 1, false>(a, stride, w, w, ld, depth, out, out_stride);
+}
+
+template <bool fetches, class A, class S, class T>
+void dots(int rows, int outputs, const A* a, int64_t stride, const S* w, const S* next, int64_t ld, int64_t depth,
+          T* out, int64_t out_stride) {
   switch (rows) {
     case 1:
-      return dot<A, S, 1, N>(a, stride, w, ld, depth, out, out_stride);
+      return dots<A, S, 1, false>(outputs, a, stride, w, next, ld, depth, out, out_stride);
     case 2:
-      return dot<A, S, 2, N>(a, stride, w, ld, depth, out, out_stride);
+      return dots<A, S, 2, fetches>(outputs, a, stride, w, next, ld, depth, out, out_stride);
     case 3:
-      return dot<A, S, 3, N>(a, stride, w, ld, depth, out, out_stride);
+      return dots<A, S, 3, fetches>(outputs, a, stride, w, next, ld, depth, out, out_stride);
     default:
-      return dot<A, S, 4, N>(a, stride, w, ld, depth, out, out_stride);
+      return dots<A, S, 4, fetches>(outputs, a, stride, w, next, ld, depth, out, out_stride);
   }
 }
 
-// for_each_tile without packing. The outputs are those that pack_rows (panels-inl.h) would order as [n][lane]; bias
-// points at the first of them and has the same gate_stride.
+// A panel of outputs, those that pack_rows (panels-inl.h) would order as [n][lane], of `rows` rows. bias points at the
+// first output's and has the same gate_stride.
+//
+// The first tile of rows to read some weights waits for memory, the others for the arithmetic alone. So that neither is
+// idle, the second one fetches what the first will read next; into the second level, for fetches into the first one would
+// keep its few misses in flight from those that a sum waits for.
+template <class A, class W, class S, class T>
+__attribute__((noinline)) void dot_panel(int rows, const A* a, int64_t stride, const W* w, int64_t ld,
+                                         int64_t gate_stride, int gates, int unit_vectors, int64_t valid, int64_t depth,
+                                         const S* bias, T* out) {
+  constexpr int L = Vec<T>::kLanes;
+  const int out_stride = gates * unit_vectors * L, tiles = int(ceil_div(rows, kDotRows));
+  const int tile_rows = int(ceil_div(rows, tiles));
+  for (int v = 0; v < unit_vectors; ++v)
+    for (int g = 0; g < gates; ++g, out += L) {
+      const int lanes = int(valid - v * L < L ? valid - v * L : L);
+      const int64_t at = g * gate_stride + v * L;
+      if (tiles == 1) {
+        dots<false>(rows, lanes, a, stride, w + at * ld, w, ld, depth, out, out_stride);
+      } else {
+        for (int i = 0; i < lanes; i += kDotOutputs) {
+          const int outputs = lanes - i < kDotOutputs ? lanes - i : kDotOutputs;
+          int64_t next = at + i + kDotOutputs;  // the last gate's last ones have none
+          if (i + 2 * kDotOutputs > lanes) next = g + 1 < gates ? at + gate_stride : at;
+          for (int m = 0; m < rows; m += tile_rows) {
+            const auto multiply = m == tile_rows ? dots<true, A, W, T> : dots<false, A, W, T>;
+            multiply(rows - m < tile_rows ? rows - m : tile_rows, outputs, a + m * stride, stride, w + (at + i) * ld,
+                     w + next * ld, ld, depth, out + m * out_stride + i, out_stride);
+          }
+        }
+      }
+      for (int m = 0; m < rows; ++m) {
+        for (int j = lanes; j < L; ++j) out[m * out_stride + j] = 0;
+        if (bias) store(out + m * out_stride, load(out + m * out_stride) + load(bias + at, lanes));
+      }
+    }
+}
+
+// for_each_tile without packing; the tiles are of kDotBlock rows.
 template <class A, class W, class S, class Body>
 void for_each_dot_tile(int64_t count, const A* a, int64_t stride, const W* w, int64_t ld, int64_t gate_stride,
                        int gates, int unit_vectors, int64_t valid, int64_t depth, const S* bias, Body body) {
   using T = typename Compute<A>::type;
-  constexpr int L = Vec<T>::kLanes;
-  alignas(64) T sums[kDotRows * kMaxVectors * L];
-  const int outputs = gates * unit_vectors * L;
-  for (int64_t first = 0; first < count; first += kDotRows) {
-    const int rows = int(count - first < kDotRows ? count - first : kDotRows);
-    for (int v = 0; v < unit_vectors; ++v)
-      for (int g = 0; g < gates; ++g) {
-        const int lanes = int(valid - v * L < L ? valid - v * L : L);
-        const int64_t at = g * gate_stride + v * L;
-        T* to = sums + (v * gates + g) * L;
-        int i = 0;
-        for (; i + kDotOutputs <= lanes; i += kDotOutputs)
-          dot<kDotOutputs>(rows, a + first * stride, stride, w + (at + i) * ld, ld, depth, to + i, outputs);
-        for (; i < lanes; ++i)
-          dot<1>(rows, a + first * stride, stride, w + (at + i) * ld, ld, depth, to + i, outputs);
-        for (int m = 0; m < rows; ++m) {
-          for (int j = lanes; j < L; ++j) to[m * outputs + j] = 0;
-          if (bias) store(to + m * outputs, load(to + m * outputs) + load(bias + at, lanes));
-        }
-      }
+  alignas(64) T sums[kDotBlock * kMaxVectors * Vec<T>::kLanes];
+  for (int64_t first = 0; first < count; first += kDotBlock) {
+    const int rows = int(count - first < kDotBlock ? count - first : kDotBlock);
+    dot_panel(rows, a + first * stride, stride, w, ld, gate_stride, gates, unit_vectors, valid, depth, bias, sums);
     body(first, rows, static_cast<const T*>(sums));
   }
 }

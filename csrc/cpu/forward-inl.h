@@ -36,9 +36,10 @@ class ForwardWorker {
         if (layer && s % plan.chunk == 0) {
           w.gather_input(s);
           if (units_split) co_yield kMeet;
-          w.project();
+          if (!w.in_one_pass()) w.project(w.units);
         }
-        w.multiply(s);
+        if (w.in_one_pass()) w.project_and_multiply();
+        else w.multiply(s, w.units);
         if constexpr (kHasLate<Cell>) {
           if (units_split) co_yield kMeet;
           w.multiply_late(s);
@@ -171,9 +172,9 @@ class ForwardWorker {
     chunk_count = count;
   }
 
-  // gates_ih of the gathered steps, of this member's rows and units. No step may be under way that still reads the last
-  // chunk's gates.
-  void project() {
+  // gates_ih of the gathered steps, of this member's rows and of `units`. No step may be under way that still reads the
+  // last chunk's gates.
+  void project(Range units) {
     const int64_t I = layer->size, mine = plan.chunk * step.rows->first, count = chunk_count;
     const A* input = kInt8 ? nullptr : b.input + mine * b.input_stride;
     for_each_panel(units, kUnits, [&](int64_t v, int vectors) {
@@ -187,7 +188,7 @@ class ForwardWorker {
         for_each_int8_tile<G>(count, b.quantized_input + mine * stride, stride, b.input_scale + mine, int8_ih, v,
                               vectors, bias_ih, p.hidden, keep);
       } else if (plan.pack_ih) {
-        A* panel = panel_ih(plan.pack_late ? units.begin : v);
+        A* panel = panel_ih(plan.pack_late ? this->units.begin : v);
         if (plan.pack_late) pack_ih(v, vectors, panel);
         for_each_tile(count, input, b.input_stride, static_cast<const A*>(panel), N * L, I, N,
                       bias_ih ? b.bias_ih + v * G * L : nullptr, keep, plan.uniform, terms_of_weights(p));
@@ -205,12 +206,23 @@ class ForwardWorker {
 
   // ---- the steps ----
 
-  // The recurrent product of the s-th step, and the cells of its units. Of a cell that needs whole rows the product is
+  // A single step meets all weights once, those of a panel of units together. So the whole call is one pass over them, and
+  // where calls take turns at its direction (Plan::from_the_end) each begins with what the one before left in the caches.
+  // (Rows of int8 are made once for all panels of a pass.)
+  bool in_one_pass() const { return !kInt8 && layer && p.steps == 1; }
+  void project_and_multiply() {
+    for_each_panel_zigzag(units, kUnits, plan.from_the_end, [&](int64_t v, int vectors) {
+      project({v, v + vectors});
+      multiply(0, {v, v + vectors});
+    });
+  }
+
+  // The recurrent product of the s-th step, and the cells of `units`. Of a cell that needs whole rows the product is
   // kept, and of one with late gates that of the others, with what they make.
-  void multiply(int64_t s) {
+  void multiply(int64_t s, Range units) {
     step.enter_step(s);
     if (layer) chunk_at = chunk_row(s);
-    multiply_gates<0, kEarly>(s, step.multiplied, [&](int64_t i, int64_t v, const T* product, const T* gates_ih) {
+    multiply_gates<0, kEarly>(s, units, step.multiplied, [&](int64_t i, int64_t v, const T* product, const T* gates_ih) {
       if constexpr (kWholeRows<Cell> || kHasLate<Cell>)
         for (int k = 0; k < kEarly; ++k) store(product_of(i) + (v * G + k) * L, load(product + k * L));
       if constexpr (kHasLate<Cell>) step.late_input(i, v * L, product_of(i) + v * G * L, gates_ih);
@@ -219,17 +231,17 @@ class ForwardWorker {
   }
   // The product of the late gates, and the cells.
   void multiply_late(int64_t s) {
-    multiply_gates<kEarly, kLate>(s, step.late, [&](int64_t i, int64_t v, const T* product, const T* gates_ih) {
+    multiply_gates<kEarly, kLate>(s, units, step.late, [&](int64_t i, int64_t v, const T* product, const T* gates_ih) {
       for (int k = 0; k < kLate; ++k) store(product_of(i) + (v * G + kEarly + k) * L, load(product + k * L));
       step.cell(i, v * L, product_of(i) + v * G * L, gates_ih);
     });
   }
   T* product_of(int64_t i) { return b.gates_hh + (step.rows->first + i) * b.unit_vectors * G * L; }
 
-  // The product of `count` gates, `first` being the first, with the rows x [.., stride]: body(row i, vector of units v,
-  // their product [count][L], their gates_ih [G][L] of a layer's call or null).
+  // The product of `count` gates of `units`, `first` being the first, with the rows x [.., stride]: body(row i, vector of
+  // units v, their product [count][L], their gates_ih [G][L] of a layer's call or null).
   template <int first, int count, class Body>
-  FASTRNN_HD void multiply_gates(int64_t s, const A* x, Body body) {
+  FASTRNN_HD void multiply_gates(int64_t s, Range units, const A* x, Body body) {
     const int64_t first_row = step.rows->first, active = step.rows->active(step.t), row = first * p.hidden;
     // Every member quantises all rows that it multiplies: less work than to wait for another's.
     uint8_t* quantized = nullptr;

@@ -35,7 +35,7 @@ struct GemmBuffers {
 };
 
 // op(a) b for the rows `m` of the result and `columns`, in vectors. pack(k0, depth, v, n, panel) packs n vectors of b's
-// columns from v on; keep(row, vector, k0, sum) is called for every part of k in turn.
+// columns from v on; keep(row, v, n, k0, sums) is called for every part of k in turn, with a row's n vectors from v on.
 template <class A, bool TransposeA, class Pack, class Keep>
 void multiply(const GemmBuffers<A>& buffers, Range m, Range columns, int64_t k, const A* a, int64_t a_stride, Pack pack,
               Keep keep, Terms terms = Terms::kAll) {
@@ -57,8 +57,7 @@ void multiply(const GemmBuffers<A>& buffers, Range m, Range columns, int64_t k, 
           const int64_t part = depth - i < kPartK ? depth - i : kPartK;
           const A* panel = panel_at(v) + i * n * L;
           const auto each = [&](int64_t first, int count, const T* sums) {
-            for (int j = 0; j < count; ++j)
-              for (int q = 0; q < n; ++q) keep(m0 + first + j, v + q, k0 + i, load(sums + (j * n + q) * L));
+            for (int j = 0; j < count; ++j) keep(m0 + first + j, v, n, k0 + i, sums + j * n * L);
           };
           const T* none = nullptr;
           if (TransposeA)
@@ -93,15 +92,16 @@ void gemm_worker(const GemmParams& p, char* workspace, int thread, int threads) 
     else
       pack_columns(b + k0 * p.b_stride + v * L, p.b_stride, n, p.n - v * L, 1, depth, depth, panel);
   };
-  const auto keep = [&](int64_t row, int64_t v, int64_t k0, Vec<T> sum) {
-    const int64_t j = v * L;
-    const int valid = int(p.n - j < L ? p.n - j : L);
-    T* to = out + row * p.n + j;
-    if (k0 > 0)
-      sum = sum + load(to, valid);
-    else if (bias)
-      sum = sum + load(bias + j, valid);
-    store(to, sum, valid);
+  const auto keep = [&](int64_t row, int64_t v, int count, int64_t k0, const T* sums) {
+    T* to = out + row * p.n + v * L;
+    for_each_vector<T>(columns_of<T>(v, count, p.n), [&](int64_t j, int n) FASTRNN_INLINE_BODY {
+      Vec<T> sum = load(sums + j);
+      if (k0 > 0)
+        sum = sum + load(to + j, n);
+      else if (bias)
+        sum = sum + load(bias + v * L + j, n);
+      store(to + j, sum, n);
+    });
   };
   if (p.transpose_a)
     multiply<T, true>(buffers, m, columns, p.k, a, p.a_stride, pack, keep);

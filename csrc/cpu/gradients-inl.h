@@ -221,13 +221,16 @@ class LayerGradients {
           store_operands(panel, of_k);
         }
     };
-    const auto keep = [&](int64_t row, int64_t v, int64_t k0, V sum) {
+    const auto keep = [&](int64_t row, int64_t v, int vectors, int64_t k0, const T* sums) {
       const int64_t weight_row = grad.row_of_weight(row);
       if (weight_row < 0) return;
-      const int n = valid_lanes<T>(size, v * L);
-      const int64_t at = weight_row * size + v * L;
-      if (k0 > 0 || !first_product) sum = sum + out.load(at, n);
-      out.store(at, sum, n);
+      const bool add = k0 > 0 || !first_product;
+      for_each_vector<T>(columns_of<T>(v, vectors, size), [&](int64_t j, int n) FASTRNN_INLINE_BODY {
+        const int64_t at = weight_row * size + v * L + j;
+        V sum = load(sums + j);
+        if (add) sum = sum + out.load(at, n);
+        out.store(at, sum, n);
+      });
     };
     multiply<A, true>(b.products, own, {0, ceil_div(size, L)}, count, grad.rows, grad.stride, pack, keep, Terms::kSlope);
   }

@@ -4,6 +4,8 @@
 #endif
 
 #include <algorithm>
+#include <array>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <numeric>
@@ -94,8 +96,17 @@ void run(const Plan& plan, int64_t workspace_bytes, const Make& make) {
   parts.run(plan.work);
 }
 
+// Was the last call of one step with these weights, on this thread, one from the first unit to the last? Weights are told
+// apart by where they lie; those that share a place here spoil each other's turns, which costs time and nothing else.
+bool take_turns(const void* weights) {
+  thread_local std::array<bool, 256> turns{};
+  bool& turn = turns[reinterpret_cast<uintptr_t>(weights) * 0x9e3779b97f4a7c15 >> 56];
+  return std::exchange(turn, !turn);
+}
+
 void run_forward(const ForwardParams& params, const LayerParams* layer, int threads) {
-  const Plan plan = fitting_plan(threads, [&](int threads) { return make_plan(params, layer, threads); });
+  Plan plan = fitting_plan(threads, [&](int threads) { return make_plan(params, layer, threads); });
+  plan.from_the_end = params.steps == 1 && take_turns(params.weight_hh);
   const Kernels& of_dtype = kernels(params.dtype);
   run(plan, of_dtype.forward_workspace(params, layer, plan),
       [&](char* own, int member) { return of_dtype.forward(params, layer, plan, own, member); });
@@ -152,9 +163,11 @@ void share_rows(const ForwardParams& p, Plan& plan) {
 
 namespace {
 
-// rows_worth_packing: from how many rows (steps times batch) on weights are packed.
-Plan plan_for(const ForwardParams& p, const LayerParams* layer, int threads, int64_t rows_worth_packing) {
+// rows_worth_packing(depth): from how many rows (steps times batch) on weights of so many inputs are packed.
+template <class RowsWorthPacking>
+Plan plan_for(const ForwardParams& p, const LayerParams* layer, int threads, const RowsWorthPacking& rows_worth_packing) {
   Plan plan;
+  plan.from_the_end = false;
   // Waking a thread costs some microseconds, and as much as the call if its core is busy: short calls stay on one.
   constexpr int64_t kWorthAThread = 1 << 18;  // multiply-adds a thread and call
   const int64_t products = p.batch * kCells[p.cell].gates * p.hidden * p.width;  // a group and step
@@ -183,9 +196,9 @@ Plan plan_for(const ForwardParams& p, const LayerParams* layer, int threads, int
   // Packed and unpacked products sum in different orders: where plan.uniform, the steps have no say in which it is.
   plan.uniform = uniform;
   const int64_t pack_rows = (uniform ? 1 : p.steps) * p.batch;
-  const bool pack = weight_dtype != DType::kInt8 && pack_rows >= rows_worth_packing;
-  plan.pack_ih = layer && pack;
-  plan.pack_hh = pack && !(narrow && p.batch <= 4);
+  const auto pack = [&](int64_t depth) { return weight_dtype != DType::kInt8 && pack_rows >= rows_worth_packing(depth); };
+  plan.pack_ih = layer && pack(layer->size);
+  plan.pack_hh = pack(p.width) && !(narrow && p.batch <= 4);
 
   // A chunk has enough rows to fill the register tiles many times over while its gates stay in the second-level cache
   // beside the weights; more where weight_ih, read once a chunk, does not fit there itself.
@@ -203,18 +216,27 @@ Plan plan_for(const ForwardParams& p, const LayerParams* layer, int threads, int
 
 }  // namespace
 
-// Packing costs about as much as the products with 32 rows. A backward pass packs more, some of it once a chunk.
+// Packing costs about as much as the products with 32 rows. Without it each product is summed over its lanes at the end,
+// which is the less beside it the deeper it is; but many steps read packed weights faster, however deep, for those lie in
+// huge pages. A backward pass packs more, some of it once a chunk.
 Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
-  return plan_for(p, layer, threads, /*rows_worth_packing=*/32);
+  constexpr int64_t kRowsWorthPacking = 32, kDepthOfARow = 6, kMostRows = 84;
+  // Narrower types are widened, unpacked ones once for every tile of rows. A uniform call may have many more steps.
+  const bool as_stored = (p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64) &&
+                         (!layer || layer->weight_dtype == p.dtype);
+  return plan_for(p, layer, threads, [&](int64_t depth) {
+    return as_stored && !uniform ? std::clamp(depth / kDepthOfARow, kRowsWorthPacking, kMostRows) : kRowsWorthPacking;
+  });
 }
 
 Plan make_backward_plan(const BackwardParams& p, const LayerBackwardParams* layer, int threads) {
   constexpr int64_t kRowsWorthPacking = 96;
-  if (!layer) return plan_for(p, nullptr, threads, kRowsWorthPacking);
+  const auto rows_worth_packing = [](int64_t) { return kRowsWorthPacking; };
+  if (!layer) return plan_for(p, nullptr, threads, rows_worth_packing);
   LayerParams alike{};
   alike.size = layer->size;
   alike.weight_dtype = p.dtype;
-  Plan plan = plan_for(p, &alike, threads, kRowsWorthPacking);
+  Plan plan = plan_for(p, &alike, threads, rows_worth_packing);
   // Enough rows that adding to the weights' gradients is little beside the products, few enough for the caches.
   constexpr int64_t kChunkRows = 512;
   plan.chunk = std::clamp<int64_t>(kChunkRows / std::max<int64_t>(p.batch, 1), 1, std::max<int64_t>(p.steps, 1));

@@ -54,21 +54,6 @@ struct Walk {
   }
 };
 
-// How many lanes of a vector that starts at j are among `size`.
-template <class T>
-FASTRNN_HD int valid_lanes(int64_t size, int64_t j) {
-  return int(size - j < Vec<T>::kLanes ? size - j : Vec<T>::kLanes);
-}
-
-// body(j, n) for each vector of units, j .. j + n - 1: all but the last are whole, and what is compiled for those knows it.
-template <class T, class Body>
-FASTRNN_HD void for_each_vector(int64_t units, Body body) {
-  constexpr int L = Vec<T>::kLanes;
-  int64_t j = 0;
-  for (; j + L <= units; j += L) body(j, L);
-  if (j < units) body(j, int(units - j));
-}
-
 // terms(j, n) gives N terms for each of units j .. j + n - 1; returns their N sums over all units, which depend on nothing
 // but the terms: one member adds up all of a row, in the order of its units.
 template <class T, int N, class Terms>

@@ -331,6 +331,28 @@ FASTRNN_HD void store(S* p, Vec<T> value) {
   store(p, value, Vec<T>::kLanes);
 }
 
+// How many lanes of a vector that starts at j are among `size`.
+template <class T>
+FASTRNN_HD int valid_lanes(int64_t size, int64_t j) {
+  return int(size - j < Vec<T>::kLanes ? size - j : Vec<T>::kLanes);
+}
+
+// Of `size` values those in vectors v .. v + vectors - 1.
+template <class T>
+FASTRNN_HD int64_t columns_of(int64_t v, int vectors, int64_t size) {
+  const int64_t left = size - v * Vec<T>::kLanes, all = vectors * Vec<T>::kLanes;
+  return left < all ? left : all;
+}
+
+// body(j, n) for each vector of units, j .. j + n - 1: all but the last are whole, and what is compiled for those knows it.
+template <class T, class Body>
+FASTRNN_HD void for_each_vector(int64_t units, Body body) {
+  constexpr int L = Vec<T>::kLanes;
+  int64_t j = 0;
+  for (; j + L <= units; j += L) body(j, L);
+  if (j < units) body(j, int(units - j));
+}
+
 // Numbers 0 and 1 out of bytes. Step by step, for the compiler takes bytes that are to be words apart one by one.
 template <class T>
 FASTRNN_HD Vec<T> load_bools(const uint8_t* p, int n) {

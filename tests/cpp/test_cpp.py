@@ -20,6 +20,8 @@ ISAS = ("avx512bf16", "avx512", "avx2", "baseline")
 
 HERE = ("g++",), ()  # the compiler, and what runs its programs
 AARCH64 = ("aarch64-linux-gnu-g++", "-static"), ("qemu-aarch64",)
+# An error makes it fail, and so does memory that nothing points to any more.
+VALGRIND = ("g++",), ("valgrind", "--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=definite")
 # Kernels compile for much longer than they run here. So they are not optimised, and calls stay calls: always_inline,
 # without its leading underscores, is what the project's own headers say, and its copies of a function at every call are
 # most of what an unoptimised kernel consists of.
@@ -34,6 +36,15 @@ def compile_and_run(source: Path, out: Path, *flags: str, machine=HERE) -> list[
     done = subprocess.run([*runner, str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return [line.split() for line in done.stdout.splitlines()]
+
+
+PORTABLE = bool(os.environ.get("FASTRNN_PORTABLE"))  # make test-portable
+
+
+def needs(*programs: str) -> pytest.MarkDecorator:
+    """`make test-portable` sees to it that they are there: then a test without them fails instead."""
+    missing = [program for program in programs if shutil.which(program) is None]
+    return pytest.mark.skipif(bool(missing) and not PORTABLE, reason=f"no {missing} here")
 
 
 def runnable(isa: str) -> bool:
@@ -84,19 +95,23 @@ def test_cpu_kernels_under_a_sanitizer(sanitizer, isa, tmp_path):
     assert rows == [[isa, "80", "calls"]]
 
 
+@pytest.mark.skipif(not os.environ.get("FASTRNN_VALGRIND"), reason="takes minutes: make sanitize")
+@pytest.mark.parametrize("name", ["cells", "cpu"])
+def test_under_valgrind(name, tmp_path):
+    """What no sanitizer sees: values that nobody has written, wherever they came from, that decide something."""
+    source, out = ROOT / f"tests/cpp/test_{name}.cpp", tmp_path / name
+    if name == "cells":
+        assert len(compile_and_run(source, out, "-g", WITH_MORE_CELLS, machine=VALGRIND)) == len(fastrnn.ops.CELLS) + 1
+    else:
+        sources = [str(CSRC / f"cpu/{name}.cpp") for name in ("recurrent", "team", "processors", "isa_baseline")]
+        flags = ["-fopenmp", "-g", "-O1", WITH_MORE_CELLS, only(*KINDS_OF_CELLS), *sources]
+        assert compile_and_run(source, out, *flags, machine=VALGRIND) == [["baseline", "80", "calls"]]
+
+
 def test_members_of_a_call(tmp_path):
     """Barriers, and the choice between threads and one thread."""
     source = ROOT / "tests/cpp/test_team.cpp"
     assert compile_and_run(source, tmp_path / "team", "-fopenmp", str(CSRC / "cpu/team.cpp")) == [["team"]]
-
-
-PORTABLE = bool(os.environ.get("FASTRNN_PORTABLE"))  # make test-portable
-
-
-def needs(*programs: str) -> pytest.MarkDecorator:
-    """`make test-portable` sees to it that they are there: then a test without them fails instead."""
-    missing = [program for program in programs if shutil.which(program) is None]
-    return pytest.mark.skipif(bool(missing) and not PORTABLE, reason=f"no {missing} here")
 
 
 @needs("aarch64-linux-gnu-g++", "qemu-aarch64")

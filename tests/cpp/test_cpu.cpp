@@ -155,6 +155,7 @@ Plan random_plan(const ForwardParams& p, const LayerParams* projection) {
   plan.pack_ih = !int8 && projection && coin();
   plan.chunk = projection ? draw(1, p.steps) : 0;
   plan.pack_late = plan.chunk == p.steps && (plan.team_size == 1 || !plan.split_rows);
+  plan.from_the_end = p.steps == 1 && coin();
   plan.all_rows.clear();
   share_rows(p, plan);
   return plan;

@@ -115,3 +115,16 @@ def test_threads_beyond_the_processors_change_no_bit(kind: str) -> None:
             results.append((output, *torch.autograd.grad(output.square().sum(), tuple(module.parameters()))))
     for few, many in zip(*results, strict=True):
         assert torch.equal(few, many)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("hidden", [1, 17, 129])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_turns_of_single_steps_change_no_bit(kind: str, hidden: int, rows: int) -> None:
+    """Calls of one step go over the weights in one direction and the other, in turn."""
+    module = getattr(fastrnn, kind)(3, hidden, bidirectional=True)
+    x = torch.randn(1, rows, 3)
+    for count in (1, 2):
+        with threads(count), torch.inference_mode():
+            first, *others = (module(x)[0] for _ in range(4))
+        assert all(torch.equal(first, other) for other in others)
