@@ -134,7 +134,7 @@ def streaming() -> Iterator[None]:
     own; of half types, states are rounded where one call hands them to the next. Gradients are not covered. A reverse
     direction has no chunks to hand its state along.
 
-    A call of one step costs the same. A longer one of fewer than 96 rows is slower, for its weights are read as they
+    A call of one step costs the same. A longer one of few rows (the batch) is slower, for its weights are read as they
     lie; see docs/performance-cpu.md.
     """
     before = set_uniform(True)

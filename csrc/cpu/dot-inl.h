@@ -86,18 +86,22 @@ __attribute__((noinline)) void dots(int outputs, const A* a, int64_t stride, con
   for (; outputs > 0; --outputs, w += ld, ++out) dot<A, S, M, 1, false>(a, stride, w, w, ld, depth, out, out_stride);
 }
 
-template <bool fetches, class A, class S, class T>
-void dots(int rows, int outputs, const A* a, int64_t stride, const S* w, const S* next, int64_t ld, int64_t depth,
-          T* out, int64_t out_stride) {
+template <class A, class S, class T>
+void dots(int rows, bool fetches, int outputs, const A* a, int64_t stride, const S* w, const S* next, int64_t ld,
+          int64_t depth, T* out, int64_t out_stride) {
+  const auto run = [&](auto M) {
+    const auto of_rows = fetches ? dots<A, S, M, true, T> : dots<A, S, M, false, T>;
+    of_rows(outputs, a, stride, w, next, ld, depth, out, out_stride);
+  };
   switch (rows) {
     case 1:
-      return dots<A, S, 1, false>(outputs, a, stride, w, next, ld, depth, out, out_stride);
+      return run(std::integral_constant<int, 1>());
     case 2:
-      return dots<A, S, 2, fetches>(outputs, a, stride, w, next, ld, depth, out, out_stride);
+      return run(std::integral_constant<int, 2>());
     case 3:
-      return dots<A, S, 3, fetches>(outputs, a, stride, w, next, ld, depth, out, out_stride);
+      return run(std::integral_constant<int, 3>());
     default:
-      return dots<A, S, 4, fetches>(outputs, a, stride, w, next, ld, depth, out, out_stride);
+      return run(std::integral_constant<int, 4>());
   }
 }
 
@@ -119,16 +123,16 @@ __attribute__((noinline)) void dot_panel(int rows, const A* a, int64_t stride, c
       const int lanes = int(valid - v * L < L ? valid - v * L : L);
       const int64_t at = g * gate_stride + v * L;
       if (tiles == 1) {
-        dots<false>(rows, lanes, a, stride, w + at * ld, w, ld, depth, out, out_stride);
+        dots(rows, false, lanes, a, stride, w + at * ld, w, ld, depth, out, out_stride);
       } else {
         for (int i = 0; i < lanes; i += kDotOutputs) {
           const int outputs = lanes - i < kDotOutputs ? lanes - i : kDotOutputs;
-          int64_t next = at + i + kDotOutputs;  // the last gate's last ones have none
+          int64_t next = at + i + kDotOutputs;  // after the last gate's last ones nothing is fetched that is not there
           if (i + 2 * kDotOutputs > lanes) next = g + 1 < gates ? at + gate_stride : at;
           for (int m = 0; m < rows; m += tile_rows) {
-            const auto multiply = m == tile_rows ? dots<true, A, W, T> : dots<false, A, W, T>;
-            multiply(rows - m < tile_rows ? rows - m : tile_rows, outputs, a + m * stride, stride, w + (at + i) * ld,
-                     w + next * ld, ld, depth, out + m * out_stride + i, out_stride);
+            const int some = rows - m < tile_rows ? rows - m : tile_rows;
+            dots(some, m == tile_rows, outputs, a + m * stride, stride, w + (at + i) * ld, w + next * ld, ld, depth,
+                 out + m * out_stride + i, out_stride);
           }
         }
       }

@@ -29,8 +29,9 @@ class ForwardWorker {
   static Paused run(const ForwardParams& p, const LayerParams* layer, const Plan& plan, char* workspace, int member) {
     ForwardWorker w(p, layer, plan, workspace, member);
     const bool units_split = !plan.split_rows;
-    for (int64_t group = w.team; group < p.groups; group += plan.teams) {
-      w.begin(group);
+    const int64_t groups = ceil_div(p.groups - w.team, plan.teams);  // this team's
+    for (int64_t i = 0; i < groups; ++i) {
+      w.begin(w.team + (plan.from_the_end ? groups - 1 - i : i) * plan.teams);
       co_yield kMeet;
       for (int64_t s = 0; s < p.steps; ++s) {
         if (layer && s % plan.chunk == 0) {
@@ -38,6 +39,7 @@ class ForwardWorker {
           if (units_split) co_yield kMeet;
           if (!w.in_one_pass()) w.project(w.units);
         }
+        w.enter_step(s);
         if (w.in_one_pass()) w.project_and_multiply();
         else w.multiply(s, w.units);
         if constexpr (kHasLate<Cell>) {
@@ -54,7 +56,7 @@ class ForwardWorker {
         }
         if (units_split && s + 1 < p.steps) co_yield kMeet;
       }
-      if (group + plan.teams < p.groups) co_yield kMeet;
+      if (i + 1 < groups) co_yield kMeet;
     }
   }
 
@@ -206,6 +208,11 @@ class ForwardWorker {
 
   // ---- the steps ----
 
+  void enter_step(int64_t s) {
+    step.enter_step(s);
+    if (layer) chunk_at = chunk_row(s);
+  }
+
   // A single step meets all weights once, those of a panel of units together. So the whole call is one pass over them, and
   // where calls take turns at its direction (Plan::from_the_end) each begins with what the one before left in the caches.
   // (Rows of int8 are made once for all panels of a pass.)
@@ -220,8 +227,6 @@ class ForwardWorker {
   // The recurrent product of the s-th step, and the cells of `units`. Of a cell that needs whole rows the product is
   // kept, and of one with late gates that of the others, with what they make.
   void multiply(int64_t s, Range units) {
-    step.enter_step(s);
-    if (layer) chunk_at = chunk_row(s);
     multiply_gates<0, kEarly>(s, units, step.multiplied, [&](int64_t i, int64_t v, const T* product, const T* gates_ih) {
       if constexpr (kWholeRows<Cell> || kHasLate<Cell>)
         for (int k = 0; k < kEarly; ++k) store(product_of(i) + (v * G + k) * L, load(product + k * L));

@@ -38,7 +38,7 @@ struct Plan {
   // they are stored. pack_late: each panel of weight_ih is packed just before its only use.
   bool pack_hh, pack_ih, pack_late;
   bool uniform;                // no sum of a forward pass depends on how many steps or threads there are
-  bool from_the_end;           // of a call of one step: goes over the units, and so the weights, from the last to the first
+  bool from_the_end;           // of a layer's call of one step: groups and units, and so weights, come last to first
   bool shared_lengths;         // all groups have the same
   int64_t work;                // multiply-adds of the call
   int64_t chunk;               // of a layer's call: steps whose gates, or gate gradients, are held at a time; else 0

@@ -106,7 +106,7 @@ bool take_turns(const void* weights) {
 
 void run_forward(const ForwardParams& params, const LayerParams* layer, int threads) {
   Plan plan = fitting_plan(threads, [&](int threads) { return make_plan(params, layer, threads); });
-  plan.from_the_end = params.steps == 1 && take_turns(params.weight_hh);
+  plan.from_the_end = layer && params.steps == 1 && take_turns(params.weight_hh);
   const Kernels& of_dtype = kernels(params.dtype);
   run(plan, of_dtype.forward_workspace(params, layer, plan),
       [&](char* own, int member) { return of_dtype.forward(params, layer, plan, own, member); });
@@ -221,11 +221,11 @@ Plan plan_for(const ForwardParams& p, const LayerParams* layer, int threads, con
 // huge pages. A backward pass packs more, some of it once a chunk.
 Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
   constexpr int64_t kRowsWorthPacking = 32, kDepthOfARow = 6, kMostRows = 84;
-  // Narrower types are widened, unpacked ones once for every tile of rows. A uniform call may have many more steps.
+  // Narrower types are widened, unpacked ones once for every tile of rows.
   const bool as_stored = (p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64) &&
                          (!layer || layer->weight_dtype == p.dtype);
   return plan_for(p, layer, threads, [&](int64_t depth) {
-    return as_stored && !uniform ? std::clamp(depth / kDepthOfARow, kRowsWorthPacking, kMostRows) : kRowsWorthPacking;
+    return as_stored ? std::clamp(depth / kDepthOfARow, kRowsWorthPacking, kMostRows) : kRowsWorthPacking;
   });
 }
 

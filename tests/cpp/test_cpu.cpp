@@ -195,7 +195,7 @@ bool check_call() {
   // narrow weights, for the forward call alone; see LayerParams
   const bool layer = coin(), narrow = layer && coin() && !only_bfloat16;
   p.dtype = only_bfloat16 ? DType::kBFloat16 : narrow ? DType::kFloat32 : static_cast<DType>(draw(0, 3));
-  p.steps = draw(1, 5);
+  p.steps = coin() ? 1 : draw(2, 5);  // a single one is a pass of its own
   p.batch = size();
   p.groups = draw(1, 3);
   p.hidden = size();

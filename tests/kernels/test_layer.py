@@ -119,6 +119,13 @@ def test_projection_wider_than_the_hidden_units():
         check(Case("lstm", 4, B, 2, h, width, "rows", "state"), 7, seed=B)
 
 
+def test_threads_without_units():
+    """16 hidden units may be a single vector: of two threads one has a part of the projection to make, and no cell."""
+    torch.set_num_threads(2)
+    for T in (1, 2):
+        check(Case("lstm", T, 15, 1, 16, 512, dtype=torch.float32), 64)
+
+
 @pytest.mark.parametrize(("cell", "projected", "noise"), cells_with_noise())
 def test_recurrent_dropout_and_zoneout(cell, projected, noise):
     for dtype, (T, B, P, h) in product(TOLERANCE, [(5, 3, 2, 17), (70, 4, 1, 33)]):
