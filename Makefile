@@ -5,7 +5,8 @@
 # make examples         every program of docs/examples.md on both backends, and the table of that page
 # make fuzz    50,000 random calls (CASES=) of modules and ops, against the reference or with wrong arguments
 # make soak    100,000 calls (CALLS=) that leave no memory behind, and a result of 2^31 elements (9 GB)
-# make sanitize         the extension with AddressSanitizer and UBSan (build/sanitized), and the tests of the ops under it
+# make sanitize         the kernels under valgrind, if there is one; the tests of the ops on a build with AddressSanitizer and
+#                       UBSan (build/sanitized)
 # make test-portable    the CPU's kernels for AArch64 under an emulator, and for macOS' compiler (needs Debian's packages
 #                       g++-aarch64-linux-gnu, qemu-user and a clang++), and the whole extension built for both (0.8 GB)
 # make docs    the pages and the API as a site (out/docs/index.html); Sphinx has an environment of its own (.venv-docs)

@@ -28,12 +28,12 @@ VALGRIND = ("g++",), ("valgrind", "--error-exitcode=9", "--leak-check=full", "--
 QUICKLY = ("-O0", "-Dalways_inline=unused")
 
 
-def compile_and_run(source: Path, out: Path, *flags: str, machine=HERE) -> list[list[str]]:
+def compile_and_run(source: Path, out: Path, *flags: str, machine=HERE, arguments=()) -> list[list[str]]:
     """Builds a program with csrc/ as its only include path; returns its output, split into words."""
     compiler, runner = machine
     build = [*compiler, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", f"-I{CSRC}", *flags]
     subprocess.run([*build, str(source), "-o", str(out)], check=True)
-    done = subprocess.run([*runner, str(out)], capture_output=True, text=True)
+    done = subprocess.run([*runner, str(out), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return [line.split() for line in done.stdout.splitlines()]
 
@@ -91,8 +91,8 @@ def test_cpu_kernels_under_a_sanitizer(sanitizer, isa, tmp_path):
         # It would look at every variable of a block else: half as long again to compile. And its check of an access is
         # called, not written out at each.
         flags += ["-fno-sanitize-address-use-after-scope", "--param", "asan-instrumentation-with-call-threshold=0"]
-    rows = compile_and_run(ROOT / "tests/cpp/test_cpu.cpp", tmp_path / "cpu", *flags)
-    assert rows == [[isa, "80", "calls"]]
+    rows = compile_and_run(ROOT / "tests/cpp/test_cpu.cpp", tmp_path / "cpu", *flags, arguments=["160"])
+    assert rows == [[isa, "160", "calls"]]
 
 
 @pytest.mark.skipif(not os.environ.get("FASTRNN_VALGRIND"), reason="takes minutes: make sanitize")
