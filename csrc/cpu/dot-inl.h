@@ -120,7 +120,7 @@ __attribute__((noinline)) void dot_panel(int rows, const A* a, int64_t stride, c
   const int tile_rows = int(ceil_div(rows, tiles));
   for (int v = 0; v < unit_vectors; ++v)
     for (int g = 0; g < gates; ++g, out += L) {
-      const int lanes = int(valid - v * L < L ? valid - v * L : L);
+      const int lanes = valid_lanes<T>(valid, v * L);
       const int64_t at = g * gate_stride + v * L;
       if (tiles == 1) {
         dots(rows, false, lanes, a, stride, w + at * ld, w, ld, depth, out, out_stride);

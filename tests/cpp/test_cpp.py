@@ -38,15 +38,6 @@ def compile_and_run(source: Path, out: Path, *flags: str, machine=HERE, argument
     return [line.split() for line in done.stdout.splitlines()]
 
 
-PORTABLE = bool(os.environ.get("FASTRNN_PORTABLE"))  # make test-portable
-
-
-def needs(*programs: str) -> pytest.MarkDecorator:
-    """`make test-portable` sees to it that they are there: then a test without them fails instead."""
-    missing = [program for program in programs if shutil.which(program) is None]
-    return pytest.mark.skipif(bool(missing) and not PORTABLE, reason=f"no {missing} here")
-
-
 def runnable(isa: str) -> bool:
     return ISAS.index(isa) >= ISAS.index(fastrnn.instruction_set())
 
@@ -112,6 +103,15 @@ def test_members_of_a_call(tmp_path):
     """Barriers, and the choice between threads and one thread."""
     source = ROOT / "tests/cpp/test_team.cpp"
     assert compile_and_run(source, tmp_path / "team", "-fopenmp", str(CSRC / "cpu/team.cpp")) == [["team"]]
+
+
+PORTABLE = bool(os.environ.get("FASTRNN_PORTABLE"))  # make test-portable
+
+
+def needs(*programs: str) -> pytest.MarkDecorator:
+    """`make test-portable` sees to it that they are there: then a test without them fails instead."""
+    missing = [program for program in programs if shutil.which(program) is None]
+    return pytest.mark.skipif(bool(missing) and not PORTABLE, reason=f"no {missing} here")
 
 
 @needs("aarch64-linux-gnu-g++", "qemu-aarch64")

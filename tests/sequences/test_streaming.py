@@ -66,6 +66,19 @@ def test_the_bits_of_one_call(kind, proj, batch, count):
             assert same(as_one(module, input, state), whole)
 
 
+@pytest.mark.parametrize(("size", "hidden"), [(40, 300), (300, 40)])
+def test_weights_of_which_one_is_packed(size, hidden):
+    """Of so many rows the deeper weights are read as they lie and the others packed, whatever the steps."""
+    module, input = fastrnn.GRU(size, hidden), randn(9, 40, size, dtype=torch.float32)
+    with torch.no_grad(), fastrnn.streaming():
+        whole = as_one(module, input, None)
+        for sizes in chunkings(9, 2, hidden):
+            assert same(in_chunks(module, input, None, sizes), whole), sizes
+    module.double()
+    with torch.no_grad():
+        torch.testing.assert_close(whole, as_one(module, input.double(), None), check_dtype=False, rtol=1e-5, atol=1e-5)
+
+
 def test_without_it_the_bits_differ():
     """What the tests above would see if the context manager did nothing."""
     module, input = fastrnn.LSTM(130, 150, num_layers=2), randn(40, 3, 130, dtype=torch.float32)
