@@ -252,9 +252,10 @@ FASTRNN_INLINE void run_backward_step(const BackwardParams& p, const RowWalk& r,
                                       const BackwardLoads<Cell, S>& loads, Wide<S> recurrent, Wide<S> limit,
                                       bool crossed, Wide<S> carried, BackwardOut<Cell, Wide<S>>& out) {
   const Wide<S> later = Cell::kStates == 1 ? recurrent + carried : recurrent;
+  const Wide<S> grad_h = backward_h<S>(p, r, k, j, later, limit, crossed, loads.grad_output);
   BackwardIn<Cell, Wide<S>> in;
   make_backward_in<Cell, S>(p, r, j, loads, in);
-  in.grad_state[0] = backward_h<S>(p, r, k, j, later, limit, crossed, loads.grad_output);
+  in.grad_state[0] = grad_h;
   backward_c<Cell, S>(p, r, k, j, carried, limit, crossed, in.grad_state);
   Cell::backward(in, out);
 }
