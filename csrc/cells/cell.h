@@ -108,6 +108,10 @@ FASTRNN_HD void for_each_pass(Body&& body) {
 template <class Cell>
 inline constexpr int kInC = Cell::kStates - 1;
 
+// May h be projected?
+template <class Cell>
+inline constexpr bool kTakesProjection = Cell::kStates == 2;
+
 template <class Cell, class = void>
 inline constexpr bool kSavesHidden = false;
 template <class Cell>

@@ -52,7 +52,7 @@ struct CellInfo {
   int forward_work, backward_work;  // values of a unit that its passes leave to each other
   bool keeps_made;         // zoneout of the last state needs one more saved value (kKeepsMade in cell.h)
 
-  int in_c() const { return states - 1; }  // how many states a call's "c" holds, side by side (params.h)
+  FASTRNN_HD int in_c() const { return states - 1; }  // how many states a call's "c" holds, side by side (params.h)
 };
 
 inline constexpr CellInfo kCells[] = {

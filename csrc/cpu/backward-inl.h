@@ -32,10 +32,11 @@ class BackwardWorker {
       co_yield kMeet;
       for (int64_t s = 0; s < steps; ++s) {
         w.multiply(s);
-        if (p.weight_hr) {
-          if (units_split) co_yield kMeet;
-          w.project_gradients();
-        }
+        if constexpr (kTakesProjection<Cell>)
+          if (p.weight_hr) {
+            if (units_split) co_yield kMeet;
+            w.project_gradients();
+          }
         if constexpr (kHasLate<Cell>) {
           if (units_split) co_yield kMeet;
           w.multiply_late();
@@ -81,12 +82,7 @@ class BackwardWorker {
     from = grad_gates();
     if (layer) gradients.begin();
     if (packed) pack(group);
-    if (!p.grad_h_0) return;
-    for (int64_t i = step.rows->active(0); i < step.rows->size(); ++i) {
-      for (int64_t v = widths.begin; v < widths.end; ++v) step.pass_h(i, v * L);
-      if constexpr (Cell::kStates > 1)
-        for (int64_t v = units.begin; v < units.end; ++v) step.pass_c(i, v * L);
-    }
+    if (p.grad_h_0) pass_rows<S>(step, units, widths);
   }
 
   void pack(int64_t group) {
@@ -198,9 +194,9 @@ class BackwardWorker {
   const int team, member;
   const bool packed;
   Arena arena;
-  BackwardBuffers<Cell, S> b;
+  BackwardBuffers<S> b;
   BackwardStep<Cell, S> step;
-  LayerGradients<Cell, S> gradients;  // of a layer's call
+  LayerGradients<S> gradients;        // of a layer's call
   Range units, widths;                // vectors that this member computes
 
   const A* from;  // the gate gradients of the step before

@@ -79,8 +79,8 @@ FASTRNN_HD void dot(const A* a, int64_t stride, const S* w, [[maybe_unused]] con
 
 // The same for any number of outputs, a few at a time.
 template <class A, class S, int M, bool fetches, class T = typename Compute<A>::type>
-__attribute__((noinline)) void dots(int outputs, const A* a, int64_t stride, const S* w, const S* next, int64_t ld,
-                                    int64_t depth, T* out, int64_t out_stride) {
+FASTRNN_ONE_COPY void dots(int outputs, const A* a, int64_t stride, const S* w, const S* next, int64_t ld,
+                           int64_t depth, T* out, int64_t out_stride) {
   for (; outputs >= kDotOutputs; outputs -= kDotOutputs, w += kDotOutputs * ld, out += kDotOutputs)
     dot<A, S, M, kDotOutputs, fetches>(a, stride, w, next, ld, depth, out, out_stride);
   for (; outputs > 0; --outputs, w += ld, ++out) dot<A, S, M, 1, false>(a, stride, w, w, ld, depth, out, out_stride);
@@ -112,9 +112,9 @@ void dots(int rows, bool fetches, int outputs, const A* a, int64_t stride, const
 // idle, the second one fetches what the first will read next; into the second level, for fetches into the first one would
 // keep its few misses in flight from those that a sum waits for.
 template <class A, class W, class S, class T>
-__attribute__((noinline)) void dot_panel(int rows, const A* a, int64_t stride, const W* w, int64_t ld,
-                                         int64_t gate_stride, int gates, int unit_vectors, int64_t valid, int64_t depth,
-                                         const S* bias, T* out) {
+FASTRNN_ONE_COPY void dot_panel(int rows, const A* a, int64_t stride, const W* w, int64_t ld,
+                                int64_t gate_stride, int gates, int unit_vectors, int64_t valid, int64_t depth,
+                                const S* bias, T* out) {
   constexpr int L = Vec<T>::kLanes;
   const int out_stride = gates * unit_vectors * L, tiles = int(ceil_div(rows, kDotRows));
   const int tile_rows = int(ceil_div(rows, tiles));

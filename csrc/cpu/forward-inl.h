@@ -6,6 +6,7 @@
 #include "../cells/registry.h"
 #include "coroutine-inl.h"
 #include "dot-inl.h"
+#include "gates-inl.h"
 #include "int8-inl.h"
 #include "panels-inl.h"
 #include "product-inl.h"
@@ -35,9 +36,9 @@ class ForwardWorker {
       co_yield kMeet;
       for (int64_t s = 0; s < p.steps; ++s) {
         if (layer && s % plan.chunk == 0) {
-          w.gather_input(s);
+          w.gates.gather(s);
           if (units_split) co_yield kMeet;
-          if (!w.in_one_pass()) w.project(w.units);
+          if (!w.in_one_pass()) w.gates.project(w.units);
         }
         w.enter_step(s);
         if (w.in_one_pass()) w.project_and_multiply();
@@ -50,10 +51,11 @@ class ForwardWorker {
           if (units_split) co_yield kMeet;
           w.compute_cells();
         }
-        if (p.weight_hr) {
-          if (units_split) co_yield kMeet;
-          w.project_hidden(s);
-        }
+        if constexpr (kTakesProjection<Cell>)
+          if (p.weight_hr) {
+            if (units_split) co_yield kMeet;
+            w.project_hidden(s);
+          }
         if (units_split && s + 1 < p.steps) co_yield kMeet;
       }
       if (i + 1 < groups) co_yield kMeet;
@@ -63,44 +65,31 @@ class ForwardWorker {
  private:
   ForwardWorker(const ForwardParams& params, const LayerParams* layer, const Plan& plan, char* workspace, int member)
       : p(params), layer(layer), plan(plan), team(member / plan.team_size), member(member % plan.team_size),
-        arena(workspace), b(params, layer, plan, arena), step(params, b) {
-    const bool all = plan.split_rows;
-    units = all ? Range{0, b.unit_vectors} : share(b.unit_vectors, this->member, plan.team_size);
-    widths = all ? Range{0, b.width_vectors} : share(b.width_vectors, this->member, plan.team_size);
+        arena(workspace), b(params, layer, plan, arena), step(params, b), units(own(b.unit_vectors)),
+        widths(own(b.width_vectors)), gates(params, layer, plan, this->member, b, step, units, kUnits) {}
+  Range own(int64_t vectors) const {
+    return plan.split_rows ? Range{0, vectors} : share(vectors, member, plan.team_size);
   }
   ForwardWorker(const ForwardWorker&) = delete;
 
   void begin(int64_t group) {
     step.enter(plan, group, member);
     find_weights(group);
+    if (layer) gates.begin();
     if constexpr (!kInt8) pack();
-    for (int64_t i = 0; i < step.rows->size(); ++i) {
-      for (int64_t v = widths.begin; v < widths.end; ++v) step.start_h(i, v * L);
-      if constexpr (Cell::kStates > 1)
-        for (int64_t v = units.begin; v < units.end; ++v) step.start_c(i, v * L);
-    }
+    start_rows(step, b, units, widths);
   }
 
   // ---- the group's weights ----
 
   void find_weights(int64_t group) {
-    const int64_t h = p.hidden, R = p.width, I = layer ? layer->size : 0;
-    const Gaps& gaps = p.gaps;
-    bias_hh = p.bias_hh ? static_cast<const S*>(p.bias_hh) + group * (G * h + gaps.bias_hh) : nullptr;
-    weight_hr = p.weight_hr ? static_cast<const WeightHr*>(p.weight_hr) + group * (R * h + gaps.weight_hr) : nullptr;
-    bias_ih = layer && layer->bias ? static_cast<const S*>(layer->bias) + group * (G * h + gaps.bias_ih) : nullptr;
-    if constexpr (kInt8) {
-      const int64_t blocks = ceil_div(h, kInt8Units), rows = blocks * G * kInt8Units;
-      const auto weights = [&](const void* all, const float* scale, const int32_t* sum, int64_t quads) {
-        return Int8Weights{static_cast<const int8_t*>(all) + group * rows * quads * kInt8Depth, scale + group * rows,
-                           sum + group * rows, quads};
-      };
-      int8_ih = weights(layer->weight, layer->scale_ih, layer->sum_ih, b.quads_ih);
-      int8_hh = weights(p.weight_hh, layer->scale_hh, layer->sum_hh, b.quads_hh);
-    } else {
-      weight_hh = static_cast<const W*>(p.weight_hh) + group * (G * h * R + gaps.weight_hh);
-      weight_ih = layer ? static_cast<const W*>(layer->weight) + group * (G * h * I + gaps.weight_ih) : nullptr;
-    }
+    const int64_t h = p.hidden, R = p.width;
+    bias_hh = p.bias_hh ? static_cast<const S*>(p.bias_hh) + group * (G * h + p.gaps.bias_hh) : nullptr;
+    weight_hr = p.weight_hr ? static_cast<const WeightHr*>(p.weight_hr) + group * (R * h + p.gaps.weight_hr) : nullptr;
+    if constexpr (kInt8)
+      int8_hh = int8_weights(p.weight_hh, layer->scale_hh, layer->sum_hh, G, h, b.quads_hh, group);
+    else
+      weight_hh = static_cast<const W*>(p.weight_hh) + group * (G * h * R + p.gaps.weight_hh);
   }
 
   // A team that splits its rows shares all panels; a member that has units of its own packs those.
@@ -111,10 +100,7 @@ class ForwardWorker {
         pack_gates<0, kEarly>(v, vectors);
         if constexpr (kHasLate<Cell>) pack_gates<kEarly, kLate>(v, vectors);
       }
-      if (plan.pack_ih) {
-        if (!plan.pack_late) pack_ih(v, vectors, panel_ih(v));
-        if (bias_ih) pack_rows(bias_ih + v * L, 1, h, G, vectors, h - v * L, 1, b.bias_ih + v * G * L);
-      }
+      if (layer) gates.pack(v, vectors);
     });
     if (!plan.pack_hh || !weight_hr) return;
     for_each_packed_panel(widths, kMaxVectors, plan.split_rows, member, plan.team_size, [&](int64_t v, int vectors) {
@@ -127,7 +113,7 @@ class ForwardWorker {
   void pack_gates(int64_t v, int vectors) {
     const int64_t h = p.hidden, R = p.width, row = first * h + v * L;
     pack_rows(weight_hh + row * R, R, h, count, vectors, h - v * L, R, panel_hh<first, count>(v));
-    if (bias_hh) pack_rows(bias_hh + row, 1, h, count, vectors, h - v * L, 1, panel_bias<first, count>(v));
+    if (bias_hh) pack_bias(bias_hh + row, h, count, vectors, h - v * L, panel_bias<first, count>(v));
   }
   template <int first, int count>
   A* panel_hh(int64_t v) const {
@@ -138,79 +124,12 @@ class ForwardWorker {
     return b.bias + (first * b.unit_vectors + count * v) * L;
   }
   A* panel_hr(int64_t v) const { return b.panels_hr + v * L * padded_depth<A>(p.hidden); }
-  A* panel_ih(int64_t v) const { return b.panels_ih + v * G * L * padded_depth<A>(layer->size); }
-  void pack_ih(int64_t v, int vectors, A* panel) {
-    const int64_t I = layer->size;
-    pack_rows(weight_ih + v * L * I, I, p.hidden, G, vectors, p.hidden - v * L, I, panel);
-  }
-
-  // ---- a layer's call: gates_ih of a chunk of steps ----
-
-  // The input of the chunk of steps from `begin` on. Where units are split the team shares it: each member brings a
-  // part of each step's rows.
-  void gather_input(int64_t begin) {
-    const Rows& rows = *step.rows;
-    const int64_t I = layer->size, mine = plan.chunk * rows.first;
-    const int64_t end = begin + plan.chunk < p.steps ? begin + plan.chunk : p.steps;
-    A* input = kInt8 ? nullptr : b.input + mine * b.input_stride;
-    int64_t count = 0;
-    for (int64_t s = begin; s < end; ++s) {
-      const int64_t t = step.time_of(s), active = rows.active(t);
-      chunk_row(s) = count;
-      const Range part = plan.split_rows ? Range{0, active} : share(active, member, plan.team_size);
-      for (int64_t i = part.begin; i < part.end; ++i) {
-        const S* from = static_cast<const S*>(layer->input) +
-                        step.offset(i, t, layer->input_stride_t, layer->input_stride_b);
-        if constexpr (kInt8) {
-          const int64_t at = mine + count + i;
-          b.input_scale[at] = quantize_row(from, I, b.quantized_input + at * b.quads_ih * kInt8Depth);
-        } else {
-          A* to = input + (count + i) * b.input_stride;
-          for (int64_t k = 0; k < I; k += L) store(to + k, V(load(from + k, valid_lanes<T>(I, k))));
-        }
-      }
-      count += active;
-    }
-    chunk_count = count;
-  }
-
-  // gates_ih of the gathered steps, of this member's rows and of `units`. No step may be under way that still reads the
-  // last chunk's gates.
-  void project(Range units) {
-    const int64_t I = layer->size, mine = plan.chunk * step.rows->first, count = chunk_count;
-    const A* input = kInt8 ? nullptr : b.input + mine * b.input_stride;
-    for_each_panel(units, kUnits, [&](int64_t v, int vectors) {
-      const int N = vectors * G;
-      T* out = chunk_panel(v, N);
-      const auto keep = [&](int64_t first, int rows_in_tile, const T* sums) {
-        for (int m = 0; m < rows_in_tile * N; ++m) store(out + (first * N + m) * L, load(sums + m * L));
-      };
-      if constexpr (kInt8) {
-        const int64_t stride = b.quads_ih * kInt8Depth;
-        for_each_int8_tile<G>(count, b.quantized_input + mine * stride, stride, b.input_scale + mine, int8_ih, v,
-                              vectors, bias_ih, p.hidden, keep);
-      } else if (plan.pack_ih) {
-        A* panel = panel_ih(plan.pack_late ? this->units.begin : v);
-        if (plan.pack_late) pack_ih(v, vectors, panel);
-        for_each_tile(count, input, b.input_stride, static_cast<const A*>(panel), N * L, I, N,
-                      bias_ih ? b.bias_ih + v * G * L : nullptr, keep, plan.uniform, terms_of_weights(p));
-      } else
-        for_each_dot_tile(count, input, b.input_stride, weight_ih + v * L * I, I, p.hidden, G,
-                          vectors, p.hidden - v * L, I, bias_ih ? bias_ih + v * L : nullptr, keep);
-    });
-  }
-
-  int64_t& chunk_row(int64_t s) { return b.chunk_row[member * plan.chunk + s % plan.chunk]; }
-  // Where a panel's gates of the chunk begin; N vectors a row.
-  T* chunk_panel(int64_t v, int N) {
-    return b.gates_ih + v * G * L * b.chunk_rows + plan.chunk * step.rows->first * N * L;
-  }
 
   // ---- the steps ----
 
   void enter_step(int64_t s) {
     step.enter_step(s);
-    if (layer) chunk_at = chunk_row(s);
+    if (layer) chunk_at = gates.row_of(s);
   }
 
   // A single step meets all weights once, those of a panel of units together. So the whole call is one pass over them, and
@@ -219,7 +138,7 @@ class ForwardWorker {
   bool in_one_pass() const { return !kInt8 && layer && p.steps == 1; }
   void project_and_multiply() {
     for_each_panel_zigzag(units, kUnits, plan.from_the_end, [&](int64_t v, int vectors) {
-      project({v, v + vectors});
+      gates.project({v, v + vectors});
       multiply(0, {v, v + vectors});
     });
   }
@@ -259,7 +178,7 @@ class ForwardWorker {
         scale[i] = quantize_row(x + i * b.stride, p.width, quantized + i * b.quads_hh * kInt8Depth);
     }
     for_each_panel_zigzag(units, kUnits, s, [&](int64_t v, int vectors) {
-      const T* gates_ih = layer ? chunk_panel(v, vectors * G) + chunk_at * vectors * G * L : nullptr;
+      const T* gates_ih = layer ? gates.panel(v, vectors * G) + chunk_at * vectors * G * L : nullptr;
       constexpr int kMade = kInt8 ? G : count, kSkip = kInt8 ? first : 0;  // int8 tiles have all gates
       const auto cells = [&](int64_t first_of_tile, int rows_in_tile, const T* product) {
         for (int m = 0; m < rows_in_tile; ++m)
@@ -270,8 +189,8 @@ class ForwardWorker {
           }
       };
       if constexpr (kInt8)
-        for_each_int8_tile<G>(active, quantized, b.quads_hh * kInt8Depth, scale, int8_hh, v, vectors, bias_hh, p.hidden,
-                              cells);
+        for_each_int8_tile(active, quantized, b.quads_hh * kInt8Depth, scale, int8_hh, G, v, vectors, bias_hh, p.hidden,
+                           cells);
       else if (plan.pack_hh)
         for_each_tile(active, x, b.stride, static_cast<const A*>(panel_hh<first, count>(v)), vectors * count * L,
                       p.width, vectors * count, bias_hh ? panel_bias<first, count>(v) : nullptr, cells, plan.uniform,
@@ -287,11 +206,10 @@ class ForwardWorker {
   void compute_cells() {
     const int64_t active = step.rows->active(step.t);
     const Range mine = plan.split_rows ? Range{0, active} : share(active, member, plan.team_size);
-    const auto gates_ih = [&](int64_t i) {
-      return [this, i](int64_t j) { return layer ? chunk_panel(j / L, G) + (chunk_at + i) * G * L : nullptr; };
-    };
+    const T* gates_ih = layer ? gates.panel(0, G) + chunk_at * G * L : nullptr;
     for (int64_t i = mine.begin; i < mine.end; ++i)
-      step.whole_row(i, product_of(i), gates_ih(i), b.row_scratch + member * b.row_scratch_size);
+      step.whole_row(i, product_of(i), layer ? gates_ih + i * G * L : nullptr, G * L * b.chunk_rows,
+                     b.row_scratch + member * b.row_scratch_size);
   }
 
   // h of the step, from o tanh(c) of all its units.
@@ -317,16 +235,16 @@ class ForwardWorker {
   const Plan& plan;
   const int team, member;
   Arena arena;
-  ForwardBuffers<Cell, S> b;
+  ForwardBuffers<S> b;
   ForwardStep<Cell, S> step;
-  Range units, widths;  // vectors that this member computes
+  const Range units, widths;  // vectors that this member computes
+  LayerGates<S, W> gates;     // of a layer's call
 
-  int64_t chunk_count;  // rows of the gathered chunk
-  int64_t chunk_at;     // where the step's rows start in it
-  const W *weight_hh, *weight_ih;  // the group's, like the rest
-  Int8Weights int8_hh, int8_ih;
+  int64_t chunk_at;    // where the step's rows start in its chunk
+  const W* weight_hh;  // the group's, like the rest
+  Int8Weights int8_hh;
   const WeightHr* weight_hr;
-  const S *bias_hh, *bias_ih;
+  const S* bias_hh;
 };
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

@@ -48,28 +48,29 @@ struct WeightSums {
   }
 };
 
-// One member's part.
-template <class Cell, class S>
+// One member's part. Of the cell nothing but its number of gates matters here, so all cells share this code.
+template <class S>
 class LayerGradients {
   using T = typename Compute<S>::type;
   using A = typename Operand<S>::type;
   using V = Vec<T>;
   using Sums = WeightSums<S>;
-  static constexpr int L = V::kLanes, G = Cell::kGates;
+  static constexpr int L = V::kLanes;
 
  public:
   LayerGradients(const BackwardParams& params, const LayerBackwardParams* layer, const Plan& plan, int member,
-                 const BackwardBuffers<Cell, S>& buffers, const BackwardStep<Cell, S>& step, bool packed)
-      : p(params), layer(layer), plan(plan), member(member), b(buffers), step(step), packed(packed) {}
+                 const BackwardBuffers<S>& buffers, const BackwardWalk& walk, bool packed)
+      : p(params), layer(layer), plan(plan), member(member), b(buffers), walk(walk), packed(packed),
+        G(kCells[p.cell].gates), late_gates(kCells[p.cell].late_gates) {}
 
-  // Of a group; step has entered it.
+  // Of a group; `walk` has entered it.
   void begin() {
     chunk_begin = chunk_rows = 0;
     first_product = true;
     const int64_t rows = G * p.hidden;
-    of_ih = Sums(layer->grad_weight_ih, step.group, rows * layer->size, b.lower_ih);
-    of_hh = Sums(layer->grad_weight_hh, step.group, rows * p.width, b.lower_hh);
-    of_hr = Sums(layer->grad_weight_hr, step.group, p.width * p.hidden, b.lower_hr);
+    of_ih = Sums(layer->grad_weight_ih, walk.group, rows * layer->size, b.lower_ih);
+    of_hh = Sums(layer->grad_weight_hh, walk.group, rows * p.width, b.lower_hh);
+    of_hr = Sums(layer->grad_weight_hr, walk.group, p.width * p.hidden, b.lower_hr);
     if (!packed || !layer->grad_input || plan.pack_late) return;
     // All rows of the input's gradient need all panels.
     for_each_packed_panel({0, b.input_vectors}, kMaxVectors, true, member, plan.team_size,
@@ -77,12 +78,12 @@ class LayerGradients {
   }
 
   // Where a step puts its gate gradients, whose rows are the chunk's next; `running` of them.
-  A* next_gates() const { return grad_gates(*step.rows) + (step.rows->size() + chunk_rows) * b.gates_stride; }
+  A* next_gates() const { return grad_gates(*walk.rows) + (walk.rows->size() + chunk_rows) * b.gates_stride; }
   A* next_gates_ih() const {
-    return b.grad_gates_ih ? b.grad_gates_ih + (first_row(*step.rows) + chunk_rows) * b.gates_stride : nullptr;
+    return b.grad_gates_ih ? b.grad_gates_ih + (first_row(*walk.rows) + chunk_rows) * b.gates_stride : nullptr;
   }
-  S* next_inner() const { return b.inner ? b.inner + (first_row(*step.rows) + chunk_rows) * b.stride : nullptr; }
-  A* next_grad_h() const { return b.grad_h + (first_row(*step.rows) + chunk_rows) * b.stride; }
+  S* next_inner() const { return b.inner ? b.inner + (first_row(*walk.rows) + chunk_rows) * b.stride : nullptr; }
+  A* next_grad_h() const { return b.grad_h + (first_row(*walk.rows) + chunk_rows) * b.stride; }
   void made(int64_t running) { chunk_rows += running; }
   // Is the chunk complete with step s?
   bool complete(int64_t s) const { return s + 1 == p.steps || s + 1 == chunk_begin + plan.chunk; }
@@ -92,7 +93,7 @@ class LayerGradients {
   // the next step's product needs, so they move to where they stay; every member moves the units and rows that it
   // makes. Returns where that is.
   const A* gather(int64_t end, const A* from, int64_t running, Range units) {
-    const Rows& rows = *step.rows;
+    const Rows& rows = *walk.rows;
     const int64_t width = (units.end - units.begin) * L;
     for (int64_t i = 0; i < running; ++i)
       for (int k = 0; k < G; ++k) {
@@ -102,13 +103,13 @@ class LayerGradients {
     const S* input = static_cast<const S*>(layer->input);
     int64_t at = first_row(rows);
     for (int64_t s = chunk_begin; s < end; ++s) {
-      const int64_t time = step.time_of(s), active = rows.active(time);
+      const int64_t time = walk.time_of(s), active = rows.active(time);
       const Range part = plan.split_rows ? Range{0, active} : share(active, member, plan.team_size);
       for (int64_t i = part.begin; i < part.end; ++i) {
         b.place[at + i] = p.place(time, rows.row[i]);
-        b.input[at + i] = input + step.offset(i, time, layer->input_stride_t, layer->input_stride_b);
-        b.before[at + i] = step.h_before(i, time);
-        if (b.mask) b.mask[at + i] = static_cast<const S*>(p.mask_h) + step.place(i) * p.width;
+        b.input[at + i] = input + walk.offset(i, time, layer->input_stride_t, layer->input_stride_b);
+        b.before[at + i] = walk.h_before<S>(i, time);
+        if (b.mask) b.mask[at + i] = static_cast<const S*>(p.mask_h) + walk.place(i) * p.width;
         if (b.inner) b.inner_row[at + i] = b.inner + (at + i) * b.stride;
       }
       at += active;
@@ -120,21 +121,21 @@ class LayerGradients {
   void add_products(int64_t end, T* sums) {
     const int segments = plan.split_rows ? plan.team_size : 1;
     for (int segment = 0; segment < segments; ++segment) {
-      const Rows& x = plan.rows(step.group, segment);
+      const Rows& x = plan.rows(walk.group, segment);
       int64_t count = 0;
-      for (int64_t s = chunk_begin; s < end; ++s) count += x.active(step.time_of(s));
+      for (int64_t s = chunk_begin; s < end; ++s) count += x.active(walk.time_of(s));
       if (count == 0) continue;
       const int64_t first = first_row(x);
       const A* gates_hh = grad_gates(x) + x.size() * b.gates_stride;
       const A* gates_ih = b.grad_gates_ih ? b.grad_gates_ih + first * b.gates_stride : gates_hh;
-      const int64_t all = G * b.gates_padded, late = kEarlyGates<Cell> * b.gates_padded;
+      const int64_t all = G * b.gates_padded, late = (G - late_gates) * b.gates_padded;
       const S* const* mask = b.mask ? b.mask + first : nullptr;
       const auto of_gates = [&](const A* gates, int64_t begin, int64_t end) {
         return Arrived{gates, b.gates_stride, {begin, end}, G, p.hidden, b.gates_padded};
       };
       add_weight_gradient(of_ih, of_gates(gates_ih, 0, all), {b.input + first, nullptr, layer->size}, count);
       add_weight_gradient(of_hh, of_gates(gates_hh, 0, late), {b.before + first, mask, p.width}, count);
-      if constexpr (kHasLate<Cell>)
+      if (late_gates)
         add_weight_gradient(of_hh, of_gates(gates_hh, late, all), {b.inner_row + first, nullptr, p.width}, count);
       if (of_hr.grad)
         add_weight_gradient(of_hr, {b.grad_h + first * b.stride, b.stride, {0, p.width}, 1, p.width, p.width},
@@ -154,7 +155,7 @@ class LayerGradients {
   void finish() {
     const auto bias = [&](void* grad, const T* sums) {
       if (!grad) return;
-      S* out = static_cast<S*>(grad) + step.group * G * p.hidden;
+      S* out = static_cast<S*>(grad) + walk.group * G * p.hidden;
       const Range own = share_of({0, G * b.unit_vectors});
       for (int64_t v = own.begin; v < own.end; ++v) {
         const int64_t unit = v % b.unit_vectors * L;
@@ -175,7 +176,7 @@ class LayerGradients {
   // Vectors v .. of the columns of weight_ih.
   void pack(int64_t v, int vectors, A* panel) const {
     const int64_t I = layer->size;
-    const S* weight = static_cast<const S*>(layer->weight) + step.group * (G * p.hidden * I + p.gaps.weight_ih);
+    const S* weight = static_cast<const S*>(layer->weight) + walk.group * (G * p.hidden * I + p.gaps.weight_ih);
     pack_columns(weight + v * L, I, vectors, I - v * L, G, p.hidden, b.gates_padded, panel);
   }
 
@@ -280,14 +281,14 @@ class LayerGradients {
 
   void input_gradient(const A* gates, const int64_t* place, int64_t count, T* sums) {
     if (!layer->grad_input) return;
-    S* out = static_cast<S*>(layer->grad_input) + step.group * layer->rows * layer->size;
+    S* out = static_cast<S*>(layer->grad_input) + walk.group * layer->rows * layer->size;
     for (int64_t begin = 0; begin < count; begin += kBlockM) {
       const int64_t end = begin + kBlockM < count ? begin + kBlockM : count;
       for_each_panel({0, b.input_vectors}, kMaxVectors, [&](int64_t v, int vectors) {
         const bool late = packed && plan.pack_late;
         if (late) pack(v, vectors, b.panels_ih);
         const Panel<A> panel = late ? Panel<A>{b.panels_ih, vectors * L}
-                                    : panel_of_columns(layer->weight, step.group, G * p.hidden, layer->size,
+                                    : panel_of_columns(layer->weight, walk.group, G * p.hidden, layer->size,
                                                        p.gaps.weight_ih, b.panels_ih, b.gates_padded * G, v, vectors,
                                                        packed);
         const auto keep = [&](int64_t first, int rows_in_tile, const T* tile) {
@@ -309,9 +310,10 @@ class LayerGradients {
   const LayerBackwardParams* const layer;
   const Plan& plan;
   const int member;
-  const BackwardBuffers<Cell, S>& b;
-  const BackwardStep<Cell, S>& step;
-  const bool packed;  // weight_ih, for the input's gradient
+  const BackwardBuffers<S>& b;
+  const BackwardWalk& walk;
+  const bool packed;        // weight_ih, for the input's gradient
+  const int G, late_gates;  // of the cell
 
   int64_t chunk_begin, chunk_rows;  // the chunk's first step, its rows so far
   bool first_product;               // of a group's weight gradients: nothing to add to yet

@@ -37,8 +37,8 @@ inline float quantize_row(const float* x, int64_t n, uint8_t* to) {
 
 // out[m][g][lane] = sum_k a[m * stride + k] w[..]; w points at the first unit's bytes in its block.
 template <int M, int G>
-__attribute__((noinline)) void int8_product(const uint8_t* a, int64_t stride, const int8_t* w, int64_t quads,
-                                            int32_t* out) {
+FASTRNN_ONE_COPY void int8_product(const uint8_t* a, int64_t stride, const int8_t* w, int64_t quads,
+                                   int32_t* out) {
   constexpr int L = Vec<float>::kLanes;
   for (int i = 0; i < M * G * L; ++i) out[i] = 0;
   for (int64_t quad = 0; quad < quads; ++quad)
@@ -102,10 +102,13 @@ __attribute__((noinline, target("avx512f,avx512bw,avx512vnni"))) void int8_produ
 }
 #endif
 
-template <int G, int M = 1>
-void int8_product(int rows, const uint8_t* a, int64_t stride, const int8_t* w, int64_t quads, int32_t* out) {
+template <int G = 1, int M = 1>
+void int8_product(int gates, int rows, const uint8_t* a, int64_t stride, const int8_t* w, int64_t quads, int32_t* out) {
+  if constexpr (G < kMaxVectors && M == 1) {
+    if (gates > G) return int8_product<G + 1>(gates, rows, a, stride, w, quads, out);
+  }
   if constexpr (M < kInt8Rows) {
-    if (rows > M) return int8_product<G, M + 1>(rows, a, stride, w, quads, out);
+    if (rows > M) return int8_product<G, M + 1>(gates, rows, a, stride, w, quads, out);
   }
 #if FASTRNN_VECTOR_BYTES == 64
   if (has_vnni()) return int8_product_vnni<M, G>(a, stride, w, quads, out);
@@ -120,22 +123,28 @@ struct Int8Weights {
   const int32_t* sum;
   int64_t quads;
 };
+inline Int8Weights int8_weights(const void* all, const float* scale, const int32_t* sum, int gates, int64_t units,
+                                int64_t quads, int64_t group) {
+  const int64_t rows = ceil_div(units, kInt8Units) * gates * kInt8Units;
+  return {static_cast<const int8_t*>(all) + group * rows * quads * kInt8Depth, scale + group * rows, sum + group * rows,
+          quads};
+}
 
 // As for_each_tile, for units v * L .. of all gates: sums [rows][vectors][G][L]. bias [G * units] or null.
-template <int G, class Body>
+template <class Body>
 void for_each_int8_tile(int64_t count, const uint8_t* a, int64_t stride, const float* a_scale,
-                        const Int8Weights& weights, int64_t v, int vectors, const float* bias, int64_t units,
+                        const Int8Weights& weights, int G, int64_t v, int vectors, const float* bias, int64_t units,
                         Body body) {
   using V = Vec<float>;
   constexpr int L = V::kLanes;
   alignas(64) float sums[kInt8Rows * kMaxVectors * L];
-  alignas(64) int32_t products[kInt8Rows * G * L];
+  alignas(64) int32_t products[kInt8Rows * kMaxVectors * L];
   for (int64_t first = 0; first < count; first += kInt8Rows) {
     const int rows = int(count - first < kInt8Rows ? count - first : kInt8Rows);
     for (int n = 0; n < vectors; ++n) {
       const int64_t unit = (v + n) * L, block = unit / kInt8Units, within = unit % kInt8Units;
       const int8_t* w = weights.blocks + block * weights.quads * G * kInt8Units * kInt8Depth + within * kInt8Depth;
-      int8_product<G>(rows, a + first * stride, stride, w, weights.quads, products);
+      int8_product(G, rows, a + first * stride, stride, w, weights.quads, products);
       for (int g = 0; g < G; ++g) {
         const int64_t at = (block * G + g) * kInt8Units + within;
         typename V::Bits zero;

@@ -58,8 +58,8 @@ Panel<A> panel_of_columns(const void* weight, int64_t group, int64_t rows, int64
 // Outputs are rows of the matrix: panel[k][n][lane] = w[(n * gate_stride + lane) * ld + k] for lane < valid, else 0.
 // Several vectors of units: unit vector v (of `unit_vectors`) of gate g is n = v * gates + g, and starts L rows on.
 template <class S, class A>
-void pack_rows(const S* w, int64_t ld, int64_t gate_stride, int gates, int unit_vectors, int64_t valid, int64_t depth,
-               A* panel) {
+FASTRNN_ONE_COPY void pack_rows(const S* w, int64_t ld, int64_t gate_stride, int gates, int unit_vectors,
+                                int64_t valid, int64_t depth, A* panel) {
   using T = typename Compute<A>::type;
   constexpr int L = Vec<T>::kLanes, D = kDepth<A>;
   const int N = gates * unit_vectors;
@@ -83,11 +83,21 @@ void pack_rows(const S* w, int64_t ld, int64_t gate_stride, int gates, int unit_
     }
 }
 
+// The biases of a panel's outputs, in the same order.
+template <class S, class T>
+FASTRNN_ONE_COPY void pack_bias(const S* bias, int64_t gate_stride, int gates, int unit_vectors, int64_t valid,
+                                T* out) {
+  constexpr int L = Vec<T>::kLanes;
+  for (int v = 0; v < unit_vectors; ++v)
+    for (int g = 0; g < gates; ++g, out += L)
+      store(out, load(bias + g * gate_stride + v * L, valid_lanes<T>(valid, v * L)));
+}
+
 // Outputs are columns: panel[k][n][lane] = w[k * ld + n * L + lane], 0 from column `valid` on. Rows come in `blocks`
 // of `rows`, each block followed by zero rows up to `padded`.
 template <class S, class A>
-void pack_columns(const S* w, int64_t ld, int vectors, int64_t valid, int blocks, int64_t rows, int64_t padded,
-                  A* panel) {
+FASTRNN_ONE_COPY void pack_columns(const S* w, int64_t ld, int vectors, int64_t valid, int blocks, int64_t rows,
+                                   int64_t padded, A* panel) {
   constexpr int L = Vec<typename Compute<A>::type>::kLanes, D = kDepth<A>;
   for (int block = 0; block < blocks; ++block)
     for (int64_t k = 0; k < padded; k += D)

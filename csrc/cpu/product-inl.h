@@ -35,8 +35,8 @@ constexpr int max_rows(int vectors) {
 // Turned: a is transposed, a[k * stride + m], with kDepth neighbours along k side by side as in a panel, zeros at the end.
 // With few sums in flight the chain of additions would wait for itself: U of them are interleaved over k.
 template <class A, bool Turned, int M, int N, int U, Terms terms, class T = typename Compute<A>::type>
-__attribute__((noinline)) void product(const A* a, int64_t stride, const A* panel, int64_t panel_stride, int64_t depth,
-                                       const T* bias, T* out, int vectors) {
+FASTRNN_ONE_COPY void product(const A* a, int64_t stride, const A* panel, int64_t panel_stride, int64_t depth,
+                              const T* bias, T* out, int vectors) {
   using V = Vec<T>;
   constexpr int L = V::kLanes, D = kDepth<A>;
   const auto x = [&](int64_t k, int m) { return a + (Turned ? (k * stride + m) * D : m * stride + k * D); };

@@ -11,110 +11,75 @@
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
-// Calls f.operator()<Cell, S>() for the cell and storage type that p names.
-template <class Cell, class F>
+// Calls f.operator()<S>() for the storage type of a dtype.
+template <class F>
 auto with_dtype([[maybe_unused]] DType dtype, F f) {
 #if defined(FASTRNN_AVX512BF16)
-  return f.template operator()<Cell, BFloat16>();
+  return f.template operator()<BFloat16>();
 #else
   switch (dtype) {
     case DType::kFloat64:
-      return f.template operator()<Cell, double>();
+      return f.template operator()<double>();
     case DType::kBFloat16:
-      return f.template operator()<Cell, BFloat16>();
+      return f.template operator()<BFloat16>();
     case DType::kFloat16:
-      return f.template operator()<Cell, Half>();
+      return f.template operator()<Half>();
     case DType::kDualFloat32:
-      return f.template operator()<Cell, Dual<float>>();
+      return f.template operator()<Dual<float>>();
     case DType::kDualFloat64:
-      return f.template operator()<Cell, Dual<double>>();
+      return f.template operator()<Dual<double>>();
     case DType::kFloat32:
     case DType::kInt8:  // of weights only
     case DType::kBool:  // of masks only
       break;
   }
-  return f.template operator()<Cell, float>();
+  return f.template operator()<float>();
 #endif
 }
 
+// Calls f.operator()<Cell, S>() for the cell and the storage type that p names.
 template <class F>
 auto with_cell(const ForwardParams& p, F f) {
-  int id = 0;
+  return with_dtype(p.dtype, [&]<class S>() {
+    int id = 0;
 #define FASTRNN_DISPATCH(name, Cell, separate) \
-  if (p.cell == id++) return with_dtype<Cell>(p.dtype, f);
-  FASTRNN_FOR_EACH_CELL(FASTRNN_DISPATCH)
+  if (p.cell == id++) return f.template operator()<Cell, S>();
+    FASTRNN_FOR_EACH_CELL(FASTRNN_DISPATCH)
 #undef FASTRNN_DISPATCH
-  __builtin_unreachable();  // the binding checks the cell
+    __builtin_unreachable();  // the binding checks the cell
+  });
 }
-
-struct Forward {
-  const ForwardParams& p;
-  const LayerParams* layer;
-  const Plan& plan;
-  char* workspace;
-  int member;
-  template <class Cell, class S>
-  Part operator()() const {
-    if constexpr (std::is_same_v<S, float>) {
-      if (layer && layer->weight_dtype == DType::kBFloat16) return run<ForwardWorker<Cell, float, BFloat16>>();
-      if (layer && layer->weight_dtype == DType::kInt8) return run<ForwardWorker<Cell, float, int8_t>>();
-    }
-    return run<ForwardWorker<Cell, S>>();
-  }
-  template <class Worker>
-  Part run() const {
-    return Worker::run(p, layer, plan, workspace, member).part;
-  }
-};
-
-struct Backward {
-  const BackwardParams& p;
-  const LayerBackwardParams* layer;
-  const Plan& plan;
-  char* workspace;
-  int member;
-  template <class Cell, class S>
-  Part operator()() const {
-    return BackwardWorker<Cell, S>::run(p, layer, plan, workspace, member).part;
-  }
-};
-
-struct ForwardWorkspace {
-  const ForwardParams& p;
-  const LayerParams* layer;
-  const Plan& plan;
-  template <class Cell, class S>
-  int64_t operator()() const {
-    Arena arena;
-    ForwardBuffers<Cell, S>(p, layer, plan, arena);
-    return arena.used();
-  }
-};
-
-struct BackwardWorkspace {
-  const BackwardParams& p;
-  const LayerBackwardParams* layer;
-  const Plan& plan;
-  template <class Cell, class S>
-  int64_t operator()() const {
-    Arena arena;
-    BackwardBuffers<Cell, S>(p, layer, plan, arena);
-    return arena.used();
-  }
-};
 
 inline int64_t forward_workspace(const ForwardParams& p, const LayerParams* layer, const Plan& plan) {
-  return with_cell(p, ForwardWorkspace{p, layer, plan});
+  return with_dtype(p.dtype, [&]<class S>() {
+    Arena arena;
+    ForwardBuffers<S>(p, layer, plan, arena);
+    return arena.used();
+  });
 }
 inline int64_t backward_workspace(const BackwardParams& p, const LayerBackwardParams* layer, const Plan& plan) {
-  return with_cell(p, BackwardWorkspace{p, layer, plan});
+  return with_dtype(p.dtype, [&]<class S>() {
+    Arena arena;
+    BackwardBuffers<S>(p, layer, plan, arena);
+    return arena.used();
+  });
 }
 inline Part forward(const ForwardParams& p, const LayerParams* layer, const Plan& plan, char* workspace, int member) {
-  return with_cell(p, Forward{p, layer, plan, workspace, member});
+  return with_cell(p, [&]<class Cell, class S>() -> Part {
+    if constexpr (std::is_same_v<S, float>) {
+      if (layer && layer->weight_dtype == DType::kBFloat16)
+        return ForwardWorker<Cell, float, BFloat16>::run(p, layer, plan, workspace, member).part;
+      if (layer && layer->weight_dtype == DType::kInt8)
+        return ForwardWorker<Cell, float, int8_t>::run(p, layer, plan, workspace, member).part;
+    }
+    return ForwardWorker<Cell, S>::run(p, layer, plan, workspace, member).part;
+  });
 }
 inline Part backward(const BackwardParams& p, const LayerBackwardParams* layer, const Plan& plan, char* workspace,
                      int member) {
-  return with_cell(p, Backward{p, layer, plan, workspace, member});
+  return with_cell(p, [&]<class Cell, class S>() {
+    return BackwardWorker<Cell, S>::run(p, layer, plan, workspace, member).part;
+  });
 }
 
 #if !defined(FASTRNN_AVX512BF16)

@@ -27,10 +27,7 @@ struct Walk {
   int64_t place(int64_t i) const { return rows->row[i] * p.groups + group; }
   int64_t place(int64_t i, int64_t t) const { return p.place(t, rows->row[i]) * p.groups + group; }
   // Of unit j of state 1 + k, in tensors [B, P * C * h].
-  template <int C>
-  int64_t in_c(int64_t i, int k, int64_t j) const {
-    return (place(i) * C + k) * p.hidden + j;
-  }
+  int64_t in_c(int64_t i, int C, int k, int64_t j) const { return (place(i) * C + k) * p.hidden + j; }
   // Where row i of time t starts in a tensor with these strides.
   int64_t offset(int64_t i, int64_t t, int64_t stride_t, int64_t stride_b) const {
     const int64_t row = rows->row[i];
@@ -42,6 +39,13 @@ struct Walk {
   }
   int64_t keep_c_at(int64_t i, int64_t t, int64_t j) const {
     return offset(i, t, p.keep_c_stride_t, p.keep_c_stride_b) + group * p.hidden + j;
+  }
+
+  // What a product reads, columns j .., or its gradient: mask_h times what it would be without.
+  template <class S, class V>
+  FASTRNN_HD V masked(int64_t i, int64_t j, V x) const {
+    const int64_t at = place(i) * p.width + j;
+    return x * V(load(static_cast<const S*>(p.mask_h) + at, valid_lanes<typename Compute<S>::type>(p.width, j)));
   }
 
   int64_t next_time(int64_t t) const { return reverse ? t - 1 : t + 1; }

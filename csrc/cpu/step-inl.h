@@ -36,6 +36,12 @@ FASTRNN_HD auto load_params(const ForwardParams& p, int64_t group, int64_t j, in
   return params;
 }
 
+// Is the cell's h projected?
+template <class Cell>
+FASTRNN_HD bool projects(const ForwardParams& p) {
+  return kTakesProjection<Cell> && p.weight_hr;
+}
+
 // Of a unit and step in ForwardParams::saved: where the states after the step are, and how many values there are.
 template <class Cell>
 FASTRNN_HD int64_t saved_states(const ForwardParams& p) {
@@ -62,28 +68,64 @@ void fetch_keep(const ForwardParams& p, const void* keep, int64_t at) {
 
 // ---- forward ----
 
+// How a forward pass meets time.
+struct ForwardWalk : Walk<ForwardParams> {
+  int64_t t = 0;  // the step's time
+
+  using Walk::Walk;
+  int64_t time_of(int64_t s) const { return reverse ? p.steps - 1 - s : s; }
+};
+
+// The states before the first step of a group's rows, of these vectors of c's columns (units) and of h's (widths). A row
+// without a step ends where it starts.
+template <class S>
+FASTRNN_ONE_COPY void start_rows(const ForwardWalk& walk, const ForwardBuffers<S>& b, Range units, Range widths) {
+  using T = typename Compute<S>::type;
+  using A = typename Operand<S>::type;
+  using V = Vec<T>;
+  constexpr int L = V::kLanes;
+  const ForwardParams& p = walk.p;
+  const auto start = [&](int64_t i, int64_t at, const void* initial, void* last, const void* restart, int n) {
+    const int64_t length = walk.rows->length[i];
+    const V state = load_or_zero<T>(static_cast<const S*>(initial), at, n);
+    if (length == 0) store(static_cast<S*>(last) + at, state, n);
+    const bool reset = length > 0 && walk.reset_before(i, walk.reverse ? length - 1 : 0);
+    return reset ? load_or_zero<T>(static_cast<const S*>(restart), at, n) : state;
+  };
+  const int in_c = kCells[p.cell].in_c();
+  for (int64_t i = 0; i < walk.rows->size(); ++i) {
+    const int64_t row = (walk.rows->first + i) * b.stride;
+    for (int64_t j = widths.begin * L; j < widths.end * L; j += L) {
+      const V h = start(i, walk.place(i) * p.width + j, p.h_0, p.h_n, p.reset_h, valid_lanes<T>(p.width, j));
+      for (T* x : b.h) store(x + row + j, h);
+      if (b.multiplied[0])
+        for (A* x : b.multiplied) store(x + row + j, p.mask_h ? walk.masked<S>(i, j, h) : h);
+    }
+    for (int k = 0; k < in_c; ++k)
+      for (int64_t j = units.begin * L; j < units.end * L; j += L)
+        store(b.c + k * p.batch * b.stride + row + j,
+              start(i, walk.in_c(i, in_c, k, j), p.c_0, p.c_n, p.reset_c, valid_lanes<T>(p.hidden, j)));
+  }
+}
+
 template <class Cell, class S>
-struct ForwardStep : Walk<ForwardParams> {
+struct ForwardStep : ForwardWalk {
   using T = typename Compute<S>::type;
   using A = typename Operand<S>::type;
   using V = Vec<T>;
   static constexpr int L = V::kLanes, G = Cell::kGates;
   static constexpr int C = kInC<Cell>;
-  static constexpr bool kHasC = C > 0;
 
-  const ForwardBuffers<Cell, S>& b;
+  const ForwardBuffers<S>& b;
   const int64_t stride;  // the buffers'
-  int64_t t = 0;         // the step's time
   const T* h_prev = nullptr;      // state 0 before the step
   const A* multiplied = nullptr;  // as the product reads it
   // Of this member's rows, like h_prev; multiplied_next is null where the product reads h itself.
   T *h_next = nullptr, *c = nullptr;
   A *multiplied_next = nullptr, *hidden = nullptr, *late = nullptr;
 
-  ForwardStep(const ForwardParams& params, const ForwardBuffers<Cell, S>& buffers)
-      : Walk<ForwardParams>(params), b(buffers), stride(b.stride) {}
-
-  int64_t time_of(int64_t s) const { return reverse ? p.steps - 1 - s : s; }
+  ForwardStep(const ForwardParams& params, const ForwardBuffers<S>& buffers)
+      : ForwardWalk(params), b(buffers), stride(b.stride) {}
 
   // The group's s-th step.
   void enter_step(int64_t s) {
@@ -99,19 +141,6 @@ struct ForwardStep : Walk<ForwardParams> {
     c = b.c + rows->first * stride;
     hidden = b.hidden ? b.hidden + rows->first * stride : nullptr;
     if constexpr (kHasLate<Cell>) late = b.late + rows->first * stride;
-  }
-
-  // The state before the first step, columns j .. of state 0. A row without a step ends where it starts.
-  void start_h(int64_t i, int64_t j) {
-    const V h = start(i, place(i) * p.width + j, p.h_0, p.h_n, p.reset_h, valid_lanes<T>(p.width, j));
-    for (T* x : b.h) store(x + (rows->first + i) * stride + j, h);
-    if (b.multiplied[0])
-      for (A* x : b.multiplied) store(x + (rows->first + i) * stride + j, p.mask_h ? masked(i, j, h) : h);
-  }
-  void start_c(int64_t i, int64_t j) {
-    for (int k = 0; k < C; ++k)
-      store(b.c + (k * p.batch + rows->first + i) * stride + j,
-            start(i, in_c<C>(i, k, j), p.c_0, p.c_n, p.reset_c, valid_lanes<T>(p.hidden, j)));
   }
 
   // The cell of units j .., given their recurrent product with its bias, [G][L]. gates_ih: likewise, or null where the
@@ -133,15 +162,14 @@ struct ForwardStep : Walk<ForwardParams> {
     in.gates_ih = gates_ih_of(i, j, gates_ih);
     load_unit(i, j, valid_lanes<T>(p.hidden, j), gates_hh, in);
     V x = Cell::late_input(in);
-    if (p.mask_h) x = masked(i, j, x);
+    if (p.mask_h) x = masked<S>(i, j, x);
     store(late + i * stride + j, x);
   }
 
-  // The same for all units of row i, of a cell with a Row. gates_hh: [unit_vectors][G][L]; gates_ih(j): as of cell(), of
-  // units j ..; scratch: [unit_vectors][G + kWork][L]. gates_ih are copied there, since in a chunk of steps a row's are
-  // far apart, and every pass reads them.
-  template <class GatesIh>
-  void whole_row(int64_t i, const T* gates_hh, GatesIh gates_ih, T* scratch) {
+  // The same for all units of row i, of a cell with a Row. gates_hh: [unit_vectors][G][L]; gates_ih: as of cell(), every
+  // vector of units gates_ih_stride after the one before; scratch: [unit_vectors][G + kWork][L]. gates_ih are copied
+  // there, since in a chunk of steps a row's are far apart, and every pass reads them.
+  void whole_row(int64_t i, const T* gates_hh, const T* gates_ih, int64_t gates_ih_stride, T* scratch) {
     constexpr int W = ForwardPasses<Cell>::kWork;
     const int64_t h = p.hidden;
     const auto load_in = [&](int64_t j, int n, ForwardIn<Cell, V>& in, auto work) FASTRNN_INLINE_BODY {
@@ -157,7 +185,7 @@ struct ForwardStep : Walk<ForwardParams> {
         FASTRNN_UNROLL for (int k = 0; k < W; ++k) store(scratch + (j * (G + W)) + (G + k) * L, in.work[k]);
     };
     for (int64_t j = 0; j < h; j += L) {
-      const Pack<V, G> gates = gates_ih_of(i, j, gates_ih(j));
+      const Pack<V, G> gates = gates_ih_of(i, j, gates_ih ? gates_ih + j / L * gates_ih_stride : nullptr);
       for (int k = 0; k < G; ++k) store(scratch + j * (G + W) + k * L, gates[k]);
     }
     ForwardIn<Cell, V> in;
@@ -215,8 +243,8 @@ struct ForwardStep : Walk<ForwardParams> {
       FASTRNN_UNROLL for (int k = 0; k < C; ++k) store(saved + (states + k) * h, after[k], n);
     }
     for (int k = 0; k < C; ++k)
-      store(c + (k * p.batch + i) * stride + j, carry(i, in_c<C>(i, k, j), after[k], p.c_n, p.reset_c, n));
-    if (p.weight_hr)
+      store(c + (k * p.batch + i) * stride + j, carry(i, in_c(i, C, k, j), after[k], p.c_n, p.reset_c, n));
+    if (projects<Cell>(p))
       store(hidden + i * stride + j, out.state[0]);
     else
       store_h(i, j, n, out.state[0]);
@@ -227,20 +255,7 @@ struct ForwardStep : Walk<ForwardParams> {
     store(static_cast<S*>(p.output) + place(i, t) * p.width + j, h, n);
     const V next = carry(i, place(i) * p.width + j, h, p.h_n, p.reset_h, n);
     store(h_next + i * stride + j, next);
-    if (multiplied_next) store(multiplied_next + i * stride + j, p.mask_h ? masked(i, j, next) : next);
-  }
-
-  // What a product reads, columns j .., where it would be h without a mask.
-  FASTRNN_HD V masked(int64_t i, int64_t j, V h) const {
-    return h * V(load(static_cast<const S*>(p.mask_h) + place(i) * p.width + j, valid_lanes<T>(p.width, j)));
-  }
-
-  FASTRNN_HD V start(int64_t i, int64_t at, const void* initial, void* last, const void* restart, int n) const {
-    const int64_t length = rows->length[i];
-    const V state = load_or_zero<T>(static_cast<const S*>(initial), at, n);
-    if (length == 0) store(static_cast<S*>(last) + at, state, n);
-    const bool reset = length > 0 && reset_before(i, reverse ? length - 1 : 0);
-    return reset ? load_or_zero<T>(static_cast<const S*>(restart), at, n) : state;
+    if (multiplied_next) store(multiplied_next + i * stride + j, p.mask_h ? masked<S>(i, j, next) : next);
   }
 
   // What the next step starts from, where this one ended in `state`; a row's last state is its result.
@@ -259,41 +274,13 @@ struct ForwardStep : Walk<ForwardParams> {
 // A row begins after its last step with grad_h_n and grad_c_n, and finishes one step after it has passed its first one:
 // there the last product gives grad_h_0. Resets send what would cross them to grad_reset_h and grad_reset_c instead.
 
-template <class Cell, class S>
-struct BackwardStep : Walk<BackwardParams> {
-  using T = typename Compute<S>::type;
-  using A = typename Operand<S>::type;
-  using V = Vec<T>;
-  static constexpr int L = V::kLanes, G = Cell::kGates;
-  static constexpr int C = kInC<Cell>;
-  static constexpr bool kHasC = C > 0;
-
-  const LayerBackwardParams* const layer;  // null where gate gradients are asked for
-  const BackwardBuffers<Cell, S>& b;
-  // The buffers' strides, and where this member's rows start in them.
-  const int64_t stride, gates_stride, gates_padded;
-  T *carry_h = nullptr, *carry_c = nullptr;
-  A* grad_h = nullptr;
+// How a backward pass meets time, and where it finds the states of the forward pass.
+struct BackwardWalk : Walk<BackwardParams> {
   int64_t t = 0;                         // the step's time; that of the step met before it is next_time(t)
   int64_t running = 0, was_running = 0;  // rows that have a step at t, and at next_time(t)
-  // Where the step's grad_gates_hh go, grad_gates_ih or null, and what the product of late gates, or the projection, was
-  // with, or null.
-  A *to = nullptr, *to_ih = nullptr;
-  S* to_inner = nullptr;
 
-  BackwardStep(const BackwardParams& params, const LayerBackwardParams* layer, const BackwardBuffers<Cell, S>& buffers)
-      : Walk<BackwardParams>(params), layer(layer), b(buffers), stride(b.stride), gates_stride(b.gates_stride),
-        gates_padded(b.gates_padded) {}
-
+  using Walk::Walk;
   int64_t time_of(int64_t s) const { return reverse ? s : p.steps - 1 - s; }
-
-  // Once the group has been entered.
-  void begin() {
-    running = 0;
-    carry_h = b.carry_h + rows->first * stride;
-    carry_c = b.carry_c + rows->first * stride;
-    grad_h = b.grad_h ? b.grad_h + rows->first * stride : nullptr;
-  }
 
   // The group's s-th step of this loop: that of time t or, at s = T, what is left to do for the initial states.
   void enter_step(int64_t s) {
@@ -302,12 +289,75 @@ struct BackwardStep : Walk<BackwardParams> {
     running = s < p.steps ? rows->active(t) : 0;
   }
 
-  // A row without a step passes its gradients through.
-  void pass_h(int64_t i, int64_t j) {
-    pass(place(i) * p.width + j, p.grad_h_n, p.grad_h_0, valid_lanes<T>(p.width, j));
+  // State 0 before row i's step at `time`, [R]; null for zeros.
+  template <class S>
+  const S* h_before(int64_t i, int64_t time) const {
+    return before<S>(i, time, p.width, p.output, p.width, 0, p.h_0, p.reset_h);
   }
-  void pass_c(int64_t i, int64_t j) {
-    for (int k = 0; k < C; ++k) pass(in_c<C>(i, k, j), p.grad_c_n, p.grad_c_0, valid_lanes<T>(p.hidden, j));
+
+ protected:
+  // A row's state before its step at `time`, of `size` values; null for zeros. It is at `offset` in the `stride` values
+  // that `sequence` has of the step before, or there was none.
+  template <class S>
+  const S* before(int64_t i, int64_t time, int64_t size, const void* sequence, int64_t stride, int64_t offset,
+                  const void* initial, const void* restart) const {
+    const bool reset = reset_before(i, time);
+    if (reset || is_first(i, time)) {
+      const S* state = static_cast<const S*>(reset ? restart : initial);
+      return state ? state + place(i) * size : nullptr;
+    }
+    return static_cast<const S*>(sequence) + place(i, previous_time(time)) * stride + offset;
+  }
+};
+
+// Rows of a group without a step pass their gradients through, of these vectors of c's columns and of h's.
+template <class S>
+FASTRNN_ONE_COPY void pass_rows(const BackwardWalk& walk, Range units, Range widths) {
+  using T = typename Compute<S>::type;
+  constexpr int L = Vec<T>::kLanes;
+  const BackwardParams& p = walk.p;
+  const auto pass = [&](int64_t at, const void* grad_last, void* grad_initial, int n) {
+    store(static_cast<S*>(grad_initial) + at, load_or_zero<T>(static_cast<const S*>(grad_last), at, n), n);
+  };
+  const int in_c = kCells[p.cell].in_c();
+  for (int64_t i = walk.rows->active(0); i < walk.rows->size(); ++i) {
+    for (int64_t j = widths.begin * L; j < widths.end * L; j += L)
+      pass(walk.place(i) * p.width + j, p.grad_h_n, p.grad_h_0, valid_lanes<T>(p.width, j));
+    for (int k = 0; k < in_c; ++k)
+      for (int64_t j = units.begin * L; j < units.end * L; j += L)
+        pass(walk.in_c(i, in_c, k, j), p.grad_c_n, p.grad_c_0, valid_lanes<T>(p.hidden, j));
+  }
+}
+
+template <class Cell, class S>
+struct BackwardStep : BackwardWalk {
+  using T = typename Compute<S>::type;
+  using A = typename Operand<S>::type;
+  using V = Vec<T>;
+  static constexpr int L = V::kLanes, G = Cell::kGates;
+  static constexpr int C = kInC<Cell>;
+
+  const LayerBackwardParams* const layer;  // null where gate gradients are asked for
+  const BackwardBuffers<S>& b;
+  // The buffers' strides, and where this member's rows start in them.
+  const int64_t stride, gates_stride, gates_padded;
+  T *carry_h = nullptr, *carry_c = nullptr;
+  A* grad_h = nullptr;
+  // Where the step's grad_gates_hh go, grad_gates_ih or null, and what the product of late gates, or the projection, was
+  // with, or null.
+  A *to = nullptr, *to_ih = nullptr;
+  S* to_inner = nullptr;
+
+  BackwardStep(const BackwardParams& params, const LayerBackwardParams* layer, const BackwardBuffers<S>& buffers)
+      : BackwardWalk(params), layer(layer), b(buffers), stride(b.stride), gates_stride(b.gates_stride),
+        gates_padded(b.gates_padded) {}
+
+  // Once the group has been entered.
+  void begin() {
+    running = 0;
+    carry_h = b.carry_h + rows->first * stride;
+    carry_c = b.carry_c + rows->first * stride;
+    grad_h = b.grad_h ? b.grad_h + rows->first * stride : nullptr;
   }
 
   // Lets the processor fetch what the cell of units j .. is going to read of the forward pass. That was written long ago,
@@ -318,7 +368,7 @@ struct BackwardStep : Walk<BackwardParams> {
     const S* saved = static_cast<const S*>(p.saved) + place(i, t) * values * h + j;
     for (int64_t k = 0; k < values; ++k) __builtin_prefetch(saved + k * h);
     if constexpr (Cell::kStates == 1) {
-      if (const S* h_prev = h_before(i, t)) __builtin_prefetch(h_prev + j);
+      if (const S* h_prev = h_before<S>(i, t)) __builtin_prefetch(h_prev + j);
     } else {
       if (const S* c_prev = c_before(i)) __builtin_prefetch(c_prev + j);
     }
@@ -330,8 +380,8 @@ struct BackwardStep : Walk<BackwardParams> {
   void state(int64_t i, int64_t j, V recurrent) {
     const int64_t at = place(i) * p.width + j;
     const int n = valid_lanes<T>(p.width, j);
-    if (p.mask_h) recurrent = masked(i, j, recurrent);
-    const bool carried = !p.weight_hr || p.keep_h;
+    if (p.mask_h) recurrent = masked<S>(i, j, recurrent);
+    const bool carried = !projects<Cell>(p) || p.keep_h;
     const V later = carried ? recurrent + load(carry_h + i * stride + j) : recurrent;
     V grad = arriving(i, at, later, p.grad_h_n, p.grad_reset_h, n);
     if (i >= running) {
@@ -346,7 +396,7 @@ struct BackwardStep : Walk<BackwardParams> {
       kept = keep * grad;
       grad = (V(1) - keep) * grad;
     }
-    if (!p.weight_hr) return cell(i, j, grad, kept);
+    if (!projects<Cell>(p)) return cell(i, j, grad, kept);
     if (p.keep_h) store(carry_h + i * stride + j, kept);
     store(grad_h + i * stride + j, grad);
     if (!layer && i < running) store(static_cast<S*>(p.grad_projected) + place(i, t) * p.width + j, grad, n);
@@ -358,7 +408,7 @@ struct BackwardStep : Walk<BackwardParams> {
   FASTRNN_HD void cell(int64_t i, int64_t j, V grad_hidden, V kept = V(0)) {
     if constexpr (kWholeRows<Cell> || kHasLate<Cell>) {
       store(b.grad_hidden + (rows->first + i) * stride + j, grad_hidden);
-      if (p.keep_h && !p.weight_hr) store(carry_h + i * stride + j, kept);  // until finish()
+      if (p.keep_h && !projects<Cell>(p)) store(carry_h + i * stride + j, kept);  // until finish()
     }
     if constexpr (kHasLate<Cell>) {
       if (i >= running) return;
@@ -392,7 +442,7 @@ struct BackwardStep : Walk<BackwardParams> {
     BackwardIn<Cell, V> in;
     BackwardOut<Cell, V> out;
     in.grad_state[0] = load(b.grad_hidden + (rows->first + i) * stride + j);
-    in.late_grad = {{p.mask_h ? masked(i, j, late_grad) : late_grad}};
+    in.late_grad = {{p.mask_h ? masked<S>(i, j, late_grad) : late_grad}};
     const int n = valid_lanes<T>(p.hidden, j);
     load_unit(i, j, n, in);
     Cell::backward(in, out);
@@ -400,7 +450,7 @@ struct BackwardStep : Walk<BackwardParams> {
     finish(i, j, n, out);
     if (!to_inner) return;
     const V x = in.saved[0] * in.state_prev[0];
-    store(to_inner + i * stride + j, p.mask_h ? masked(i, j, x) : x);
+    store(to_inner + i * stride + j, p.mask_h ? masked<S>(i, j, x) : x);
   }
 
   // All units of row i, of a cell with a Row, once cell() has been called for each. scratch: [unit_vectors][kWork][L], and
@@ -437,31 +487,21 @@ struct BackwardStep : Walk<BackwardParams> {
       load_in(j, n, in, std::bool_constant<(W > 0)>());
       Cell::backward(in, out);
       keep_hidden(i, j, in);
-      if (p.keep_h && !p.weight_hr) out.grad_state_prev[0] = out.grad_state_prev[0] + load(carry_h + i * stride + j);
+      if (p.keep_h && !projects<Cell>(p)) out.grad_state_prev[0] = out.grad_state_prev[0] + load(carry_h + i * stride + j);
       if constexpr (C == 1)
         if (p.keep_c) out.grad_state_prev[1] = out.grad_state_prev[1] + load(kept_c + j);
       finish(i, j, n, out);
     });
   }
 
-  // State 0 before row i's step at `time`, [R]; null for zeros.
-  const S* h_before(int64_t i, int64_t time) const {
-    return before(i, time, p.width, p.output, p.width, 0, p.h_0, p.reset_h);
-  }
-
  private:
   // The states besides h before row i's step, [C][h]; null for zeros.
   const S* c_before(int64_t i) const {
     const int64_t h = p.hidden;
-    return before(i, t, C * h, p.saved, saved_values<Cell>(p) * h, saved_states<Cell>(p) * h, p.c_0, p.reset_c);
+    return before<S>(i, t, C * h, p.saved, saved_values<Cell>(p) * h, saved_states<Cell>(p) * h, p.c_0, p.reset_c);
   }
 
   T* carry_of(int64_t i, int k) const { return carry_c + (k * p.batch + i) * stride; }
-
-  // What a product read, columns j .., or its gradient: mask_h times what it would be without.
-  FASTRNN_HD V masked(int64_t i, int64_t j, V x) const {
-    return x * V(load(static_cast<const S*>(p.mask_h) + place(i) * p.width + j, valid_lanes<T>(p.width, j)));
-  }
 
   // Of the gradient of c after the step what zoneout hands past the cell; grad is left the rest.
   FASTRNN_HD V past_cell(int64_t i, int64_t j, int n, V& grad) const {
@@ -472,7 +512,7 @@ struct BackwardStep : Walk<BackwardParams> {
 
   // The gradient of state 1 + k after the step. A row that has no step more ends here.
   FASTRNN_HD V grad_c(int64_t i, int k, int64_t j) const {
-    const int64_t h = p.hidden, at = in_c<C>(i, k, j);
+    const int64_t h = p.hidden, at = in_c(i, C, k, j);
     const int n = valid_lanes<T>(h, j);
     V grad = arriving(i, at, load(carry_of(i, k) + j), p.grad_c_n, p.grad_reset_c, n);
     if (i >= running) {
@@ -491,7 +531,7 @@ struct BackwardStep : Walk<BackwardParams> {
     if constexpr (Cell::kSaved > 0)
       FASTRNN_UNROLL for (int k = 0; k < Cell::kSaved; ++k) in.saved[k] = load(saved + k * h, n);
     if constexpr (Cell::kStates == 1) {  // width == hidden
-      in.state_prev[0] = load_or_zero<T>(h_before(i, t), j, n);
+      in.state_prev[0] = load_or_zero<T>(h_before<S>(i, t), j, n);
       if constexpr (!kReadsState<Cell>) in.state[0] = V(0);
       else if (!p.keep_h) in.state[0] = load(static_cast<const S*>(p.output) + here * h + j, n);
       else if constexpr (kRemakes<Cell>) in.state[0] = Cell::remake(in.saved, in.state_prev);
@@ -522,7 +562,7 @@ struct BackwardStep : Walk<BackwardParams> {
   // Stores what a step's backward gave units j ..
   FASTRNN_HD void finish(int64_t i, int64_t j, int n, const BackwardOut<Cell, V>& out) const {
     const int64_t h = p.hidden, here = place(i, t);
-    if (!p.weight_hr) store(carry_h + i * stride + j, out.grad_state_prev[0]);
+    if (!projects<Cell>(p)) store(carry_h + i * stride + j, out.grad_state_prev[0]);
     for (int k = 0; k < C; ++k) store(carry_of(i, k) + j, out.grad_state_prev[1 + k]);
     if constexpr (Cell::kParams > 0)
       if (p.grad_params) {
@@ -540,10 +580,6 @@ struct BackwardStep : Walk<BackwardParams> {
     for (int k = 0; k < G; ++k) store(grad_hh + k * h, out.grad_gates_hh[k], n);
   }
 
-  void pass(int64_t at, const void* grad_last, void* grad_initial, int n) const {
-    store(static_cast<S*>(grad_initial) + at, load_or_zero<T>(static_cast<const S*>(grad_last), at, n), n);
-  }
-
   // The gradient of a state after the step by what comes after it: `later` from the next step, unless the row has none,
   // or a reset lies between. `at`: of the state in tensors [B, ..].
   FASTRNN_HD V arriving(int64_t i, int64_t at, V later, const void* grad_last, void* grad_reset, int n) const {
@@ -554,18 +590,6 @@ struct BackwardStep : Walk<BackwardParams> {
     return V(0);
   }
   static FASTRNN_HD void add(T* to, V x, int n) { store(to, load(to, n) + x, n); }
-
-  // A row's state before its step at `time`, of `size` values; null for zeros. It is at `offset` in the `stride` values
-  // that `sequence` has of the step before, or there was none.
-  const S* before(int64_t i, int64_t time, int64_t size, const void* sequence, int64_t stride, int64_t offset,
-                  const void* initial, const void* restart) const {
-    const bool reset = reset_before(i, time);
-    if (reset || is_first(i, time)) {
-      const S* state = static_cast<const S*>(reset ? restart : initial);
-      return state ? state + place(i) * size : nullptr;
-    }
-    return static_cast<const S*>(sequence) + place(i, previous_time(time)) * stride + offset;
-  }
 
   FASTRNN_HD int64_t gate(int64_t i, int k, int64_t j) const { return i * gates_stride + k * gates_padded + j; }
 };

@@ -17,7 +17,7 @@
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
-template <class Cell, class S>
+template <class S>
 struct ForwardBuffers {
   using T = typename Compute<S>::type;
   using A = typename Operand<S>::type;
@@ -51,28 +51,29 @@ struct ForwardBuffers {
 
   ForwardBuffers(const ForwardParams& p, const LayerParams* layer, const Plan& plan, Arena& arena)
       : unit_vectors(ceil_div(p.hidden, L)), width_vectors(ceil_div(p.width, L)) {
+    const CellInfo& cell = kCells[p.cell];
     stride = ((unit_vectors > width_vectors ? unit_vectors : width_vectors) + kMaxVectors) * L;
-    panels_hh = plan.pack_hh ? arena.take<A>(unit_vectors * Cell::kGates * L * padded_depth<A>(p.width)) : nullptr;
-    bias = arena.take<T>(unit_vectors * Cell::kGates * L);
+    panels_hh = plan.pack_hh ? arena.take<A>(unit_vectors * cell.gates * L * padded_depth<A>(p.width)) : nullptr;
+    bias = arena.take<T>(unit_vectors * cell.gates * L);
     panels_hr = p.weight_hr && plan.pack_hh ? arena.take<A>(width_vectors * L * padded_depth<A>(p.hidden)) : nullptr;
     for (T*& x : h) x = arena.take<T>(p.batch * stride);
     const bool differs = p.mask_h || !std::is_same_v<A, T>;
     for (A*& x : multiplied) x = differs ? arena.take<A>(p.batch * stride) : nullptr;
-    c = arena.take<T>(kInC<Cell> * p.batch * stride);
+    c = arena.take<T>(cell.in_c() * p.batch * stride);
     hidden = p.weight_hr ? arena.take<A>(p.batch * stride) : nullptr;
-    if constexpr (kWholeRows<Cell> || kHasLate<Cell>)
-      gates_hh = arena.take<T>(p.batch * unit_vectors * Cell::kGates * L);
-    if constexpr (kHasLate<Cell>) late = arena.take<A>(p.batch * stride);
-    if constexpr (kWholeRows<Cell>) {
-      row_scratch_size = unit_vectors * (Cell::kGates + ForwardPasses<Cell>::kWork) * L;
+    if (cell.whole_rows || cell.late_gates)
+      gates_hh = arena.take<T>(p.batch * unit_vectors * cell.gates * L);
+    if (cell.late_gates) late = arena.take<A>(p.batch * stride);
+    if (cell.whole_rows) {
+      row_scratch_size = unit_vectors * (cell.gates + cell.forward_work) * L;
       row_scratch = arena.take<T>(plan.team_size * row_scratch_size);
     }
     if (!layer) return;
     chunk_rows = plan.chunk * p.batch;
     input_stride = round_up(layer->size, L) + L;
     panels_ih =
-        plan.pack_ih ? arena.take<A>(unit_vectors * Cell::kGates * L * padded_depth<A>(layer->size)) : nullptr;
-    bias_ih = arena.take<T>(unit_vectors * Cell::kGates * L);
+        plan.pack_ih ? arena.take<A>(unit_vectors * cell.gates * L * padded_depth<A>(layer->size)) : nullptr;
+    bias_ih = arena.take<T>(unit_vectors * cell.gates * L);
     if (layer->weight_dtype == DType::kInt8) {
       quads_ih = ceil_div(layer->size, kInt8Depth);
       quads_hh = ceil_div(p.width, kInt8Depth);
@@ -82,12 +83,12 @@ struct ForwardBuffers {
       h_scale = arena.take<float>(plan.team_size * p.batch);
     } else
       input = arena.take<A>(chunk_rows * input_stride);
-    gates_ih = arena.take<T>(chunk_rows * unit_vectors * Cell::kGates * L);
+    gates_ih = arena.take<T>(chunk_rows * unit_vectors * cell.gates * L);
     chunk_row = arena.take<int64_t>(plan.team_size * plan.chunk);
   }
 };
 
-template <class Cell, class S>
+template <class S>
 struct BackwardBuffers {
   using T = typename Compute<S>::type;
   using A = typename Operand<S>::type;
@@ -129,18 +130,19 @@ struct BackwardBuffers {
   BackwardBuffers(const BackwardParams& p, const LayerBackwardParams* layer, const Plan& plan, Arena& arena,
                   int member = 0)
       : unit_vectors(ceil_div(p.hidden, L)), width_vectors(ceil_div(p.width, L)), slots(layer ? plan.chunk : 1) {
+    const CellInfo& cell = kCells[p.cell];
     stride = ((unit_vectors > width_vectors ? unit_vectors : width_vectors) + kMaxVectors) * L;
     gates_padded = unit_vectors * L;
-    gates_stride = gates_padded * Cell::kGates + L;
-    panels_hh = arena.take<A>(width_vectors * L * gates_padded * Cell::kGates);
+    gates_stride = gates_padded * cell.gates + L;
+    panels_hh = arena.take<A>(width_vectors * L * gates_padded * cell.gates);
     panels_hr = p.weight_hr ? arena.take<A>(unit_vectors * L * padded_depth<A>(p.width)) : nullptr;
     grad_gates = arena.take<A>((slots + 1) * p.batch * gates_stride);
     carry_h = arena.take<T>(p.batch * stride);
-    carry_c = arena.take<T>(kInC<Cell> * p.batch * stride);
+    carry_c = arena.take<T>(cell.in_c() * p.batch * stride);
     grad_h = p.weight_hr ? arena.take<A>(slots * p.batch * stride) : nullptr;
-    if constexpr (kWholeRows<Cell> || kHasLate<Cell>) grad_hidden = arena.take<T>(p.batch * stride);
-    if constexpr (kWholeRows<Cell>) {
-      row_scratch_size = unit_vectors * (BackwardPasses<Cell>::kWork + (p.keep_c != nullptr)) * L;
+    if (cell.whole_rows || cell.late_gates) grad_hidden = arena.take<T>(p.batch * stride);
+    if (cell.whole_rows) {
+      row_scratch_size = unit_vectors * (cell.backward_work + (p.keep_c != nullptr)) * L;
       row_scratch = arena.take<T>(plan.team_size * row_scratch_size);
     }
     sums_size = (p.batch > kBlockM ? p.batch : kBlockM) * kMaxVectors * L;
@@ -148,12 +150,12 @@ struct BackwardBuffers {
     if (!layer) return;
     input_vectors = ceil_div(layer->size, L);
     const int64_t vectors_held = plan.pack_late && input_vectors > kMaxVectors ? kMaxVectors : input_vectors;
-    panels_ih = layer->grad_input ? arena.take<A>(vectors_held * L * gates_padded * Cell::kGates) : nullptr;
+    panels_ih = layer->grad_input ? arena.take<A>(vectors_held * L * gates_padded * cell.gates) : nullptr;
     grad_gates_ih = layer->separate_gates_hh ? arena.take<A>(slots * p.batch * gates_stride) : nullptr;
     input = arena.take<const S*>(slots * p.batch);
     before = arena.take<const S*>(slots * p.batch);
     mask = p.mask_h ? arena.take<const S*>(slots * p.batch) : nullptr;
-    const bool has_inner = kHasLate<Cell> || layer->grad_weight_hr;
+    const bool has_inner = cell.late_gates || layer->grad_weight_hr;
     inner = has_inner ? arena.take<S>(slots * p.batch * stride) : nullptr;
     inner_row = has_inner ? arena.take<const S*>(slots * p.batch) : nullptr;
     place = arena.take<int64_t>(slots * p.batch);
@@ -164,8 +166,8 @@ struct BackwardBuffers {
     const auto lower = [&](const void* grad, int64_t size) {
       return grad && !std::is_same_v<S, T> && !one_product ? arena.take<S>(size) : nullptr;
     };
-    lower_ih = lower(layer->grad_weight_ih, Cell::kGates * p.hidden * layer->size);
-    lower_hh = lower(layer->grad_weight_hh, Cell::kGates * p.hidden * p.width);
+    lower_ih = lower(layer->grad_weight_ih, cell.gates * p.hidden * layer->size);
+    lower_hh = lower(layer->grad_weight_hh, cell.gates * p.hidden * p.width);
     lower_hr = lower(layer->grad_weight_hr, p.width * p.hidden);
     const int64_t states = p.hidden > p.width ? p.hidden : p.width;
     const int64_t columns = layer->size > states ? layer->size : states;
