@@ -66,9 +66,8 @@ class BackwardWorker {
         packed(plan.pack_hh || !std::is_same_v<S, T> || p.hidden % L != 0 || p.width % L != 0), arena(workspace),
         b(params, layer, plan, arena, this->member), step(params, layer, b),
         gradients(params, layer, plan, this->member, b, step, packed || (layer && layer->size % L != 0)) {
-    const bool all = plan.split_rows;
-    units = all ? Range{0, b.unit_vectors} : share(b.unit_vectors, this->member, plan.team_size);
-    widths = all ? Range{0, b.width_vectors} : share(b.width_vectors, this->member, plan.team_size);
+    units = own_part(plan, b.unit_vectors, this->member);
+    widths = own_part(plan, b.width_vectors, this->member);
     sums = b.sums + this->member * b.sums_size;
   }
   BackwardWorker(const BackwardWorker&) = delete;
@@ -177,7 +176,7 @@ class BackwardWorker {
   // The cells that wait for whole rows: as forward, the team splits the rows.
   void compute_cells() {
     const int64_t count = step.running > step.was_running ? step.running : step.was_running;
-    const Range mine = plan.split_rows ? Range{0, count} : share(count, member, plan.team_size);
+    const Range mine = own_part(plan, count, member);
     const auto fetch_row = [&](int64_t i) {
       for (int64_t v = 0; i < mine.end && v < b.unit_vectors; ++v) step.fetch(i, v * L);
     };

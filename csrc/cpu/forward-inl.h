@@ -65,11 +65,9 @@ class ForwardWorker {
  private:
   ForwardWorker(const ForwardParams& params, const LayerParams* layer, const Plan& plan, char* workspace, int member)
       : p(params), layer(layer), plan(plan), team(member / plan.team_size), member(member % plan.team_size),
-        arena(workspace), b(params, layer, plan, arena), step(params, b), units(own(b.unit_vectors)),
-        widths(own(b.width_vectors)), gates(params, layer, plan, this->member, b, step, units, kUnits) {}
-  Range own(int64_t vectors) const {
-    return plan.split_rows ? Range{0, vectors} : share(vectors, member, plan.team_size);
-  }
+        arena(workspace), b(params, layer, plan, arena), step(params, b),
+        units(own_part(plan, b.unit_vectors, this->member)), widths(own_part(plan, b.width_vectors, this->member)),
+        gates(params, layer, plan, this->member, b, step, units, kUnits) {}
   ForwardWorker(const ForwardWorker&) = delete;
 
   void begin(int64_t group) {
@@ -205,7 +203,7 @@ class ForwardWorker {
   // splits the rows here. (kUnits is 1 then, so a panel's place does not depend on whose it is.)
   void compute_cells() {
     const int64_t active = step.rows->active(step.t);
-    const Range mine = plan.split_rows ? Range{0, active} : share(active, member, plan.team_size);
+    const Range mine = own_part(plan, active, member);
     const T* gates_ih = layer ? gates.panel(0, G) + chunk_at * G * L : nullptr;
     for (int64_t i = mine.begin; i < mine.end; ++i)
       step.whole_row(i, product_of(i), layer ? gates_ih + i * G * L : nullptr, G * L * b.chunk_rows,

@@ -28,7 +28,7 @@ class LayerGates {
   LayerGates(const ForwardParams& params, const LayerParams* layer, const Plan& plan, int member,
              const ForwardBuffers<S>& buffers, const ForwardWalk& walk, Range units, int panel_units)
       : p(params), layer(layer), plan(plan), member(member), b(buffers), walk(walk), units(units),
-        panel_units(panel_units), G(kCells[p.cell].gates) {}
+        panel_units(panel_units), G(cell_info(p).gates) {}
 
   // Of a group; `walk` has entered it.
   void begin() {
@@ -59,7 +59,7 @@ class LayerGates {
     for (int64_t s = begin; s < end; ++s) {
       const int64_t t = walk.time_of(s), active = rows.active(t);
       row_of(s) = chunk_count;
-      const Range part = plan.split_rows ? Range{0, active} : share(active, member, plan.team_size);
+      const Range part = own_part(plan, active, member);
       for (int64_t i = part.begin; i < part.end; ++i) {
         const S* from = static_cast<const S*>(layer->input) +
                         walk.offset(i, t, layer->input_stride_t, layer->input_stride_b);

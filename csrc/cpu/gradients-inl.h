@@ -61,7 +61,7 @@ class LayerGradients {
   LayerGradients(const BackwardParams& params, const LayerBackwardParams* layer, const Plan& plan, int member,
                  const BackwardBuffers<S>& buffers, const BackwardWalk& walk, bool packed)
       : p(params), layer(layer), plan(plan), member(member), b(buffers), walk(walk), packed(packed),
-        G(kCells[p.cell].gates), late_gates(kCells[p.cell].late_gates) {}
+        G(cell_info(p).gates), late_gates(cell_info(p).late_gates) {}
 
   // Of a group; `walk` has entered it.
   void begin() {
@@ -104,7 +104,7 @@ class LayerGradients {
     int64_t at = first_row(rows);
     for (int64_t s = chunk_begin; s < end; ++s) {
       const int64_t time = walk.time_of(s), active = rows.active(time);
-      const Range part = plan.split_rows ? Range{0, active} : share(active, member, plan.team_size);
+      const Range part = own_part(plan, active, member);
       for (int64_t i = part.begin; i < part.end; ++i) {
         b.place[at + i] = p.place(time, rows.row[i]);
         b.input[at + i] = input + walk.offset(i, time, layer->input_stride_t, layer->input_stride_b);

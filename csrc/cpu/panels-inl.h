@@ -13,6 +13,10 @@ struct Range {
   int64_t begin, end;
 };
 inline Range share(int64_t n, int member, int size) { return {n * member / size, n * (member + 1) / size}; }
+// A member's own of n: all of them where the team has split its rows, for it sees no others'; else its share.
+inline Range own_part(const Plan& plan, int64_t n, int member) {
+  return plan.split_rows ? Range{0, n} : share(n, member, plan.team_size);
+}
 
 // Panels of at most `step` vectors that cover `range`: body(first vector, vectors). At odd times they come in reverse,
 // so that a pass over them begins with those that the last pass left in the cache.

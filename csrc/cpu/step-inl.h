@@ -92,7 +92,7 @@ FASTRNN_ONE_COPY void start_rows(const ForwardWalk& walk, const ForwardBuffers<S
     const bool reset = length > 0 && walk.reset_before(i, walk.reverse ? length - 1 : 0);
     return reset ? load_or_zero<T>(static_cast<const S*>(restart), at, n) : state;
   };
-  const int in_c = kCells[p.cell].in_c();
+  const int in_c = cell_info(p).in_c();
   for (int64_t i = 0; i < walk.rows->size(); ++i) {
     const int64_t row = (walk.rows->first + i) * b.stride;
     for (int64_t j = widths.begin * L; j < widths.end * L; j += L) {
@@ -319,7 +319,7 @@ FASTRNN_ONE_COPY void pass_rows(const BackwardWalk& walk, Range units, Range wid
   const auto pass = [&](int64_t at, const void* grad_last, void* grad_initial, int n) {
     store(static_cast<S*>(grad_initial) + at, load_or_zero<T>(static_cast<const S*>(grad_last), at, n), n);
   };
-  const int in_c = kCells[p.cell].in_c();
+  const int in_c = cell_info(p).in_c();
   for (int64_t i = walk.rows->active(0); i < walk.rows->size(); ++i) {
     for (int64_t j = widths.begin * L; j < widths.end * L; j += L)
       pass(walk.place(i) * p.width + j, p.grad_h_n, p.grad_h_0, valid_lanes<T>(p.width, j));
@@ -362,7 +362,7 @@ struct BackwardStep : BackwardWalk {
 
   // Lets the processor fetch what the cell of units j .. is going to read of the forward pass. That was written long ago,
   // in another order, so that no cache has it and no prefetcher expects it; a product's time hides the way.
-  __attribute__((noinline)) void fetch(int64_t i, int64_t j) const {
+  FASTRNN_ONE_COPY void fetch(int64_t i, int64_t j) const {
     if (i >= running || j >= p.hidden) return;
     const int64_t h = p.hidden, values = saved_values<Cell>(p);
     const S* saved = static_cast<const S*>(p.saved) + place(i, t) * values * h + j;

@@ -17,6 +17,16 @@
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
+// The cells' numbers, for this instruction set alone: kCells, read when a call runs, would be one symbol for all of them.
+struct CellTable {
+  CellInfo of[kNumCells] = {};
+  constexpr CellTable() {
+    for (int i = 0; i < kNumCells; ++i) of[i] = kCells[i];
+  }
+};
+inline constexpr CellTable kCellTable;
+FASTRNN_HD const CellInfo& cell_info(const ForwardParams& p) { return kCellTable.of[p.cell]; }
+
 template <class S>
 struct ForwardBuffers {
   using T = typename Compute<S>::type;
@@ -51,7 +61,7 @@ struct ForwardBuffers {
 
   ForwardBuffers(const ForwardParams& p, const LayerParams* layer, const Plan& plan, Arena& arena)
       : unit_vectors(ceil_div(p.hidden, L)), width_vectors(ceil_div(p.width, L)) {
-    const CellInfo& cell = kCells[p.cell];
+    const CellInfo& cell = cell_info(p);
     stride = ((unit_vectors > width_vectors ? unit_vectors : width_vectors) + kMaxVectors) * L;
     panels_hh = plan.pack_hh ? arena.take<A>(unit_vectors * cell.gates * L * padded_depth<A>(p.width)) : nullptr;
     bias = arena.take<T>(unit_vectors * cell.gates * L);
@@ -130,7 +140,7 @@ struct BackwardBuffers {
   BackwardBuffers(const BackwardParams& p, const LayerBackwardParams* layer, const Plan& plan, Arena& arena,
                   int member = 0)
       : unit_vectors(ceil_div(p.hidden, L)), width_vectors(ceil_div(p.width, L)), slots(layer ? plan.chunk : 1) {
-    const CellInfo& cell = kCells[p.cell];
+    const CellInfo& cell = cell_info(p);
     stride = ((unit_vectors > width_vectors ? unit_vectors : width_vectors) + kMaxVectors) * L;
     gates_padded = unit_vectors * L;
     gates_stride = gates_padded * cell.gates + L;
