@@ -67,7 +67,7 @@ $(BUILT): $(STAMP) $(SOURCES)
 	mkdir -p build && rm -f build/.built-* && touch $@
 
 # An exported PYTHONPATH would show the package of this folder where the installed one is meant.
-test-sdist: $(STAMP)
+test-sdist: $(BUILT)
 	env -u PYTHONPATH TORCH=$(TORCH) PYTHON=$(PYTHON) MAX_JOBS=$(JOBS) tools/test_sdist.sh
 
 test-versions:

@@ -7,7 +7,7 @@ Environment:
   FASTRNN_CUDA_ARCHS  compute capabilities to build for, e.g. "9.0a" or "8.0;9.0a+PTX".
   CUDA_HOME           the CUDA toolkit. Default: that of the nvcc on PATH, which may be a script that calls another.
   MAX_JOBS            compiler processes at once (torch's own variable).
-  FASTRNN_OBJECTS     a folder of objects that tools/carried_objects.py has made on another machine.
+  FASTRNN_OBJECTS     a folder of objects that tools/carried_objects.py has made: on another machine, for another torch.
   FASTRNN_LABEL       1: the wheel's version names its torch (0.1.0+torch2.13.0): wheels for two have two file names.
   FASTRNN_SANITIZE    sanitizers of the compiler (address,undefined) to build C++ with, and of the CPU's kernels the
                       baseline's alone; see tools/sanitize.sh.
@@ -179,6 +179,16 @@ def check_torch() -> None:
         raise SystemExit(f"fastrnn: expected {TORCH}, got torch {torch.__version__} in this environment")
 
 
+def carried(archs: str, cuda_major: int) -> list[str]:
+    """The objects of FASTRNN_OBJECTS, if it is set."""
+    folder = os.environ.get("FASTRNN_OBJECTS")
+    if not folder:
+        return []
+    if why := carried_objects.misfit(Path(folder), archs, cuda_major):
+        raise SystemExit(f"FASTRNN_OBJECTS: {why}: make them anew with tools/carried_objects.py")
+    return [str(path.resolve()) for path in carried_objects.objects(Path(folder), bool(archs))]
+
+
 def extension(toolkit: cuda_toolkit.Toolkit | None) -> CppExtension:
     flags = [*carried_objects.CXX_FLAGS]
     flags.append("-g" if switch("FASTRNN_DEBUG_INFO") == "1" else "-g0")  # Python's own flags before it may hold -g
@@ -190,7 +200,8 @@ def extension(toolkit: cuda_toolkit.Toolkit | None) -> CppExtension:
         macros.append(("FASTRNN_BASELINE_ALONE", None))
     files = sources("csrc/cpu/*.cpp", "csrc/torch/*.cpp")
     if toolkit is None:
-        files = [f for f in files if not f.endswith("_cuda.cpp")]
+        ready = carried("", 0)
+        files = [f for f in files if not f.endswith("_cuda.cpp") and not (ready and f.startswith("csrc/cpu/"))]
         return CppExtension(
             "fastrnn._C",
             files,
@@ -198,6 +209,7 @@ def extension(toolkit: cuda_toolkit.Toolkit | None) -> CppExtension:
             libraries=["omp"] if MACOS else [],  # torch's, which stands beside its other libraries
             extra_compile_args={"cxx": flags},
             extra_link_args=links,
+            extra_objects=ready,
         )
     archs = os.environ.get("FASTRNN_CUDA_ARCHS") or cuda_toolkit.DEFAULT_ARCHS
     try:
@@ -207,10 +219,8 @@ def extension(toolkit: cuda_toolkit.Toolkit | None) -> CppExtension:
     except ToolkitError as error:
         raise SystemExit(f"fastrnn: {error} (FASTRNN_CUDA=0 builds without CUDA)") from None
     files += sources("csrc/cuda/*.cpp")
-    carried = os.environ.get("FASTRNN_OBJECTS")
-    if carried:
-        if why := carried_objects.misfit(Path(carried), archs, toolkit.version[0]):
-            raise SystemExit(f"FASTRNN_OBJECTS: {why}: make them anew with tools/carried_objects.py")
+    ready = carried(archs, toolkit.version[0])
+    if ready:
         files = sources("csrc/torch/*.cpp")
     built = CppExtension(
         "fastrnn._C",
@@ -225,8 +235,8 @@ def extension(toolkit: cuda_toolkit.Toolkit | None) -> CppExtension:
         extra_compile_args={"cxx": flags},
         extra_link_args=[str(runtime)],
     )
-    if carried:
-        built.extra_objects = [str(path.resolve()) for path in carried_objects.objects(Path(carried))]
+    if ready:
+        built.extra_objects = ready
     else:
         built.kernels = toolkit, parsed
     return built

@@ -1,10 +1,12 @@
-"""Compiles all that knows no torch, kernels of CUDA and of the CPU, for a build on another machine.
+"""Compiles all that knows no torch, kernels of CUDA and of the CPU, for another machine or another torch.
 
     python tools/carried_objects.py build/objects --archs 9.0a      # here
     FASTRNN_OBJECTS=build/objects pip install --no-build-isolation .    # there: setup.py compiles csrc/torch alone
+    python tools/carried_objects.py build/objects --cpu     # for a build without CUDA
 
 The other machine needs the same processor, CUDA of the same major version, and the same sources: objects.json beside
-the objects says what they were made of, and a build that differs refuses them.
+the objects says what they were made of, and a build that differs refuses them. With --cpu, what setup.py has built in
+place of these sources is taken and not compiled again.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,16 +37,19 @@ EXPORTS = "{ global: PyInit__C; local: *; };\n"
 MANIFEST = "objects.json"
 
 
-def sources() -> list[Path]:
-    return sorted([*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")])
+def sources(cuda: bool) -> list[Path]:
+    return sorted([*ROOT.glob("csrc/cpu/*.cpp"), *(ROOT.glob("csrc/cuda/*.cu") if cuda else ())])
+
+
+def headers() -> list[Path]:
+    found = (path for path in ROOT.glob("csrc/**/*") if path.parent.name != "torch")
+    return sorted(path for path in found if path.suffix in (".h", ".cuh", ".inc"))
 
 
 def digest() -> str:
     """Of all that the objects are made of."""
-    found_in = (path for path in ROOT.glob("csrc/**/*") if path.parent.name != "torch")
-    headers = [path for path in found_in if path.suffix in (".h", ".cuh", ".inc")]
     found = hashlib.sha256()
-    for path in sorted([*headers, *sources()]):
+    for path in sorted([*headers(), *sources(cuda=True)]):
         found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()
 
@@ -53,7 +59,7 @@ def made_of(archs: str, cuda_major: int) -> dict[str, Any]:
 
 
 def misfit(folder: Path, archs: str, cuda_major: int) -> str:
-    """Why a build for these architectures cannot take the folder's objects; empty if it can."""
+    """Why a build for these architectures ("" and 0: without CUDA) cannot take the folder's objects, or ""."""
     path = folder / MANIFEST
     if not path.is_file():
         return f"there is no {MANIFEST} in {folder}"
@@ -62,33 +68,46 @@ def misfit(folder: Path, archs: str, cuda_major: int) -> str:
     return "; ".join(f"{key}: expected {wanted[key]}, got {have.get(key)}" for key in differ)
 
 
-def objects(folder: Path) -> list[Path]:
-    return [folder / f"{path.parent.name}-{path.stem}.o" for path in sources()]
+def objects(folder: Path, cuda: bool) -> list[Path]:
+    return [folder / f"{path.parent.name}-{path.stem}.o" for path in sources(cuda)]
+
+
+def built_in_place(name: str) -> Path | None:
+    """setup.py's object of csrc/cpu/`name`.cpp, if none of the sources is newer."""
+    newest = max(path.stat().st_mtime for path in [*headers(), *sources(cuda=False)])
+    made = ROOT.glob(f"build/temp.*/csrc/cpu/{name}.o")
+    return next((path for path in sorted(made) if path.stat().st_mtime > newest), None)
 
 
 def make(folder: Path, archs: str, jobs: int) -> None:
-    """Raises ToolkitError where something does not compile."""
-    toolkit, parsed = find_toolkit(), parse_archs(archs)
+    """For these architectures, or "" for the CPU alone. Raises ToolkitError where something does not compile."""
+    toolkit = find_toolkit() if archs else None
+    nvcc = toolkit.command(parse_archs(archs), ROOT / "csrc") if toolkit else []
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     cxx = [*shlex.split(os.environ.get("CXX", "c++")), *CXX_FLAGS, "-fPIC", "-DNDEBUG", "-g0"]
-    nvcc = toolkit.command(parsed, ROOT / "csrc")
 
     def compile_one(source: Path, target: Path) -> None:
+        if not archs and (built := built_in_place(source.stem)):
+            shutil.copyfile(built, target)
+            return
         command = nvcc if source.suffix == ".cu" else cxx
         done = subprocess.run([*command, "-c", str(source), "-o", str(target)], capture_output=True, text=True)
         if done.returncode:
             raise ToolkitError(f"{source.name} does not compile:\n{done.stdout}{done.stderr}")
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(compile_one, sources(), objects(folder)))
-    (folder / MANIFEST).write_text(json.dumps(made_of(archs, toolkit.version[0]), indent=1) + "\n")
+        list(pool.map(compile_one, sources(bool(archs)), objects(folder, bool(archs))))
+    made = made_of(archs, toolkit.version[0] if toolkit else 0)
+    (folder / MANIFEST).write_text(json.dumps(made, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compiles the kernels for a build on another machine.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--archs", default="9.0a", help="as FASTRNN_CUDA_ARCHS; default 9.0a")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--archs", default="9.0a", help="as FASTRNN_CUDA_ARCHS; default 9.0a")
+    which.add_argument("--cpu", dest="archs", action="store_const", const="", help="the CPU's alone")
     parser.add_argument("--jobs", type=int, default=int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
     options = parser.parse_args(argv)
     try:
@@ -96,8 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ToolkitError as error:
         print(f"carried_objects: {error}", file=sys.stderr)
         return 1
-    size = sum(path.stat().st_size for path in objects(options.folder)) >> 20
-    print(f"{len(sources())} objects for {options.archs}, {size} MiB, in {options.folder}")
+    made = objects(options.folder, bool(options.archs))
+    size = sum(path.stat().st_size for path in made) >> 20
+    print(f"{len(made)} objects for {options.archs or 'the CPU'}, {size} MiB, in {options.folder}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""One CUDA source compiled for one architecture with no torch on the include path, and what came of it: registers and
+"""One CUDA source compiled by one call of nvcc with no torch on the include path, and what came of it: registers and
 spills as ptxas prints them, opcodes as cuobjdump does. Used by tools/check_cuda.py.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cuda_toolkit import Arch, Toolkit, ToolkitError, find_tool
 
@@ -48,8 +48,8 @@ class Object:
 
     source: str
     arch: str
-    seconds: float  # of the compilation, also where it comes from the cache
-    bytes: int
+    seconds: float  # of the compilation, also where it comes from the cache; shared out evenly where it is of several
+    bytes: int  # likewise
     log: str
     kernels: list[Kernel]
 
@@ -73,13 +73,15 @@ def shorten(full: str) -> str:
     return re.sub(r"\b(?:fastrnn|cuda|dev|mutants)::|\(anonymous namespace\)::", "", name)
 
 
-def parse_ptxas(log: str) -> dict[str, Kernel]:
-    """By mangled name, from the output of -Xptxas -v."""
+def parse_ptxas(log: str, arch: str) -> dict[str, Kernel]:
+    """An architecture's kernels by mangled name, from the output of -Xptxas -v."""
     kernels: dict[str, Kernel] = {}
     current: Kernel | None = None
     for line in log.splitlines():
-        if entry := re.search(r"Compiling entry function '(\S+)'", line):
-            current = kernels[entry[1]] = Kernel(entry[1])
+        if entry := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
+            current = Kernel(entry[1])
+            if entry[2] == arch:
+                kernels[entry[1]] = current
         elif re.search(r"Function properties for (\S+)", line):
             current = kernels.get(line.split()[-1])  # None: a device function that was not inlined
         elif current and (
@@ -135,9 +137,9 @@ def waiting_loops(code: Sequence[Instruction]) -> tuple[int, int]:
     return max((lengths[loop] for loop in inner), default=0), max(lengths.values(), default=0)
 
 
-def disassemble(path: Path, cuobjdump: str, nvdisasm: str) -> dict[str, list[Instruction]]:
+def disassemble(path: Path, arch: str, cuobjdump: str, nvdisasm: str) -> dict[str, list[Instruction]]:
     search = os.pathsep.join([str(Path(nvdisasm).parent), os.environ.get("PATH", "")])
-    command = [cuobjdump, "-sass", str(path)]
+    command = [cuobjdump, "-sass", "-arch", arch, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PATH": search}) as run:
         assert run.stdout is not None
         functions = parse_sass(run.stdout)
@@ -153,11 +155,14 @@ def headers_digest() -> str:
     return digest.hexdigest()
 
 
-def compile_object(source: Path, arch: Arch, toolkit: Toolkit, headers: str) -> Object:
-    """Compiles, or takes from build/cuda-check what was compiled from the same bytes. Raises ToolkitError."""
-    command = toolkit.command([Arch(arch.number, arch.suffix)], CSRC, "-Xptxas=-v")
+def compile_object(source: Path, archs: Sequence[Arch], toolkit: Toolkit, headers: str) -> list[Object]:
+    """Compiles for architectures of one first half (Arch.virtual), or takes from build/cuda-check what was compiled of
+    the same bytes. Raises ToolkitError.
+    """
+    names = [arch.name for arch in archs]
+    command = toolkit.command([Arch(arch.number, arch.suffix) for arch in archs], CSRC, "-Xptxas=-v")
     told = "\0".join([headers, str(toolkit.version), *command]).encode()
-    stem = CACHE / f"{source.stem}-{arch.name}-{hashlib.sha256(told + source.read_bytes()).hexdigest()[:16]}"
+    stem = CACHE / f"{source.stem}-{archs[0].virtual}-{hashlib.sha256(told + source.read_bytes()).hexdigest()[:16]}"
     target, record = stem.with_suffix(".o"), stem.with_suffix(".json")
     if not record.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -171,23 +176,35 @@ def compile_object(source: Path, arch: Arch, toolkit: Toolkit, headers: str) -> 
         seconds = time.perf_counter() - start
         if done.returncode:
             said = "\n".join((done.stdout + done.stderr).splitlines()[:20])
-            raise ToolkitError(f"{source.name} does not compile for {arch.name}:\n{said}")
+            raise ToolkitError(f"{source.name} does not compile for {', '.join(names)}:\n{said}")
         partial.rename(target)
         record.write_text(json.dumps({"seconds": seconds, "log": done.stdout + done.stderr, "opcodes": {}}))
     made = json.loads(record.read_text())
     cuobjdump, nvdisasm = find_tool("cuobjdump", toolkit), find_tool("nvdisasm", toolkit)
     if "waits" not in made and cuobjdump and nvdisasm:
-        code = disassemble(target, cuobjdump, nvdisasm)
-        made["opcodes"] = {name: Counter(i.opcode for i in instructions) for name, instructions in code.items()}
-        made["waits"] = {name: waiting_loops(instructions) for name, instructions in code.items()}
+        code = {arch: disassemble(target, arch, cuobjdump, nvdisasm) for arch in names}
+        made["opcodes"] = {
+            arch: {name: Counter(i.opcode for i in instructions) for name, instructions in of.items()}
+            for arch, of in code.items()
+        }
+        made["waits"] = {
+            arch: {name: waiting_loops(instructions) for name, instructions in of.items()} for arch, of in code.items()
+        }
         record.write_text(json.dumps(made))
-    kernels = parse_ptxas(made["log"])
-    names = demangle(list(kernels), toolkit)
+    seconds, size = made["seconds"] / len(archs), target.stat().st_size // len(archs)
+    return [Object(source.name, arch, seconds, size, made["log"], kernels_of(made, arch, toolkit)) for arch in names]
+
+
+def kernels_of(made: dict[str, Any], arch: str, toolkit: Toolkit) -> list[Kernel]:
+    """From the record of a compilation."""
+    kernels = parse_ptxas(made["log"], arch)
+    opcodes, waits = (made.get(key, {}).get(arch, {}) for key in ("opcodes", "waits"))
+    told = demangle(list(kernels), toolkit)
     for mangled, kernel in kernels.items():
-        kernel.name = names[mangled]
-        kernel.opcodes = Counter(made["opcodes"].get(mangled, {}))
-        kernel.turn, kernel.step = made.get("waits", {}).get(mangled, (0, 0))
-    return Object(source.name, arch.name, made["seconds"], target.stat().st_size, made["log"], list(kernels.values()))
+        kernel.name = told[mangled]
+        kernel.opcodes = Counter(opcodes.get(mangled, {}))
+        kernel.turn, kernel.step = waits.get(mangled, (0, 0))
+    return list(kernels.values())
 
 
 def compile_all(
@@ -196,11 +213,14 @@ def compile_all(
     """The objects, and what the compiler said of those that there are not."""
     headers = headers_digest()
     objects, errors = [], []
+    calls: dict[str, list[Arch]] = {}
+    for arch in archs:
+        calls.setdefault(arch.virtual, []).append(arch)
     with ThreadPoolExecutor(jobs) as pool:
-        pending = [pool.submit(compile_object, s, arch, toolkit, headers) for s in sources for arch in archs]
+        pending = [pool.submit(compile_object, s, each, toolkit, headers) for s in sources for each in calls.values()]
         for each in pending:
             try:
-                objects.append(each.result())
+                objects += each.result()
             except ToolkitError as error:
                 errors.append(str(error))
     return objects, errors

@@ -7,9 +7,9 @@
 #
 #   MAX_JOBS  processes at once, default nproc
 #
-# Some fifteen minutes a pair on one core where ccache stands before the compiler and knows the kernels from an earlier
-# pair (Python 3.12 and newer have other flags than 3.11: once more); ten minutes more where not. What came enters
-# tests/support/versions.json, in the place of the same versions' last run.
+# Some fifteen minutes a pair on one core. The CPU's kernels, which know neither torch nor Python, are compiled once for
+# all pairs, or taken from the build in place. What came enters tests/support/versions.json, in the place of the same
+# versions' last run.
 set -eu
 cd "$(dirname "$0")/.."
 work=$PWD/build/versions
@@ -43,6 +43,9 @@ one_pair() { # TORCH PYTHON
 }
 
 mkdir -p "$work"
+FASTRNN_OBJECTS=$work/objects
+export FASTRNN_OBJECTS
+"${PYTHON:-python3}" tools/carried_objects.py "$FASTRNN_OBJECTS" --cpu --jobs "$jobs"
 rm -f "$work"/*.xml # of a run that was broken off
 trap 'rm -rf "$venv"' EXIT
 failed=

@@ -68,9 +68,10 @@ SASS = """\
 
 
 def test_ptxas_output_is_read():
-    a, b = parse_ptxas(PTXAS).values()
+    a, b = parse_ptxas(PTXAS, "sm_90a").values()
     assert (a.registers, a.shared, a.stack, a.spill_stores, a.spill_loads) == (18, 512, 0, 0, 0)
     assert (b.registers, b.shared, b.stack, b.spill_stores, b.spill_loads) == (255, 0, 32, 4, 8)
+    assert parse_ptxas(PTXAS, "sm_80") == {}
 
 
 # A kernel that waits: in each step for one pair of words, then for two at once, with a branch back before the last.
@@ -225,6 +226,8 @@ def test_architectures():
         "-gencode=arch=compute_120,code=compute_120",
     ]
     assert parse_archs("8.0, 9.0a") == [Arch(80), Arch(90, "a")]
+    firsts = [arch.virtual for arch in parse_archs("8.0;8.6;8.9;9.0a")]
+    assert firsts == ["compute_80", "compute_86", "compute_86", "compute_90a"]
     for wrong in ("", "7.5", "sm_90", "9"):
         with pytest.raises(ToolkitError):
             parse_archs(wrong)
@@ -252,7 +255,7 @@ def test_a_kernel_cannot_include_torch(tmp_path):
     source = tmp_path / "torchy.cu"
     source.write_text("#include <ATen/core/Tensor.h>\n")
     with pytest.raises(ToolkitError, match=r"ATen/core/Tensor\.h"):
-        cuda_object.compile_object(source, ARCH, TOOLKIT, "")
+        cuda_object.compile_object(source, [ARCH], TOOLKIT, "")
 
 
 @needs_nvcc
@@ -276,14 +279,16 @@ def test_a_stack_frame_is_found(tmp_path):
         "  for (int i = 0; i < n; ++i) x[i] = many[(i * 7) & 63];\n"
         "}\n"
     )
-    (kernel,) = cuda_object.compile_object(source, ARCH, TOOLKIT, "").kernels
-    assert kernel.name == "indexed_kernel" and any("stack frame" in p for p in problems_of(kernel, {}))
+    for made in cuda_object.compile_object(source, [Arch(86), Arch(89)], TOOLKIT, ""):
+        (kernel,) = made.kernels
+        assert kernel.name == "indexed_kernel" and any("stack frame" in p for p in problems_of(kernel, {})), made.arch
 
 
 @needs_disassembler
 def test_matrix_instructions_are_seen():
     """The emulator's test kernels use them under names that promise none."""
-    made = cuda_object.compile_object(ROOT / "tests/hostbuild/mutants.cu", ARCH, TOOLKIT, cuda_object.headers_digest())
+    mutants, headers = ROOT / "tests/hostbuild/mutants.cu", cuda_object.headers_digest()
+    (made,) = cuda_object.compile_object(mutants, [ARCH], TOOLKIT, headers)
     kernels = {kernel.name: kernel for kernel in made.kernels}
     operations = kernels["operations_kernel"]
     for opcode in ("HMMA.16816.F32.BF16", "HMMA.16816.F32", "HMMA.1688.F32.TF32"):
@@ -304,7 +309,8 @@ def test_bounded_spins_compile(tmp_path):
         "                      *reinterpret_cast<uint64_t(*)[4][2]>(out));\n"
         "}\n"
     )
-    (kernel,) = cuda_object.compile_object(source, ARCH, TOOLKIT, cuda_object.headers_digest()).kernels
+    (made,) = cuda_object.compile_object(source, [ARCH], TOOLKIT, cuda_object.headers_digest())
+    (kernel,) = made.kernels
     assert not kernel.opcodes or kernel.opcodes["BPT.TRAP"] > 0, kernel.opcodes
 
 

@@ -264,7 +264,7 @@ def test_a_layer(library, cell, dtype, threads):
 )
 def test_equations_against_autograd(cell, projected, noise):
     """reference.backward, whose derivatives are written out, against autograd of reference.forward; and that against
-    finite differences."""
+    finite differences along random directions (along every axis they take a second a cell)."""
     case = (CellCase if cell in MORE_CELLS else Case)(cell, 3, 2, 2, 3, projected, "groups", "state", noise=noise)
     arguments = case.arguments(1)
     names = [k for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
@@ -275,7 +275,7 @@ def test_equations_against_autograd(cell, projected, noise):
         given = arguments | dict(zip(names, values, strict=True))
         return reference.forward(*given.values())
 
-    assert torch.autograd.gradcheck(lambda *x: [y for y in run(*x) if y.numel()], leaves)
+    assert torch.autograd.gradcheck(lambda *x: [y for y in run(*x) if y.numel()], leaves, fast_mode=True)
     output, h_n, c_n, saved = run(*leaves)
     second = case.info.states > 1
     grads = random_like(5, output, h_n, c_n if second else None, saved)

@@ -1,5 +1,6 @@
 """tools/carried_objects.py: objects of what knows no torch, for a build on another machine."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,8 @@ sys.path.append(str(ROOT / "tools"))
 
 import carried_objects  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("nvcc") and shutil.which("c++")), reason="needs nvcc and a C++ compiler"
-)
+needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 
 
 @pytest.fixture
@@ -35,13 +35,14 @@ def sources(tmp_path, monkeypatch):
     return tmp_path / "csrc"
 
 
+@needs_nvcc
 def test_objects_fit_what_they_were_made_of(sources, tmp_path, capsys):
     folder = tmp_path / "objects"
     assert "there is no objects.json" in carried_objects.misfit(folder, "9.0a", 13)
     assert carried_objects.main([str(folder), "--archs", "9.0a"]) == 0
     assert "2 objects for 9.0a" in capsys.readouterr().out
-    assert {path.name for path in carried_objects.objects(folder)} == {"cpu-team.o", "cuda-grid.o"}
-    symbols = subprocess.run(["nm", *carried_objects.objects(folder)], capture_output=True, text=True).stdout
+    assert {path.name for path in carried_objects.objects(folder, cuda=True)} == {"cpu-team.o", "cuda-grid.o"}
+    symbols = subprocess.run(["nm", *carried_objects.objects(folder, cuda=True)], capture_output=True, text=True).stdout
     assert "_Z4teamv" in symbols and "_Z6kernelPi" in symbols
     major = carried_objects.find_toolkit().version[0]
     assert carried_objects.misfit(folder, "9.0a", major) == ""
@@ -56,6 +57,7 @@ def test_objects_fit_what_they_were_made_of(sources, tmp_path, capsys):
         (sources / name).write_text(before)
 
 
+@needs_nvcc
 def test_what_does_not_compile_leaves_nothing_to_use(sources, tmp_path, capsys):
     folder = tmp_path / "objects"
     assert carried_objects.main([str(folder)]) == 0
@@ -63,3 +65,21 @@ def test_what_does_not_compile_leaves_nothing_to_use(sources, tmp_path, capsys):
     assert carried_objects.main([str(folder)]) == 1
     assert "carried_objects: grid.cu does not compile" in capsys.readouterr().err
     assert not (folder / "objects.json").exists()
+
+
+def test_the_cpus_are_those_that_were_built_in_place(sources, tmp_path, capsys):
+    """For a build without CUDA, as long as no source is newer."""
+    folder, built = tmp_path / "objects", tmp_path / "build/temp.linux/csrc/cpu/team.o"
+    built.parent.mkdir(parents=True)
+    built.write_bytes(b"an object")
+    for made, seconds in ((b"an object", 1), (b"\x7fELF", -1)):
+        time = (sources / "params.h").stat().st_mtime + seconds
+        os.utime(built, (time, time))
+        assert carried_objects.main([str(folder), "--cpu"]) == 0
+        assert "1 objects for the CPU" in capsys.readouterr().out
+        (only,) = carried_objects.objects(folder, cuda=False)
+        assert only.name == "cpu-team.o" and only.read_bytes().startswith(made)
+        assert carried_objects.misfit(folder, "", 0) == ""
+    assert "archs: expected 9.0a, got ; cuda: expected 13, got 0" in carried_objects.misfit(folder, "9.0a", 13)
+    (sources / "cuda/tiles.cuh").unlink()
+    assert "sources: expected" in carried_objects.misfit(folder, "", 0)
