@@ -14,6 +14,10 @@ from fastrnn.reference import Cell, States
 HEADER = Path(__file__).parent / "more_cells.h"
 # The compiler's flag for kernels of the package's cells and these.
 WITH_MORE_CELLS = f'-DFASTRNN_MORE_CELLS="{HEADER}"'
+# Kernels compile for much longer than tests run them. So they are not optimised, and calls stay calls: always_inline,
+# without its leading underscores, is what the project's own headers say, and its copies of a function at every call are
+# most of what an unoptimised kernel consists of.
+QUICKLY = ("-O0", "-Dalways_inline=unused")
 
 
 def only(*cells: str) -> str:

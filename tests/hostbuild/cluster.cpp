@@ -149,7 +149,7 @@ void copy_async_wait(int pending) {
       }
       std::memcpy(arena + c.to, arena + c.from, 16);
     }
-    t.copy_groups.pop_front();
+    t.copy_groups.erase(t.copy_groups.begin());
   }
   progressed();
 }

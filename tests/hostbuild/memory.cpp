@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -135,8 +136,10 @@ void forget_heap_accesses() {
 }
 
 void clear_window(int block_slot, size_t bytes) {
+  static size_t used[kMaxResident];  // bytes of the slot's block before; nothing behind them has another state
   size_t offset = window_of(block_slot);
-  std::memset(state_of + offset, kNone, kWindowBytes);
+  std::memset(state_of + offset, kNone, std::max(used[block_slot], bytes));
+  used[block_slot] = bytes;
   std::memset(arena + offset, 0xff, bytes);
   forget_accesses(offset, bytes);
 }

@@ -146,8 +146,13 @@ void check_cell(Cell& c, size_t offset, bool write, Actor who, Pc pc, Record rec
 
 }  // namespace
 
-void join(Clock* into, const Clock* from) {
-  for (size_t i = 0; i < machine.columns; ++i) into[i] = std::max(into[i], from[i]);
+// In vectors, or this loop is a quarter of a run: nothing here changes the number of columns or lies in both rows.
+#if defined(__x86_64__)
+[[gnu::target_clones("avx2", "default")]]
+#endif
+void join(Clock* __restrict into, const Clock* __restrict from) {
+  const size_t columns = machine.columns;
+  for (size_t i = 0; i < columns; ++i) into[i] = std::max(into[i], from[i]);
 }
 
 void meet(const std::vector<Thread*>& threads) {

@@ -70,7 +70,9 @@ void order_clusters() {
 
 void set_up(const Config& config, void (*body)(void*), void* context) {
   Machine& m = machine;
+  Clocks clocks = std::move(m.clocks);  // its memory, which threads clear as they start, and a launch is over soon
   m = Machine();
+  m.clocks = std::move(clocks);
   m.config = config;
   m.body = body;
   m.context = context;
@@ -89,7 +91,7 @@ void set_up(const Config& config, void (*body)(void*), void* context) {
   m.clusters.resize(resident);
   m.blocks.resize(resident_blocks);
   m.threads.resize(resident_threads);
-  m.clocks.assign(schedule.races ? resident_threads * m.columns : 0, 0);
+  if (schedule.races) m.clocks.resize(resident_threads * m.columns);
   m.ready.assign((resident_threads + 63) / 64, 0);
   reserve_stacks(int(resident_threads));
   forget_read_sets();

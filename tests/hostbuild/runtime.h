@@ -13,7 +13,6 @@
 // These are compiled without -fsanitize.
 #pragma once
 #include <cstdint>
-#include <deque>
 #include <map>
 #include <memory>
 #include <set>
@@ -94,7 +93,7 @@ struct Thread {
   uint64_t ticket = 0;         // of the present sleep in spin_pause; 0: awake
   uint64_t idle_turns = 0, idle_since = 0;
   std::vector<Copy> open_copies;
-  std::deque<std::vector<Copy>> copy_groups;
+  std::vector<std::vector<Copy>> copy_groups;  // the oldest first
 };
 
 struct WarpOp {

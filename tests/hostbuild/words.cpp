@@ -2,6 +2,7 @@
 // may return any of them that coherence and happens-before allow.
 #include <algorithm>
 #include <cstring>
+#include <deque>
 
 #include "runtime.h"
 

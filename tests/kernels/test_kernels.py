@@ -222,10 +222,10 @@ def test_threads(cell, projected, threads):
     # few rows and many units (units are split), many rows and few units (rows are), more and fewer groups
     for B, P, h in [(3, 1, 200), (96, 1, 48), (2, 4, 100), (40, 2, 65), (7, 3, 100)]:
         lengths = "rows" if B % 2 == 0 else ""
-        check(Case(cell, 30, B, P, h, projected, lengths, "state"), seed=B)
-        check(Case(cell, 30, B, P, h, projected, lengths, "state", noise="all"), seed=B)
+        check(Case(cell, 13, B, P, h, projected, lengths, "state"), seed=B)
+        check(Case(cell, 13, B, P, h, projected, lengths, "state", noise="all"), seed=B)
         number = list(ops.CELLS).index(cell)
-        plan = ops._C.cpu_plan(number, "float64", 30, B, P, h, projected or h, bool(projected), 0, threads, False)
+        plan = ops._C.cpu_plan(number, "float64", 13, B, P, h, projected or h, bool(projected), 0, threads, False)
         splits.add((plan["split"], plan["threads"] > 1))
     if threads == 2 and not projected:
         assert {("units", True), ("rows", True), ("none", True)} <= splits, "every way to split must have been taken"

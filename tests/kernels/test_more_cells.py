@@ -24,7 +24,7 @@ from tests.kernels.test_kernels import (
     assert_near,
     double,
 )
-from tests.more_cells import MORE_CELLS, WITH_MORE_CELLS, only
+from tests.more_cells import MORE_CELLS, QUICKLY, WITH_MORE_CELLS, only
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of params.h
@@ -43,7 +43,7 @@ class Library:
         isas = [isa, "avx512"] if isa == "avx512bf16" else [isa]
         names = ["recurrent", "team", "processors", *(f"isa_{name}" for name in isas)]
         sources = [ROOT / "csrc/cpu" / f"{name}.cpp" for name in names] + [ROOT / "tests/cpp/cpu_api.cpp"]
-        command = ["g++", "-std=c++20", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        command = ["g++", "-std=c++20", *QUICKLY, "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
         command += ["-Werror", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
         command += [WITH_MORE_CELLS, only(), *(f"-DTEST_{name}" for name in isas)]
         objects = [path / f"{source.stem}.o" for source in sources]
