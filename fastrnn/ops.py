@@ -51,6 +51,24 @@ def named(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None)
     return {a.name: given.get(a.name, a.default_value) for a in op._schema.arguments}
 
 
+def register_fake(op: Any) -> Callable[[Callable[..., Any]], None]:
+    """Makes a function an op's fake kernel; it is given all arguments by name. None for a tensor, which torch's parser
+    lets through, is refused as the other kernels refuse it.
+    """
+    tensors = [a.name for a in op._schema.arguments if isinstance(a.type, torch.TensorType)]
+
+    def register(function: Callable[..., Any]) -> None:
+        @torch.library.register_fake(op._schema.name, lib=library)
+        def fake(*args: Any, **kwargs: Any) -> Any:
+            given = named(op, args, kwargs)
+            for name in tensors:
+                if given[name] is None:
+                    raise TypeError(f"{op._schema.name.removeprefix('fastrnn::')}: {name}: expected a tensor, got None")
+            return function(**given)
+
+    return register
+
+
 def results_of(op: Any) -> tuple[str, ...]:
     """An op's results by name, in order."""
     return tuple(result.name for result in op._schema.returns)
@@ -193,9 +211,8 @@ class _Checker:
             self.placed("resets", resets)
 
 
-@torch.library.register_fake("fastrnn::recurrent_forward", lib=library)
-def _(*args, **kwargs):
-    given = named(recurrent_forward, args, kwargs)
+@register_fake(recurrent_forward)
+def _(**given):
     c = _Checker("recurrent_forward", "gates_ih", given)
     empty = given["gates_ih"].new_empty
     return (
@@ -206,9 +223,8 @@ def _(*args, **kwargs):
     )
 
 
-@torch.library.register_fake("fastrnn::recurrent_backward", lib=library)
-def _(*args, **kwargs):
-    given = named(recurrent_backward, args, kwargs)
+@register_fake(recurrent_backward)
+def _(**given):
     c = _Checker("recurrent_backward", "output", given)
     empty, initial = given["output"].new_empty, given["initial"]
     wide = torch.promote_types(given["output"].dtype, torch.float32)
@@ -227,9 +243,8 @@ def _(*args, **kwargs):
 def _register_fake_jvp(op: Any, jvp: Any) -> None:
     """Results as those of op, and their tangents likewise."""
 
-    @torch.library.register_fake(jvp._schema.name, lib=library)
-    def _(*args, **kwargs):
-        given = named(jvp, args, kwargs)
+    @register_fake(jvp)
+    def _(**given):
         results = op(*(given[name] for name in names_of(op)))
         return (*results, *map(torch.empty_like, results))
 
@@ -305,9 +320,8 @@ def _check_layer(given: dict[str, Any], B: int) -> None:
             check(name, each, size)
 
 
-@torch.library.register_fake("fastrnn::layer_forward", lib=library)
-def _(*args, **kwargs):
-    given = named(layer_forward, args, kwargs)
+@register_fake(layer_forward)
+def _(**given):
     P, R, h = _layer_sizes("layer_forward", given)
     input, h_0, info = given["input"], given["h_0"], CELLS[given["cell"]]
     tokens = not input.is_floating_point()
@@ -328,9 +342,8 @@ def _(*args, **kwargs):
     )
 
 
-@torch.library.register_fake("fastrnn::layer_backward", lib=library)
-def _(*args, **kwargs):
-    given = named(layer_backward, args, kwargs)
+@register_fake(layer_backward)
+def _(**given):
     P, R, h = _layer_sizes("layer_backward", given)
     input, weight_ih, output = given["input"], given["weight_ih"], given["output"]
     dense = input is not None and input.is_floating_point()
@@ -352,12 +365,12 @@ def _(*args, **kwargs):
     return tuple(found)
 
 
-@torch.library.register_fake("fastrnn::clamp_gradient", lib=library)
+@register_fake(clamp_gradient)
 def _(x, limit):
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("fastrnn::bernoulli", lib=library)
+@register_fake(bernoulli)
 def _(seed, size, p, dtype):
     return seed.new_empty((*seed.shape, *size), dtype=dtype)
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import library
+from .ops import library, register_fake
 from .transforms import is_plain, is_plain_call, is_vmapped_call
 
 _gemm = torch.ops.fastrnn.gemm.default
@@ -89,7 +89,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return _gemm(a, b, None, False, False)
 
 
-@torch.library.register_fake("fastrnn::gemm")
+@register_fake(_gemm)
 def _(a: Tensor, b: Tensor, bias: Tensor | None, transpose_a: bool, transpose_b: bool) -> Tensor:
     return a.new_empty(a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
 
@@ -110,12 +110,12 @@ def outer_by_aten(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.permute(1, 2, 0), b.transpose(0, 1))
 
 
-@torch.library.register_fake("fastrnn::grouped_linear", lib=library)
+@register_fake(grouped_linear)
 def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return input.new_empty(weight.shape[0], input.shape[0], weight.shape[1]).transpose(0, 1)
 
 
-@torch.library.register_fake("fastrnn::grouped_outer", lib=library)
+@register_fake(grouped_outer)
 def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.shape[1], a.shape[2], b.shape[2])
 

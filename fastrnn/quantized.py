@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from . import fallback, heads
 from .composed import fold, unfold
 from .modules import GRU, LSTM, MGU, RNN, LiGRU, _Recurrent
-from .ops import CELLS
+from .ops import CELLS, register_fake
 from .records import LayerWeights, States, name_of
 from .rounding import DTYPES, Rounded, int8_rows, is_rounded, narrow_fields, unrounded
 from .swap import check_module
@@ -357,7 +357,7 @@ _KINDS: dict[type[_Recurrent], type[_Quantized]] = {
 }
 
 
-@torch.library.register_fake("fastrnn::quantized_forward")
+@register_fake(_quantized_forward)
 def _(
     cell, input, weight_ih, scale_ih, sum_ih, bias_ih, weight_hh, scale_hh, sum_hh, bias_hh, weight_hr, params,
     h_0, c_0, lengths, resets, reset_h, reset_c, mask_h, keep_h, keep_c, reverse,

@@ -7,7 +7,7 @@
 #
 #   MAX_JOBS  processes at once, default nproc
 #
-# Some fifteen minutes a pair on one core. The CPU's kernels, which know neither torch nor Python, are compiled once for
+# Some twenty minutes a pair on one core. The CPU's kernels, which know neither torch nor Python, are compiled once for
 # all pairs, or taken from the build in place. What came enters tests/support/versions.json, in the place of the same
 # versions' last run.
 set -eu

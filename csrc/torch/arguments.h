@@ -9,6 +9,7 @@
 //   state 0: one, or in a cell with more several side by side, [C, h] of a group.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <ATen/core/function_schema.h>
 #include <ATen/core/stack.h>
 #include <c10/util/SmallVector.h>
 
@@ -16,6 +17,8 @@
 #include <optional>
 #include <string>
 #include <vector>
+
+#include "check.h"
 
 namespace fastrnn {
 
@@ -147,12 +150,18 @@ inline constexpr char kTangentGradientsText[] = FASTRNN_FOR_EACH_RECURRENT_GRADI
 
 // ---- and on a stack ----
 
-// The arguments of a boxed call, one after the other.
+// The arguments of a boxed call of an op, one after the other.
 class Reader {
  public:
-  explicit Reader(c10::ArrayRef<c10::IValue> arguments) : next_(arguments.begin()) {}
-  const c10::IValue& value() { return *next_++; }
-  Tensor tensor() { return value().toTensor(); }
+  Reader(const c10::FunctionSchema& op, const torch::jit::Stack& stack)
+      : op_(op), arguments_(torch::jit::last(stack, op.arguments().size())) {}
+  const c10::IValue& value() { return arguments_[next_++]; }
+  Tensor tensor() {
+    const Tensor& x = value().toTensor();  // None, too, passes for one on the way here
+    RNN_CHECK_TYPE(x.defined(), op_.name().substr(op_.name().find("::") + 2), ": ", op_.arguments()[next_ - 1].name(),
+                   ": expected a tensor, got None");
+    return x;
+  }
   OptionalTensor optional() {
     const c10::IValue& x = value();
     return x.isTensor() && x.toTensor().defined() ? OptionalTensor(x.toTensor()) : std::nullopt;
@@ -182,7 +191,9 @@ class Reader {
   }
 
  private:
-  const c10::IValue* next_;
+  const c10::FunctionSchema& op_;
+  c10::ArrayRef<c10::IValue> arguments_;
+  size_t next_ = 0;
 };
 
 inline c10::IValue value_of(const OptionalTensor& x) { return x ? c10::IValue(*x) : c10::IValue(); }

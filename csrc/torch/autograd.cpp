@@ -231,7 +231,7 @@ LayerCall held_under_lock(const LayerCall& call) {
 
 void layer_forward_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const size_t count = op.schema().arguments().size();
-  const LayerArguments args = read_layer_forward(Reader(torch::jit::last(*stack, count)));
+  const LayerArguments args = read_layer_forward(Reader(op.schema(), *stack));
   const variable_list tensors = differentiables(args.call);
   bool needed = false;
   for (const Tensor& x : tensors) {

@@ -80,7 +80,7 @@ void give(const c10::OperatorHandle& op, Stack& stack, at::ScalarType dtype, std
 #define FASTRNN_JOIN(name) [[maybe_unused]] const bool slope_of_##name = tangents.join(#name, name);
 
 void recurrent_forward_jvp(const c10::OperatorHandle& op, Stack* stack) {
-  Reader from(torch::jit::last(*stack, op.schema().arguments().size()));
+  Reader from(op.schema(), *stack);
   RecurrentForwardArguments args = read_recurrent_forward(from);
   auto& [h_0, c_0, lengths, resets, reset_h, reset_c, mask_h, keep_h, keep_c] = args.call.states;
   Tensor &gates_ih = args.gates_ih, &weight_hh = args.call.weight_hh;
@@ -96,7 +96,7 @@ void recurrent_forward_jvp(const c10::OperatorHandle& op, Stack* stack) {
 }
 
 void recurrent_backward_jvp(const c10::OperatorHandle& op, Stack* stack) {
-  Reader from(torch::jit::last(*stack, op.schema().arguments().size()));
+  Reader from(op.schema(), *stack);
   RecurrentBackwardArguments args = read_recurrent_backward(from);
   auto& [h_0, c_0, lengths, resets, reset_h, reset_c, mask_h, keep_h, keep_c] = args.call.states;
   auto& [grad_output, grad_h_n, grad_c_n, grad_cells, output, saved, in_place] = args.given;

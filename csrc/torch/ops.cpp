@@ -164,10 +164,6 @@ std::vector<int64_t> cell_info(c10::string_view cell) {
 
 using Stack = torch::jit::Stack;
 
-Reader reader(const c10::OperatorHandle& op, const Stack& stack) {
-  return Reader(torch::jit::last(stack, op.schema().arguments().size()));
-}
-
 template <class... Results>
 void give(const c10::OperatorHandle& op, Stack& stack, const Results&... results) {
   torch::jit::drop(stack, op.schema().arguments().size());
@@ -190,14 +186,14 @@ const RecurrentKernels& kernels_for(const Tensor& x, const char* op, const char*
 }
 
 void recurrent_forward(const c10::OperatorHandle& op, Stack* stack) {
-  Reader from = reader(op, *stack);
+  Reader from(op.schema(), *stack);
   const auto [args, gates_ih, save] = read_recurrent_forward(from);
   const LayerResults out = kernels_for(gates_ih, "recurrent_forward", "gates_ih").forward(args, gates_ih, save, false);
   give(op, *stack, out.output, out.h_n, out.c_n, out.saved);
 }
 
 void recurrent_backward(const c10::OperatorHandle& op, Stack* stack) {
-  Reader from = reader(op, *stack);
+  Reader from(op.schema(), *stack);
   const auto [args, given, initial] = read_recurrent_backward(from);
   const RecurrentGradients out =
       kernels_for(given.output, "recurrent_backward", "output").backward(args, given, initial);
@@ -208,7 +204,7 @@ void recurrent_backward(const c10::OperatorHandle& op, Stack* stack) {
 }
 
 void quantized_forward(const c10::OperatorHandle& op, Stack* stack) {
-  Reader from = reader(op, *stack);
+  Reader from(op.schema(), *stack);
   Recurrence args;
   Narrow narrow;
   args.cell = from.text();
@@ -228,13 +224,13 @@ void quantized_forward(const c10::OperatorHandle& op, Stack* stack) {
 }
 
 void layer_forward_kernel(const c10::OperatorHandle& op, Stack* stack) {
-  const LayerArguments args = read_layer_forward(reader(op, *stack));
+  const LayerArguments args = read_layer_forward(Reader(op.schema(), *stack));
   const LayerResults out = layer_forward(args.call, args.save, args.all_states);
   give(op, *stack, out.output, out.h_n, out.c_n, out.cells, out.saved);
 }
 
 void layer_backward_kernel(const c10::OperatorHandle& op, Stack* stack) {
-  const LayerBackwardArguments args = read_layer_backward(reader(op, *stack));
+  const LayerBackwardArguments args = read_layer_backward(Reader(op.schema(), *stack));
   LayerGradients grads = layer_backward(args.call, args.given, args.needed);
   torch::jit::drop(*stack, op.schema().arguments().size());
   for (Tensor& x : grads) stack->emplace_back(x.defined() ? x : args.given.output.new_empty({0}));

@@ -700,8 +700,19 @@ PreparedBackward prepare_layer_backward(const LayerCall& call, const LayerGiven&
   return out;
 }
 
+namespace {
+
+// None passes for a tensor on the way here.
+void check_given(const char* op, std::initializer_list<std::pair<const char*, const Tensor&>> arguments) {
+  for (const auto& [name, x] : arguments)
+    RNN_CHECK_TYPE(x.defined(), op, ": ", name, ": expected a tensor, got None");
+}
+
+}  // namespace
+
 PreparedGemm prepare_gemm(const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool transpose_a,
                           bool transpose_b, const Tensor& out) {
+  check_given("gemm", {{"a", a}, {"b", b}});
   RNN_CHECK(a.dim() == 2 && b.dim() == 2, "gemm: a and b: expected 2 dimensions each, got ", a.sizes(), " and ",
             b.sizes());
   const auto dtype = a.scalar_type();
@@ -739,6 +750,7 @@ PreparedGemm prepare_gemm(const Tensor& a, const Tensor& b, const OptionalTensor
 }
 
 void check_grouped_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  check_given("grouped_linear", {{"input", input}, {"weight", weight}});
   check_storage("grouped_linear", "input", input);
   check_storage("grouped_linear", "weight", weight);
   if (bias) check_storage("grouped_linear", "bias", *bias);
@@ -749,6 +761,7 @@ void check_grouped_linear(const Tensor& input, const Tensor& weight, const Optio
 }
 
 void check_grouped_outer(const Tensor& a, const Tensor& b) {
+  check_given("grouped_outer", {{"a", a}, {"b", b}});
   check_storage("grouped_outer", "a", a);
   check_storage("grouped_outer", "b", b);
   RNN_CHECK(a.dim() == 3 && b.dim() == 3 && a.sizes().slice(0, 2) == b.sizes().slice(0, 2),

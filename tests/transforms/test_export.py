@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.utils._pytree import tree_map
 
 import fastrnn
 from fastrnn.ops import names_of, recurrent_backward, recurrent_backward_jvp, recurrent_forward, recurrent_forward_jvp
@@ -214,6 +215,22 @@ def test_every_op_is_checked():
     assert of_tensors == samples.keys()
     for name, arguments in samples.items():
         opcheck(ops[name], arguments)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_every_op_refuses_none_for_a_tensor(device: str):
+    """torch's parser lets it through: by each kernel, and without data, with the argument's name."""
+    samples = _samples()
+    del samples["bernoulli"]  # of one tensor: without it torch knows no kernel to ask
+    for name, given in samples.items():
+        op = getattr(torch.ops.fastrnn, name).default
+        there = tree_map(lambda x: x.detach().to(device) if isinstance(x, Tensor) else x, list(given))
+        required = [i for i, a in enumerate(op._schema.arguments) if isinstance(a.type, torch.TensorType)]
+        assert required, name
+        for i in required:
+            argument = op._schema.arguments[i].name
+            with pytest.raises(TypeError, match=f"{name}: {argument}: expected a tensor, got None"):
+                op(*there[:i], None, *there[i + 1 :])
 
 
 @pytest.mark.parametrize("name", ["grouped_linear", "grouped_outer"])
