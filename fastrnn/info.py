@@ -160,9 +160,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def describe(options: argparse.Namespace) -> dict[str, Any] | None:
     """What the asked call takes on each device; None if no option names a call."""
-    ignored = ("json",)
-    if not any(value for name, value in vars(options).items() if name not in ignored):
+    asked = {name: value for name, value in vars(options).items() if name != "json"}
+    if asked["tf32"] is None and all(value is None or value is False for value in asked.values()):
         return None
+    for name in ("steps", "batch", "hidden", "features", "proj", "threads"):
+        if asked[name] is not None and asked[name] < 1:
+            raise ValueError(f"--{name}: expected 1 or more, got {asked[name]}")
     hidden = options.hidden or 256
     call = Sizes(
         options.cell or "lstm",

@@ -131,7 +131,8 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
             self._init_flat_weights()
             self._reset_params()
         if self.learn_initial_state:
-            for names, width in zip(self._initial_names(), self._state_widths(), strict=True):
+            h, *rest = self._initial_names()
+            for names, width in ((h, self.proj_size or self.hidden_size), *((each, self.hidden_size) for each in rest)):
                 for name in names:
                     self.register_parameter(name, nn.Parameter(weight.new_zeros(width)))
         initialize(self, CELLS[self._cell].gates, self.init, self.forget_bias)
@@ -188,19 +189,23 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
         return (self.proj_size or self.hidden_size, *[self.hidden_size] * CELLS[self._cell].in_c)
 
     def _initial_names(self) -> list[list[str]]:
-        """Parameters of the initial state: of every layer and direction for h, then for c, .."""
+        """Parameters of the initial state: of every layer and direction for h, then for c, .. See ``_with_fixed``."""
         suffixes = [names[0].removeprefix("weight_ih") for names in self._all_weights]
         return [
             [f"{state}_0{suffix}" for suffix in suffixes]
             for state, _ in zip("hcnm", self._state_widths(), strict=False)
         ]
 
+    def _with_fixed(self, learned: States) -> States:
+        """The whole initial state: of a cell that does not learn all of it, with the rest."""
+        return learned
+
     def _initial_states(self, batch: int) -> States:
         rows = [[self._marked(getattr(self, name)) for name in names] for names in self._initial_names()]
         if per_sample.asked_for(rows):
-            return tuple(per_sample.initial_states(each, batch) for each in rows)
-        return tuple(
-            torch.stack(list(map(in_autocast_dtype, each))).unsqueeze(1).expand(-1, batch, -1) for each in rows
+            return self._with_fixed(tuple(per_sample.initial_states(each, batch) for each in rows))
+        return self._with_fixed(
+            tuple(torch.stack(list(map(in_autocast_dtype, each))).unsqueeze(1).expand(-1, batch, -1) for each in rows)
         )
 
     def store_by_token(self) -> Self:

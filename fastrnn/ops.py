@@ -372,6 +372,8 @@ def _(x, limit):
 
 @register_fake(bernoulli)
 def _(seed, size, p, dtype):
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool):
+        raise TypeError(f"bernoulli: dtype: expected float32, float64, bfloat16, float16 or bool, got {dtype}")
     return seed.new_empty((*seed.shape, *size), dtype=dtype)
 
 

@@ -53,9 +53,9 @@ bidirectional: a second direction (D = 2) runs from the last step to the first; 
 proj_size: where it is above 0, ``weight_hr`` projects h to this width R; else R is H.
 device: of the parameters.
 dtype: of the parameters.
-learn_initial_state: parameters ``h_0_l0`` [R] and, of an LSTM, ``c_0_l0`` [H] (of an SLSTM ``n_0_l0`` and ``m_0_l0``
-  besides) for every layer and direction, named as the weights are and zero at first. They are the state where none is
-  passed, and the ``reset_state``.
+learn_initial_state: parameters ``h_0_l0`` [R] and, of an LSTM, ``c_0_l0`` [H] (of an SLSTM ``m_0_l0`` besides;
+  its n_0 is 1) for every layer and direction, named as the weights are and zero at first. They are the state where none
+  is passed, and the ``reset_state``.
 state_batch_first: states come and go as [B, L*D, n] (unbatched ones are [L*D, n] as ever).
 return_all_states: a call returns a third result, the last layer's c after every step [T, B, D*H], laid out and padded
   like the output; of an SLSTM a tuple of c, n and m. A gradient that reaches it is part of the fused backward on a

@@ -48,10 +48,12 @@ def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
 
     Returns:
         The copy. Its recurrent modules take the same arguments (PackedSequence, ``lengths``, ``resets`` and states
-        included), have buffers for parameters, no dropout of any kind, zoneout's expectation, and no gradients.
+        included) and have the same hooks of a call, but buffers for parameters, no dropout of any kind, zoneout's
+        expectation, and no gradients.
 
     Raises:
-        TypeError: ``module`` is or holds none of them; a weight that is not float32.
+        TypeError: ``module`` is or holds none of them; it holds one of a class derived from theirs, or with a
+            ``forward`` of its own; a weight that is not float32, or no parameter (weight norm, pruning).
         ValueError: another ``dtype``; a module on another device, or with ``return_all_states`` or ``token_input``.
         RuntimeError: at a call, where a gradient of the input or a state is asked for.
         TypeError: by the copy's recurrent modules, where they are to move or to be cast: ``half()``, ``cuda()``.
@@ -61,7 +63,9 @@ def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
         for name, weight in _named_weights(m):
             if weight.device.type != "cpu":
                 raise ValueError(f"{name}: expected device cpu, got {weight.device}")
-    memo: dict[int, Any] = {id(m): _converted(m, dtype) for m in found}  # deepcopy puts these in their places
+    memo: dict[int, Any] = {}  # deepcopy puts these in their places
+    for m in reversed(found):  # what stands inside another first
+        memo[id(m)] = _converted(m, dtype, memo)
     return copy.deepcopy(module, memo)
 
 
@@ -87,7 +91,7 @@ def fake_quantize(module: M, dtype: torch.dtype = torch.int8) -> M:
         ``torch.nn.utils.parametrize.remove_parametrizations(module, name, leave_parametrized=False)`` is the way back.
 
     Raises:
-        TypeError: ``module`` is or holds none of them; a weight that is not float32, or is rounded already.
+        TypeError: as ``quantize``'s, which is to take the module one day; a weight that is rounded already.
         ValueError: another ``dtype``; a module with ``return_all_states`` or ``token_input``, of which ``quantize``
             makes none.
     """
@@ -117,6 +121,10 @@ def _candidates(module: nn.Module, dtype: torch.dtype) -> list[_Recurrent]:
             raise TypeError(f"module: expected weights of float32, got {_name(m)}, which is quantized already")
         if not isinstance(m, tuple(_KINDS)):
             raise TypeError(f"module: expected layers that can have narrow weights, got {_name(m)}, which cannot")
+        if parametrize.type_before_parametrizations(m) not in _KINDS:
+            raise TypeError(f"module: expected layers of fastrnn's own classes, got {_name(m)}, derived from one")
+        if "forward" in vars(m):
+            raise TypeError(f"module: expected its class's forward, got {_name(m)} with another, set on the instance")
         if m.return_all_states:
             raise ValueError(f"module: expected return_all_states=False, got {_name(m)} with True: only h is kept")
         if m.token_input:
@@ -124,6 +132,8 @@ def _candidates(module: nn.Module, dtype: torch.dtype) -> list[_Recurrent]:
                 f"module: expected token_input=False, got {_name(m)} with True: nothing is looked up there"
             )
         for name, weight in _named_weights(m):
+            if not (name in m._parameters or parametrize.is_parametrized(m, name)):
+                raise TypeError(f"{name}: expected a parameter, got a tensor: remove its weight norm or pruning first")
             if weight.dtype != torch.float32:
                 raise TypeError(f"{name}: expected torch.float32, got {weight.dtype}")
     return found
@@ -143,13 +153,18 @@ def _named_weights(module: _Recurrent) -> list[tuple[str, Tensor]]:
     return [(name, getattr(module, name)) for names in module._all_weights for name in names]
 
 
-def _converted(module: _Recurrent, dtype: torch.dtype) -> _Quantized:
+def _converted(module: _Recurrent, dtype: torch.dtype, memo: dict[int, Any]) -> _Quantized:
     kind = next(cls for base, cls in _KINDS.items() if isinstance(module, base))
     out = kind.__new__(kind)
     nn.Module.__init__(out)
     for name, value in vars(module).items():
-        if name not in vars(out):
+        if name not in vars(out) or name.startswith(("_forward_hooks", "_forward_pre_hooks")):
             out.__dict__[name] = copy.copy(value)
+    for name, buffer in module._buffers.items():
+        out.register_buffer(name, copy.deepcopy(buffer, memo), name not in module._non_persistent_buffers_set)
+    for name, child in module._modules.items():
+        if name != "parametrizations":
+            out.add_module(name, copy.deepcopy(child, memo))
     out.dtype = dtype
     out._flat_weights_names = []
     out._init_flat_weights()
@@ -231,6 +246,9 @@ class _Quantized(_Recurrent):
     def train(self, mode: bool = True) -> _Quantized:
         """Stays in eval mode: there is nothing to train, and no dropout."""
         return super().train(False)  # type: ignore[return-value]
+
+    def reset_parameters(self) -> None:
+        raise RuntimeError(f"{type(self).__name__}: quantized weights are not drawn anew: quantize another module")
 
     def __setstate__(self, d: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, d)  # not RNNBase's, which looks for parameters

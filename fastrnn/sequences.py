@@ -105,7 +105,8 @@ def detach(state: Any) -> Any:
         state: a tensor, ``None``, or tuples, lists and dicts of such, however deep.
 
     Returns:
-        The same structure (of a subclass of dict or list a plain one), every tensor detached. Nothing is copied.
+        The same structure (of a subclass of dict, list or tuple a plain one, but of a named tuple the same), every
+        tensor detached. Nothing is copied.
 
     Raises:
         TypeError: something else in it.
@@ -119,7 +120,8 @@ def detach(state: Any) -> Any:
     if isinstance(state, list):
         return [detach(x) for x in state]
     if isinstance(state, tuple):
-        return tuple(map(detach, state)) if type(state) is tuple else type(state)(*map(detach, state))
+        found = tuple(map(detach, state))
+        return type(state)._make(found) if hasattr(state, "_make") else found
     raise TypeError(f"state: expected tensors, None, tuples, lists or dicts of them, got {type(state).__name__}")
 
 

@@ -63,8 +63,10 @@ class SLSTM(_Recurrent):
     are. An n that a caller passes is 0 or above. Gradients go through the maximum as through ``torch.maximum``. m makes
     no difference to h' but for rounding: where a state of a half type is handed to another call, m is rounded, and with
     it what that call's inputs count beside the past. The paper's other forget gate, exp, is not in it, and neither are
-    its convolution and its block around the cell. With ``num_heads`` the recurrence is the paper's block-diagonal one.
-    Parameters are named and shaped as an LSTM's.
+    its convolution and its block around the cell. With ``learn_initial_state`` n_0 is 1, and h_0, c_0 and m_0 are
+    learned: c_0 is then what the memory holds, and m_0 how much that counts beside the input. (A learned n would say
+    nothing more, and c / n has a pole where it is 0.) With ``num_heads`` the recurrence is the paper's block-diagonal
+    one. Parameters are named and shaped as an LSTM's.
     """
 
     mode = "SLSTM"
@@ -132,6 +134,14 @@ class SLSTM(_Recurrent):
         expected = self.get_expected_hidden_size(input, batch_sizes)
         for i, state in enumerate(hidden):
             self.check_hidden_size(state, expected, f"Expected hidden[{i}] size {{}}, got {{}}")
+
+    def _initial_names(self) -> list[list[str]]:
+        h, c, _, m = super()._initial_names()
+        return [h, c, m]
+
+    def _with_fixed(self, learned: States) -> States:
+        h, c, m = learned
+        return h, c, torch.ones_like(c), m
 
     def permute_hidden(self, hx: SLSTMState, permutation: Tensor | None) -> States:  # type: ignore[override]
         return tuple(permute(x, permutation) for x in hx)

@@ -48,12 +48,13 @@ Tensor bernoulli_cpu(const Tensor& seed, at::IntArrayRef size, double p, at::Sca
   RNN_CHECK_TYPE(seed.scalar_type() == at::kLong, "bernoulli: seed: expected dtype int64, got ", seed.scalar_type());
   check_storage("bernoulli", "seed", seed);
   RNN_CHECK_VALUE(p >= 0 && p <= 1, "bernoulli: p: expected a probability, 0 to 1, got ", p);
+  // Before a tensor of it is made: torch lets any number through, and looks it up in a table that has no such entry.
+  const std::optional<DType> type = dtype == at::kBool ? DType::kBool : kernel_dtype(dtype);
+  RNN_CHECK_TYPE(type, "bernoulli: dtype: expected float32, float64, bfloat16, float16 or bool, got ", dtype);
   std::vector<int64_t> sizes = seed.sizes().vec();
   sizes.insert(sizes.end(), size.begin(), size.end());
   const Tensor out = at::empty(sizes, seed.options().dtype(dtype)), seeds = seed.contiguous();
   const int64_t each = seed.numel() > 0 ? out.numel() / seed.numel() : 0;
-  const std::optional<DType> type = dtype == at::kBool ? DType::kBool : kernel_dtype(dtype);
-  RNN_CHECK_TYPE(type, "bernoulli: dtype: expected float32, float64, bfloat16, float16 or bool, got ", dtype);
   char* const data = static_cast<char*>(out.mutable_data_ptr());
   for (int64_t n = 0; n < seed.numel(); ++n)
     at::parallel_for(0, ceil_div(each, 2), 1 << 14, [&](int64_t begin, int64_t end) {

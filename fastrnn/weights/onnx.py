@@ -66,12 +66,18 @@ class Reversed(nn.Module):
         time = 1 if self.module.batch_first and batched else 0
         if lengths is None:
             output, finals, *cells = self.module(input.flip(time), hx)
-            return output.flip(time), finals, *(x.flip(time) for x in cells)
-        if not batched:
+        elif not batched:
             raise ValueError("lengths: expected None with unbatched input, got a tensor")
-        lengths = given_lengths(lengths, input.transpose(0, time))
-        output, finals, *cells = self.module(_flipped(input, lengths, time), hx, lengths=lengths)
-        return _flipped(output, lengths, time), finals, *(_flipped(x, lengths, time) for x in cells)
+        else:
+            lengths = given_lengths(lengths, input.transpose(0, time))
+            output, finals, *cells = self.module(_flipped(input, lengths, time), hx, lengths=lengths)
+
+        def back(x: Any) -> Any:  # a tuple: of all layers' outputs, or of all of an SLSTM's states
+            if isinstance(x, tuple):
+                return tuple(map(back, x))
+            return x.flip(time) if lengths is None else _flipped(x, lengths, time)
+
+        return back(output), finals, *map(back, cells)
 
 
 def _flipped(x: Tensor, lengths: Tensor, time: int) -> Tensor:

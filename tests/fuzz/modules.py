@@ -255,7 +255,7 @@ class _Call:
             found = tuple(exact[n] for x in self.names if (n := f"{prefix}{x}{suffix}") in exact)
             if not found and wanted and options.get("learn_initial_state"):
                 rows = [[exact[name] for name in each] for each in self.module._initial_names()]
-                found = tuple(torch.stack(each)[:, None].expand(-1, B, -1) for each in rows)
+                found = self.module._with_fixed(tuple(torch.stack(each)[:, None].expand(-1, B, -1) for each in rows))
             return found or None
 
         start, fresh = states("", "_0", True), states("reset_", "", self.resets is not None)

@@ -64,6 +64,15 @@ def test_ops_of_tensors_without_memory(op: str, name: str) -> None:
         getattr(torch.ops.fastrnn, op)(**arguments)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [-1, 47, 200, 4886])
+def test_draws_of_a_number_for_a_dtype(dtype: int, device: str) -> None:
+    """torch's parser lets it through, and torch's own empty() reads past a table for it."""
+    told = "unsupported scalarType|dtype: expected float32, float64, bfloat16, float16 or bool, got"
+    with pytest.raises((TypeError, ValueError), match=told):
+        torch.ops.fastrnn.bernoulli(torch.tensor([1], device=device), [3], 0.5, dtype)
+
+
 def test_no_tensor_whose_gradient_could_be_clamped() -> None:
     with pytest.raises(TypeError, match=r"^clamp_gradient: x: expected a tensor, got None"):
         torch.ops.fastrnn.clamp_gradient(None, 1.0)

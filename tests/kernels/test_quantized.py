@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
@@ -296,6 +297,33 @@ def test_what_it_makes(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_somebody_added_stays(dtype):
+    """Hooks of a call, buffers and modules; what the copy adds to its own leaves the other alone."""
+    module, seen = fastrnn.GRU(8, 12), []
+    module.register_forward_pre_hook(lambda m, args: seen.append("before"))
+    module.register_forward_hook(
+        lambda m, args, kwargs, result: (result[0] + m.shift + m.sub(args[0]), result[1]), with_kwargs=True
+    )
+    module.register_buffer("shift", torch.ones(12))
+    module.register_buffer("passing", torch.ones(2), persistent=False)
+    module.sub = nn.Sequential(nn.Linear(8, 12))
+    made, x = fastrnn.quantize(module, dtype), torch.randn(5, 3, 8)
+    torch.testing.assert_close(made(x)[0], module(x)[0], rtol=0, atol=0.05)
+    assert seen == ["before"] * 2 and "passing" not in made.state_dict() and "sub.0.weight" in made.state_dict()
+    assert made.sub[0].weight is not module.sub[0].weight and made.shift is not module.shift
+    made.register_forward_hook(lambda *call: 1 / 0)
+    module(x)
+
+
+def test_weights_are_not_drawn_anew():
+    made = fastrnn.quantize(fastrnn.GRU(8, 12, layer_norm=True, learn_initial_state=True))
+    made.h_0_l0.fill_(1)
+    with pytest.raises(RuntimeError, match="QuantizedGRU: quantized weights are not drawn anew"):
+        made.reset_parameters()
+    assert (made.h_0_l0 == 1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packed_unbatched_and_states(dtype):
     module = fastrnn.quantize(fastrnn.GRU(6, 10, bidirectional=True), dtype)
     x, lengths = torch.randn(9, 3, 6), torch.tensor([4, 9, 2])
@@ -311,8 +339,15 @@ def test_packed_unbatched_and_states(dtype):
 ADVICE = ": convert it first, fastrnn.quantize(fastrnn.convert(module))"
 
 
+class Derived(fastrnn.LSTM):
+    def forward(self, *args):
+        return super().forward(*args)[0]
+
+
 def test_refuses():
-    lstm = fastrnn.LSTM(4, 5)
+    lstm, with_a_forward, pruned = fastrnn.LSTM(4, 5), fastrnn.GRU(4, 5), fastrnn.LSTM(4, 5)
+    with_a_forward.forward = with_a_forward.forward
+    prune.random_unstructured(pruned, "weight_hh_l0", 0.5)
     for module, dtype, kind, message in [
         (lstm, torch.float16, ValueError, "dtype: expected torch.int8 or torch.bfloat16, got torch.float16"),
         ("a", torch.int8, TypeError, "module: expected a torch.nn.Module, got str"),
@@ -329,6 +364,9 @@ def test_refuses():
         (fastrnn.GRU(4, 5).double(), torch.int8, TypeError, "weight_ih_l0: expected torch.float32, got torch.float64"),
         (fastrnn.GRU(4, 5, device="meta"), torch.int8, ValueError, "weight_ih_l0: expected device cpu, got meta"),
         (fastrnn.quantize(lstm), torch.int8, TypeError, "quantized already"),
+        (Derived(4, 5), torch.int8, TypeError, "Derived, derived from one"),
+        (with_a_forward, torch.int8, TypeError, "got fastrnn.GRU with another, set on the instance"),
+        (pruned, torch.int8, TypeError, "weight_hh_l0: expected a parameter, got a tensor: remove its weight norm"),
     ]:
         with pytest.raises(kind) as caught:
             fastrnn.quantize(module, dtype)

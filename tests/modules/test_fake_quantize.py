@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastrnn
 from fastrnn import heads
@@ -237,6 +237,12 @@ def test_zeros_and_models() -> None:
 
 
 def test_refuses() -> None:
+    pruned = fastrnn.LSTM(4, 5)
+    prune.random_unstructured(pruned, "weight_hh_l0", 0.5)
+    model = nn.ModuleList([fastrnn.GRU(4, 5), pruned])
+    with pytest.raises(TypeError, match="weight_hh_l0: expected a parameter, got a tensor: remove its weight norm"):
+        fastrnn.fake_quantize(model)
+    assert not any(map(parametrize.is_parametrized, model)), "nothing is half done"
     for module, dtype, kind, message in [
         (
             fastrnn.LSTM(4, 5),

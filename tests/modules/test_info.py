@@ -88,11 +88,22 @@ def test_projection():
 
 
 @pytest.mark.parametrize(
-    "argv", [["--proj", "8", "--cell", "gru"], ["--proj", "300"], ["--batch", "-1"], ["--features", "-1"]]
+    "argv",
+    [
+        *(["--proj", "8", "--cell", "gru"], ["--proj", "300"], ["--batch", "-1"], ["--features", "-1"]),
+        *([f"--{name}", "0"] for name in ("steps", "batch", "hidden", "features", "proj", "threads")),
+    ],
+    ids=" ".join,
 )
 def test_what_fits_nothing_is_refused(argv, capsys):
     status, out = run(capsys, *argv)
     assert status == 2 and "fastrnn: " in out.err
+
+
+def test_any_option_of_a_call_asks_for_it(capsys):
+    for argv in (["--no-tf32"], ["--tf32"], ["--resets"], ["--steps", "3"]):
+        assert "steps_at_a_time" in run(capsys, *argv)[1].out, argv
+    assert "steps_at_a_time" not in run(capsys)[1].out
 
 
 @pytest.mark.skipif(info.has_cuda_kernels(), reason="built with CUDA kernels")

@@ -261,8 +261,7 @@ def test_forms_of_a_call() -> None:
 
 
 def test_parameters() -> None:
-    """Names, shapes and draws of an LSTM's; copies; a forget gate's bias; learned states, of which m_0 has a gradient
-    once n_0 is above 0."""
+    """Names, shapes and draws of an LSTM's; copies; a forget gate's bias."""
     module, lstm = (cls(I, 64, num_layers=2, bidirectional=True) for cls in (fastrnn.SLSTM, torch.nn.LSTM))
     assert {k: x.shape for k, x in module.state_dict().items()} == {k: x.shape for k, x in lstm.state_dict().items()}
     assert all(x.std() > 0.4 * 64**-0.5 and x.abs().max() <= 64**-0.5 for x in module.parameters())
@@ -273,17 +272,32 @@ def test_parameters() -> None:
     biased = fastrnn.SLSTM(I, H, forget_bias=1.5, init="orthogonal")
     assert (biased.bias_ih_l0.view(4, H)[1] == 1.5).all() and not biased.bias_hh_l0.any()
     torch.testing.assert_close(biased.weight_hh_l0[:H] @ biased.weight_hh_l0[:H].T, torch.eye(H))
-    learned = make(learn_initial_state=True)
-    assert [n for n, _ in learned.named_parameters()][-4:] == [f"{n}_l0" for n in NAMES]
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_learned_initial_state(drawn: bool) -> None:
+    """h_0, c_0 and m_0 from n_0 = 1, as they are at first, too: no value of theirs is a place where h' jumps."""
+    module = fastrnn.SLSTM(I, H, learn_initial_state=True, dtype=torch.float64)
+    names = [f"{n}_l0" for n in ("h_0", "c_0", "m_0")]
+    assert [n for n, _ in module.named_parameters()][-3:] == names
+    leaves = [getattr(module, name) for name in names]
+    assert not any(x.any() for x in leaves)
     with torch.no_grad():
-        learned.n_0_l0.copy_(learned.n_0_l0.abs() + 0.5)
-    learned(randn(T, B, I))[0].sum().backward()
-    want = learned.m_0_l0.grad.clone()
-    learned.zero_grad()
-    start = tuple(getattr(learned, f"{n}_l0").expand(1, B, H) for n in NAMES)
-    by_equations(learned, randn(T, B, I), start)[0].sum().backward()
-    torch.testing.assert_close(want, learned.m_0_l0.grad)
-    assert want.abs().max() > 1e-3
+        module.bias_ih_l0[:H] -= 2  # units that forget little and take in little, where m is the past's
+        for leaf in leaves:
+            leaf.normal_() if drawn else leaf
+    x = randn(T, B, I)
+    got = torch.autograd.grad(module(x)[0].sum(), leaves)
+    h, c, m = (leaf.expand(1, B, H) for leaf in leaves)
+    want = torch.autograd.grad(by_equations(module, x, (h, c, torch.ones_like(c), m))[0].sum(), leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+        assert b.abs().max() > 1e-3
+
+    def run(*values: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,))[0]
+
+    assert torch.autograd.gradcheck(run, leaves)
 
 
 def test_as_a_function() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils._pytree import tree_leaves
 
 import fastrnn
 from fastrnn.weights import Reversed
@@ -481,6 +482,25 @@ def test_reversed_modules() -> None:
         module(nn.utils.rnn.pack_sequence([x[0].detach()]))
     with pytest.raises(TypeError, match="module: expected an LSTM, GRU or RNN of one direction"):
         Reversed(fastrnn.GRU(I, H, bidirectional=True))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        fastrnn.LSTM(I, H, 2, return_all_layers=True, return_all_states=True),
+        fastrnn.SLSTM(I, H, return_all_states=True),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_reversed_modules_of_many_results(module: Any) -> None:
+    """Tuples of outputs and of states after every step."""
+    x = torch.randn(T, B, I)
+    for lengths in (None, torch.tensor([T] * B)):
+        got = Reversed(module)(x, lengths=lengths)
+        want = module(x.flip(0))
+        for a, b in zip(tree_leaves((got[0], got[2])), tree_leaves((want[0], want[2])), strict=True):
+            torch.testing.assert_close(a, b.flip(0))
+        assert all(map(torch.equal, got[1], want[1]))
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
