@@ -214,8 +214,9 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
         For a module with ``token_input=True``, which this does not switch on: what an input means is said in one place.
         The look-up of tokens in a large vocabulary, and its gradient, then read and write whole rows, as those of an
         embedding do, and not one number in every row. Shapes, values and the state_dict's names stay, and deepcopy,
-        pickle, ``to`` and ``load_state_dict`` keep the layout. Call it before the parameters are handed on. Dense input
-        is slower with it, and what asks for contiguous parameters (FSDP2, safetensors) refuses it.
+        pickle, ``to`` and ``load_state_dict`` (but with ``assign=True``, which takes other tensors) keep the layout.
+        Call it before the parameters are handed on. Dense input is slower with it, and what asks for contiguous
+        parameters (FSDP2, safetensors) refuses it.
 
         Raises:
             RuntimeError: the weight is no parameter: it is parametrized, or quantized.

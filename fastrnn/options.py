@@ -38,6 +38,8 @@ VALUES = (
 )  # options that are no switches
 # With these a call gives what torch.nn's module gives without them.
 SAME_RESULTS = ("recompute", "init", "forget_bias")
+# These act in training alone, as torch.nn's own dropout does.
+OF_TRAINING = ("grad_clip", "weight_dropout", "locked_dropout", "recurrent_dropout")
 CHANGE_RESULTS = tuple(name for name in (*SWITCHES, *VALUES) if name not in SAME_RESULTS)
 
 _ARGUMENTS = """\

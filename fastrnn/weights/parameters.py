@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
 from ..ops import CELLS
+from ..options import OF_TRAINING
 from ..records import LayerWeights, name_of
 from ..swap import _TORCHS, _no_twin, _plain_type
 
@@ -21,15 +22,14 @@ Cell = str  # 'LSTM', 'GRU' or 'RNN'
 
 
 def check_module(name: str, module: Any, may_have: Sequence[str] = ()) -> Cell:
-    """A module or cell of ours, or torch.nn's, without options that torch.nn lacks, but for those that it may have.
-
-    ``recurrent_dropout``, as ``dropout``, is nothing of the weights, and acts in training alone.
+    """A module or cell of ours, or torch.nn's, without options that torch.nn lacks, but for those that it may have and
+    those of training.
     """
     if not isinstance(module, Module) or _plain_type(module) not in (*_TORCHS, *_TORCHS.values()):
         reason = _no_twin(module) if isinstance(module, nn.Module) else ""
         got = reason.removeprefix("is a ") or type(module).__name__
         raise TypeError(f"{name}: expected an LSTM, GRU or RNN or a cell of fastrnn or torch.nn, got {got}")
-    if _plain_type(module) in _TORCHS and (reason := _no_twin(module, (*may_have, "recurrent_dropout"))):
+    if _plain_type(module) in _TORCHS and (reason := _no_twin(module, (*may_have, *OF_TRAINING))):
         raise ValueError(f"{name}: expected nothing that torch.nn lacks, but it {reason}")
     if getattr(module, "proj_size", 0):
         raise ValueError(f"{name}: expected proj_size=0, got {module.proj_size}: there is none elsewhere")

@@ -484,6 +484,20 @@ def test_reversed_modules() -> None:
         Reversed(fastrnn.GRU(I, H, bidirectional=True))
 
 
+def test_options_of_training_are_nothing_of_the_weights() -> None:
+    """What an AWD-LSTM is trained with, and how its gradients were clipped: its weights go out and come in."""
+    options = {"dropout": 0.3, "weight_dropout": 0.5, "locked_dropout": 0.4, "recurrent_dropout": 0.2, "grad_clip": 0.1}
+    module, plain = fastrnn.LSTM(I, H, 2, **options), fastrnn.LSTM(I, H, 2)
+    plain.load_state_dict(module.state_dict())
+    arrays = fastrnn.to_keras(module)
+    for layer, of_plain in zip(arrays, fastrnn.to_keras(plain), strict=True):
+        assert all(map(np.array_equal, layer, of_plain))
+    other = fastrnn.LSTM(I, H, 2, **options)
+    fastrnn.load_keras(other, arrays)
+    x = torch.randn(T, B, I)
+    torch.testing.assert_close(other.eval()(x)[0], plain(x)[0])
+
+
 @pytest.mark.parametrize(
     "module",
     [
