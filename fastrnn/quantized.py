@@ -48,8 +48,8 @@ def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
 
     Returns:
         The copy. Its recurrent modules take the same arguments (PackedSequence, ``lengths``, ``resets`` and states
-        included) and have the same hooks of a call, but buffers for parameters, no dropout of any kind, zoneout's
-        expectation, and no gradients.
+        included) and have copies of the hooks of a call, but buffers for their weights, no dropout of any kind,
+        zoneout's expectation, and no gradients.
 
     Raises:
         TypeError: ``module`` is or holds none of them; it holds one of a class derived from theirs, or with a
@@ -63,9 +63,10 @@ def quantize(module: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
         for name, weight in _named_weights(m):
             if weight.device.type != "cpu":
                 raise ValueError(f"{name}: expected device cpu, got {weight.device}")
-    memo: dict[int, Any] = {}  # deepcopy puts these in their places
-    for m in reversed(found):  # what stands inside another first
-        memo[id(m)] = _converted(m, dtype, memo)
+    made = [(m, _narrowed(m, dtype)) for m in found]
+    memo: dict[int, Any] = {id(m): out for m, out in made}  # deepcopy puts these in their places
+    for m, out in made:
+        _copy_additions(m, out, memo)
     return copy.deepcopy(module, memo)
 
 
@@ -131,9 +132,11 @@ def _candidates(module: nn.Module, dtype: torch.dtype) -> list[_Recurrent]:
             raise ValueError(
                 f"module: expected token_input=False, got {_name(m)} with True: nothing is looked up there"
             )
-        for name, weight in _named_weights(m):
+        learned = [name for names in m._initial_names() for name in names] if m.learn_initial_state else []
+        for name in (*(name for name, _ in _named_weights(m)), *learned):
             if not (name in m._parameters or parametrize.is_parametrized(m, name)):
                 raise TypeError(f"{name}: expected a parameter, got a tensor: remove its weight norm or pruning first")
+        for name, weight in _named_weights(m):
             if weight.dtype != torch.float32:
                 raise TypeError(f"{name}: expected torch.float32, got {weight.dtype}")
     return found
@@ -153,18 +156,13 @@ def _named_weights(module: _Recurrent) -> list[tuple[str, Tensor]]:
     return [(name, getattr(module, name)) for names in module._all_weights for name in names]
 
 
-def _converted(module: _Recurrent, dtype: torch.dtype, memo: dict[int, Any]) -> _Quantized:
+def _narrowed(module: _Recurrent, dtype: torch.dtype) -> _Quantized:
     kind = next(cls for base, cls in _KINDS.items() if isinstance(module, base))
     out = kind.__new__(kind)
     nn.Module.__init__(out)
     for name, value in vars(module).items():
-        if name not in vars(out) or name.startswith(("_forward_hooks", "_forward_pre_hooks")):
+        if name not in vars(out) and name != "_compiled_call_impl":
             out.__dict__[name] = copy.copy(value)
-    for name, buffer in module._buffers.items():
-        out.register_buffer(name, copy.deepcopy(buffer, memo), name not in module._non_persistent_buffers_set)
-    for name, child in module._modules.items():
-        if name != "parametrizations":
-            out.add_module(name, copy.deepcopy(child, memo))
     out.dtype = dtype
     out._flat_weights_names = []
     out._init_flat_weights()
@@ -197,7 +195,24 @@ def _converted(module: _Recurrent, dtype: torch.dtype, memo: dict[int, Any]) -> 
         ]
         for i in range(module.num_layers)
     ]
-    return out.eval()
+    out.training = False
+    return out
+
+
+def _copy_additions(module: _Recurrent, out: _Quantized, memo: dict[int, Any]) -> None:
+    """Hooks of a call, parameters, buffers and modules that somebody has added, copied as deepcopy does."""
+    ours = {name for name, _ in _named_weights(module)} | {n for names in module._initial_names() for n in names}
+    for name, value in vars(module).items():
+        if name.startswith(("_forward_hooks", "_forward_pre_hooks")):
+            out.__dict__[name] = copy.deepcopy(value, memo)
+    for name, parameter in module._parameters.items():
+        if name not in ours:
+            out.register_parameter(name, copy.deepcopy(parameter, memo))
+    for name, buffer in module._buffers.items():
+        out.register_buffer(name, copy.deepcopy(buffer, memo), name not in module._non_persistent_buffers_set)
+    for name, child in module._modules.items():
+        if name != "parametrizations":
+            out.add_module(name, copy.deepcopy(child, memo))
 
 
 def _exact_weights(module: _Recurrent) -> list[list[LayerWeights]]:

@@ -16,7 +16,7 @@ from fastrnn.ops import CELLS
 
 KINDS = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")
 LIKE_GRU = ("LiGRU", "MGU")  # kinds that torch.nn lacks
-# A cell of each kind that the kernels and the equations tell apart, for what takes long with each.
+# Cells that have between them what kernels tell apart in one, for what takes long with each.
 KINDS_OF_CELLS = ("lstm", "gru", "rnn_tanh", "lstm_norm", "gru_reset_before", "slstm")
 CELL_KINDS = ("LSTMCell", "GRUCell", "RNNCell_TANH", "RNNCell_RELU")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # of the larger of 1 and the largest expected value

@@ -65,7 +65,7 @@ def misfit(folder: Path, archs: str, cuda_major: int) -> str:
         return f"there is no {MANIFEST} in {folder}"
     have, wanted = json.loads(path.read_text()), made_of(archs, cuda_major)
     differ = [key for key in wanted if have.get(key) != wanted[key]]
-    return "; ".join(f"{key}: expected {wanted[key]}, got {have.get(key)}" for key in differ)
+    return "; ".join(f"{key}: expected {wanted[key] or 'none'}, got {have.get(key) or 'none'}" for key in differ)
 
 
 def objects(folder: Path, cuda: bool) -> list[Path]:
@@ -73,8 +73,9 @@ def objects(folder: Path, cuda: bool) -> list[Path]:
 
 
 def built_in_place(name: str) -> Path | None:
-    """setup.py's object of csrc/cpu/`name`.cpp, if none of the sources is newer."""
-    newest = max(path.stat().st_mtime for path in [*headers(), *sources(cuda=False)])
+    """setup.py's object of csrc/cpu/`name`.cpp, if none of the sources is newer, nor what says how to compile them."""
+    made_of = [*headers(), *sources(cuda=False), ROOT / "setup.py", Path(__file__)]
+    newest = max(path.stat().st_mtime for path in made_of)
     made = ROOT.glob(f"build/temp.*/csrc/cpu/{name}.o")
     return next((path for path in sorted(made) if path.stat().st_mtime > newest), None)
 

@@ -74,16 +74,18 @@ def shorten(full: str) -> str:
 
 
 def parse_ptxas(log: str, arch: str) -> dict[str, Kernel]:
-    """An architecture's kernels by mangled name, from the output of -Xptxas -v."""
+    """An architecture's kernels by mangled name, from the output of -Xptxas -v, which tells of one after the other."""
     kernels: dict[str, Kernel] = {}
     current: Kernel | None = None
+    of_arch = False
     for line in log.splitlines():
         if entry := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
-            current = Kernel(entry[1])
-            if entry[2] == arch:
-                kernels[entry[1]] = current
-        elif re.search(r"Function properties for (\S+)", line):
-            current = kernels.get(line.split()[-1])  # None: a device function that was not inlined
+            of_arch = entry[2] == arch
+            if of_arch:
+                kernels[entry[1]] = Kernel(entry[1])
+            current = kernels[entry[1]] if of_arch else None
+        elif re.search(r"Function properties for (\S+)", line):  # of no kernel: a device function that was not inlined
+            current = kernels.get(line.split()[-1]) if of_arch else None
         elif current and (
             frame := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)
         ):

@@ -173,13 +173,11 @@ SYNTAX.append(only("lstm"))
 
 @pytest.mark.parametrize("path", sorted((CSRC / "cpu").glob("*.h")), ids=lambda p: p.name)
 def test_every_cpu_header_compiles_by_itself(path):
-    """It includes what it uses and needs nothing before it. What the vectors are, isa-inl.h says for each instruction
-    set; the others look at no more than whether there are products of pairs, which one instruction set has.
-    """
+    """It includes what it uses and needs nothing before it, with each size of vectors and with products of pairs."""
     syntax = [*SYNTAX, "-x", "c++", "-"]
     text = f'#include "{path}"\n#include "{path}"\n'
-    pairs = ["avx512bf16", "baseline"] if path.name.endswith("-inl.h") else ["baseline"]
-    for isa in ISAS if path.name == "isa-inl.h" else pairs:
+    sizes = ["avx512bf16", "avx2", "baseline"] if path.name.endswith("-inl.h") else ["baseline"]
+    for isa in ISAS if path.name == "isa-inl.h" else sizes:
         subprocess.run([*syntax, *chosen(isa)], input=text, text=True, check=True)
 
 

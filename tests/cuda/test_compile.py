@@ -4,6 +4,7 @@ The kernels themselves compile for minutes: `make check-cuda` does that, for eve
 """
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -72,6 +73,18 @@ def test_ptxas_output_is_read():
     assert (a.registers, a.shared, a.stack, a.spill_stores, a.spill_loads) == (18, 512, 0, 0, 0)
     assert (b.registers, b.shared, b.stack, b.spill_stores, b.spill_loads) == (255, 0, 32, 4, 8)
     assert parse_ptxas(PTXAS, "sm_80") == {}
+
+
+@pytest.mark.parametrize("first", ["sm_86", "sm_89"])
+def test_ptxas_output_of_two_architectures_is_kept_apart(first):
+    """Of one call, in whatever order: what one spills is not the other's."""
+    spills = PTXAS.replace("sm_90a", first)
+    none = re.sub(r"\b(4|8|32|64) bytes (spill|stack)", r"0 bytes \2", PTXAS).replace("Used 255", "Used 40")
+    log = spills + none.replace("sm_90a", "sm_89" if first == "sm_86" else "sm_86")
+    for arch in ("sm_86", "sm_89"):
+        a, b = parse_ptxas(log, arch).values()
+        assert a.registers == 18 and a.shared == 512
+        assert (b.registers, b.stack, b.spill_loads) == ((255, 32, 8) if arch == first else (40, 0, 0)), arch
 
 
 # A kernel that waits: in each step for one pair of words, then for two at once, with a branch back before the last.

@@ -315,6 +315,43 @@ def test_what_somebody_added_stays(dtype):
     module(x)
 
 
+class Watched(nn.Module):
+    """A model that looks at what goes through its parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.rnn, self.head = [], fastrnn.GRU(8, 12), nn.Linear(12, 3)
+        self.rnn.scale, self.rnn.dropped = nn.Parameter(torch.ones(12)), nn.Dropout()
+        self.rnn.register_forward_hook(self.look)
+        self.rnn.register_forward_hook(lambda m, args, result: (result[0] * m.scale, result[1]))
+        self.head.register_forward_hook(self.look)
+        self.dropped = self.rnn.dropped
+
+    def look(self, module, args, result):
+        self.seen.append(type(module).__name__)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0])
+
+
+def test_hooks_of_a_model_look_at_the_copy():
+    model, x = Watched(), torch.randn(5, 3, 8)
+    model.rnn.compile(backend="eager")
+    made = fastrnn.quantize(model)
+    with torch.no_grad():
+        [p.zero_() for p in model.parameters()]
+        assert made(x).abs().max() > 0.01, "nothing of it is the other's"
+    assert made.seen == ["QuantizedGRU", "Linear"] and not model.seen
+    assert made.dropped is made.rnn.dropped and made.dropped.training and not made.rnn.training
+    assert [name for name, _ in made.rnn.named_parameters()] == ["scale"]
+    outer, inner = fastrnn.GRU(8, 8), fastrnn.GRU(8, 8)
+    outer.sub, inner.__dict__["others"] = inner, [outer]
+    for order in ((outer, inner), (inner, outer)):
+        both = fastrnn.quantize(nn.ModuleList(order))
+        a, b = (both[order.index(m)] for m in (outer, inner))
+        assert a.sub is b and type(b) is fastrnn.quantized.QuantizedGRU
+
+
 def test_weights_are_not_drawn_anew():
     made = fastrnn.quantize(fastrnn.GRU(8, 12, layer_norm=True, learn_initial_state=True))
     made.h_0_l0.fill_(1)
@@ -348,6 +385,8 @@ def test_refuses():
     lstm, with_a_forward, pruned = fastrnn.LSTM(4, 5), fastrnn.GRU(4, 5), fastrnn.LSTM(4, 5)
     with_a_forward.forward = with_a_forward.forward
     prune.random_unstructured(pruned, "weight_hh_l0", 0.5)
+    pruned_state = fastrnn.GRU(4, 5, learn_initial_state=True)
+    prune.random_unstructured(pruned_state, "h_0_l0", 0.5)
     for module, dtype, kind, message in [
         (lstm, torch.float16, ValueError, "dtype: expected torch.int8 or torch.bfloat16, got torch.float16"),
         ("a", torch.int8, TypeError, "module: expected a torch.nn.Module, got str"),
@@ -367,6 +406,7 @@ def test_refuses():
         (Derived(4, 5), torch.int8, TypeError, "Derived, derived from one"),
         (with_a_forward, torch.int8, TypeError, "got fastrnn.GRU with another, set on the instance"),
         (pruned, torch.int8, TypeError, "weight_hh_l0: expected a parameter, got a tensor: remove its weight norm"),
+        (pruned_state, torch.int8, TypeError, "h_0_l0: expected a parameter, got a tensor: remove its weight norm"),
     ]:
         with pytest.raises(kind) as caught:
             fastrnn.quantize(module, dtype)

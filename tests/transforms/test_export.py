@@ -123,7 +123,8 @@ GIVEN = [(False, False, False), (True, False, False), (False, False, True)]
 
 # opcheck looks at the schema, the registration for autograd, the fake kernel and AOT dispatch with symbolic sizes.
 # With inputs that require grad it traces the composites, since its loss takes in `saved`: two steps are enough, and a
-# cell of each kind, for a trace takes seconds.
+# cell of each kind of state, gates and parameters, for a trace takes seconds.
+TRACED = (*KINDS_OF_CELLS, "lstm_peephole", "gru_norm")
 
 
 @variants("plain", "lengths", "resets", "everything", "projection", "projection-everything")
@@ -134,7 +135,7 @@ def test_opcheck_forward(cell: str, options: dict):
     opcheck(recurrent_forward, (*case.arguments(), save))
 
 
-@variants("everything", "projection-everything", cells=KINDS_OF_CELLS)
+@variants("everything", "projection-everything", cells=TRACED)
 def test_opcheck_forward_with_grad(cell: str, options: dict):
     """[r07] Inputs that require grad; `save` off, for autograd turns it on."""
     case = make_case(cell, **(options | {"T": 2}))
@@ -148,7 +149,7 @@ def test_opcheck_backward(cell: str, options: dict):
     opcheck(recurrent_backward, tuple(backward_arguments(case, requires_grad=False)))
 
 
-@variants("everything", "projection-everything", cells=KINDS_OF_CELLS)
+@variants("everything", "projection-everything", cells=TRACED)
 def test_opcheck_backward_with_grad(cell: str, options: dict):
     """[r07b] The same, which is differentiable in its turn."""
     case = make_case(cell, **(options | {"T": 2}))
