@@ -294,7 +294,7 @@ def run(case: Arguments) -> None:
     """Fails where the call raises something else, or takes a tensor for good that cannot be."""
     op, given = OPS[case["op"]], arguments_of(case)
     names = list(given)
-    hopeless = []
+    hopeless: dict[str, str] = {}  # arguments that cannot be taken, and why
     for place, how, number in case["mutations"]:
         name = names[place % len(names)]
         before = given[name]
@@ -303,8 +303,10 @@ def run(case: Arguments) -> None:
         with contextlib.suppress(RuntimeError):  # torch has no such tensor
             given[name] = mutated(before, how, number)
         full = isinstance(before, Tensor) and before.numel() > 1
-        if full and how in ("no memory", "less memory") and given[name] is not before:
-            hopeless.append(f"{name}: {how}")
+        if given[name] is not before:
+            hopeless.pop(name, None)
+            if full and how in ("no memory", "less memory"):
+                hopeless[name] = how
     with threads(case["threads"]):
         try:
             results = op(**given)
