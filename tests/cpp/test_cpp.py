@@ -190,7 +190,7 @@ def test_instruction_sets_share_no_code(tmp_path):
     """A weak symbol that two instruction sets define alike would be merged, and might then be the newer one's."""
     owners: dict[str, str] = {}
     for isa in ISAS:
-        out = carried_objects.built_in_place(f"isa_{isa}")  # to compile one takes 15 s
+        out = carried_objects.built_in_place(f"isa_{isa}")  # to compile one takes a minute
         if out is None:
             out = tmp_path / f"{isa}.o"
             command = ["g++", "-std=c++20", "-O1", "-fopenmp", "-fPIC", "-Wno-psabi", "-c"]

@@ -284,8 +284,8 @@ def test_learned_initial_state(drawn: bool) -> None:
     assert not any(x.any() for x in leaves)
     with torch.no_grad():
         module.bias_ih_l0[:H] -= 2  # units that forget little and take in little, where m is the past's
-        for leaf in leaves:
-            leaf.normal_() if drawn else leaf
+        for leaf in leaves if drawn else ():
+            leaf.normal_()
     x = randn(T, B, I)
     got = torch.autograd.grad(module(x)[0].sum(), leaves)
     h, c, m = (leaf.expand(1, B, H) for leaf in leaves)

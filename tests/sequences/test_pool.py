@@ -134,6 +134,7 @@ def test_detach() -> None:
     assert fastrnn.detach(None) is None
     pair_of = torch.return_types.max((x, x))
     assert type(fastrnn.detach(PackedSequence(x, torch.tensor([2])))) is PackedSequence
+    assert not fastrnn.detach(tuple(pair_of))[0].requires_grad
     assert not any(y.requires_grad for y in fastrnn.detach(pair_of)), "of torch's own kind of tuple, too"
     (kept,) = fastrnn.detach(type("Cache", (list,), {})([x]))  # its constructor takes one iterable, as list's does
     assert torch.equal(kept, x) and not kept.requires_grad
