@@ -10,8 +10,16 @@ from torch import Tensor
 from .packing import places
 
 
-def is_jagged(input: Any) -> bool:
-    return isinstance(input, Tensor) and input.is_nested and input.layout == torch.jagged
+def is_jagged(input: Any, name: str = "input") -> bool:
+    """Raises ValueError for a nested tensor of torch's older layout: none of our modules takes that."""
+    if not isinstance(input, Tensor) or not input.is_nested:
+        return False
+    if input.layout != torch.jagged:
+        raise ValueError(
+            f"{name}: expected a nested tensor of layout torch.jagged, got {input.layout}: pass layout=torch.jagged to "
+            "torch.nested.nested_tensor"
+        )
+    return True
 
 
 class Jagged(NamedTuple):

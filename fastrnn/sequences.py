@@ -55,7 +55,7 @@ def pool(
         order = output.unsorted_indices
         output, lengths = pad(output.data, output.batch_sizes)
         lengths, batch_first = on_device(lengths, output.device), False
-    elif is_jagged(output):
+    elif is_jagged(output, "output"):
         if lengths is not None:
             raise ValueError(f"lengths: expected None with a nested output, got {type(lengths).__name__}")
         rows = jagged(output)

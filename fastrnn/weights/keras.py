@@ -143,10 +143,11 @@ def to_keras(module: Module) -> list[list[Any]]:
     """The weights of a module as NumPy arrays for Keras: ``layer.set_weights(arrays)`` for each layer.
 
     Args:
-        module: LSTM, GRU, RNN or a cell, fastrnn's or torch.nn's, in a dtype that NumPy has.
+        module: LSTM, GRU, RNN or a cell, fastrnn's or torch.nn's, of any dtype.
 
     Returns:
         One list of arrays a layer, as :func:`load_keras` takes them; a bidirectional layer's are for a Bidirectional.
+        They have the weights' dtype, float32 for bfloat16, which NumPy lacks.
         Where Keras has one bias it is the sum of torch's two: the function is kept, the split is not.
 
     Raises:
@@ -155,7 +156,11 @@ def to_keras(module: Module) -> list[list[Any]]:
     """
     kind = check_module("module", module, may_have=("reset_after",))
     two_biases = _has_two_biases(module)
-    return [[x.cpu().numpy() for w in layer for x in _to_arrays(kind, w, two_biases)] for layer in directions(module)]
+    return [[_array(x) for w in layer for x in _to_arrays(kind, w, two_biases)] for layer in directions(module)]
+
+
+def _array(x: Tensor) -> Any:
+    return (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy()
 
 
 def _has_two_biases(module: Module) -> bool:

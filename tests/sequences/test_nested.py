@@ -225,6 +225,10 @@ def test_quantized_and_converted() -> None:
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_errors(kind: str) -> None:
     module, x = make(kind), nest(rows_of(LENGTHS))
+    older = torch.nested.nested_tensor([r for r in rows_of(LENGTHS) if len(r)], layout=torch.strided)
+    for name, call in (("input", module), ("output", fastrnn.pool)):
+        with pytest.raises(ValueError, match=f"{name}: expected a nested tensor of layout torch.jagged, got torch.str"):
+            call(older)
     with pytest.raises(ValueError, match="lengths: expected None with a nested input, got Tensor"):
         module(x, lengths=torch.tensor(LENGTHS))
     with pytest.raises(ValueError, match="resets: expected None with a nested input, got Tensor"):

@@ -148,6 +148,17 @@ def test_keras_cells(kind: str) -> None:
     np.testing.assert_array_equal(fastrnn.to_keras(cell)[0][1], arrays[1])
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_keras_of_a_dtype_that_numpy_lacks(kind: str) -> None:
+    """Arrays of float32 with the same values, which come back as they were."""
+    module, other = (getattr(fastrnn, kind)(I, H, dtype=torch.bfloat16) for _ in range(2))
+    (arrays,) = fastrnn.to_keras(module)
+    assert all(a.dtype == np.float32 for a in arrays)
+    fastrnn.load_keras(other, arrays)
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        assert torch.equal(getattr(other, name), getattr(module, name))
+
+
 @BIAS
 @pytest.mark.parametrize("directions", [1, 2])
 def test_keras_gru_with_the_reset_before_the_product(directions: int, bias: bool) -> None:
