@@ -1,5 +1,7 @@
 // The torch-free entry points of the recurrences.
 #pragma once
+#include <vector>
+
 #include "params.h"
 
 namespace fastrnn::cpu {
@@ -9,6 +11,18 @@ namespace fastrnn::cpu {
 void recurrent_forward(const ForwardParams& params, int threads);
 // The same with the projection inside; params.gates_ih is not read.
 void layer_forward(const ForwardParams& params, const LayerParams& layer, int threads);
+
+// A layer of several, one upon the other: each but the lowest reads the output of the one below. Of one group, from the
+// first step to the last, without lengths.
+struct LayerCall {
+  ForwardParams params;
+  LayerParams layer;
+};
+// In how many stages to run them: 1, one layer after the other, or more, side by side on as many teams of threads. A
+// stage's layers follow those below through the steps, so no output may then lie in another's memory.
+int stages_of(const std::vector<LayerCall>& layers, int threads);
+void layers_forward(const std::vector<LayerCall>& layers, int stages, int threads);
+
 void recurrent_backward(const BackwardParams& params, int threads);
 // The same with the products of the layer's gradients inside.
 void layer_backward(const BackwardParams& params, const LayerBackwardParams& layer, int threads);

@@ -5,9 +5,11 @@
 
 namespace fastrnn::cpu::FASTRNN_ISA {
 
-// What a worker's run() returns: its coroutine, which pauses before the first line and at every co_yield kMeet, and
-// lives until it is destroyed. No exception leaves it: nothing in it throws.
-enum Meet { kMeet };
+// kMeet: its team has to be there. kInput: likewise, and what it reads next may be another layer's to write (Pipeline).
+enum Pause { kMeet, kInput };
+
+// What a worker's run() returns: its coroutine, which pauses before the first line and at every co_yield, and lives until
+// it is destroyed. No exception leaves it: nothing in it throws.
 struct Paused {
   struct Always {
     bool await_ready() const noexcept { return false; }
@@ -15,10 +17,17 @@ struct Paused {
     void await_resume() const noexcept {}
   };
   struct promise_type {
-    Paused get_return_object() noexcept { return {std::coroutine_handle<promise_type>::from_promise(*this)}; }
+    bool needs_input = false;
+
+    Paused get_return_object() noexcept {
+      return {{std::coroutine_handle<promise_type>::from_promise(*this), &needs_input}};
+    }
     Always initial_suspend() const noexcept { return {}; }
     Always final_suspend() const noexcept { return {}; }
-    Always yield_value(Meet) const noexcept { return {}; }
+    Always yield_value(Pause why) noexcept {
+      needs_input = why == kInput;
+      return {};
+    }
     void return_void() const noexcept {}
     void unhandled_exception() const noexcept { __builtin_abort(); }
   };

@@ -36,6 +36,7 @@ class ForwardWorker {
       co_yield kMeet;
       for (int64_t s = 0; s < p.steps; ++s) {
         if (layer && s % plan.chunk == 0) {
+          if (plan.follows) co_yield kInput;
           w.gates.gather(s);
           if (units_split) co_yield kMeet;
           if (!w.in_one_pass()) w.gates.project(w.units);

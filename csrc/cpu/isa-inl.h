@@ -18,19 +18,29 @@
 
 #include "plan.h"
 
+// For all functions from here on; clang has to be told where that ends, which isa_*.cpp does.
+#define FASTRNN_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define FASTRNN_TARGET(of) FASTRNN_PRAGMA(clang attribute push(__attribute__((target(of))), apply_to = function))
+#define FASTRNN_TARGET_END _Pragma("clang attribute pop")
+#else
+#define FASTRNN_TARGET(of) FASTRNN_PRAGMA(GCC target(of))
+#define FASTRNN_TARGET_END
+#endif
+
 #if defined(FASTRNN_AVX512BF16)  // and BF16, of tensors of bfloat16 alone: Cooper Lake, Zen 4 and later
 #include <immintrin.h>
-#pragma GCC target("avx512bf16,avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
+FASTRNN_TARGET("avx512bf16,avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #define FASTRNN_ISA avx512bf16
 #define FASTRNN_VECTOR_BYTES 64
 #elif defined(FASTRNN_AVX512)  // F, DQ, BW, VL: Skylake-X, Zen 4 and later
 #include <immintrin.h>
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
+FASTRNN_TARGET("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #define FASTRNN_ISA avx512
 #define FASTRNN_VECTOR_BYTES 64
 #elif defined(FASTRNN_AVX2)  // with FMA and F16C: Haswell, Zen and later
 #include <immintrin.h>
-#pragma GCC target("avx2,fma,f16c")
+FASTRNN_TARGET("avx2,fma,f16c")
 #define FASTRNN_ISA avx2
 #define FASTRNN_VECTOR_BYTES 32
 #else

@@ -6,6 +6,7 @@
 namespace fastrnn::cpu {
 const Kernels* avx2_kernels() { return &avx2::kKernels; }
 }  // namespace fastrnn::cpu
+FASTRNN_TARGET_END
 #else
 #include "plan.h"
 

@@ -6,6 +6,7 @@
 namespace fastrnn::cpu {
 const Kernels* avx512_kernels() { return &avx512::kKernels; }
 }  // namespace fastrnn::cpu
+FASTRNN_TARGET_END
 #else
 #include "plan.h"
 

@@ -6,6 +6,7 @@
 namespace fastrnn::cpu {
 const Kernels* avx512bf16_kernels() { return &avx512bf16::kKernels; }
 }  // namespace fastrnn::cpu
+FASTRNN_TARGET_END
 #else
 #include "plan.h"
 

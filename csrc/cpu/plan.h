@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../launch.h"
 #include "../params.h"
 #include "scalar.h"
 
@@ -39,6 +40,7 @@ struct Plan {
   bool pack_hh, pack_ih, pack_late;
   bool uniform;                // no sum of a forward pass depends on how many steps or threads there are
   bool from_the_end;           // of a layer's call of one step: groups and units, and so weights, come last to first
+  bool follows = false;        // of a layer's forward call: its input may not be complete yet, see Pipeline
   bool shared_lengths;         // all groups have the same
   int64_t work;                // multiply-adds of the call
   int64_t chunk;               // of a layer's call: steps whose gates, or gate gradients, are held at a time; else 0
@@ -58,6 +60,16 @@ Plan make_plan(const ForwardParams& params, const LayerParams* layer, int thread
 Plan make_backward_plan(const BackwardParams& params, const LayerBackwardParams* layer, int threads);
 // make_plan's last part: all_rows, from the teams and the way to split.
 void share_rows(const ForwardParams& params, Plan& plan);
+
+// Of layers that follow each other through the steps in `stages` stages of as many threads: a plan for each.
+struct PipelinePlan {
+  std::vector<Plan> layers;
+  std::vector<int> stage;  // of each layer
+  int team_size;           // threads of a stage
+  int64_t chunks;
+  double time;  // as many multiply-adds of one thread take, by the cost model
+};
+PipelinePlan make_pipeline_plan(const std::vector<LayerCall>& layers, int stages, int threads);
 
 // Does the boundary that a group crosses to enter step t carry a reset? `length` is the row's.
 inline bool reset_before(const ForwardParams& p, int64_t group, int64_t row, int64_t length, int64_t t) {
@@ -83,8 +95,12 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// One member's part of a call: a coroutine that pauses wherever its team has to meet.
-using Part = std::coroutine_handle<>;
+// One member's part of a call: a coroutine that pauses wherever its team has to meet, and where its plan follows another
+// layer's before it reads the input of a chunk.
+struct Part {
+  std::coroutine_handle<> coroutine;
+  const bool* needs_input;  // is that why it has paused?
+};
 
 // The kernels of one instruction set, of every dtype; those of avx512bf16 of bfloat16 alone, and without
 // gemm and bernoulli, which another table has for them.

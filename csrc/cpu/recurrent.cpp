@@ -1,6 +1,8 @@
 // The CPU recurrence from the outside: choose the instruction set once, plan a call, run it.
 #if defined(__linux__)
 #include <sys/mman.h>
+#elif defined(_WIN32)
+#include <malloc.h>
 #endif
 
 #include <algorithm>
@@ -8,7 +10,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -58,8 +59,17 @@ const Choice& choice() {
 
 const Kernels& kernels(DType dtype) { return dtype == DType::kBFloat16 ? *choice().of_bfloat16 : *choice().all; }
 
+// Windows' own free does not know how to free what is aligned.
+#if defined(_WIN32)
+void* aligned(int64_t alignment, int64_t bytes) { return _aligned_malloc(bytes, alignment); }
+void free_aligned(void* p) { _aligned_free(p); }
+#else
+void* aligned(int64_t alignment, int64_t bytes) { return std::aligned_alloc(alignment, bytes); }
+void free_aligned(void* p) { std::free(p); }
+#endif
+
 struct Free {
-  void operator()(char* p) const { std::free(p); }
+  void operator()(char* p) const { free_aligned(p); }
 };
 
 using Memory = std::unique_ptr<char, Free>;
@@ -69,7 +79,7 @@ using Memory = std::unique_ptr<char, Free>;
 Memory allocate(int64_t bytes) {
   const bool huge = bytes >= 2 * kHugePage;
   if (huge) bytes = round_up(bytes, kHugePage);
-  Memory memory(static_cast<char*>(std::aligned_alloc(huge ? kHugePage : 64, bytes)));
+  Memory memory(static_cast<char*>(aligned(huge ? kHugePage : 64, bytes)));
   if (!memory)
     throw std::runtime_error("can't allocate memory: the workspace of a call takes " + std::to_string(bytes) + " bytes");
   if (huge) use_huge_pages(memory.get(), bytes);
@@ -119,8 +129,6 @@ void run_backward(const BackwardParams& params, const LayerBackwardParams* layer
       [&](char* own, int member) { return of_dtype.backward(params, layer, plan, own, member); });
 }
 
-thread_local bool uniform = false;
-
 }  // namespace
 
 void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
@@ -131,126 +139,51 @@ void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes)
 #endif
 }
 
-bool set_uniform(bool on) { return std::exchange(uniform, on); }
-
 const char* instruction_set() { return choice().of_bfloat16->name; }
-
-void share_rows(const ForwardParams& p, Plan& plan) {
-  plan.shared_lengths = !p.lengths || p.lengths_stride_p == 0;
-  const int members = plan.split_rows ? plan.team_size : 1;
-  std::vector<int64_t> order(p.batch);
-  for (int64_t group = 0; group < (plan.shared_lengths ? 1 : p.groups); ++group) {
-    const auto length = [&](int64_t row) {
-      return p.lengths ? p.lengths[row * p.lengths_stride_b + group * p.lengths_stride_p] : p.steps;
-    };
-    std::iota(order.begin(), order.end(), 0);
-    if (p.lengths)
-      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return length(a) > length(b); });
-    int64_t first = 0;
-    for (int member = 0; member < members; ++member) {
-      Rows rows;
-      rows.first = first;
-      // Every members-th row, so that long and short ones are shared evenly.
-      for (int64_t i = member; i < p.batch; i += members) {
-        rows.row.push_back(order[i]);
-        rows.length.push_back(length(order[i]));
-      }
-      first += rows.size();
-      plan.all_rows.push_back(std::move(rows));
-    }
-  }
-}
-
-namespace {
-
-// rows_worth_packing(depth): from how many rows (steps times batch) on weights of so many inputs are packed.
-template <class RowsWorthPacking>
-Plan plan_for(const ForwardParams& p, const LayerParams* layer, int threads, const RowsWorthPacking& rows_worth_packing) {
-  Plan plan;
-  plan.from_the_end = false;
-  // Waking a thread costs some microseconds, and as much as the call if its core is busy: short calls stay on one.
-  constexpr int64_t kWorthAThread = 1 << 18;  // multiply-adds a thread and call
-  const int64_t products = p.batch * kCells[p.cell].gates * p.hidden * p.width;  // a group and step
-  const int64_t projected = layer ? p.batch * kCells[p.cell].gates * p.hidden * layer->size : 0;
-  plan.work = p.steps * p.groups * (products + projected);
-  threads = static_cast<int>(std::clamp<int64_t>(plan.work / kWorthAThread, 1, std::max(threads, 1)));
-  plan.teams = static_cast<int>(std::min<int64_t>(threads, p.groups));
-  plan.team_size = threads / plan.teams;
-  // Splitting rows needs no barrier but streams all weights through every core; it pays while they fit beside the
-  // rest in a core's second-level cache and every thread keeps a few tiles of rows.
-  constexpr int64_t kCachedWeights = 512 << 10, kRowsPerThread = 8;
-  const int64_t element = computed_bytes(p.dtype);
-  const int64_t weights = (kCells[p.cell].gates * p.hidden * p.width + (p.weight_hr ? p.hidden * p.width : 0)) * element;
-  plan.split_rows = plan.team_size == 1 ||
-                    (weights <= kCachedWeights && p.batch >= kRowsPerThread * plan.team_size);
-  // Sharing a small step costs more than it saves: a barrier takes about 1 us, in which a thread does some thousand
-  // flops.
-  constexpr int64_t kWorthABarrier = 16 << 10;  // multiply-adds a thread and step
-  if (!plan.split_rows)
-    plan.team_size = static_cast<int>(std::clamp<int64_t>(products / kWorthABarrier, 1, plan.team_size));
-  if (plan.team_size == 1) plan.split_rows = true;
-
-  // A batch of four, which an unpacked product takes at once, reads weights unpacked where they are narrower so.
-  const DType weight_dtype = layer ? layer->weight_dtype : p.dtype;
-  const bool narrow = weight_dtype != p.dtype;
-  // Packed and unpacked products sum in different orders: where plan.uniform, the steps have no say in which it is.
-  plan.uniform = uniform;
-  const int64_t pack_rows = (uniform ? 1 : p.steps) * p.batch;
-  const auto pack = [&](int64_t depth) { return weight_dtype != DType::kInt8 && pack_rows >= rows_worth_packing(depth); };
-  plan.pack_ih = layer && pack(layer->size);
-  plan.pack_hh = pack(p.width) && !(narrow && p.batch <= 4);
-
-  // A chunk has enough rows to fill the register tiles many times over while its gates stay in the second-level cache
-  // beside the weights; more where weight_ih, read once a chunk, does not fit there itself.
-  const int64_t rows = std::max<int64_t>(ceil_div(p.batch, plan.split_rows ? plan.team_size : 1), 1);
-  const int64_t weight_ih = projected / std::max<int64_t>(p.batch, 1) * element / (plan.split_rows ? 1 : plan.team_size);
-  constexpr int64_t kSecondLevel = 1 << 20;
-  const int64_t chunk_rows = weight_ih <= kSecondLevel ? 96 : weight_ih <= 4 * kSecondLevel ? 256 : 512;
-  const int64_t chunks = std::max<int64_t>(ceil_div(p.steps, std::max<int64_t>(chunk_rows / rows, 1)), 1);
-  plan.chunk = layer ? std::max<int64_t>(ceil_div(p.steps, chunks), 1) : 0;
-  plan.pack_late = plan.chunk == p.steps && (plan.team_size == 1 || !plan.split_rows);
-
-  share_rows(p, plan);
-  return plan;
-}
-
-}  // namespace
-
-// Packing costs about as much as the products with 32 rows. Without it each product is summed over its lanes at the end,
-// which is the less beside it the deeper it is; but many steps read packed weights faster, however deep, for those lie in
-// huge pages. A backward pass packs more, some of it once a chunk.
-Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
-  constexpr int64_t kRowsWorthPacking = 32, kDepthOfARow = 6, kMostRows = 84;
-  // Narrower types are widened, unpacked ones once for every tile of rows.
-  const bool as_stored = (p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64) &&
-                         (!layer || layer->weight_dtype == p.dtype);
-  return plan_for(p, layer, threads, [&](int64_t depth) {
-    return as_stored ? std::clamp(depth / kDepthOfARow, kRowsWorthPacking, kMostRows) : kRowsWorthPacking;
-  });
-}
-
-Plan make_backward_plan(const BackwardParams& p, const LayerBackwardParams* layer, int threads) {
-  constexpr int64_t kRowsWorthPacking = 96;
-  const auto rows_worth_packing = [](int64_t) { return kRowsWorthPacking; };
-  if (!layer) return plan_for(p, nullptr, threads, rows_worth_packing);
-  LayerParams alike{};
-  alike.size = layer->size;
-  alike.weight_dtype = p.dtype;
-  Plan plan = plan_for(p, &alike, threads, rows_worth_packing);
-  // Enough rows that adding to the weights' gradients is little beside the products, few enough for the caches.
-  constexpr int64_t kChunkRows = 512;
-  plan.chunk = std::clamp<int64_t>(kChunkRows / std::max<int64_t>(p.batch, 1), 1, std::max<int64_t>(p.steps, 1));
-  // Weights that have to be packed however few the rows are (of half types, of odd sizes): a panel's memory stays in the
-  // cache, and all panels' would be as much as the weights take. So few rows are one block of the input's gradient, which
-  // reads a panel once.
-  plan.pack_late = plan.team_size == 1 && p.steps * p.batch < kRowsWorthPacking;
-  return plan;
-}
 
 void recurrent_forward(const ForwardParams& params, int threads) { run_forward(params, nullptr, threads); }
 
 void layer_forward(const ForwardParams& params, const LayerParams& layer, int threads) {
   run_forward(params, &layer, threads);
+}
+
+// As many as processors, as fitting_plan says.
+int stages_of(const std::vector<LayerCall>& layers, int threads) {
+  // Fewer steps than this are a few chunks, of which filling and emptying the stages takes too much.
+  constexpr int64_t kSteps = 32;
+  const int most = std::min(static_cast<int>(layers.size()), threads);
+  if (most < 2 || layers[0].params.steps < kSteps) return 1;
+  threads = std::min(threads, usable_processors());
+  // What the cost model does not know has to be worth it, too: the caches, and threads that others keep.
+  constexpr double kWorthStages = 0.9;
+  int best = 1;
+  double least = kWorthStages * make_pipeline_plan(layers, 1, threads).time;
+  for (int stages = 2; stages <= std::min(most, threads); ++stages)
+    if (const double time = make_pipeline_plan(layers, stages, threads).time; time < least) best = stages, least = time;
+  return best;
+}
+
+void layers_forward(const std::vector<LayerCall>& layers, int stages, int threads) {
+  if (stages == 1) {
+    for (const LayerCall& call : layers) layer_forward(call.params, call.layer, threads);
+    return;
+  }
+  threads = std::max(std::min(threads, usable_processors()), stages);
+  const PipelinePlan plan = make_pipeline_plan(layers, stages, threads);
+  Pipeline pipeline(stages, plan.team_size, plan.chunks);
+  std::vector<Memory> workspaces;
+  int64_t work = 0;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const auto& [params, layer] = layers[l];
+    const Kernels& of_dtype = kernels(params.dtype);
+    workspaces.push_back(allocate(round_up(of_dtype.forward_workspace(params, &layer, plan.layers[l]), 64)));
+    std::vector<Part> parts;
+    for (int member = 0; member < plan.layers[l].team_size; ++member)
+      parts.push_back(of_dtype.forward(params, &layer, plan.layers[l], workspaces[l].get(), member));
+    pipeline.add(plan.stage[l], std::move(parts));
+    work += plan.layers[l].work;
+  }
+  pipeline.run(work);
 }
 
 void recurrent_backward(const BackwardParams& params, int threads) { run_backward(params, nullptr, threads); }

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <memory>
 #include <mutex>
+#include <thread>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -104,6 +105,44 @@ Experience& experience_with(int64_t work) {
   return all[size];
 }
 
+// Until word is no longer value. Returns the nanoseconds that it slept.
+int64_t wait_while(const std::atomic<int>& word, int value) {
+  constexpr int kSpins = 2000;  // 20 to 100 us: longer than a step's uneven shares, shorter than a time slice
+  for (int spins = 0; spins < kSpins; ++spins) {
+    if (word.load(std::memory_order_acquire) != value) return 0;
+    pause();
+  }
+  const int64_t begin = now();
+  word.wait(value, std::memory_order_acquire);
+  return now() - begin;
+}
+
+// Up to a pause for input, or the end.
+bool may_go_on(Part part) { return !part.coroutine.done() && !*part.needs_input; }
+
+// Calls body(thread) on as many threads side by side. Where OpenMP has fewer it calls nothing and returns false.
+bool on_threads(int count, const std::function<void(int)>& body) {
+#if defined(__SANITIZE_THREAD__)
+  // ThreadSanitizer does not know how OpenMP's threads wait for each other, and would find races where there are none.
+  std::vector<std::thread> others;
+  for (int thread = 1; thread < count; ++thread) others.emplace_back(body, thread);
+  body(0);
+  for (std::thread& other : others) other.join();
+  return true;
+#else
+  bool enough = true;
+#pragma omp parallel num_threads(count)
+  {
+    const int thread = omp_get_thread_num();
+    if (omp_get_num_threads() == count)
+      body(thread);
+    else if (thread == 0)
+      enough = false;
+  }
+  return enough;
+#endif
+}
+
 }  // namespace
 
 int64_t Barrier::wait() {
@@ -115,25 +154,18 @@ int64_t Barrier::wait() {
     generation_.notify_all();
     return 0;
   }
-  constexpr int kSpins = 2000;  // 20 to 100 us: longer than a step's uneven shares, shorter than a time slice
-  for (int spins = 0; spins < kSpins; ++spins) {
-    if (generation_.load(std::memory_order_acquire) != generation) return 0;
-    pause();
-  }
-  const int64_t begin = now();
-  generation_.wait(generation, std::memory_order_acquire);
-  return now() - begin;
+  return wait_while(generation_, generation);
 }
 
 Parts::~Parts() {
-  for (Part part : parts_) part.destroy();
+  for (Part part : parts_) part.coroutine.destroy();
 }
 
 int64_t Parts::run_alongside(int member, Barrier& barrier) {
   int64_t slept = 0;
   for (Part part = parts_[member];;) {
-    part.resume();
-    if (part.done()) return slept;
+    part.coroutine.resume();
+    if (part.coroutine.done()) return slept;
     slept += barrier.wait();
   }
 }
@@ -141,8 +173,8 @@ int64_t Parts::run_alongside(int member, Barrier& barrier) {
 // Up to the next meeting of its team each. The members of a team meet equally often.
 void Parts::run_in_turn() {
   for (size_t first = 0; first < parts_.size(); first += team_size_)
-    while (!parts_[first].done())
-      for (int member = 0; member < team_size_; ++member) parts_[first + member].resume();
+    while (!parts_[first].coroutine.done())
+      for (int member = 0; member < team_size_; ++member) parts_[first + member].coroutine.resume();
 }
 
 void Parts::run(int64_t work) {
@@ -153,6 +185,49 @@ void Parts::run(int64_t work) {
   share_out(
       members, work, [&](int member) { return run_alongside(member, *barriers[member / team_size_]); },
       [&] { run_in_turn(); });
+}
+
+Pipeline::~Pipeline() {
+  for (const auto& layer : layers_)
+    for (Part part : layer->parts) part.coroutine.destroy();
+}
+
+void Pipeline::add(int stage, std::vector<Part> parts) {
+  layers_.push_back(std::make_unique<Layer>(stage, std::move(parts)));
+}
+
+// Before the first chunk a part packs its weights, and pauses for its input.
+int64_t Pipeline::run_alongside(int member) {
+  const int stage = member / team_size_, own = member % team_size_;
+  int64_t slept = 0;
+  for (int64_t chunk = -1; chunk < chunks_; ++chunk)
+    for (size_t l = 0; l < layers_.size(); ++l) {
+      Layer& layer = *layers_[l];
+      if (layer.stage != stage || own >= static_cast<int>(layer.parts.size())) continue;
+      if (l > 0 && chunk >= 0) {
+        std::atomic<int>& below = layers_[l - 1]->chunks;
+        for (int done; (done = below.load(std::memory_order_acquire)) <= chunk;) slept += wait_while(below, done);
+      }
+      Part part = layer.parts[own];
+      for (part.coroutine.resume(); may_go_on(part); part.coroutine.resume()) slept += layer.barrier.wait();
+      slept += layer.barrier.wait();  // the chunk's last step is everybody's
+      if (own > 0 || chunk < 0) continue;
+      layer.chunks.store(static_cast<int>(chunk + 1), std::memory_order_release);
+      layer.chunks.notify_all();
+    }
+  return slept;
+}
+
+void Pipeline::run_in_turn() {
+  for (int64_t chunk = -1; chunk < chunks_; ++chunk)
+    for (const auto& layer : layers_) do {
+        for (Part part : layer->parts) part.coroutine.resume();
+      } while (may_go_on(layer->parts[0]));
+}
+
+void Pipeline::run(int64_t work) {
+  share_out(
+      stages_ * team_size_, work, [&](int member) { return run_alongside(member); }, [&] { run_in_turn(); });
 }
 
 void share_out(int members, int64_t work, const std::function<int64_t(int)>& alongside,
@@ -166,18 +241,12 @@ void share_out(int members, int64_t work, const std::function<int64_t(int)>& alo
     const int64_t end = now();
     return experience.learn(end, members, work, end - begin, 0, /*on_threads=*/false);
   }
-  bool complete = true;
   int64_t slept = 0, finished = 0;
-#pragma omp parallel num_threads(members)
-  {
-    const int thread = omp_get_thread_num();
-    if (omp_get_num_threads() == members) {
-      const int64_t own = alongside(thread);
-      if (thread == 0) slept = own, finished = now();
-    } else if (thread == 0)
-      complete = false;
-  }
-  if (!complete) return in_turn();
+  const bool all = on_threads(members, [&](int thread) {
+    const int64_t own = alongside(thread);
+    if (thread == 0) slept = own, finished = now();
+  });
+  if (!all) return in_turn();
   const int64_t end = now();
   experience.learn(end, members, work, end - begin, slept + end - finished, /*on_threads=*/true);
 }

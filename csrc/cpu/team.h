@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "plan.h"
@@ -38,6 +40,35 @@ class Parts {
  private:
   const int team_size_;
   std::vector<Part> parts_;
+};
+
+// Layers one upon the other whose parts follow each other through the steps: a layer works on a chunk of steps when the
+// layer below has finished it. A stage is a team of threads and the layers that it runs, one after the other in each chunk.
+class Pipeline {
+ public:
+  Pipeline(int stages, int team_size, int64_t chunks) : stages_(stages), team_size_(team_size), chunks_(chunks) {}
+  Pipeline(const Pipeline&) = delete;
+  ~Pipeline();
+  // The next layer's parts, one a member, at most team_size of them. Stages come in order.
+  void add(int stage, std::vector<Part> parts);
+  void run(int64_t work);
+  // What run chooses from, as those of Parts.
+  int64_t run_alongside(int member);
+  void run_in_turn();
+
+ private:
+  struct Layer {
+    Layer(int stage, std::vector<Part> parts)
+        : stage(stage), parts(std::move(parts)), barrier(static_cast<int>(this->parts.size())) {}
+    const int stage;
+    const std::vector<Part> parts;
+    Barrier barrier;
+    std::atomic<int> chunks{0};  // finished
+  };
+
+  const int stages_, team_size_;
+  const int64_t chunks_;
+  std::vector<std::unique_ptr<Layer>> layers_;
 };
 
 // Calls alongside(member) for all members at once, each on a thread, or in_turn() on this thread alone: where there is

@@ -117,17 +117,16 @@ std::array<Tensor, 3> run(const ModuleCall& call) {
   const int64_t R = call.weights[0].width, h = call.weights[0].hidden, element = c10::elementSize(call.dtype);
   const auto empty = [&](at::IntArrayRef sizes) { return at::detail::empty_cpu(sizes, call.dtype); };
   const auto state = [&](int64_t n) { return call.step ? empty({B, n}) : empty({L, B, n}); };
-  Tensor h_n = state(R), c_n = second ? state(h) : Tensor(), output;
+  Tensor h_n = state(R), c_n = second ? state(h) : Tensor();
   const ReleasedGil released;
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const uint8_t reverse = 0;
+  std::vector<cpu::LayerCall> layers(L);
   for (int64_t i = 0; i < L; ++i) {
     const HeldWeights& w = call.weights[i];
-    const Tensor below = output;
-    output = empty({T, B, R});
-    LayerParams layer{};
+    auto& [p, layer] = layers[i];
     layer.size = w.size;
-    layer.input = i == 0 ? call.input.data : below.const_data_ptr();
+    layer.input = call.input.data;
     layer.input_stride_t = i == 0 ? call.stride_t : B * R;
     layer.input_stride_b = i == 0 ? call.stride_b : R;
     layer.weight = w.ih.data;
@@ -137,7 +136,6 @@ std::array<Tensor, 3> run(const ModuleCall& call) {
     layer.scale_hh = static_cast<const float*>(w.scale_hh.data);
     layer.sum_ih = static_cast<const int32_t*>(w.sum_ih.data);
     layer.sum_hh = static_cast<const int32_t*>(w.sum_hh.data);
-    ForwardParams p{};
     p.steps = T;
     p.batch = B;
     p.groups = 1;
@@ -155,12 +153,19 @@ std::array<Tensor, 3> run(const ModuleCall& call) {
     p.resets_stride_t = call.resets_stride_t;
     p.resets_stride_b = call.resets_stride_b;
     p.reverse = &reverse;
-    p.output = output.mutable_data_ptr();
     p.h_n = static_cast<char*>(h_n.mutable_data_ptr()) + i * B * R * element;
     if (second) p.c_n = static_cast<char*>(c_n.mutable_data_ptr()) + i * B * h * element;
-    cpu::layer_forward(p, layer, threads);
   }
-  return {output, h_n, c_n};
+  // One layer after the other needs two outputs, that of the layer below and its own.
+  const int stages = cpu::stages_of(layers, threads);
+  std::vector<Tensor> outputs;
+  for (int64_t i = 0; i < L; ++i) {
+    outputs.push_back(i < 2 || stages > 1 ? empty({T, B, R}) : outputs[i - 2]);
+    layers[i].params.output = outputs[i].mutable_data_ptr();
+    if (i > 0) layers[i].layer.input = outputs[i - 1].const_data_ptr();
+  }
+  cpu::layers_forward(layers, stages, threads);
+  return {outputs[L - 1], h_n, c_n};
 }
 
 // What a module's list of keys means, by the position in it; -1 where there is none.

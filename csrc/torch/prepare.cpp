@@ -5,7 +5,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
-#include <strings.h>
 
 #include <algorithm>
 #include <initializer_list>
@@ -395,6 +394,12 @@ class Checker {
 
 void* data_or_null(const Tensor& x) { return x.numel() ? x.mutable_data_ptr() : nullptr; }
 
+// Of ASCII, which cells' names are of; the process' locale plays no part.
+bool same_letter(char a, char b) {
+  const auto lower = [](char c) { return 'A' <= c && c <= 'Z' ? c - 'A' + 'a' : c; };
+  return lower(a) == lower(b);
+}
+
 }  // namespace
 
 std::optional<DType> kernel_dtype(at::ScalarType type) {
@@ -410,7 +415,7 @@ std::optional<DType> kernel_dtype(at::ScalarType type) {
 int find_cell(std::string_view name) {
   for (int i = 0; i < kNumCells; ++i) {
     const std::string_view known = kCells[i].name;
-    if (name.size() == known.size() && strncasecmp(name.data(), known.data(), name.size()) == 0) return i;
+    if (std::equal(name.begin(), name.end(), known.begin(), known.end(), same_letter)) return i;
   }
   return -1;
 }

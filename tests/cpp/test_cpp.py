@@ -26,6 +26,7 @@ HERE = ("g++",), ()  # the compiler, and what runs its programs
 AARCH64 = ("aarch64-linux-gnu-g++", "-static"), ("qemu-aarch64",)
 # An error makes it fail, and so does memory that nothing points to any more.
 VALGRIND = ("g++",), ("valgrind", "--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=definite")
+AROUND_KERNELS = ("recurrent", "plan", "team", "processors")  # files of csrc/cpu
 
 
 def compile_and_run(source: Path, out: Path, *flags: str, machine=HERE, arguments=()) -> list[list[str]]:
@@ -75,7 +76,7 @@ def test_cpu_kernels_under_a_sanitizer(sanitizer, isa, tmp_path):
     subprocess.run(["g++", f"-fsanitize={sanitizer}", str(empty), "-o", str(tmp_path / "empty")], check=True)
     if subprocess.run([str(tmp_path / "empty")], capture_output=True).returncode != 0:
         pytest.skip("no program of this sanitizer starts here (some kernels place memory where it cannot be)")
-    sources = [str(CSRC / f"cpu/{name}.cpp") for name in ("recurrent", "team", "processors", f"isa_{isa}")]
+    sources = [str(CSRC / f"cpu/{name}.cpp") for name in (*AROUND_KERNELS, f"isa_{isa}")]
     flags = ["-fopenmp", f"-fsanitize={sanitizer}", *QUICKLY, WITH_MORE_CELLS, only(*KINDS_OF_CELLS), *sources]
     flags += [f"-DFASTRNN_TEST_{isa.upper()}"]
     if sanitizer == "address":
@@ -94,7 +95,9 @@ def test_under_valgrind(name, tmp_path):
     if name == "cells":
         assert len(compile_and_run(source, out, "-g", WITH_MORE_CELLS, machine=VALGRIND)) == len(fastrnn.ops.CELLS) + 1
     else:
-        sources = [str(CSRC / f"cpu/{name}.cpp") for name in ("recurrent", "team", "processors", "isa_baseline")]
+        sources = [
+            str(CSRC / f"cpu/{name}.cpp") for name in (*AROUND_KERNELS, "isa_baseline")
+        ]
         flags = ["-fopenmp", "-g", "-O1", WITH_MORE_CELLS, only(*KINDS_OF_CELLS), *sources]
         assert compile_and_run(source, out, *flags, machine=VALGRIND) == [["baseline", "80", "calls"]]
 
@@ -126,7 +129,7 @@ def test_on_aarch64(name, tmp_path):
         stride = ("-DFASTRNN_TEST_STRIDE=9973", "-DFASTRNN_TEST_POINTS=30000")
         assert len(compile_and_run(source, out, *stride, machine=AARCH64)) == 25
     else:
-        files = [str(CSRC / f"cpu/{name}.cpp") for name in ("recurrent", "team", "processors", "isa_baseline")]
+        files = [str(CSRC / f"cpu/{name}.cpp") for name in (*AROUND_KERNELS, "isa_baseline")]
         flags = ["-fopenmp", WITH_MORE_CELLS, only(*KINDS_OF_CELLS), *files]
         if not PORTABLE:  # `make test-portable` takes its time and optimises, as the extension's build does
             flags += QUICKLY

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <random>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "cells/registry.h"
@@ -436,13 +437,122 @@ bool check_gemm() {
   return same("gemm", out, want, p.dtype == DType::kFloat64 ? 1e-12 : 1e-4);
 }
 
+// Layers that follow each other through the steps, on threads and by one in turn, and the same ones one after the other.
+bool check_layers() {
+  const int cell = int(draw(0, kNumCells - 1)), count = int(draw(1, 4)), stages = int(draw(1, count)), team = int(draw(1, 3));
+  const CellInfo& info = kCells[cell];
+  const DType d = only_bfloat16 ? DType::kBFloat16 : static_cast<DType>(draw(0, 3));
+  const int64_t T = draw(1, 12), B = draw(1, 5), h = size(), G = info.gates, C = info.in_c(), chunk = draw(1, T);
+  const bool second = info.states > 1;
+  const uint8_t reverse = 0;
+  std::vector<uint8_t> resets(coin() ? T * B : 0);
+  for (uint8_t& r : resets) r = draw(0, 3) == 0;
+  std::vector<std::unique_ptr<Array>> kept;
+  const auto array = [&](int64_t n, bool present = true) -> Array& {
+    kept.push_back(std::make_unique<Array>(d, n, present));
+    return kept.back()->random();
+  };
+  const int64_t I = size();
+  const Array& input = array(T * B * I);
+  std::vector<LayerCall> calls(count);
+  for (int l = 0; l < count; ++l) {
+    auto& [p, layer] = calls[l];
+    layer.size = l == 0 ? I : h;
+    for (auto [to, n] : {std::pair{&layer.weight, layer.size}, {&p.weight_hh, h}}) {
+      Array& weight = array(G * h * n);
+      for (int64_t i = 0; i < weight.count; ++i) weight.put(i, weight.get(i) / std::sqrt(double(n)));
+      *to = weight.data;
+    }
+    layer.bias = array(G * h, coin()).data;
+    layer.weight_dtype = d;
+    layer.input_stride_b = layer.size;
+    layer.input_stride_t = B * layer.size;
+    p.steps = T, p.batch = B, p.groups = 1, p.hidden = p.width = h, p.cell = cell, p.dtype = d;
+    p.bias_hh = array(G * h, coin()).data;
+    p.params = array(info.params * h, info.params > 0).data;
+    p.h_0 = array(B * h, coin()).data;
+    p.reverse = &reverse;
+    if (!resets.empty()) p.resets = resets.data(), p.resets_stride_t = B, p.resets_stride_b = 1;
+  }
+  std::vector<Plan> plans;
+  for (const auto& [p, layer] : calls) {
+    Plan plan = random_plan(p, &layer);
+    plan.teams = 1;
+    plan.team_size = int(draw(1, team));
+    plan.split_rows = plan.team_size == 1 || coin();
+    plan.chunk = chunk;
+    plan.pack_late = false;
+    plan.follows = true;
+    plan.all_rows.clear();
+    share_rows(p, plan);
+    plans.push_back(std::move(plan));
+  }
+  // What every layer writes. How: 0 on threads, 1 in turn, 2 as calls of their own
+  const auto results_of = [&](int how, int byte) {
+    std::vector<std::unique_ptr<Array>> results;
+    for (int l = 0; l < count; ++l)
+      for (const auto& [to, n, present] : {std::tuple{&calls[l].params.output, T * B * h, true},
+                                           {&calls[l].params.h_n, B * h, true}, {&calls[l].params.c_n, B * C * h, second}}) {
+        results.push_back(std::make_unique<Array>(d, n, present));
+        results.back()->fill(byte);
+        *to = results.back()->data;
+      }
+    for (int l = 0; l < count; ++l) calls[l].layer.input = l == 0 ? input.data : calls[l - 1].params.output;
+    std::vector<char*> workspaces;
+    Pipeline pipeline(stages, team, ceil_div(T, chunk));
+    for (int l = 0; l < count; ++l) {
+      const auto& [p, layer] = calls[l];
+      const Plan& plan = plans[l];
+      if (how == 2) {
+        const Plan alone = make_plan(p, &layer, 1);
+        run(alone, kernels().forward_workspace(p, &layer, alone), byte, false,
+            [&](char* own, int member) { return kernels().forward(p, &layer, alone, own, member); });
+        continue;
+      }
+      const int64_t bytes = round_up(std::max<int64_t>(kernels().forward_workspace(p, &layer, plan), 64), 64);
+      workspaces.push_back(static_cast<char*>(std::aligned_alloc(64, bytes)));
+      std::memset(workspaces.back(), byte, bytes);
+      std::vector<Part> parts;
+      for (int member = 0; member < plan.team_size; ++member)
+        parts.push_back(kernels().forward(p, &layer, plan, workspaces.back(), member));
+      pipeline.add(l * stages / count, std::move(parts));
+    }
+    if (how == 0) on_threads(stages * team, [&](int member) { pipeline.run_alongside(member); });
+    if (how == 1) pipeline.run_in_turn();
+    for (char* workspace : workspaces) std::free(workspace);
+    return results;
+  };
+  const auto first = results_of(0, 0xff), again = results_of(1, 0x3a), alone = results_of(2, 0xff);
+  static constexpr double kTolerance[] = {1e-4, 1e-11, 0.3, 4e-2};
+  bool good = true;
+  for (size_t i = 0; i < first.size(); ++i)
+    good = good && same("layers", *first[i], *again[i], 0) && same("layers", *first[i], *alone[i], kTolerance[int(d)]);
+  if (!good)
+    std::printf("%s dtype %d T %ld B %ld I %ld h %ld, %d layers, %d stages of %d, chunks of %ld\n", info.name, int(d),
+                long(T), long(B), long(I), long(h), count, stages, team, long(chunk));
+  return good;
+}
+
+// Small layers take half the time in two stages; of large ones threads share the rows or the units as well.
+bool check_stages() {
+  const auto gain = [](int64_t batch, int64_t hidden) {
+    std::vector<LayerCall> layers(2);
+    for (auto& [p, layer] : layers) {
+      p.steps = 200, p.batch = batch, p.groups = 1, p.hidden = p.width = layer.size = hidden;
+      p.dtype = layer.weight_dtype = DType::kFloat32;
+    }
+    return make_pipeline_plan(layers, 1, 2).time / make_pipeline_plan(layers, 2, 2).time;
+  };
+  return gain(1, 24) > 1.8 && gain(64, 256) < 1.1;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {  // [calls [seed]]
   const int calls = argc > 1 ? std::atoi(argv[1]) : 80;
   if (argc > 2) generator.seed(uint32_t(std::atoi(argv[2])));
-  bool good = true;
-  for (int i = 0; i < calls && good; ++i) good = check_call() && (only_bfloat16 || check_gemm());
+  bool good = check_stages();
+  for (int i = 0; i < calls && good; ++i) good = check_call() && check_layers() && (only_bfloat16 || check_gemm());
   std::printf("%s %d calls\n", kernels().name, calls);
   return good ? 0 : 1;
 }

@@ -41,7 +41,7 @@ class Library:
 
     def __init__(self, path: Path, isa: str) -> None:
         isas = [isa, "avx512"] if isa == "avx512bf16" else [isa]
-        names = ["recurrent", "team", "processors", *(f"isa_{name}" for name in isas)]
+        names = ["recurrent", "plan", "team", "processors", *(f"isa_{name}" for name in isas)]
         sources = [ROOT / "csrc/cpu" / f"{name}.cpp" for name in names] + [ROOT / "tests/cpp/cpu_api.cpp"]
         command = ["g++", "-std=c++20", *QUICKLY, "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
         command += ["-Werror", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
