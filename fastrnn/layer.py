@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from . import composed, fallback, per_sample
 from .records import LayerCall, LayerResults
@@ -25,19 +26,22 @@ Road = Literal["fused", "composed", "reference"]
 _layer_forward = torch.ops.fastrnn.layer_forward.default
 
 
-def road(has_kernels: bool) -> Road:
-    """Which way does a layer's call go, under what is in force now?"""
+def road(has_kernels: bool, *tensors: Tensor | None) -> Road:
+    """Which way does a layer's call go that reads these tensors, under what is in force now?"""
     if not has_kernels or fallback.is_traced() or fallback.is_exported_to_onnx():
         return "reference"
-    return "composed" if is_transformed() else "fused"
+    return "composed" if is_transformed(*tensors) else "fused"
 
 
 def layer(call: LayerCall) -> LayerResults:
     """One layer, by its road."""
     if per_sample.asked_for(call.weights):
         return per_sample.layer(call)
+    if call.batch_sizes is not None or call.offsets is not None:
+        return fused(call)  # no other road takes such rows: who gives them has asked for it
     first = call.weights[0]
-    taken = road(fallback.has_kernels(first.weight_ih, call.input, *first))
+    read = call.input, *call.states, *(x for w in call.weights for x in w)
+    taken = road(fallback.has_kernels(first.weight_ih, call.input, *first), *read)
     return fused(call) if taken == "fused" else composed.layer(call, by_reference=taken == "reference")
 
 

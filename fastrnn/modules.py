@@ -344,14 +344,15 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
     def _name_of(self, layer: int, direction: int, field: str) -> str:
         return f"{name_of(field, self._cell)}_l{layer}{'_reverse' if direction else ''}"
 
-    def _takes_packed(self, data: Tensor) -> bool:
+    def _takes_packed(self, data: Tensor, states: States | None) -> bool:
         """Do the kernels read packed and nested sequences as they are? Else they are padded once for all layers."""
         if self._opacus is not None or not (data.is_cpu and data.is_floating_point()):
             return False
         weights = [x for directions in self._weights() for w in directions for x in w]
         if per_sample.asked_for([weights]) or any(x is not None and x.dtype is not data.dtype for x in weights):
             return False
-        return is_plain_call() and road(fallback.has_kernels(data, *weights)) == "fused"
+        read = data, *(states or ()), *weights
+        return is_plain_call(*read) and road(fallback.has_kernels(data, *weights), *read) == "fused"
 
     def _plain(self, input: Any, hx: Any, resets: Any) -> tuple[Any, ...] | None:
         """(output, h_n[, c_n]) of a call that asks for nothing special, by C++ alone; None where it does."""
@@ -465,7 +466,7 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
                 "input: expected a padded tensor and lengths where the call is traced or exported to ONNX, "
                 "got a PackedSequence"
             )
-        if self._takes_packed(data):
+        if self._takes_packed(data, states):
             output, finals, cells = self._layers(data, states, None, batch_sizes=batch_sizes)
         elif self._opacus is not None or per_sample.asked_for([self._parameters.values()]):
             # A sample's gradient is expected where the caller has the sample.
@@ -503,7 +504,7 @@ class _Recurrent(per_sample.Hooked, ChecksCalls):
         if states is not None:
             self._check_states("hx", rows.values, states, rows.batch)
         back: Callable[[Any], Tensor]
-        if self._takes_packed(rows.values) and not self.recompute:
+        if self._takes_packed(rows.values, states) and not self.recompute:
             back = rows.nested
             output, finals, cells = self._layers(rows.values, states, None, offsets=rows.offsets)
         else:

@@ -104,8 +104,13 @@ def network(
             if not (residual or all_layers or (locked_dropout and training)):
                 return *fallback.network(cell, input, states, weights, dropout, training), None
             by_others = functools.partial(fallback.layer, cell)
+
+    def is_fused() -> bool:
+        read = input, *(states or ()), *(reset_states or ()), *all_weights
+        return road(fallback.has_kernels(weights[0][0].weight_ih, input, *all_weights), *read) == "fused"
+
     by_segments = recompute > 0 and not marked and segments.can_recompute()
-    by_segments = by_segments and road(fallback.has_kernels(weights[0][0].weight_ih, input, *all_weights)) == "fused"
+    by_segments = by_segments and is_fused()
     if by_segments and lengths is not None and is_plain(lengths):
         check_values_of(lengths, input.shape[0])  # a segment's kernel sees what lies in it alone
 
@@ -124,7 +129,7 @@ def network(
         noise.is_on(),
     )
     every = 0 if any(others) else wavefront.chunk_steps(input, L, D)
-    if every and road(fallback.has_kernels(weights[0][0].weight_ih, input, *all_weights)) == "fused":
+    if every and is_fused():
         given = [layer_states(of_layer(states, i), lengths, resets, of_layer(reset_states, i)) for i in range(L)]
         calls = [LayerCall(cell, input, *of, grad_clip=grad_clip) for of in zip(weights, given, strict=True)]
         calls[-1] = calls[-1]._replace(all_states=all_states)

@@ -103,7 +103,7 @@ class Layout(NamedTuple):
 
     def pack(self, x: Tensor) -> Tensor:
         """The way back."""
-        if is_plain_call():
+        if is_plain_call(x):
             packed: Tensor = _Pack.apply(x, self)
             return packed
         return self.select(x)

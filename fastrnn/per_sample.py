@@ -260,7 +260,7 @@ def _gradients(
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
     """sum over t of a[t, g, :] b[t, g, :]^T: [G, m, n] from [T, G, m] and [T, G, n]."""
-    fits = is_plain_call() and is_plain(a) and a.dtype in (torch.float32, torch.float64)
+    fits = is_plain_call(a, b) and is_plain(a) and a.dtype in (torch.float32, torch.float64)
     return grouped_outer(a, b) if fits else outer_by_aten(a, b)
 
 

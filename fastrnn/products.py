@@ -27,7 +27,7 @@ _FEWEST_ROWS = 32
 
 def _has_gemm(a: Tensor, b: Tensor) -> bool:
     """Can the micro-kernel take them?"""
-    return is_plain_call() and is_plain(a) and is_plain(b) and {a.dtype, b.dtype} <= {torch.float32, torch.float64}
+    return is_plain_call(a, b) and is_plain(a) and is_plain(b) and {a.dtype, b.dtype} <= {torch.float32, torch.float64}
 
 
 def has_own_precision(*tensors: Tensor) -> bool:
@@ -47,7 +47,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     own = has_own_precision(input, weight)
     if not own and not torch._C._are_functorch_transforms_active():
         return F.linear(input, weight, bias)
-    rows = input.reshape(-1, input.shape[-1])
+    rows = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
     if own or is_vmapped_call(input, weight, bias):
         out = grouped_linear(
             rows.unsqueeze(1), weight.unsqueeze(0), None if bias is None else bias.unsqueeze(0)

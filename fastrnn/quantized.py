@@ -350,7 +350,7 @@ class _Quantized(_Recurrent):
         joined = tuple(torch.cat(each) if len(each) > 1 else each[0] for each in zip(*finals, strict=True))
         return tuple(outputs) if self.return_all_layers else output, joined, None
 
-    def _takes_packed(self, data: Tensor) -> bool:
+    def _takes_packed(self, data: Tensor, states: States | None) -> bool:
         return False
 
     def _is_for_torch(self, input: Any, hx: Any) -> bool:

@@ -159,7 +159,7 @@ class _Segments(torch.autograd.Function):
             return (None,) * (1 + len(needs))
         tensors = kept(ctx)
         arguments, entries = tensors[: ctx.arguments], tensors[ctx.arguments :]
-        if torch.is_grad_enabled() or is_transformed() or not all(map(is_unbatched, grads)):
+        if torch.is_grad_enabled() or is_transformed(*grads, *arguments) or not all(map(is_unbatched, grads)):
             return (None, *_differentiable(ctx.options[0], arguments, needs, grads))
         call, every = _call(ctx.options[0], arguments), ctx.options[1]
         return (None, *_by_segments(call, every, entries, needs, grads))

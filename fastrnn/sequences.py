@@ -93,7 +93,7 @@ def pool(
 def _ends(lengths: Any, output: Tensor) -> Tensor:
     """lengths as int64 on output's device. Their values are looked at where that waits for nothing, else clamped."""
     T, found = output.shape[0], given_lengths(lengths, output)
-    if is_plain_call() and is_plain(lengths):
+    if is_plain_call(lengths) and is_plain(lengths):
         check_values_of(lengths, T)
     return found.clamp(0, T)
 

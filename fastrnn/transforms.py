@@ -18,14 +18,25 @@ _DISABLED = torch._C._disabled_torch_function_impl
 _TENSORS = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
-def is_transformed() -> bool:
+def is_transformed(*tensors: Tensor | None) -> bool:
     """Does somebody differentiate, batch or record this call in a way for which only composed ops have rules?
 
     A graph of torch.compile or torch.export is none such: its ops are differentiated before it is made.
+
+    Args:
+        tensors: what the call reads. A level of forward-mode AD is all threads': that somebody else's is none of this
+            call's business is told by tensors without tangents alone. Without tensors, any thread's counts.
     """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if torch._C._are_functorch_transforms_active() or _has_tangents(tensors):
         return True
     return not torch.compiler.is_compiling() and is_traced_by_make_fx()
+
+
+def _has_tangents(tensors: tuple[Tensor | None, ...]) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    floating = [x for x in tensors if x is not None and x.is_floating_point()]
+    return not tensors or any(forward_ad.unpack_dual(x, level=0).tangent is not None for x in floating)
 
 
 def is_traced_by_make_fx() -> bool:
@@ -37,9 +48,11 @@ def is_recorded() -> bool:
     return torch.compiler.is_compiling() or is_traced_by_make_fx()
 
 
-def is_plain_call() -> bool:
-    """Is nothing in force that wants to see more of a call than its kernel?"""
-    return not (torch.compiler.is_compiling() or is_transformed() or torch.is_autocast_enabled("cpu") or is_traced())
+def is_plain_call(*tensors: Tensor | None) -> bool:
+    """Is nothing in force that wants to see more of a call than its kernel? tensors: see is_transformed."""
+    if torch.compiler.is_compiling() or is_transformed(*tensors):
+        return False
+    return not (torch.is_autocast_enabled("cpu") or is_traced())
 
 
 def is_plain(x: Tensor | None) -> bool:

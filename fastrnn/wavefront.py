@@ -265,7 +265,7 @@ class _Wavefront(torch.autograd.Function):
             return (None,) * (1 + len(needs))
         tensors = kept(ctx)
         arguments, own = tensors[: ctx.arguments], tensors[ctx.arguments :]
-        if torch.is_grad_enabled() or is_transformed() or not all(map(is_unbatched, grads)):
+        if torch.is_grad_enabled() or is_transformed(*grads, *arguments) or not all(map(is_unbatched, grads)):
             return (None, *_differentiable(ctx.options, arguments, needs, grads))
         return (None, *_backward(ctx.options, arguments, own, needs, grads))
 

@@ -159,6 +159,20 @@ def test_backward_of_no_steps_by_products(cell: str) -> None:
     assert torch.equal(grads[7], arguments["grad_h_n"])
 
 
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_cells_without_features_under_torch_func(kind: str) -> None:
+    cell = getattr(fastrnn, kind)(0, H, dtype=torch.float64)
+    theirs = getattr(torch.nn, kind)(0, H, dtype=torch.float64)
+    theirs.load_state_dict(cell.state_dict())
+    x, h = torch.zeros(B, 0, dtype=torch.float64), torch.randn(B, H, dtype=torch.float64)
+
+    def total(module: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda h: module(x, (h, h) if kind == "LSTMCell" else h)[0].square().sum()
+
+    torch.testing.assert_close(torch.func.grad(total(cell))(h), torch.func.grad(total(theirs))(h))
+    torch.testing.assert_close(torch.func.jvp(total(cell), (h,), (h,)), torch.func.jvp(total(theirs), (h,), (h,)))
+
+
 META = torch.zeros(3, device="meta")
 WITHOUT_DATA: dict[str, Callable[[dict[str, Any]], Any]] = {
     "cell: expected one of lstm, gru, ": lambda given: given.update(cell="other"),

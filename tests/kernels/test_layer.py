@@ -260,7 +260,7 @@ def by_composition(monkeypatch):
     def run(function, *args, **kwargs):
         with monkeypatch.context() as patch:
             for module in (layer, modules):
-                patch.setattr(module, "road", lambda has_kernels: "composed")
+                patch.setattr(module, "road", lambda has_kernels, *tensors: "composed")
             patch.setattr(_C, "module_forward", lambda *call: None)
             return function(*args, **kwargs)
 
@@ -272,8 +272,8 @@ def roads(monkeypatch):
     """The roads that layers take, past C++'s own calls of modules."""
     taken, road = [], layer.road
 
-    def spy(has_kernels):
-        taken.append(road(has_kernels))
+    def spy(has_kernels, *tensors):
+        taken.append(road(has_kernels, *tensors))
         return taken[-1]
 
     monkeypatch.setattr(layer, "road", spy)

@@ -8,6 +8,7 @@ microseconds and for memory that is exchanged, test_parallel.py for DDP, FSDP2, 
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
 from tests.helpers import build, randn, tensors
@@ -132,6 +134,14 @@ def running(*loops: Callable[[], None]) -> Iterator[list[BaseException]]:
             thread.join()
 
 
+def wait_for(raised: list[BaseException], *results: list[Any]) -> None:
+    """For a handful of results, however slow the machine is, or for what ended them; and for a little at least."""
+    time.sleep(0.15)
+    end = time.monotonic() + 60
+    while sum(map(len, results)) < 6 and not raised and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_sixteen_threads(count: int) -> None:
     """Each goes through all jobs, from one of its own on: the bits that one thread alone has."""
@@ -212,7 +222,7 @@ def test_one_parameter_is_exchanged(road: str) -> None:
         setattr(module, name, other())
 
     with running(exchange, *[lambda: results.append(call(module))] * 3) as raised:
-        time.sleep(0.15)
+        wait_for(raised, results)
     assert not raised and len(results) > 3
     assert all(is_one_of(found, *wanted) for found in results)
 
@@ -230,9 +240,44 @@ def test_the_whole_module_is_exchanged(road: str) -> None:
             time.sleep(0)
 
     with running(exchange, *[lambda: results.append(call(holder["rnn"]))] * 3) as raised:
-        time.sleep(0.15)
+        wait_for(raised, results)
     assert not raised and len(results) > 3
     assert all(is_one_of(found, *wanted) for found in results)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("LSTM", 1), ("GRU", 2)])
+def test_sixteen_threads_while_the_module_is_exchanged(kind: str, count: int) -> None:
+    """Calls of six sizes in flight at once, with backward passes among them, and of modules that are just being thrown
+    away: whatever is kept, for another call or for a backward pass, is kept for each module and size by itself."""
+    torch.set_num_threads(count)
+    first, second = (getattr(fastrnn, kind)(16, 64, 2, bidirectional=True) for _ in range(2))
+    sizes = ((1, 1), (1, 9), (7, 1), (12, 3), (40, 4), (6, 33))  # steps and rows
+    work = [(numbers(*size, 16), train) for size in sizes for train in (False, True)]
+    holder, results = nn.ModuleDict({"rnn": first}), []
+
+    def call(module: nn.Module, at: int) -> list[Tensor]:
+        x, train = work[at]
+        if not train:
+            return inference(module, x)()
+        output, _ = module(x)
+        return [output.detach(), *torch.autograd.grad(output.square().sum(), list(module.parameters()))]
+
+    def go(start: int) -> None:
+        torch.set_num_threads(count)  # each thread has a number of its own
+        for i in range(len(work)):
+            at = (start + i) % len(work)
+            results.append((at, call(holder["rnn"], at)))
+
+    def exchange() -> None:
+        for source in (second, first):
+            holder["rnn"] = copy.deepcopy(source)
+            time.sleep(0)
+
+    wanted = [[call(module, at) for module in (first, second)] for at in range(len(work))]
+    with running(exchange, *(functools.partial(go, k) for k in range(THREADS))) as raised:
+        wait_for(raised, results)
+    assert not raised and {at for at, _ in results} == set(range(len(work)))
+    assert all(is_one_of(found, *wanted[at]) for at, found in results)
 
 
 @ROAD
@@ -259,22 +304,85 @@ def test_weights_change_in_place(road: str, how: str) -> None:
                 first.load_state_dict(given, assign=how == "assign")
         time.sleep(0)
 
+    reads: list[bool] = []
     told: list[str] = []
 
     def read() -> None:
         try:
-            assert all(x.isfinite().all() and x.abs().max() < 1e4 for x in call(first))
+            reads.append(all(bool(x.isfinite().all()) and x.abs().max() < 1e4 for x in call(first)))
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
             told.append(str(error))
 
     with running(write, read, read, read) as raised:
-        time.sleep(0.15)
-    assert not raised
+        wait_for(raised, reads, told)
+    assert not raised and all(reads)
     assert not told or ("training" in road and how != "assign")
     second.load_state_dict(first.state_dict())
     assert is_one_of(call(first), call(second))
+
+
+def other_calls() -> list[Job]:
+    """Those that go from Python by another way than plain ones."""
+    torch.manual_seed(2)
+    lstm, gru, noisy = fastrnn.LSTM(8, 24, 2, bidirectional=True), fastrnn.GRU(8, 24), fastrnn.GRU(8, 24, recompute=4)
+    x, lengths = numbers(12, 3, 8), torch.tensor([12, 5, 9])
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    nested = torch.nested.nested_tensor([x[:n, b] for b, n in enumerate(lengths)], layout=torch.jagged)
+
+    def of_rows(module: nn.Module, rows: Any) -> Job:
+        def job() -> list[Tensor]:
+            output = module(rows)[0]
+            values = output.data if isinstance(output, PackedSequence) else output.values()
+            return [values.detach(), *torch.autograd.grad(values.square().sum(), list(module.parameters()))]
+
+        return job
+
+    return [
+        of_rows(lstm, packed),
+        of_rows(gru, packed),
+        of_rows(lstm, nested),
+        of_rows(gru, nested),
+        inference(lstm, x, lengths=lengths),
+        training(gru, x, lengths=lengths),
+        training(noisy, x),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_forward_derivatives_of_another_thread() -> None:
+    """torch has one level of them for all threads: a call of this one's keeps its road, and its bits."""
+    work = other_calls()
+    expected = [job() for job in work]
+    entered, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with torch.autograd.forward_ad.dual_level():
+            entered.set()
+            done.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    entered.wait()
+    try:
+        assert [all(map(torch.equal, job(), want)) for job, want in zip(work, expected, strict=True)] == [True] * len(
+            work
+        )
+    finally:
+        done.set()
+        holder.join()
+
+    linear, x = nn.Linear(4, 6), torch.randn(5, 4)
+    seen: list[bool] = []
+
+    def call() -> None:
+        for job, want in zip(work[:4], expected[:4], strict=True):
+            seen.append(all(map(torch.equal, job(), want)))
+
+    with running(lambda: torch.func.jvp(linear, (x,), (x,)), call, call) as raised:
+        wait_for(raised, seen)
+    assert not raised and all(seen)
 
 
 # ---- processes ----
