@@ -4,16 +4,18 @@
 # make test-extras      other packages' models and runtimes, in an environment of their own (.venv-extras, 4 GB)
 # make examples         every program of docs/examples.md on both backends, and the table of that page
 # make fuzz    50,000 random calls (CASES=) of modules and ops, against the reference or with wrong arguments
-# make soak    100,000 calls (CALLS=) that leave no memory behind, and a result of 2^31 elements (9 GB)
-# make sanitize         the kernels under valgrind, if there is one; the tests of the ops on a build with AddressSanitizer and
-#                       UBSan (build/sanitized)
-# make test-portable    the CPU's kernels for AArch64 under an emulator, and for macOS' compiler (needs Debian's packages
-#                       g++-aarch64-linux-gnu, qemu-user and a clang++), and the whole extension built for both (0.8 GB)
+# make soak    100,000 calls (CALLS=) that leave no memory behind, an hour (MINUTES=) of 16 threads with flat memory, and
+#              training steps with outputs of 2^31 elements (11 GB)
+# make sanitize         the kernels under valgrind, if there is one; the tests of the ops and of threads on a build with
+#                       AddressSanitizer and UBSan, and on one with ThreadSanitizer (build/sanitized-*)
+# make test-portable    the CPU's kernels for AArch64 and for x86-64 without AVX and without AVX-512, under an emulator,
+#                       and for macOS' compiler (needs Debian's packages g++-aarch64-linux-gnu, qemu-user and a clang++);
+#                       the whole extension built for AArch64 and macOS, and what can be for Windows (1.5 GB)
 # make docs    the pages and the API as a site (out/docs/index.html); Sphinx has an environment of its own (.venv-docs)
 # make lint    formatting, lint and types
 # make test-sdist       packs the sources, builds a wheel from them in a clean environment (.venv-sdist) and uses it there
 # make test-versions    what depends on torch, under torch 2.11 to 2.15 and Python 3.11 to 3.13, each in an environment (6 GB)
-# make wheel   a wheel for one torch and Python (dist/), built in .venv-wheel and tried where there is no compiler
+# make wheel   a wheel for one torch and Python (dist/), tried where there is no compiler; CUDA=1: with CUDA's kernels
 # make check-cuda       compiles the kernels for every architecture; registers, spills, disassembly (needs nvcc)
 # make test-cuda-build  the whole extension against torch's CUDA build, in an environment of its own (6 GB)
 # make clean   removes what was built (make distclean: the environment too)
@@ -31,7 +33,8 @@ EXTRAS_VENV ?= .venv-extras
 EXAMPLES_DATA := $(CURDIR)/build/examples-data
 DOCS_VENV ?= .venv-docs
 DOCS_STAMP := $(DOCS_VENV)/.installed
-WHEEL_VENV ?= .venv-wheel
+CUDA ?= 0
+WHEEL_VENV ?= .venv-wheel$(if $(filter 1,$(CUDA)),-cuda)
 EXTRAS_STAMP := $(EXTRAS_VENV)/.installed-torch-$(TORCH)
 OUT := out/bench
 WRITE = --json $(OUT)/$(1).json --markdown $(OUT)/$(1).md --html $(OUT)/$(1).html --plots $(OUT)/$(1)-plots
@@ -41,6 +44,7 @@ PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 
 CASES ?= 50000
 CALLS ?= 100000
+MINUTES ?= 60
 
 export PYTHONPATH := $(CURDIR)
 
@@ -74,12 +78,14 @@ test-versions:
 	MAX_JOBS=$(JOBS) tools/test_versions.sh $(ARGS)
 
 test-portable: $(BUILT)
-	FASTRNN_PORTABLE=1 $(PY) -m pytest tests/cpp/test_cpp.py -k "aarch64 or clang"
+	FASTRNN_PORTABLE=1 $(PY) -m pytest tests/cpp/test_cpp.py tests/packaging/test_emulated.py \
+		-k "aarch64 or clang or emulated"
 	$(PY) tools/cross_build.py linux-aarch64 --jobs $(JOBS)
 	$(PY) tools/cross_build.py macos-arm64 --jobs $(JOBS)
+	$(PY) tools/cross_build.py windows-x86_64 --jobs $(JOBS)
 
 wheel:
-	env -u PYTHONPATH TORCH=$(TORCH) PYTHON=$(PYTHON) WHEEL_VENV=$(WHEEL_VENV) MAX_JOBS=$(JOBS) tools/make_wheel.sh
+	env -u PYTHONPATH TORCH=$(TORCH) PYTHON=$(PYTHON) CUDA=$(CUDA) WHEEL_VENV=$(WHEEL_VENV) MAX_JOBS=$(JOBS) tools/make_wheel.sh
 
 # Threads that wait for others sleep: they would spin on the processors that the other test process needs, and a call on
 # two threads takes ten times as long then.
@@ -128,7 +134,7 @@ fuzz: $(BUILT)
 	$(PY) -m tests.fuzz --cases $(CASES) --processes $(JOBS) $(ARGS)
 
 soak: $(BUILT)
-	$(PY) -m tests.fuzz.soak --calls $(CALLS) --large $(ARGS)
+	$(PY) -m tests.fuzz.soak --calls $(CALLS) --minutes $(MINUTES) --threads 16 --large $(ARGS)
 
 sanitize: $(STAMP)
 	PYTHON=$(PY) MAX_JOBS=$(JOBS) tools/sanitize.sh $(ARGS)

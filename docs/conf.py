@@ -37,6 +37,8 @@ html_theme = "furo"
 html_title = f"fastrnn {release}"
 html_static_path = html_css_files = ["site.css"]
 html_copy_source = False
+html_show_copyright = False  # the footer would name nobody
+pygments_dark_style = "github-dark"  # the theme's own underlines what is imported, as if it were a link
 
 
 def front_page(app: Any, page: str, text: list[str]) -> None:

@@ -1,8 +1,10 @@
 #!/bin/sh
-# Builds a wheel of the CPU extension for one torch and one Python, tells its size, its tag and the glibc that it needs,
-# tries it where there is torch and no compiler, and puts it into dist/. Some ten minutes.
+# Builds a wheel for one torch and one Python, tells its size, its tag and the glibc that it needs, tries it where there
+# is torch and no compiler, and puts it into dist/. Some ten minutes, with CUDA's kernels twenty.
 #
 #   TORCH, PYTHON   as for tools/packed_wheel.sh
+#   CUDA            1: with CUDA's kernels for all architectures. TORCH has to be a CUDA build, and nvcc at hand, of its
+#                   major version. Default 0: the CPU's alone
 #   WHEEL_VENV      the environment that builds, default .venv-wheel, one for each Python; it stays, and the other one
 #                   (build/wheel-clean) is made anew each time
 #
@@ -15,13 +17,14 @@ TORCH=${TORCH:-$(sed -n 's/^TORCH ?= //p' Makefile)}
 venv=$(realpath -ms "${WHEEL_VENV:-.venv-wheel}")
 work=$root/build/wheel
 clean=$root/build/wheel-clean
-export TORCH FASTRNN_CUDA=0 FASTRNN_LABEL=1
+export TORCH FASTRNN_CUDA="${CUDA:-0}" FASTRNN_LABEL=1
 tools/packed_wheel.sh "$venv" "$work"
 "$venv/bin/python" -m pip install --quiet --requirement tools/requirements-wheel.txt
 
-# torch's libraries, libgomp too, are those of the user's torch; libstdc++ is the machine's, as manylinux has it.
+# torch's libraries, libgomp and CUDA's too, are those of the user's torch; libstdc++ is the machine's, as manylinux has
+# it.
 PATH=$venv/bin:$PATH auditwheel repair --plat manylinux_2_28_x86_64 --only-plat --strip --exclude 'libtorch*' \
-  --exclude 'libc10*' --wheel-dir "$work/tagged" "$work"/fastrnn-*.whl >"$work/auditwheel.log" 2>&1 ||
+  --exclude 'libc10*' --exclude 'libcu*' --wheel-dir "$work/tagged" "$work"/fastrnn-*.whl >"$work/auditwheel.log" 2>&1 ||
   { cat "$work/auditwheel.log"; "$venv/bin/python" tools/wheel_facts.py "$work"/fastrnn-*.whl; exit 1; }
 wheel=$(echo "$work"/tagged/fastrnn-*.whl)
 "$venv/bin/python" tools/wheel_facts.py "$wheel"

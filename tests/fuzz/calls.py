@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastrnn  # noqa: F401  (registers the ops)
-from fastrnn.ops import CELLS, layer_backward, layer_forward, named, names_of, recurrent_backward, recurrent_forward
+from fastrnn.ops import (
+    CELLS,
+    layer_backward,
+    layer_forward,
+    named,
+    names_of,
+    recurrent_backward,
+    recurrent_backward_jvp,
+    recurrent_forward,
+    recurrent_forward_jvp,
+)
 from tests.fuzz.modules import one_of
 from tests.helpers import as_c, threads
 
@@ -23,6 +33,8 @@ OPS = {
     for op in (
         recurrent_forward,
         recurrent_backward,
+        recurrent_forward_jvp,
+        recurrent_backward_jvp,
         layer_forward,
         layer_backward,
         _ops.quantized_forward.default,
@@ -122,6 +134,8 @@ def arguments_of(case: Arguments) -> Arguments:
         "h_0": state(R),
         "c_0": state(C * h, True) if C else None,
         "reverse": [bool(bits >> p & 8) for p in range(P)],
+        "grad_clip": 0.5 if bits & 4096 else 0.0,
+        "initial": not bits & 8192,
     }
     if not ragged:
         if bits & 64:
@@ -165,8 +179,8 @@ def arguments_of(case: Arguments) -> Arguments:
                 given[name] = x.float()
     else:
         given |= {"gates_ih": random(T, B, P * Gh), "save": True}
-    forward = {"recurrent_backward": recurrent_forward, "layer_backward": layer_forward}.get(op)
-    if forward is not None:
+    if op.startswith(("recurrent_backward", "layer_backward")):
+        forward = layer_forward if layer else recurrent_forward
         output, h_n, c_n, *_, saved = forward(*in_order(forward, given).values())
         given |= {
             "output": output,
@@ -179,6 +193,11 @@ def arguments_of(case: Arguments) -> Arguments:
         if layer and C and bits & 16:
             given["grad_cells"] = random(*steps, P * C * h)
         given["needed"] = [bool(bits >> i % 12 & 1) for i in range(11)]
+    tangents = [name for name in names_of(OPS[op]) if name.startswith("tangent_")]
+    for i, name in enumerate(tangents):
+        x = given.get(name.removeprefix("tangent_"))
+        if x is not None and bits >> (13 - i) & 1:  # other bits than those that say whether x is there
+            given[name] = random(*x.shape, dtype=x.dtype)
     return in_order(OPS[op], given)
 
 

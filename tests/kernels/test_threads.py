@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fastrnn
 from fastrnn import _C
-from tests.helpers import threads
+from tests.helpers import evaluate, randn, threads
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,6 +119,32 @@ def test_threads_beyond_the_processors_change_no_bit(kind: str) -> None:
         assert torch.equal(few, many)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "SLSTM", "LiGRU", "MGU"])
+def test_one_thread_and_two(kind: str, dtype: torch.dtype) -> None:
+    """Results and gradients have the same bits each time. One count's differ from the other's by the order of sums
+    alone: by 16 eps of the largest value, twice what was seen in calls of random sizes. Sums of half types are float32,
+    and what differs is their last rounding.
+    """
+    narrow = dtype == torch.int8
+    if narrow and kind == "SLSTM":
+        pytest.skip("it has no narrow weights")
+    dtype = torch.float32 if narrow else dtype
+    for steps, rows, features, hidden in ((60, 33, 5, 65), (3, 1, 64, 256), (9, 100, 3, 17)):
+        module = getattr(fastrnn, kind)(features, hidden, dtype=dtype)
+        if narrow:
+            module = fastrnn.quantize(module)
+        x, found = randn(steps, rows, features, dtype=dtype), []
+        for count in (1, 2):
+            with threads(count):
+                first, *again = ({"output": module(x)[0]} if narrow else evaluate(module, x) for _ in range(3))
+            assert all(torch.equal(other[name], first[name]) for other in again for name in first)
+            found.append(first)
+        for name, one in found[0].items():
+            bound = (2 if dtype.itemsize == 2 else 16) * torch.finfo(dtype).eps * one.abs().max()
+            assert (one - found[1][name]).abs().max() <= bound, name
+
+
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 @pytest.mark.parametrize("hidden", [1, 17, 129])
 @pytest.mark.parametrize("rows", [1, 5, 40])
@@ -128,3 +156,39 @@ def test_turns_of_single_steps_change_no_bit(kind: str, hidden: int, rows: int) 
         with threads(count), torch.inference_mode():
             first, *others = (module(x)[0] for _ in range(4))
         assert all(torch.equal(first, other) for other in others)
+
+
+PIPELINES: dict[str, Callable[[int], Any]] = {
+    "lstm": lambda layers: fastrnn.LSTM(24, 40, layers),
+    "gru, odd sizes": lambda layers: fastrnn.GRU(17, 33, layers, dtype=torch.float64),
+    "rnn without biases": lambda layers: fastrnn.RNN(1, 64, layers, bias=False),
+    "projected": lambda layers: fastrnn.LSTM(24, 40, layers, proj_size=7),
+    "peephole": lambda layers: fastrnn.LSTM(24, 40, layers, peephole=True),
+    "layer norm": lambda layers: fastrnn.GRU(24, 40, layers, layer_norm=True),
+    "bfloat16": lambda layers: fastrnn.LSTM(24, 40, layers, dtype=torch.bfloat16),
+    "quantized": lambda layers: fastrnn.quantize(fastrnn.GRU(24, 40, layers)),
+    "units split": lambda layers: fastrnn.LSTM(24, 129, layers),
+}
+
+
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize(("layers", "steps", "rows"), [(2, 100, 1), (3, 47, 3), (5, 65, 1)])
+@pytest.mark.parametrize("case", PIPELINES)
+def test_layers_that_follow_each_other(case: str, layers: int, steps: int, rows: int, resets: bool) -> None:
+    """In inference, threads may share the layers: what one thread computes, from a state and across resets."""
+    torch.manual_seed(steps)
+    module = PIPELINES[case](layers)
+    dtype = torch.float32 if case == "quantized" else module.weight_ih_l0.dtype
+    x = torch.randn(steps, rows, module.input_size, dtype=dtype)
+    sizes = [module.proj_size or module.hidden_size, module.hidden_size][: 2 if module.mode == "LSTM" else 1]
+    state = tuple(torch.randn(layers, rows, n, dtype=dtype) for n in sizes)
+    options = {"resets": torch.rand(steps, rows) < 0.1} if resets else {}
+    found = []
+    for count in (1, 2, 2):
+        with threads(count), torch.inference_mode():
+            output, after = module(x, state if len(state) > 1 else state[0], **options)
+        found.append([output, *(after if isinstance(after, tuple) else (after,))])
+    bound = 1e-2 if case == "quantized" else 16 * torch.finfo(dtype).eps
+    for alone, first, again in zip(*found, strict=True):
+        assert torch.equal(first, again)
+        assert (first.double() - alone.double()).abs().max() <= bound * alone.abs().max()
