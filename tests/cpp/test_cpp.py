@@ -95,9 +95,7 @@ def test_under_valgrind(name, tmp_path):
     if name == "cells":
         assert len(compile_and_run(source, out, "-g", WITH_MORE_CELLS, machine=VALGRIND)) == len(fastrnn.ops.CELLS) + 1
     else:
-        sources = [
-            str(CSRC / f"cpu/{name}.cpp") for name in (*AROUND_KERNELS, "isa_baseline")
-        ]
+        sources = [str(CSRC / f"cpu/{name}.cpp") for name in (*AROUND_KERNELS, "isa_baseline")]
         flags = ["-fopenmp", "-g", "-O1", WITH_MORE_CELLS, only(*KINDS_OF_CELLS), *sources]
         assert compile_and_run(source, out, *flags, machine=VALGRIND) == [["baseline", "80", "calls"]]
 
