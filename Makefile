@@ -15,7 +15,7 @@
 # make lint    formatting, lint and types
 # make test-sdist       packs the sources, builds a wheel from them in a clean environment (.venv-sdist) and uses it there
 # make test-versions    what depends on torch, under torch 2.11 to 2.15 and Python 3.11 to 3.13, each in an environment (6 GB)
-# make wheel   a wheel for one torch and Python (dist/), tried where there is no compiler; CUDA=1: with CUDA's kernels
+# make wheel   a wheel for one torch and Python (dist/), tried where there is no compiler; WHEEL_CUDA=1: with CUDA's kernels
 # make check-cuda       compiles the kernels for every architecture; registers, spills, disassembly (needs nvcc)
 # make test-cuda-build  the whole extension against torch's CUDA build, in an environment of its own (6 GB)
 # make clean   removes what was built (make distclean: the environment too)
@@ -33,8 +33,8 @@ EXTRAS_VENV ?= .venv-extras
 EXAMPLES_DATA := $(CURDIR)/build/examples-data
 DOCS_VENV ?= .venv-docs
 DOCS_STAMP := $(DOCS_VENV)/.installed
-CUDA ?= 0
-WHEEL_VENV ?= .venv-wheel$(if $(filter 1,$(CUDA)),-cuda)
+WHEEL_CUDA ?= 0
+WHEEL_VENV ?= .venv-wheel$(if $(filter 1,$(WHEEL_CUDA)),-cuda)
 EXTRAS_STAMP := $(EXTRAS_VENV)/.installed-torch-$(TORCH)
 OUT := out/bench
 WRITE = --json $(OUT)/$(1).json --markdown $(OUT)/$(1).md --html $(OUT)/$(1).html --plots $(OUT)/$(1)-plots
@@ -85,7 +85,7 @@ test-portable: $(BUILT)
 	$(PY) tools/cross_build.py windows-x86_64 --jobs $(JOBS)
 
 wheel:
-	env -u PYTHONPATH TORCH=$(TORCH) PYTHON=$(PYTHON) CUDA=$(CUDA) WHEEL_VENV=$(WHEEL_VENV) MAX_JOBS=$(JOBS) tools/make_wheel.sh
+	env -u PYTHONPATH TORCH=$(TORCH) PYTHON=$(PYTHON) WHEEL_CUDA=$(WHEEL_CUDA) WHEEL_VENV=$(WHEEL_VENV) MAX_JOBS=$(JOBS) tools/make_wheel.sh
 
 # Threads that wait for others sleep: they would spin on the processors that the other test process needs, and a call on
 # two threads takes ten times as long then.

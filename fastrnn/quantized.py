@@ -26,6 +26,7 @@ from .ops import CELLS, register_fake
 from .records import LayerWeights, States, name_of
 from .rounding import DTYPES, Rounded, int8_rows, is_rounded, narrow_fields, unrounded
 from .swap import check_module
+from .transforms import has_tangents
 
 _quantized_forward = torch.ops.fastrnn.quantized_forward.default
 _UNITS, _DEPTH = 16, 4  # of a block; see LayerParams in csrc/params.h
@@ -320,9 +321,11 @@ class _Quantized(_Recurrent):
                 "Trace or export the model that fastrnn.quantize was given"
             )
         fresh = sequence.get("reset_states")
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(input, *(states or ()), *(fresh or ())):
+        given = input, *(states or ()), *(fresh or ())
+        dual = not torch.compiler.is_compiling() and has_tangents(*given)
+        if dual or (torch.is_grad_enabled() and torch._C._any_requires_grad(*given)):
             raise RuntimeError(
-                "quantized modules are for inference: expected an input and states without requires_grad"
+                "quantized modules are for inference: expected an input and states without requires_grad or tangents"
             )
         directions = 2 if self.bidirectional else 1
         widths, reverse = self._state_widths(), [False] * self.num_heads + [True] * (self.num_heads * (directions - 1))

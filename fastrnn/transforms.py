@@ -27,16 +27,25 @@ def is_transformed(*tensors: Tensor | None) -> bool:
         tensors: what the call reads. A level of forward-mode AD is all threads': that somebody else's is none of this
             call's business is told by tensors without tangents alone. Without tensors, any thread's counts.
     """
-    if torch._C._are_functorch_transforms_active() or _has_tangents(tensors):
+    if torch._C._are_functorch_transforms_active() or has_tangents(*tensors):
         return True
     return not torch.compiler.is_compiling() and is_traced_by_make_fx()
 
 
-def _has_tangents(tensors: tuple[Tensor | None, ...]) -> bool:
+def has_tangents(*tensors: Tensor | None) -> bool:
+    """Has one of them a tangent of forward-mode AD? Where that can't be seen: may one have?"""
     if forward_ad._current_level < 0:
         return False
-    floating = [x for x in tensors if x is not None and x.is_floating_point()]
-    return not tensors or any(forward_ad.unpack_dual(x, level=0).tangent is not None for x in floating)
+    # A graph that dynamo makes shows no tangents; tensors of the legacy vmap (is_grads_batched) have no rule for it.
+    if len(tensors) == 0 or torch.compiler.is_compiling():
+        return True
+    for x in tensors:
+        if x is not None and x.is_floating_point():
+            if torch._C._functorch.is_legacy_batchedtensor(x):
+                return True
+            if forward_ad.unpack_dual(x, level=0).tangent is not None:
+                return True
+    return False
 
 
 def is_traced_by_make_fx() -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -82,13 +83,16 @@ def unpacked(wheel: str, platform: str, folder: Path) -> Path:
     """The wheel's files; `wheel` is name==version, or a name alone."""
     place = folder / wheel.replace("==", "-")
     if not place.exists():
+        coming = place.with_suffix(".coming")  # what a broken run has left is no wheel's files
+        shutil.rmtree(coming, ignore_errors=True)
         options = ("--no-deps", "--only-binary=:all:", "--implementation=cp", f"--python-version={TAG}")
         run(sys.executable, "-m", "pip", "download", "--quiet", *options, f"--platform={platform}",
-            f"--dest={folder}", wheel)  # fmt: skip
-        (found,) = folder.glob("*.whl")
+            f"--dest={coming}", wheel)  # fmt: skip
+        (found,) = coming.glob("*.whl")
         with zipfile.ZipFile(found) as archive:
-            archive.extractall(place)
+            archive.extractall(coming)
         found.unlink()
+        coming.rename(place)
     return place
 
 

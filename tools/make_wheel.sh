@@ -3,7 +3,7 @@
 # is torch and no compiler, and puts it into dist/. Some ten minutes, with CUDA's kernels twenty.
 #
 #   TORCH, PYTHON   as for tools/packed_wheel.sh
-#   CUDA            1: with CUDA's kernels for all architectures. TORCH has to be a CUDA build, and nvcc at hand, of its
+#   WHEEL_CUDA      1: with CUDA's kernels for all architectures. TORCH has to be a CUDA build, and nvcc at hand, of its
 #                   major version. Default 0: the CPU's alone
 #   WHEEL_VENV      the environment that builds, default .venv-wheel, one for each Python; it stays, and the other one
 #                   (build/wheel-clean) is made anew each time
@@ -17,7 +17,7 @@ TORCH=${TORCH:-$(sed -n 's/^TORCH ?= //p' Makefile)}
 venv=$(realpath -ms "${WHEEL_VENV:-.venv-wheel}")
 work=$root/build/wheel
 clean=$root/build/wheel-clean
-export TORCH FASTRNN_CUDA="${CUDA:-0}" FASTRNN_LABEL=1
+export TORCH FASTRNN_CUDA="${WHEEL_CUDA:-0}" FASTRNN_LABEL=1
 tools/packed_wheel.sh "$venv" "$work"
 "$venv/bin/python" -m pip install --quiet --requirement tools/requirements-wheel.txt
 

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "../cells/registry.h"
+#include "processors.h"
 
 namespace fastrnn::cpu {
 namespace {
@@ -51,6 +52,11 @@ constexpr int64_t kWorthAThread = 1 << 18;  // multiply-adds a thread and call
 // flops.
 constexpr int64_t kWorthABarrier = 16 << 10;  // multiply-adds a thread and step
 
+// Multiply-adds of a forward call. layer: null where gates_ih are given.
+int64_t work_of(const ForwardParams& p, const LayerParams* layer) {
+  return p.steps * p.groups * p.batch * kCells[p.cell].gates * p.hidden * (p.width + (layer ? layer->size : 0));
+}
+
 // rows_worth_packing(depth): from how many rows (steps times batch) on weights of so many inputs are packed.
 template <class RowsWorthPacking>
 Plan plan_for(const ForwardParams& p, const LayerParams* layer, int threads, const RowsWorthPacking& rows_worth_packing) {
@@ -58,7 +64,7 @@ Plan plan_for(const ForwardParams& p, const LayerParams* layer, int threads, con
   plan.from_the_end = false;
   const int64_t products = p.batch * kCells[p.cell].gates * p.hidden * p.width;  // a group and step
   const int64_t projected = layer ? p.batch * kCells[p.cell].gates * p.hidden * layer->size : 0;
-  plan.work = p.steps * p.groups * (products + projected);
+  plan.work = work_of(p, layer);
   threads = static_cast<int>(std::clamp<int64_t>(plan.work / kWorthAThread, 1, std::max(threads, 1)));
   plan.teams = static_cast<int>(std::min<int64_t>(threads, p.groups));
   plan.team_size = threads / plan.teams;
@@ -163,6 +169,25 @@ PipelinePlan make_pipeline_plan(const std::vector<LayerCall>& layers, int stages
   }
   result.time *= 1 + double(stages - 1) / double(result.chunks);
   return result;
+}
+
+// No more than there are processors: threads beyond them would only wait for each other.
+int stages_of(const std::vector<LayerCall>& layers, int threads) {
+  // Fewer steps than this are a few chunks, of which filling and emptying the stages takes too much.
+  constexpr int64_t kSteps = 32;
+  if (layers.size() < 2 || layers[0].params.steps < kSteps) return 1;
+  int64_t work = 0;
+  for (const auto& [params, layer] : layers) work += work_of(params, &layer);
+  const int most = static_cast<int>(std::min<int64_t>({int64_t(layers.size()), threads, work / kWorthAThread}));
+  if (most < 2) return 1;
+  threads = std::min(threads, usable_processors());
+  // What the cost model does not know has to be worth it, too: the caches, and threads that others keep.
+  constexpr double kWorthStages = 0.9;
+  int best = 1;
+  double least = kWorthStages * make_pipeline_plan(layers, 1, threads).time;
+  for (int stages = 2; stages <= std::min(most, threads); ++stages)
+    if (const double time = make_pipeline_plan(layers, stages, threads).time; time < least) best = stages, least = time;
+  return best;
 }
 
 }  // namespace fastrnn::cpu

@@ -147,22 +147,6 @@ void layer_forward(const ForwardParams& params, const LayerParams& layer, int th
   run_forward(params, &layer, threads);
 }
 
-// As many as processors, as fitting_plan says.
-int stages_of(const std::vector<LayerCall>& layers, int threads) {
-  // Fewer steps than this are a few chunks, of which filling and emptying the stages takes too much.
-  constexpr int64_t kSteps = 32;
-  const int most = std::min(static_cast<int>(layers.size()), threads);
-  if (most < 2 || layers[0].params.steps < kSteps) return 1;
-  threads = std::min(threads, usable_processors());
-  // What the cost model does not know has to be worth it, too: the caches, and threads that others keep.
-  constexpr double kWorthStages = 0.9;
-  int best = 1;
-  double least = kWorthStages * make_pipeline_plan(layers, 1, threads).time;
-  for (int stages = 2; stages <= std::min(most, threads); ++stages)
-    if (const double time = make_pipeline_plan(layers, stages, threads).time; time < least) best = stages, least = time;
-  return best;
-}
-
 void layers_forward(const std::vector<LayerCall>& layers, int stages, int threads) {
   if (stages == 1) {
     for (const LayerCall& call : layers) layer_forward(call.params, call.layer, threads);
@@ -170,8 +154,8 @@ void layers_forward(const std::vector<LayerCall>& layers, int stages, int thread
   }
   threads = std::max(std::min(threads, usable_processors()), stages);
   const PipelinePlan plan = make_pipeline_plan(layers, stages, threads);
-  Pipeline pipeline(stages, plan.team_size, plan.chunks);
   std::vector<Memory> workspaces;
+  Pipeline pipeline(stages, plan.team_size, plan.chunks);
   int64_t work = 0;
   for (size_t l = 0; l < layers.size(); ++l) {
     const auto& [params, layer] = layers[l];

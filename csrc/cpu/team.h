@@ -44,6 +44,8 @@ class Parts {
 
 // Layers one upon the other whose parts follow each other through the steps: a layer works on a chunk of steps when the
 // layer below has finished it. A stage is a team of threads and the layers that it runs, one after the other in each chunk.
+// Stages wait while the first chunks come and the last ones go. Where share_out takes that for a want of processors, it
+// tries one thread, and keeps what is faster.
 class Pipeline {
  public:
   Pipeline(int stages, int team_size, int64_t chunks) : stages_(stages), team_size_(team_size), chunks_(chunks) {}

@@ -86,13 +86,13 @@ struct LeftOut {
   static int64_t version(const Tensor& x) { return x.is_inference() ? 0 : x._version(); }
 };
 
-// Are these tensors, or the thread, functorch's?
+// Are these tensors, or the thread, functorch's, or have they tangents?
 bool is_transformed(const variable_list& tensors) {
   static const c10::DispatchKeySet wrappers({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
                                              c10::DispatchKey::Batched});
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) return true;
   for (const Tensor& x : tensors)
-    if (x.defined() && x.key_set().has_any(wrappers)) return true;
+    if (x.defined() && (x.key_set().has_any(wrappers) || x._fw_grad(/*level=*/0).defined())) return true;
   return false;
 }
 

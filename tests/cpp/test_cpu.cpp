@@ -535,15 +535,21 @@ bool check_layers() {
 
 // Small layers take half the time in two stages; of large ones threads share the rows or the units as well.
 bool check_stages() {
-  const auto gain = [](int64_t batch, int64_t hidden) {
+  const auto layers_of = [](int64_t batch, int64_t hidden) {
     std::vector<LayerCall> layers(2);
     for (auto& [p, layer] : layers) {
       p.steps = 200, p.batch = batch, p.groups = 1, p.hidden = p.width = layer.size = hidden;
       p.dtype = layer.weight_dtype = DType::kFloat32;
     }
+    return layers;
+  };
+  const auto gain = [&](int64_t batch, int64_t hidden) {
+    const auto layers = layers_of(batch, hidden);
     return make_pipeline_plan(layers, 1, 2).time / make_pipeline_plan(layers, 2, 2).time;
   };
-  return gain(1, 24) > 1.8 && gain(64, 256) < 1.1;
+  const int most = std::min(usable_processors(), 2);
+  return gain(1, 24) > 1.8 && gain(64, 256) < 1.1 && stages_of(layers_of(1, 64), 2) == most &&
+         stages_of(layers_of(1, 2), 2) == 1 && stages_of(layers_of(64, 256), 2) == 1;
 }
 
 }  // namespace

@@ -353,8 +353,13 @@ def other_calls() -> list[Job]:
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
 def test_forward_derivatives_of_another_thread() -> None:
     """torch has one level of them for all threads: a call of this one's keeps its road, and its bits."""
-    work = other_calls()
+    work, module, x = other_calls(), fastrnn.GRU(8, 24, recompute=4), numbers(12, 3, 8)
     expected = [job() for job in work]
+
+    def batched() -> Any:
+        return torch.autograd.functional.jacobian(lambda x: module(x)[0][-1], x, vectorize=True)
+
+    jacobian = batched()
     entered, done = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -369,6 +374,7 @@ def test_forward_derivatives_of_another_thread() -> None:
         assert [all(map(torch.equal, job(), want)) for job, want in zip(work, expected, strict=True)] == [True] * len(
             work
         )
+        torch.testing.assert_close(batched(), jacobian)
     finally:
         done.set()
         holder.join()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from typing import Any
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils.rnn import pack_padded_sequence
 
+import fastrnn
 from fastrnn import reference
 from fastrnn.ops import CELLS, recurrent_backward, recurrent_forward
+from tests.helpers import randn
 from tests.transform_cases import (
     FUSED,
     Case,
@@ -322,3 +326,26 @@ def test_no_steps(cell: str, masked: bool):
         torch.autograd.grad(loss_of(case.fused)(*case.inputs), case.inputs, materialize_grads=True),
         torch.autograd.grad(loss_of(case.composite)(*case.inputs), case.inputs, materialize_grads=True),
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": 3}, {"bidirectional": True}], ids=str)
+@pytest.mark.parametrize("given", ["plain", "lengths", "packed"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_tangents_that_come_with_the_gradient(kind: str, given: str, options: dict[str, Any]) -> None:
+    """Forward over reverse where nothing that the call reads has a tangent: a gradient is linear in its output's."""
+    module = getattr(fastrnn, kind)(4, 6, 2, dtype=torch.float64, **options)
+    x, lengths = randn(9, 3, 4).requires_grad_(), torch.tensor([9, 5, 2])
+
+    def output() -> Tensor:
+        if given == "packed":
+            return module(pack_padded_sequence(x, lengths))[0].data
+        return module(x, **({"lengths": lengths} if given == "lengths" else {}))[0]
+
+    leaves = [x, *module.parameters()]
+    y = output()
+    along, at = randn(*y.shape, seed=1), randn(*y.shape, seed=2)
+    want = torch.autograd.grad(y, leaves, along)
+    with forward_ad.dual_level():
+        found = torch.autograd.grad(output(), leaves, forward_ad.make_dual(at, along))
+        for grad, tangent in zip(found, want, strict=True):
+            torch.testing.assert_close(forward_ad.unpack_dual(grad).tangent, tangent)

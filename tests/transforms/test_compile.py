@@ -352,3 +352,15 @@ def test_made_in_a_compiled_function(make: str) -> None:
 
     x = torch.randn(5, 3, 4)
     torch.testing.assert_close(torch.compile(call, backend="eager")(x), call(x))
+
+
+def test_inside_of_a_dual_level() -> None:
+    """A whole graph, of tensors with a tangent and without."""
+    module, x = fastrnn.LSTM(4, 6, 2, dtype=torch.float64), torch.randn(7, 2, 4, dtype=torch.float64)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.autograd.forward_ad.dual_level():
+        assert_close(compiled(x)[0], module(x)[0])
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        found, want = (torch.autograd.forward_ad.unpack_dual(f(dual)[0]) for f in (compiled, module))
+        assert want.tangent is not None
+        assert_close(tuple(found), tuple(want))
