@@ -18,6 +18,7 @@ WITH_MORE_CELLS = f'-DFASTRNN_MORE_CELLS="{HEADER}"'
 # without its leading underscores, is what the project's own headers say, and its copies of a function at every call are
 # most of what an unoptimised kernel consists of.
 QUICKLY = ("-O0", "-Dalways_inline=unused")
+AROUND_KERNELS = ("recurrent", "plan", "team", "processors")  # files of csrc/cpu that every instruction set shares
 
 
 def only(*cells: str) -> str:

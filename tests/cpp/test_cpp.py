@@ -11,7 +11,7 @@ import pytest
 
 import fastrnn
 from tests.helpers import KINDS_OF_CELLS
-from tests.more_cells import QUICKLY, WITH_MORE_CELLS, only
+from tests.more_cells import AROUND_KERNELS, QUICKLY, WITH_MORE_CELLS, only
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools"))
@@ -26,7 +26,6 @@ HERE = ("g++",), ()  # the compiler, and what runs its programs
 AARCH64 = ("aarch64-linux-gnu-g++", "-static"), ("qemu-aarch64",)
 # An error makes it fail, and so does memory that nothing points to any more.
 VALGRIND = ("g++",), ("valgrind", "--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=definite")
-AROUND_KERNELS = ("recurrent", "plan", "team", "processors")  # files of csrc/cpu
 
 
 def compile_and_run(source: Path, out: Path, *flags: str, machine=HERE, arguments=()) -> list[list[str]]:

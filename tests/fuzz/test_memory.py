@@ -32,7 +32,10 @@ def test_a_leak_is_found() -> None:
     ("kinds", "told"),
     [
         ("soak.MAY_GROW = 200", ""),  # in three seconds few caches are full
-        ("left = []; soak.kinds = lambda: {'one': lambda: left.append(bytes(2000)) or time.sleep(0.001)}", "MiB more"),
+        (
+            "left = []; soak.kinds = lambda: {'one': lambda: left.append(bytes(10_000)) or time.sleep(0.001)}",
+            "MiB more",
+        ),
         ("soak.kinds = lambda: {'one': lambda: 1 / 0}", "ZeroDivisionError"),
     ],
     ids=["ours", "a leak", "an error"],

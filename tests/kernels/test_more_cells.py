@@ -24,7 +24,7 @@ from tests.kernels.test_kernels import (
     assert_near,
     double,
 )
-from tests.more_cells import MORE_CELLS, QUICKLY, WITH_MORE_CELLS, only
+from tests.more_cells import AROUND_KERNELS, MORE_CELLS, QUICKLY, WITH_MORE_CELLS, only
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of params.h
@@ -41,7 +41,7 @@ class Library:
 
     def __init__(self, path: Path, isa: str) -> None:
         isas = [isa, "avx512"] if isa == "avx512bf16" else [isa]
-        names = ["recurrent", "plan", "team", "processors", *(f"isa_{name}" for name in isas)]
+        names = [*AROUND_KERNELS, *(f"isa_{name}" for name in isas)]
         sources = [ROOT / "csrc/cpu" / f"{name}.cpp" for name in names] + [ROOT / "tests/cpp/cpu_api.cpp"]
         command = ["g++", "-std=c++20", *QUICKLY, "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
         command += ["-Werror", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]

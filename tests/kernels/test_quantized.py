@@ -524,3 +524,17 @@ def test_sparse_input_is_told():
     module = fastrnn.quantize(fastrnn.LSTM(3, 4))
     with pytest.raises(ValueError, match="input: expected a dense tensor for quantized weights, got layout"):
         module(torch.zeros(5, 2, 3).to_sparse())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_tangents_are_refused(kind: str, dtype: torch.dtype) -> None:
+    """They would be lost without a word."""
+    module, x = fastrnn.quantize(getattr(fastrnn, kind)(4, 6), dtype), torch.randn(5, 2, 4)
+    told = "expected an input and states without requires_grad or tangents"
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=told):
+        module(torch.autograd.forward_ad.make_dual(x, x))
+    with pytest.raises(RuntimeError, match=told):
+        torch.func.jvp(lambda x: module(x)[0], (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        module(x)
