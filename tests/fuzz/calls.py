@@ -298,6 +298,7 @@ def mutated(x: Any, how: str, number: int) -> Any:
     return x.narrow(d, 0, 1).expand(sizes)
 
 
+NO_TENSORS = ("cell", "limit", "p", "dtype", "size", "reverse", "needed")
 _RAISED = (TypeError, ValueError, RuntimeError, IndexError)
 
 
@@ -312,13 +313,13 @@ def is_told(error: Exception) -> bool:
 def run(case: Arguments) -> None:
     """Fails where the call raises something else, or takes a tensor for good that cannot be."""
     op, given = OPS[case["op"]], arguments_of(case)
-    names = list(given)
+    names, unchanged = list(given), dict(given)
     hopeless: dict[str, str] = {}  # arguments that cannot be taken, and why
     for place, how, number in case["mutations"]:
         name = names[place % len(names)]
         before = given[name]
-        if how.endswith("memory") and name in ("cell", "limit", "p", "dtype", "size", "reverse", "needed"):
-            continue  # torch would print the tensor that is in the place of something else
+        if how.endswith("memory") and (name in NO_TENSORS or type(before) is not type(unchanged[name])):
+            continue  # torch would print the tensor that is in the place of something else, or a list of such
         with contextlib.suppress(RuntimeError):  # torch has no such tensor
             given[name] = mutated(before, how, number)
         full = isinstance(before, Tensor) and before.numel() > 1
