@@ -331,7 +331,10 @@ AUDIT = [  # whatever may be asked of torch.nn, each in the cells that have it
             *entries("forwardmode", cell, MIDDLE, modes=FORWARD_MODE),
             *entries("penalty", cell, MIDDLE, modes=PENALTY),
             *entries("step", cell, (1, 1, 128, 128), (1, 16, 256, 256), modes=("fwd-step",), stateful=True),
-            *entries("cell", f"{cell}Cell", (1, 1, 128, 128), (1, 32, 256, 256), stateful=True),
+            *entries(
+                "cell", f"{cell}Cell", (1, 1, 128, 128), (1, 32, 256, 256), (1, 32, 300, 300), (1, 64, 512, 512),
+                (1, 128, 256, 256), stateful=True,
+            ),
             *entries("cell loop", f"{cell}Cell", (1, 16, 160, 160), modes=("fwd-loop", "train-loop"), stateful=True),
         ]
     ),

@@ -26,7 +26,7 @@ class BackwardWorker {
                     int member) {
     BackwardWorker w(p, layer, plan, workspace, member);
     const bool units_split = !plan.split_rows;
-    const int64_t steps = w.steps();
+    const int64_t steps = backward_steps(p);
     for (int64_t group = w.team; group < p.groups; group += plan.teams) {
       w.begin(group);
       co_yield kMeet;
@@ -62,42 +62,54 @@ class BackwardWorker {
   BackwardWorker(const BackwardParams& params, const LayerBackwardParams* layer, const Plan& plan, char* workspace,
                  int member)
       : p(params), layer(layer), plan(plan), team(member / plan.team_size), member(member % plan.team_size),
-        // Rows of the weights serve as panels where whole vectors of them, of the right type, can be read.
-        packed(plan.pack_hh || !std::is_same_v<S, T> || p.hidden % L != 0 || p.width % L != 0), arena(workspace),
-        b(params, layer, plan, arena, this->member), step(params, layer, b),
-        gradients(params, layer, plan, this->member, b, step, packed || (layer && layer->size % L != 0)) {
+        arena(workspace), b(params, layer, plan, arena, this->member), step(params, layer, b),
+        gradients(params, layer, plan, this->member, b, step) {
     units = own_part(plan, b.unit_vectors, this->member);
     widths = own_part(plan, b.width_vectors, this->member);
     sums = b.sums + this->member * b.sums_size;
   }
   BackwardWorker(const BackwardWorker&) = delete;
 
-  // The step after the last one is there for the initial state's gradient, or a reset's at the first step.
-  int64_t steps() const { return p.grad_h_0 || p.resets ? p.steps + 1 : p.steps; }
-
   void begin(int64_t group) {
     step.enter(plan, group, member);
     step.begin();
     from = grad_gates();
     if (layer) gradients.begin();
-    if (packed) pack(group);
+    if (b.packed) pack(group);
     if (p.grad_h_0) pass_rows<S>(step, units, widths);
   }
 
   void pack(int64_t group) {
     const int64_t h = p.hidden, R = p.width;
-    const S* weight = static_cast<const S*>(p.weight_hh) + group * (G * h * R + p.gaps.weight_hh);
     // The first step of this loop has no gate gradients of a step before to multiply.
-    const Range multiplied = kHasLate<Cell> || steps() > 1 ? widths : Range{0, 0};
-    for_each_packed_panel(multiplied, kMaxVectors, plan.split_rows, member, plan.team_size, [&](int64_t v, int vectors) {
-      pack_columns(weight + v * L, R, vectors, R - v * L, G, h, b.gates_padded,
-                   b.panels_hh + v * L * b.gates_padded * G);
+    const Range packed = b.panels_hh && !plan.hh_late ? widths : Range{0, 0};
+    for_each_packed_panel(packed, kMaxVectors, plan.split_rows, member, plan.team_size, [&](int64_t v, int vectors) {
+      pack_hh(0, G, v, vectors, b.panels_hh + v * L * b.gates_padded * G);
     });
     if (!p.weight_hr) return;
     const S* projection = static_cast<const S*>(p.weight_hr) + group * (R * h + p.gaps.weight_hr);
     for_each_packed_panel(units, kMaxVectors, plan.split_rows, member, plan.team_size, [&](int64_t v, int vectors) {
       pack_columns(projection + v * L, h, vectors, h - v * L, 1, R, R, b.panels_hr + v * L * padded_depth<A>(R));
     });
+  }
+
+  // Vectors v .. of the columns of weight_hh, of the `gates` from the first one on.
+  void pack_hh(int first, int gates, int64_t v, int vectors, A* panel) const {
+    const int64_t h = p.hidden, R = p.width;
+    const S* weight = static_cast<const S*>(p.weight_hh) + step.group * (G * h * R + p.gaps.weight_hh) + first * h * R;
+    pack_columns(weight + v * L, R, vectors, R - v * L, gates, h, b.gates_padded, panel);
+  }
+  // The same, packed or as they are stored.
+  Panel<A> panel_hh(int first, int gates, int64_t v, int vectors) const {
+    if (b.packed && plan.hh_late) {
+      A* panel = b.panels_hh + member * kMaxVectors * L * b.gates_padded * G;
+      pack_hh(first, gates, v, vectors, panel);
+      return {panel, vectors * L};
+    }
+    Panel<A> panel = panel_of_columns(p.weight_hh, step.group, G * p.hidden, p.width, p.gaps.weight_hh, b.panels_hh,
+                                      b.gates_padded * G, v, vectors, b.packed);
+    panel.weights += first * b.gates_padded * panel.stride;
+    return panel;
   }
 
   A* grad_gates() const { return b.grad_gates + (b.slots + 1) * step.rows->first * b.gates_stride; }
@@ -113,21 +125,23 @@ class BackwardWorker {
       if (p.weight_hr) step.grad_h = gradients.next_grad_h();
     }
     const int64_t was_running = step.was_running, count = step.running > was_running ? step.running : was_running;
-    for_each_panel(widths, kMaxVectors, [&](int64_t v, int vectors) {
-      // Rows that only start here have no gate gradients to multiply.
+    for_each_panel(was_running > 0 ? widths : Range{0, 0}, kMaxVectors, [&](int64_t v, int vectors) {
       const auto body = [&](int64_t first, int rows_in_tile, const T* sums) {
         fetch(first + rows_in_tile, rows_in_tile + 1, v, vectors);  // of the next tile
         for (int m = 0; m < rows_in_tile; ++m)
           for (int n = 0; n < vectors; ++n)
-            step.state(first + m, (v + n) * L, V(sums ? load(sums + (m * vectors + n) * L) : V(0)));
+            step.state(first + m, (v + n) * L, load(sums + (m * vectors + n) * L));
       };
-      const Panel<A> panel = panel_of_columns(p.weight_hh, step.group, G * p.hidden, p.width, p.gaps.weight_hh,
-                                              b.panels_hh, b.gates_padded * G, v, vectors, packed);
+      const Panel<A> panel = panel_hh(0, kEarlyGates<Cell>, v, vectors);
       fetch(0, max_rows<A>(vectors), v, vectors);
       for_each_deep_tile(was_running, from, b.gates_stride, panel.weights, panel.stride,
                          b.gates_padded * kEarlyGates<Cell>, vectors, sums, body, terms_of_weights(p));
-      for (int64_t i = was_running; i < count; ++i) body(i, 1, nullptr);
     });
+    // Rows that only start here have no gate gradients to multiply, and are taken as they lie in memory.
+    for (int64_t i = was_running; i < count; ++i) {
+      fetch(i + 1, 1, widths.begin, int(widths.end - widths.begin));
+      for (int64_t v = widths.begin; v < widths.end; ++v) step.state(i, v * L, V(0));
+    }
     from = step.to;
     if (layer) gradients.made(step.running);
   }
@@ -143,10 +157,9 @@ class BackwardWorker {
   void multiply_late() {
     const int64_t late = kEarlyGates<Cell> * b.gates_padded;  // where they start
     for_each_panel(units, kMaxVectors, [&](int64_t v, int vectors) {
-      const Panel<A> panel = panel_of_columns(p.weight_hh, step.group, G * p.hidden, p.width, p.gaps.weight_hh,
-                                              b.panels_hh, b.gates_padded * G, v, vectors, packed);
-      for_each_deep_tile(step.running, static_cast<const A*>(step.to + late), b.gates_stride,
-                         panel.weights + late * panel.stride, panel.stride, b.gates_padded * kLateGates<Cell>, vectors,
+      const Panel<A> panel = panel_hh(kEarlyGates<Cell>, kLateGates<Cell>, v, vectors);
+      for_each_deep_tile(step.running, static_cast<const A*>(step.to + late), b.gates_stride, panel.weights,
+                         panel.stride, b.gates_padded * kLateGates<Cell>, vectors,
                          sums, [&](int64_t first, int rows_in_tile, const T* product) {
                            for (int m = 0; m < rows_in_tile; ++m)
                              for (int n = 0; n < vectors; ++n)
@@ -161,7 +174,7 @@ class BackwardWorker {
     const int64_t count = step.running > step.was_running ? step.running : step.was_running;
     for_each_panel(units, kMaxVectors, [&](int64_t v, int vectors) {
       const Panel<A> panel = panel_of_columns(p.weight_hr, step.group, p.width, p.hidden, p.gaps.weight_hr,
-                                              b.panels_hr, p.width, v, vectors, packed);
+                                              b.panels_hr, p.width, v, vectors, b.packed);
       for_each_tile(count, static_cast<const A*>(step.grad_h), b.stride, panel.weights, panel.stride, p.width, vectors,
                     nullptr,
                     [&](int64_t first, int rows_in_tile, const T* sums) {
@@ -191,7 +204,6 @@ class BackwardWorker {
   const LayerBackwardParams* const layer;  // null where gate gradients are asked for
   const Plan& plan;
   const int team, member;
-  const bool packed;
   Arena arena;
   BackwardBuffers<S> b;
   BackwardStep<Cell, S> step;

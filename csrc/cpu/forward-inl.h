@@ -111,7 +111,7 @@ class ForwardWorker {
   template <int first, int count>
   void pack_gates(int64_t v, int vectors) {
     const int64_t h = p.hidden, R = p.width, row = first * h + v * L;
-    pack_rows(weight_hh + row * R, R, h, count, vectors, h - v * L, R, panel_hh<first, count>(v));
+    if (!plan.hh_late) pack_rows(weight_hh + row * R, R, h, count, vectors, h - v * L, R, panel_hh<first, count>(v));
     if (bias_hh) pack_bias(bias_hh + row, h, count, vectors, h - v * L, panel_bias<first, count>(v));
   }
   template <int first, int count>
@@ -190,11 +190,15 @@ class ForwardWorker {
       if constexpr (kInt8)
         for_each_int8_tile(active, quantized, b.quads_hh * kInt8Depth, scale, int8_hh, G, v, vectors, bias_hh, p.hidden,
                            cells);
-      else if (plan.pack_hh)
-        for_each_tile(active, x, b.stride, static_cast<const A*>(panel_hh<first, count>(v)), vectors * count * L,
-                      p.width, vectors * count, bias_hh ? panel_bias<first, count>(v) : nullptr, cells, plan.uniform,
+      else if (plan.pack_hh) {
+        A* weights = plan.hh_late ? b.panels_hh + member * b.late_panel(p.width, G) : panel_hh<first, count>(v);
+        if (plan.hh_late)
+          pack_rows(weight_hh + (row + v * L) * p.width, p.width, p.hidden, count, vectors, p.hidden - v * L, p.width,
+                    weights);
+        for_each_tile(active, x, b.stride, static_cast<const A*>(weights), vectors * count * L, p.width,
+                      vectors * count, bias_hh ? panel_bias<first, count>(v) : nullptr, cells, plan.uniform,
                       terms_of_weights(p));
-      else
+      } else
         for_each_dot_tile(active, x, b.stride, weight_hh + (row + v * L) * p.width, p.width, p.hidden, count, vectors,
                           p.hidden - v * L, p.width, bias_hh ? bias_hh + row + v * L : nullptr, cells);
     });

@@ -44,7 +44,7 @@ class LayerGates {
   void pack(int64_t v, int vectors) {
     if (!plan.pack_ih) return;
     const int64_t h = p.hidden;
-    if (!plan.pack_late) pack_weight(v, vectors, panel_ih(v));
+    if (!plan.ih_late) pack_weight(v, vectors, panel_ih(v));
     if (bias_ih) pack_bias(bias_ih + v * L, h, G, vectors, h - v * L, b.bias_ih + v * G * L);
   }
 
@@ -91,8 +91,8 @@ class LayerGates {
         for_each_int8_tile(count, b.quantized_input + mine * stride, stride, b.input_scale + mine, int8_ih, G, v,
                            vectors, bias_ih, p.hidden, keep);
       } else if (plan.pack_ih) {
-        A* weights = panel_ih(plan.pack_late ? this->units.begin : v);
-        if (plan.pack_late) pack_weight(v, vectors, weights);
+        A* weights = plan.ih_late ? b.panels_ih + member * b.late_panel(I, G) : panel_ih(v);
+        if (plan.ih_late) pack_weight(v, vectors, weights);
         for_each_tile(count, input, b.input_stride, static_cast<const A*>(weights), N * L, I, N,
                       bias_ih ? b.bias_ih + v * G * L : nullptr, keep, plan.uniform, terms_of_weights(p));
       } else

@@ -27,8 +27,9 @@ struct GemmBuffers {
 
   GemmBuffers() = default;
   GemmBuffers(int64_t n, int64_t k, bool transpose_a, Arena& arena, int members = 1, int member = 0)
-      : block_n(round_up(n < kBlockN ? n : kBlockN, L)), block_k(padded_depth<A>(k < kBlockK ? k : kBlockK)),
-        a_stride(kBlockM + L) {
+      : block_k(padded_depth<A>(k < kBlockK ? k : kBlockK)), a_stride(kBlockM + L) {
+    const int64_t most = k <= kPartK ? kBlockN * kBlockK / kPartK : kBlockN;
+    block_n = round_up(n < most ? n : most, L);
     panels = arena.take<A>(block_n * block_k * members) + block_n * block_k * member;
     rows = transpose_a ? arena.take<A>(block_k * a_stride * members) + block_k * a_stride * member : nullptr;
   }
@@ -44,8 +45,11 @@ void multiply(const GemmBuffers<A>& buffers, Range m, Range columns, int64_t k, 
   const auto block = [&](Range block, int64_t k0, int64_t depth) {
     const auto panel_at = [&](int64_t v) { return buffers.panels + (v - block.begin) * L * buffers.block_k; };
     for_each_panel(block, kMaxVectors, [&](int64_t v, int n) { pack(k0, depth, v, n, panel_at(v)); });
-    for (int64_t m0 = m.begin; m0 < m.end; m0 += kBlockM) {
-      const int64_t rows = m.end - m0 < kBlockM ? m.end - m0 : kBlockM;
+    // Long rows of a result that no cache has are written the faster the more of each is written at once.
+    const bool by_rows = k <= kPartK && (columns.end - columns.begin) * L > kBlockN;
+    const int64_t block_m = by_rows ? 2 * max_rows<A>(kMaxVectors) : kBlockM;
+    for (int64_t m0 = m.begin; m0 < m.end; m0 += block_m) {
+      const int64_t rows = m.end - m0 < block_m ? m.end - m0 : block_m;
       if (TransposeA)
         for (int64_t i = 0; i < depth; i += D)
           for (int64_t j = 0; j < rows; j += L)

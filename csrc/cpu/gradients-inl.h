@@ -59,8 +59,8 @@ class LayerGradients {
 
  public:
   LayerGradients(const BackwardParams& params, const LayerBackwardParams* layer, const Plan& plan, int member,
-                 const BackwardBuffers<S>& buffers, const BackwardWalk& walk, bool packed)
-      : p(params), layer(layer), plan(plan), member(member), b(buffers), walk(walk), packed(packed),
+                 const BackwardBuffers<S>& buffers, const BackwardWalk& walk)
+      : p(params), layer(layer), plan(plan), member(member), b(buffers), walk(walk),
         G(cell_info(p).gates), late_gates(cell_info(p).late_gates) {}
 
   // Of a group; `walk` has entered it.
@@ -71,7 +71,7 @@ class LayerGradients {
     of_ih = Sums(layer->grad_weight_ih, walk.group, rows * layer->size, b.lower_ih);
     of_hh = Sums(layer->grad_weight_hh, walk.group, rows * p.width, b.lower_hh);
     of_hr = Sums(layer->grad_weight_hr, walk.group, p.width * p.hidden, b.lower_hr);
-    if (!packed || !layer->grad_input || plan.pack_late) return;
+    if (!b.panels_ih || plan.ih_late) return;
     // All rows of the input's gradient need all panels.
     for_each_packed_panel({0, b.input_vectors}, kMaxVectors, true, member, plan.team_size,
                           [&](int64_t v, int vectors) { pack(v, vectors, b.panels_ih + v * L * b.gates_padded * G); });
@@ -282,15 +282,16 @@ class LayerGradients {
   void input_gradient(const A* gates, const int64_t* place, int64_t count, T* sums) {
     if (!layer->grad_input) return;
     S* out = static_cast<S*>(layer->grad_input) + walk.group * layer->rows * layer->size;
-    for (int64_t begin = 0; begin < count; begin += kBlockM) {
-      const int64_t end = begin + kBlockM < count ? begin + kBlockM : count;
+    const bool late = b.panels_ih && plan.ih_late;
+    const int64_t block = late ? count : kBlockM;
+    for (int64_t begin = 0; begin < count; begin += block) {
+      const int64_t end = begin + block < count ? begin + block : count;
       for_each_panel({0, b.input_vectors}, kMaxVectors, [&](int64_t v, int vectors) {
-        const bool late = packed && plan.pack_late;
         if (late) pack(v, vectors, b.panels_ih);
         const Panel<A> panel = late ? Panel<A>{b.panels_ih, vectors * L}
                                     : panel_of_columns(layer->weight, walk.group, G * p.hidden, layer->size,
                                                        p.gaps.weight_ih, b.panels_ih, b.gates_padded * G, v, vectors,
-                                                       packed);
+                                                       b.panels_ih != nullptr);
         const auto keep = [&](int64_t first, int rows_in_tile, const T* tile) {
           for (int m = 0; m < rows_in_tile; ++m)
             for (int n = 0; n < vectors; ++n) {
@@ -312,7 +313,6 @@ class LayerGradients {
   const int member;
   const BackwardBuffers<S>& b;
   const BackwardWalk& walk;
-  const bool packed;        // weight_ih, for the input's gradient
   const int G, late_gates;  // of the cell
 
   int64_t chunk_begin, chunk_rows;  // the chunk's first step, its rows so far

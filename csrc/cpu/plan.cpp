@@ -97,7 +97,9 @@ Plan plan_for(const ForwardParams& p, const LayerParams* layer, int threads, con
   const int64_t chunk_rows = weight_ih <= kSecondLevel ? 96 : weight_ih <= 4 * kSecondLevel ? 256 : 512;
   const int64_t chunks = std::max<int64_t>(ceil_div(p.steps, std::max<int64_t>(chunk_rows / rows, 1)), 1);
   plan.chunk = layer ? std::max<int64_t>(ceil_div(p.steps, chunks), 1) : 0;
-  plan.pack_late = plan.chunk == p.steps && (plan.team_size == 1 || !plan.split_rows);
+  const bool owns_panels = plan.team_size == 1 || !plan.split_rows;
+  plan.hh_late = p.steps == 1 && owns_panels;
+  plan.ih_late = plan.chunk == p.steps && owns_panels;
 
   share_rows(p, plan);
   return plan;
@@ -106,15 +108,19 @@ Plan plan_for(const ForwardParams& p, const LayerParams* layer, int threads, con
 }  // namespace
 
 // Packing costs about as much as the products with 32 rows. Without it each product is summed over its lanes at the end,
-// which is the less beside it the deeper it is; but many steps read packed weights faster, however deep, for those lie in
-// huge pages. A backward pass packs more, some of it once a chunk.
+// which is the less beside it the deeper it is; and where rows of the weights begin anywhere in a cache line, nearly every
+// load takes two. Several steps pack all weights before the first one; of a single step a panel's memory stays in the
+// cache. A backward pass packs more, some of it once a chunk.
 Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
-  constexpr int64_t kRowsWorthPacking = 32, kDepthOfARow = 6, kMostRows = 84;
+  constexpr int64_t kRowsWorthPacking = 32, kDepthOfARow = 6, kMostRows = 84, kMostRowsOfAStep = 48;
+  constexpr int64_t kRowsAcrossLines = 14, kLine = 64;
+  const int64_t most = p.steps == 1 && !uniform ? kMostRowsOfAStep : kMostRows;
   // Narrower types are widened, unpacked ones once for every tile of rows.
   const bool as_stored = (p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64) &&
                          (!layer || layer->weight_dtype == p.dtype);
   return plan_for(p, layer, threads, [&](int64_t depth) {
-    return as_stored ? std::clamp(depth / kDepthOfARow, kRowsWorthPacking, kMostRows) : kRowsWorthPacking;
+    if (as_stored && depth * computed_bytes(p.dtype) % kLine != 0) return kRowsAcrossLines;
+    return as_stored ? std::clamp(depth / kDepthOfARow, kRowsWorthPacking, most) : kRowsWorthPacking;
   });
 }
 
@@ -129,10 +135,9 @@ Plan make_backward_plan(const BackwardParams& p, const LayerBackwardParams* laye
   // Enough rows that adding to the weights' gradients is little beside the products, few enough for the caches.
   constexpr int64_t kChunkRows = 512;
   plan.chunk = std::clamp<int64_t>(kChunkRows / std::max<int64_t>(p.batch, 1), 1, std::max<int64_t>(p.steps, 1));
-  // Weights that have to be packed however few the rows are (of half types, of odd sizes): a panel's memory stays in the
-  // cache, and all panels' would be as much as the weights take. So few rows are one block of the input's gradient, which
-  // reads a panel once.
-  plan.pack_late = plan.team_size == 1 && p.steps * p.batch < kRowsWorthPacking;
+  // A panel's memory stays in the cache, and all panels' would be as much as the weights take. So few rows are one block
+  // of the input's gradient, which reads a panel once. (Weights of half types or odd sizes are packed for any number.)
+  plan.ih_late = plan.team_size == 1 && (p.steps == 1 || p.steps * p.batch < kRowsWorthPacking);
   return plan;
 }
 
@@ -164,7 +169,7 @@ PipelinePlan make_pipeline_plan(const std::vector<LayerCall>& layers, int stages
   result.chunks = ceil_div(steps, chunk);
   for (Plan& plan : result.layers) {
     plan.chunk = chunk;
-    plan.pack_late = false;
+    plan.hh_late = plan.ih_late = false;
     plan.follows = true;
   }
   result.time *= 1 + double(stages - 1) / double(result.chunks);

@@ -36,8 +36,8 @@ struct Plan {
   int teams, team_size;
   bool split_rows;
   // Are weight_hh and weight_hr packed into panels first, and weight_ih? A short call multiplies with the weights as
-  // they are stored. pack_late: each panel of weight_ih is packed just before its only use.
-  bool pack_hh, pack_ih, pack_late;
+  // they are stored. Late: each panel of weight_hh, or of weight_ih, is packed just before its only use.
+  bool pack_hh, pack_ih, hh_late, ih_late;
   bool uniform;                // no sum of a forward pass depends on how many steps or threads there are
   bool from_the_end;           // of a layer's call of one step: groups and units, and so weights, come last to first
   bool follows = false;        // of a layer's forward call: its input may not be complete yet, see Pipeline

@@ -148,30 +148,46 @@ FASTRNN_HD void for_each_tile(int64_t count, const A* a, int64_t stride, const A
 }
 
 // for_each_tile where a panel may be deeper than the second-level cache holds: all tiles take one part of it after the
-// other, and `sums` [count][vectors][lanes] is where they add up.
+// other, and `sums` [count][vectors][lanes] is where they add up. So they do where the panel is columns of weights as they
+// are stored, of which that cache does not hold all: lines so far apart do not come ahead of their use, and drive each other
+// out. A part of those is copied side by side first, if there are tiles enough to repay it, and while tiles multiply with
+// it the next one is fetched; into the second level, for fetches into the first one would keep its few misses in flight
+// from those that a sum waits for.
 template <class A, class Body>
 FASTRNN_HD void for_each_deep_tile(int64_t count, const A* a, int64_t stride, const A* panel, int64_t panel_stride,
                                    int64_t depth, int vectors, typename Compute<A>::type* sums, Body body,
                                    Terms terms = Terms::kAll) {
   using T = typename Compute<A>::type;
-  constexpr int64_t kPart = (256 << 10) / (kMaxVectors * FASTRNN_VECTOR_BYTES);
+  constexpr int L = Vec<T>::kLanes;
+  constexpr int64_t kPart = (256 << 10) / (kMaxVectors * FASTRNN_VECTOR_BYTES), kCopiedPart = 128, kCached = 1 << 20;
   const T* none = nullptr;
-  if (depth < 2 * kPart)
+  const int64_t row = vectors * L;
+  const bool copies = kDepth<A> == 1 && panel_stride != row && depth * panel_stride * int64_t(sizeof(A)) > kCached &&
+                      count > 2 * max_rows<A>(vectors);
+  if (!copies && depth < 2 * kPart)
     return for_each_tile(count, a, stride, panel, panel_stride, depth, vectors, none, body, false, terms);
-  const int64_t parts = depth / kPart;
-  const auto first_of_part = [&](int64_t i) { return i == parts ? depth : depth * i / parts / kDepth<A> * kDepth<A>; };
+  alignas(64) A copied[kCopiedPart * kMaxVectors * L];
+  const int64_t parts = copies ? ceil_div(depth, kCopiedPart) : depth / kPart;
+  const auto first_of_part = [&](int64_t i) { return i >= parts ? depth : depth * i / parts / kDepth<A> * kDepth<A>; };
   for (int64_t i = 0; i < parts; ++i) {
-    const int64_t k = first_of_part(i), end = first_of_part(i + 1);
-    for_each_tile(count, a + k, stride, panel + k * panel_stride, panel_stride, end - k, vectors, none,
-                  [&](int64_t first, int rows, const T* part) {
-                    T* to = sums + first * vectors * Vec<T>::kLanes;
-                    for (int64_t j = 0; j < rows * vectors; ++j, to += Vec<T>::kLanes) {
-                      Vec<T> sum = load(part + j * Vec<T>::kLanes);
-                      if (i > 0) sum = sum + load(to);
-                      store(to, sum);
-                    }
-                    if (i + 1 == parts) body(first, rows, static_cast<const T*>(to - rows * vectors * Vec<T>::kLanes));
-                  },
+    const int64_t k = first_of_part(i), end = first_of_part(i + 1), next = first_of_part(i + 2) - end;
+    const A* part = panel + k * panel_stride;
+    if (copies)
+      for (int64_t j = 0; j < end - k; ++j)
+        for (int64_t n = 0; n < row; n += L) store_operands(copied + j * row + n, load_operands(part + j * panel_stride + n));
+    const auto each = [&](int64_t first, int rows, const T* sums_of_part) {
+      if (copies)  // the tile's share of the next part
+        for (int64_t j = end + next * first / count; j < end + next * (first + rows) / count; ++j)
+          for (int64_t n = 0; n < row; n += int64_t(64 / sizeof(A))) __builtin_prefetch(panel + j * panel_stride + n, 0, 2);
+      T* to = sums + first * row;
+      for (int64_t j = 0; j < rows * row; j += L) {
+        Vec<T> sum = load(sums_of_part + j);
+        if (i > 0) sum = sum + load(to + j);
+        store(to + j, sum);
+      }
+      if (i + 1 == parts) body(first, rows, static_cast<const T*>(to));
+    };
+    for_each_tile(count, a + k, stride, copies ? copied : part, copies ? row : panel_stride, end - k, vectors, none, each,
                   false, terms);
   }
 }

@@ -75,9 +75,11 @@ struct Free {
 using Memory = std::unique_ptr<char, Free>;
 
 // Fails as torch's allocator does, with its words: they are what callers look for. Packed weights that are read once a
-// step from beyond the second-level cache are read the faster the fewer pages they have.
-Memory allocate(int64_t bytes) {
-  const bool huge = bytes >= 2 * kHugePage;
+// step from beyond the second-level cache are read the faster the fewer pages they have; but a huge page is new in every
+// call, and the kernel clears all of it, which takes a few steps to gain.
+Memory allocate(int64_t bytes, int64_t steps) {
+  constexpr int64_t kStepsWorthClearing = 8;
+  const bool huge = bytes >= 2 * kHugePage && steps >= kStepsWorthClearing;
   if (huge) bytes = round_up(bytes, kHugePage);
   Memory memory(static_cast<char*>(aligned(huge ? kHugePage : 64, bytes)));
   if (!memory)
@@ -97,9 +99,9 @@ Plan fitting_plan(int threads, const Make& make) {
 
 // make(a team's workspace, member) gives a member's part.
 template <class Make>
-void run(const Plan& plan, int64_t workspace_bytes, const Make& make) {
+void run(const Plan& plan, int64_t steps, int64_t workspace_bytes, const Make& make) {
   const int64_t bytes = round_up(std::max<int64_t>(workspace_bytes, 64), 64);
-  const Memory workspace = allocate(bytes * plan.teams);
+  const Memory workspace = allocate(bytes * plan.teams, steps);
   Parts parts(plan.members(), plan.team_size);
   for (int member = 0; member < plan.members(); ++member)
     parts.add(make(workspace.get() + member / plan.team_size * bytes, member));
@@ -118,14 +120,14 @@ void run_forward(const ForwardParams& params, const LayerParams* layer, int thre
   Plan plan = fitting_plan(threads, [&](int threads) { return make_plan(params, layer, threads); });
   plan.from_the_end = layer && params.steps == 1 && take_turns(params.weight_hh);
   const Kernels& of_dtype = kernels(params.dtype);
-  run(plan, of_dtype.forward_workspace(params, layer, plan),
+  run(plan, params.steps, of_dtype.forward_workspace(params, layer, plan),
       [&](char* own, int member) { return of_dtype.forward(params, layer, plan, own, member); });
 }
 
 void run_backward(const BackwardParams& params, const LayerBackwardParams* layer, int threads) {
   const Plan plan = fitting_plan(threads, [&](int threads) { return make_backward_plan(params, layer, threads); });
   const Kernels& of_dtype = kernels(params.dtype);
-  run(plan, of_dtype.backward_workspace(params, layer, plan),
+  run(plan, params.steps, of_dtype.backward_workspace(params, layer, plan),
       [&](char* own, int member) { return of_dtype.backward(params, layer, plan, own, member); });
 }
 
@@ -160,7 +162,7 @@ void layers_forward(const std::vector<LayerCall>& layers, int stages, int thread
   for (size_t l = 0; l < layers.size(); ++l) {
     const auto& [params, layer] = layers[l];
     const Kernels& of_dtype = kernels(params.dtype);
-    workspaces.push_back(allocate(round_up(of_dtype.forward_workspace(params, &layer, plan.layers[l]), 64)));
+    workspaces.push_back(allocate(round_up(of_dtype.forward_workspace(params, &layer, plan.layers[l]), 64), params.steps));
     std::vector<Part> parts;
     for (int member = 0; member < plan.layers[l].team_size; ++member)
       parts.push_back(of_dtype.forward(params, &layer, plan.layers[l], workspaces[l].get(), member));
@@ -182,7 +184,7 @@ void gemm(const GemmParams& params, int threads) {
   int members = static_cast<int>(std::clamp<int64_t>(work / kWorthAThread, 1, std::max(threads, 1)));
   if (members > 1) members = std::min(members, usable_processors());
   const int64_t bytes = round_up(std::max<int64_t>(kernels(params.dtype).gemm_workspace(params), 64), 64);
-  const Memory workspace = allocate(bytes * members);
+  const Memory workspace = allocate(bytes * members, 1);
   const auto one = [&](int member) { kernels(params.dtype).gemm(params, workspace.get() + member * bytes, member, members); };
   share_out(
       members, work, [&](int member) { return one(member), 0; },

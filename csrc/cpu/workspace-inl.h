@@ -34,7 +34,7 @@ struct ForwardBuffers {
   static constexpr int L = Vec<T>::kLanes;
   int64_t unit_vectors, width_vectors;  // of a row of h hidden units, and of a row of width R
   int64_t stride;                       // elements from row to row
-  A *panels_hh, *panels_hr;             // weight_hh and weight_hr, packed; see panels-inl.h
+  A *panels_hh, *panels_hr;             // weight_hh and weight_hr, packed (panels-inl.h); if late, a panel a member
   T* bias;                              // bias_hh, likewise
   T* h[2];           // [B, stride]: state 0 before and after a step, in turn
   A* multiplied[2];  // [B, stride]: the same as the product reads it, where that differs: times mask_h, or as operands
@@ -49,7 +49,7 @@ struct ForwardBuffers {
   // The rest is of a layer's call, whose gates_ih are made here, for a chunk of steps at a time. In arrays of
   // chunk_rows a member's part starts at chunk * Rows::first, and a step's rows follow those of the step before.
   int64_t chunk_rows, input_stride;
-  A* panels_ih;
+  A* panels_ih;  // if late, a panel a member
   T* bias_ih;
   A* input;            // [chunk_rows, input_stride]
   T* gates_ih;         // [panels][chunk_rows][a panel's vectors]
@@ -63,7 +63,11 @@ struct ForwardBuffers {
       : unit_vectors(ceil_div(p.hidden, L)), width_vectors(ceil_div(p.width, L)) {
     const CellInfo& cell = cell_info(p);
     stride = ((unit_vectors > width_vectors ? unit_vectors : width_vectors) + kMaxVectors) * L;
-    panels_hh = plan.pack_hh ? arena.take<A>(unit_vectors * cell.gates * L * padded_depth<A>(p.width)) : nullptr;
+    const auto panels = [&](int64_t depth, bool late) {
+      return arena.take<A>(late ? plan.team_size * late_panel(depth, cell.gates)
+                                : unit_vectors * cell.gates * L * padded_depth<A>(depth));
+    };
+    panels_hh = plan.pack_hh ? panels(p.width, plan.hh_late) : nullptr;
     bias = arena.take<T>(unit_vectors * cell.gates * L);
     panels_hr = p.weight_hr && plan.pack_hh ? arena.take<A>(width_vectors * L * padded_depth<A>(p.hidden)) : nullptr;
     for (T*& x : h) x = arena.take<T>(p.batch * stride);
@@ -81,8 +85,7 @@ struct ForwardBuffers {
     if (!layer) return;
     chunk_rows = plan.chunk * p.batch;
     input_stride = round_up(layer->size, L) + L;
-    panels_ih =
-        plan.pack_ih ? arena.take<A>(unit_vectors * cell.gates * L * padded_depth<A>(layer->size)) : nullptr;
+    panels_ih = plan.pack_ih ? panels(layer->size, plan.ih_late) : nullptr;
     bias_ih = arena.take<T>(unit_vectors * cell.gates * L);
     if (layer->weight_dtype == DType::kInt8) {
       quads_ih = ceil_div(layer->size, kInt8Depth);
@@ -96,7 +99,15 @@ struct ForwardBuffers {
     gates_ih = arena.take<T>(chunk_rows * unit_vectors * cell.gates * L);
     chunk_row = arena.take<int64_t>(plan.team_size * plan.chunk);
   }
+
+  // What one panel takes at most, of weights of so many inputs: all gates of a vector of units, or as many vectors.
+  static int64_t late_panel(int64_t depth, int gates) {
+    return (gates > kMaxVectors ? gates : kMaxVectors) * L * padded_depth<A>(depth);
+  }
 };
+
+// The step after the last one is there for the initial state's gradient, or a reset's at the first step.
+inline int64_t backward_steps(const BackwardParams& p) { return p.grad_h_0 || p.resets ? p.steps + 1 : p.steps; }
 
 template <class S>
 struct BackwardBuffers {
@@ -107,7 +118,11 @@ struct BackwardBuffers {
   int64_t stride;                       // elements from row to row of states
   int64_t gates_padded;                 // elements of a gate, padded to whole vectors
   int64_t gates_stride;                 // elements from row to row of gates
-  A *panels_hh, *panels_hr;             // weight_hh and weight_hr, packed; see panels-inl.h
+  // Rows of the weights serve as panels where whole vectors of them, of the right type, can be read: else, and in longer
+  // calls, weight_hh and weight_hr are packed (panels-inl.h), if anything is multiplied with them. If late, a panel a
+  // member.
+  bool packed;
+  A *panels_hh, *panels_hr;
   // [(slots + 1) B, gates_stride]: grad_gates_hh. A member's rows are together: first those of the step before, then
   // those of the steps since, of which there are `slots`.
   int64_t slots;
@@ -123,7 +138,7 @@ struct BackwardBuffers {
 
   // The rest is of a layer's call, for a chunk of steps: its rows as in grad_gates, without the first B of them.
   int64_t input_vectors;      // of a row of I inputs
-  A* panels_ih;               // weight_ih, packed for the input's gradient; where plan.pack_late, one panel of it
+  A* panels_ih;  // weight_ih, packed for the input's gradient, or null; if late, one panel of it
   A* grad_gates_ih;           // [slots * B, gates_stride], or null where grad_gates serves
   const S **input, **before;  // [slots * B]: the step's input, and the state before it; null for zeros
   const S** mask;             // [slots * B]: the row of mask_h; null without one
@@ -144,8 +159,11 @@ struct BackwardBuffers {
     stride = ((unit_vectors > width_vectors ? unit_vectors : width_vectors) + kMaxVectors) * L;
     gates_padded = unit_vectors * L;
     gates_stride = gates_padded * cell.gates + L;
-    panels_hh = arena.take<A>(width_vectors * L * gates_padded * cell.gates);
-    panels_hr = p.weight_hr ? arena.take<A>(unit_vectors * L * padded_depth<A>(p.width)) : nullptr;
+    packed = plan.pack_hh || !std::is_same_v<S, T> || p.hidden % L != 0 || p.width % L != 0;
+    const bool multiplied = cell.late_gates || backward_steps(p) > 1;
+    const int64_t vectors = plan.hh_late ? plan.team_size * kMaxVectors : width_vectors;
+    panels_hh = packed && multiplied ? arena.take<A>(vectors * L * gates_padded * cell.gates) : nullptr;
+    panels_hr = packed && p.weight_hr ? arena.take<A>(unit_vectors * L * padded_depth<A>(p.width)) : nullptr;
     grad_gates = arena.take<A>((slots + 1) * p.batch * gates_stride);
     carry_h = arena.take<T>(p.batch * stride);
     carry_c = arena.take<T>(cell.in_c() * p.batch * stride);
@@ -159,8 +177,9 @@ struct BackwardBuffers {
     sums = arena.take<T>(plan.team_size * sums_size);
     if (!layer) return;
     input_vectors = ceil_div(layer->size, L);
-    const int64_t vectors_held = plan.pack_late && input_vectors > kMaxVectors ? kMaxVectors : input_vectors;
-    panels_ih = layer->grad_input ? arena.take<A>(vectors_held * L * gates_padded * cell.gates) : nullptr;
+    const int64_t vectors_ih = plan.ih_late ? kMaxVectors : input_vectors;
+    const bool packed_ih = layer->grad_input && (packed || layer->size % L != 0);
+    panels_ih = packed_ih ? arena.take<A>(vectors_ih * L * gates_padded * cell.gates) : nullptr;
     grad_gates_ih = layer->separate_gates_hh ? arena.take<A>(slots * p.batch * gates_stride) : nullptr;
     input = arena.take<const S*>(slots * p.batch);
     before = arena.take<const S*>(slots * p.batch);

@@ -155,7 +155,9 @@ Plan random_plan(const ForwardParams& p, const LayerParams* projection) {
   plan.pack_hh = !int8 && coin();
   plan.pack_ih = !int8 && projection && coin();
   plan.chunk = projection ? draw(1, p.steps) : 0;
-  plan.pack_late = plan.chunk == p.steps && (plan.team_size == 1 || !plan.split_rows);
+  const bool owns_panels = plan.team_size == 1 || !plan.split_rows;
+  plan.hh_late = p.steps == 1 && owns_panels && coin();
+  plan.ih_late = plan.chunk == p.steps && owns_panels && coin();
   plan.from_the_end = p.steps == 1 && coin();
   plan.all_rows.clear();
   share_rows(p, plan);
@@ -384,7 +386,7 @@ bool check_call() {
   const Plan forward_plan = random_plan(p, given);
   Plan backward_plan = random_plan(p, nullptr);
   backward_plan.chunk = whole ? draw(1, T) : 0;
-  backward_plan.pack_late = backward_plan.team_size == 1 && coin();
+  backward_plan.ih_late = backward_plan.team_size == 1 && (T == 1 || T * B <= 96) && coin();
   const auto first = results(), again = results(), alone = results();
   compute(forward_plan, backward_plan, 0xff, false, *first);
   if (no_h) p.h_0 = nullptr;
@@ -481,7 +483,7 @@ bool check_layers() {
     plan.team_size = int(draw(1, team));
     plan.split_rows = plan.team_size == 1 || coin();
     plan.chunk = chunk;
-    plan.pack_late = false;
+    plan.hh_late = plan.ih_late = false;
     plan.follows = true;
     plan.all_rows.clear();
     share_rows(p, plan);

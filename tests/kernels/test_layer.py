@@ -2,6 +2,7 @@
 which road."""
 
 import collections
+import math
 import re
 from itertools import product
 
@@ -364,6 +365,32 @@ def test_gradients_at_odd_sizes(cell, projected, masks, roads):
     for (B, h, size), P in product([(1, 3, 17), (17, 1, 3), (3, 17, 129), (129, 3, 1), (3, 129, 17)], (1, 2)):
         if projected < h:
             check_gradients(Case(cell, 4, B, P, h, projected, *masks), size)
+    assert set(roads) == {"fused"}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
+def test_gradients_of_one_step(cell, projected, threads, roads):
+    """Weights are packed a panel at a time, or multiplied with as they are stored."""
+    torch.set_num_threads(threads)
+    for (B, h, size), P in product([(1, 3, 17), (17, 33, 16), (40, 64, 48), (129, 17, 3)], (1, 2)):
+        if projected < h:
+            check_gradients(Case(cell, 1, B, P, h, projected), size)
+    check_gradients(Case(cell, 1, 17, 1, 33, projected, "rows", "state"), 16)
+    assert set(roads) == {"fused"}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_gradients_of_few_rows_and_large_weights(cell, threads, roads):
+    """More than the second-level cache holds, multiplied with as they are stored: a part at a time."""
+    torch.set_num_threads(threads)
+    gates = ops.CELLS[cell].gates
+    h = -(-math.isqrt((1 << 20) // 8 // gates) // 8) * 8 + 8  # float64
+    assert gates * h * h * 8 > 1 << 20
+    for T, B in ((1, 13), (1, 17), (1, 40), (2, 31)):
+        check_gradients(Case(cell, T, B, 1, h, 0), h + 8)
+        check(Case(cell, T, B, 1, h, 0), h + 8)
     assert set(roads) == {"fused"}
 
 
