@@ -56,6 +56,10 @@ under() { # SANITIZERS, pytest arguments
     LD_PRELOAD="$(c++ -print-file-name=lib$library.so) $(c++ -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS="$address:log_path=$findings/asan" TSAN_OPTIONS="$thread:suppressions=$tree/known-races:log_path=$findings/tsan" \
     UBSAN_OPTIONS="print_stacktrace=1:log_path=$findings/ubsan" $run "$python" -m pytest "$@") || status=$?
+  # A call that asked for too much memory, and was told so, is what a test wants.
+  for finding in "$findings"/*; do
+    grep -qv "WARNING: AddressSanitizer failed to allocate" "$finding" 2>/dev/null || rm -f "$finding"
+  done
   [ -z "$(ls "$findings")" ] || { tail -n 60 "$findings"/*; echo "all of it is in $findings"; return 1; }
   return $status
 }
