@@ -156,7 +156,7 @@ class BackwardWorker {
   // The rest of a step of a cell with late gates: the gradient of what their product was with, and the cells.
   void multiply_late() {
     const int64_t late = kEarlyGates<Cell> * b.gates_padded;  // where they start
-    for_each_panel(units, kMaxVectors, [&](int64_t v, int vectors) {
+    for_each_panel(step.running > 0 ? units : Range{0, 0}, kMaxVectors, [&](int64_t v, int vectors) {
       const Panel<A> panel = panel_hh(kEarlyGates<Cell>, kLateGates<Cell>, v, vectors);
       for_each_deep_tile(step.running, static_cast<const A*>(step.to + late), b.gates_stride, panel.weights,
                          panel.stride, b.gates_padded * kLateGates<Cell>, vectors,

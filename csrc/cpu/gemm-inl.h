@@ -47,7 +47,7 @@ void multiply(const GemmBuffers<A>& buffers, Range m, Range columns, int64_t k, 
     for_each_panel(block, kMaxVectors, [&](int64_t v, int n) { pack(k0, depth, v, n, panel_at(v)); });
     // Long rows of a result that no cache has are written the faster the more of each is written at once.
     const bool by_rows = k <= kPartK && (columns.end - columns.begin) * L > kBlockN;
-    const int64_t block_m = by_rows ? 2 * max_rows<A>(kMaxVectors) : kBlockM;
+    const int64_t block_m = by_rows ? round_up(2 * max_rows<A>(kMaxVectors), L) : kBlockM;
     for (int64_t m0 = m.begin; m0 < m.end; m0 += block_m) {
       const int64_t rows = m.end - m0 < block_m ? m.end - m0 : block_m;
       if (TransposeA)

@@ -109,7 +109,7 @@ Plan plan_for(const ForwardParams& p, const LayerParams* layer, int threads, con
 
 // Packing costs about as much as the products with 32 rows. Without it each product is summed over its lanes at the end,
 // which is the less beside it the deeper it is; and where rows of the weights begin anywhere in a cache line, nearly every
-// load takes two. Several steps pack all weights before the first one; of a single step a panel's memory stays in the
+// load takes two. Several steps pack all of weight_hh before the first one; of a single step a panel's memory stays in the
 // cache. A backward pass packs more, some of it once a chunk.
 Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
   constexpr int64_t kRowsWorthPacking = 32, kDepthOfARow = 6, kMostRows = 84, kMostRowsOfAStep = 48;
@@ -135,8 +135,9 @@ Plan make_backward_plan(const BackwardParams& p, const LayerBackwardParams* laye
   // Enough rows that adding to the weights' gradients is little beside the products, few enough for the caches.
   constexpr int64_t kChunkRows = 512;
   plan.chunk = std::clamp<int64_t>(kChunkRows / std::max<int64_t>(p.batch, 1), 1, std::max<int64_t>(p.steps, 1));
-  // A panel's memory stays in the cache, and all panels' would be as much as the weights take. So few rows are one block
-  // of the input's gradient, which reads a panel once. (Weights of half types or odd sizes are packed for any number.)
+  // A panel's memory stays in the cache, and all panels' would be as much as the weights take. So the rows of one step, and
+  // few rows of several, are one block of the input's gradient, which reads a panel once. (Weights of half types or odd
+  // sizes are packed for any number of rows.)
   plan.ih_late = plan.team_size == 1 && (p.steps == 1 || p.steps * p.batch < kRowsWorthPacking);
   return plan;
 }

@@ -119,8 +119,8 @@ struct BackwardBuffers {
   int64_t gates_padded;                 // elements of a gate, padded to whole vectors
   int64_t gates_stride;                 // elements from row to row of gates
   // Rows of the weights serve as panels where whole vectors of them, of the right type, can be read: else, and in longer
-  // calls, weight_hh and weight_hr are packed (panels-inl.h), if anything is multiplied with them. If late, a panel a
-  // member.
+  // calls, weight_hh and weight_hr are packed (panels-inl.h), if anything is multiplied with them; weight_hh, if late, a
+  // panel a member.
   bool packed;
   A *panels_hh, *panels_hr;
   // [(slots + 1) B, gates_stride]: grad_gates_hh. A member's rows are together: first those of the step before, then
