@@ -373,7 +373,7 @@ def test_gradients_at_odd_sizes(cell, projected, masks, roads):
 def test_gradients_of_one_step(cell, projected, threads, roads):
     """Weights are packed a panel at a time, or multiplied with as they are stored."""
     torch.set_num_threads(threads)
-    for (B, h, size), P in product([(1, 3, 17), (17, 33, 16), (40, 64, 48), (129, 17, 3)], (1, 2)):
+    for (B, h, size), P in product([(1, 3, 17), (17, 33, 16), (40, 64, 48), (129, 17, 3), (13, 17, 1100)], (1, 2)):
         if projected < h:
             check_gradients(Case(cell, 1, B, P, h, projected), size)
     check_gradients(Case(cell, 1, 17, 1, 33, projected, "rows", "state"), 16)
