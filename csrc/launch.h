@@ -38,8 +38,8 @@ void bernoulli(DType dtype, void* out, int64_t begin, int64_t end, uint64_t seed
 constexpr int64_t kHugePage = 2 << 20;
 void use_huge_pages(void* data, int64_t bytes);
 
-// Instruction set of the kernels in use: "avx512bf16", "avx512", "avx2" or "baseline". Chosen once per process: the best
-// that the CPU has, or what the environment variable FASTRNN_ISA names. Throws std::invalid_argument if that is unknown
+// Instruction set of the kernels in use: "amx", "avx512bf16", "avx512", "avx2" or "baseline". Chosen once per process: the
+// best that the CPU has, or what the environment variable FASTRNN_ISA names. Throws std::invalid_argument if that is unknown
 // or not to be had.
 const char* instruction_set();
 

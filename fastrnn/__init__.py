@@ -59,5 +59,5 @@ def build_info() -> dict[str, str | None]:
 
 def instruction_set() -> str:
     """The instruction set of the CPU kernels in use: 'avx512', 'avx2' or 'baseline', which the environment variable
-    FASTRNN_ISA chooses among; or 'avx512bf16', which is 'avx512' but for bfloat16."""
+    FASTRNN_ISA chooses among; or 'avx512bf16' or 'amx', which are 'avx512' but for bfloat16."""
     return _C.instruction_set()

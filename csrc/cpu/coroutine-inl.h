@@ -3,6 +3,8 @@
 #pragma once
 #include "isa-inl.h"
 
+#include "matrix-inl.h"
+
 namespace fastrnn::cpu::FASTRNN_ISA {
 
 // kMeet: its team has to be there. kInput: likewise, and what it reads next may be another layer's to write (Pipeline).
@@ -23,8 +25,12 @@ struct Paused {
       return {{std::coroutine_handle<promise_type>::from_promise(*this), &needs_input}};
     }
     Always initial_suspend() const noexcept { return {}; }
-    Always final_suspend() const noexcept { return {}; }
+    Always final_suspend() const noexcept {
+      leave_matrix_unit();
+      return {};
+    }
     Always yield_value(Pause why) noexcept {
+      leave_matrix_unit();
       needs_input = why == kInput;
       return {};
     }

@@ -93,8 +93,8 @@ class LayerGates {
       } else if (plan.pack_ih) {
         A* weights = plan.ih_late ? b.panels_ih + member * b.late_panel(I, G) : panel_ih(v);
         if (plan.ih_late) pack_weight(v, vectors, weights);
-        for_each_tile(count, input, b.input_stride, static_cast<const A*>(weights), N * L, I, N,
-                      bias_ih ? b.bias_ih + v * G * L : nullptr, keep, plan.uniform, terms_of_weights(p));
+        multiply_rows(count, input, b.input_stride, static_cast<const A*>(weights), N * L, I, N,
+                      bias_ih ? b.bias_ih + v * G * L : nullptr, out, plan.uniform, terms_of_weights(p));
       } else
         for_each_dot_tile(count, input, b.input_stride, weight_ih + v * L * I, I, p.hidden, G,
                           vectors, p.hidden - v * L, I, bias_ih ? bias_ih + v * L : nullptr, keep);

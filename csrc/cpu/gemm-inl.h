@@ -22,7 +22,9 @@ struct GemmBuffers {
   int64_t block_n, block_k, a_stride;
   A* panels;  // [block_n / (4 L)][block_k][4][L]
   // [block_k][a_stride]: a block of a where a is transposed, copied so that its rows are adjacent in memory, or, where
-  // kDepth rows are multiplied together, side by side as in a panel.
+  // kDepth rows are multiplied together, side by side as in a panel. For the matrix unit its columns are rows here,
+  // [kBlockM][turned_stride].
+  int64_t turned_stride;
   A* rows;
 
   GemmBuffers() = default;
@@ -31,9 +33,31 @@ struct GemmBuffers {
     const int64_t most = k <= kPartK ? kBlockN * kBlockK / kPartK : kBlockN;
     block_n = round_up(n < most ? n : most, L);
     panels = arena.take<A>(block_n * block_k * members) + block_n * block_k * member;
-    rows = transpose_a ? arena.take<A>(block_k * a_stride * members) + block_k * a_stride * member : nullptr;
+    turned_stride = round_up(block_k, kMatrixDepth) + kMatrixDepth;  // no power of two
+    int64_t size = block_k * a_stride;
+    if (kDepth<A> == 2 && size < kBlockM * turned_stride) size = kBlockM * turned_stride;
+    rows = transpose_a ? arena.take<A>(size * members) + size * member : nullptr;
   }
 };
+
+// rows[m * stride + k] = a[k * a_stride + m], of pairs, with zeros up to a multiple of kMatrixDepth; rows beyond the last
+// are written up to a multiple of the lanes.
+template <class A>
+FASTRNN_ONE_COPY void turn(const A* a, int64_t a_stride, int64_t depth, int64_t count, A* rows, int64_t stride) {
+  using T = typename Compute<A>::type;
+  constexpr int L = Vec<T>::kLanes, D = kDepth<A>;
+  for (int64_t m = 0; m < count; m += L)
+    for (int64_t k = 0; k < depth; k += L * D) {
+      Vec<T> square[L];
+      FASTRNN_UNROLL for (int i = 0; i < L; ++i) {
+        const int64_t left = depth - k - i * D;
+        square[i] = lanes_of(load_across<A>(a + (left > 0 ? k + i * D : 0) * a_stride + m, a_stride,
+                                            int(left < 0 ? 0 : left < D ? left : D), int(count - m < L ? count - m : L)));
+      }
+      transpose(square);
+      FASTRNN_UNROLL for (int i = 0; i < L; ++i) store_operands(rows + (m + i) * stride + k, operands_in<A>(square[i]));
+    }
+}
 
 // op(a) b for the rows `m` of the result and `columns`, in vectors. pack(k0, depth, v, n, panel) packs n vectors of b's
 // columns from v on; keep(row, v, n, k0, sums) is called for every part of k in turn, with a row's n vectors from v on.
@@ -50,21 +74,29 @@ void multiply(const GemmBuffers<A>& buffers, Range m, Range columns, int64_t k, 
     const int64_t block_m = by_rows ? round_up(2 * max_rows<A>(kMaxVectors), L) : kBlockM;
     for (int64_t m0 = m.begin; m0 < m.end; m0 += block_m) {
       const int64_t rows = m.end - m0 < block_m ? m.end - m0 : block_m;
-      if (TransposeA)
+      const bool matrix = by_matrix_unit<A>(depth);
+      if constexpr (TransposeA && D > 1)
+        if (matrix) turn(a + k0 * a_stride + m0, a_stride, depth, rows, buffers.rows, buffers.turned_stride);
+      if (TransposeA && !matrix)
         for (int64_t i = 0; i < depth; i += D)
           for (int64_t j = 0; j < rows; j += L)
             store_operands(buffers.rows + i * buffers.a_stride + j * D,
                            load_across<A>(a + (k0 + i) * a_stride + m0 + j, a_stride, int(depth - i < D ? depth - i : D),
                                           int(rows - j < L ? rows - j : L)));
       for_each_panel(block, kMaxVectors, [&](int64_t v, int n) {
-        for (int64_t i = 0; i < (depth > 0 ? depth : 1); i += kPartK) {
-          const int64_t part = depth - i < kPartK ? depth - i : kPartK;
+        // The matrix unit is so much faster than its sums are added up that it makes whole blocks.
+        const int64_t most = matrix ? kBlockK : kPartK;
+        for (int64_t i = 0; i < (depth > 0 ? depth : 1); i += most) {
+          const int64_t part = depth - i < most ? depth - i : most;
           const A* panel = panel_at(v) + i * n * L;
           const auto each = [&](int64_t first, int count, const T* sums) {
             for (int j = 0; j < count; ++j) keep(m0 + first + j, v, n, k0 + i, sums + j * n * L);
           };
           const T* none = nullptr;
-          if (TransposeA)
+          if (TransposeA && matrix)
+            for_each_tile(rows, static_cast<const A*>(buffers.rows), buffers.turned_stride, panel, n * L, part, n, none,
+                          each, false, terms);
+          else if (TransposeA)
             for_each_tile<A, true>(rows, buffers.rows + i * buffers.a_stride, buffers.a_stride, panel, n * L, part, n,
                                    none, each, false, terms);
           else

@@ -28,7 +28,7 @@
 #define FASTRNN_TARGET_END
 #endif
 
-#if defined(FASTRNN_AVX512BF16)  // and BF16, of tensors of bfloat16 alone: Cooper Lake, Zen 4 and later
+#if defined(FASTRNN_AVX512BF16)  // and BF16, of tensors of bfloat16 alone: Cooper Lake, Zen 4 and later; see matrix-inl.h
 #include <immintrin.h>
 FASTRNN_TARGET("avx512bf16,avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #define FASTRNN_ISA avx512bf16

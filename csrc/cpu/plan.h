@@ -118,6 +118,9 @@ struct Kernels {
   void (*bernoulli)(DType, void* out, int64_t begin, int64_t end, uint64_t seed, double p) = nullptr;
 };
 
+// May the kernels of avx512bf16 multiply by the processor's matrix unit (matrix-inl.h)?
+bool has_matrix_unit();
+
 const Kernels* baseline_kernels();
 const Kernels* avx2_kernels();    // null where not built
 const Kernels* avx512_kernels();  // null where not built

@@ -7,6 +7,7 @@
 #include "isa-inl.h"
 
 #include "dual-inl.h"
+#include "matrix-inl.h"
 #include "operands-inl.h"
 #include "scalar.h"
 #include "simd-inl.h"
@@ -125,25 +126,87 @@ Product<A> pick_product(int rows, int vectors, bool uniform, Terms terms) {
   return pick_product<A, Turned, Terms::kAll>(rows, vectors, uniform);
 }
 
-// Calls body(first_row, M, sums) for tiles of rows a[first .. first + count), sums [M][vectors][lanes]. Tiles are as
-// even as can be, so that no tile is left with a single row.
+// Does the matrix unit make sums of so many products? However few rows they are of: so it does not depend on those which
+// sums are rounded where.
+template <class A>
+bool by_matrix_unit([[maybe_unused]] int64_t depth) {
+  if constexpr (kDepth<A> == 2) return depth >= kMatrixDepth && has_matrix_unit();
+  else return false;
+}
+
+// The same for 1..2 kMatrixRows rows by that unit. What a panel is deeper than whole registers is added by product().
+template <class A>
+void multiply_by_matrix_unit(int rows, const A* a, int64_t stride, const A* panel, int64_t panel_stride, int64_t depth,
+                             int vectors, const float* bias, float* sums, bool uniform) {
+  constexpr int L = Vec<float>::kLanes;
+  const int64_t whole = depth / kMatrixDepth * kMatrixDepth, row = vectors * L;
+  matrix_product(a, stride, rows, panel, panel_stride, whole, bias, sums, vectors);
+  if (whole == depth) return;
+  alignas(64) float rest[8 * kMaxVectors * L];
+  const int most = max_rows<A>(vectors);
+  for (int first = 0; first < rows; first += most) {
+    const int some = rows - first < most ? rows - first : most;
+    const float* none = nullptr;
+    pick_product<A, false>(some, vectors, uniform, Terms::kAll)(
+        a + first * stride + whole, stride, panel + whole * panel_stride, panel_stride, depth - whole, none, rest, vectors);
+    for (int64_t j = 0; j < some * row; j += L) store(sums + first * row + j, load(sums + first * row + j) + load(rest + j));
+  }
+}
+
+// A tile's `rows` rows of sums, [rows][vectors][lanes].
+template <class A, bool Turned, class T = typename Compute<A>::type>
+FASTRNN_HD void multiply_tile(bool matrix, int rows, const A* a, int64_t stride, const A* panel, int64_t panel_stride,
+                              int64_t depth, int vectors, const T* bias, T* sums, bool uniform, Terms terms) {
+  if constexpr (!Turned && kDepth<A> == 2)
+    if (matrix)
+      return multiply_by_matrix_unit(rows, a, stride, panel, panel_stride, depth, vectors, bias, sums, uniform);
+  for (int n = 0; n < vectors; n += kTileVectors<A>) {
+    const int some = vectors - n < kTileVectors<A> ? vectors - n : kTileVectors<A>;
+    const int64_t at = n * Vec<T>::kLanes;
+    pick_product<A, Turned>(rows, some, uniform, terms)(a, stride, panel + at * kDepth<A>, panel_stride, depth,
+                                                        bias ? bias + at : nullptr, sums + at, vectors);
+  }
+}
+
+// How `count` rows are cut into tiles, as even as can be, so that none is left with a single row.
+struct TileRows {
+  const int64_t count, tiles;
+  TileRows(int64_t count, int most) : count(count), tiles(ceil_div(count, most)) {}
+  int64_t begin(int64_t tile) const { return count * tile / tiles; }
+};
+
+// The product of rows a[0 .. count) with a panel, out [count][vectors][lanes].
+template <class A, class T = typename Compute<A>::type>
+void multiply_rows(int64_t count, const A* a, int64_t stride, const A* panel, int64_t panel_stride, int64_t depth,
+                   int vectors, const T* bias, T* out, bool uniform, Terms terms) {
+  const bool matrix = by_matrix_unit<A>(depth);
+  const TileRows rows(count, matrix ? 2 * kMatrixRows : max_rows<A>(vectors));
+  for (int64_t i = 0; i < rows.tiles; ++i) {
+    const int64_t begin = rows.begin(i);
+    multiply_tile<A, false>(matrix, int(rows.begin(i + 1) - begin), a + begin * stride, stride, panel, panel_stride,
+                            depth, vectors, bias, out + begin * vectors * Vec<T>::kLanes, uniform, terms);
+  }
+}
+
+// Calls body(first_row, M, sums) for parts of tiles of rows a[first .. first + count), at most max_rows of them, sums
+// [M][vectors][lanes].
 template <class A, bool Turned = false, class Body>
 FASTRNN_HD void for_each_tile(int64_t count, const A* a, int64_t stride, const A* panel, int64_t panel_stride,
                               int64_t depth, int vectors, const typename Compute<A>::type* bias, Body body,
                               bool uniform = false, Terms terms = Terms::kAll) {
   using T = typename Compute<A>::type;
-  alignas(64) T sums[8 * kMaxVectors * Vec<T>::kLanes];
-  const int64_t tiles = ceil_div(count, max_rows<A>(vectors));
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t begin = count * i / tiles, end = count * (i + 1) / tiles;
-    for (int n = 0; n < vectors; n += kTileVectors<A>) {
-      const int some = vectors - n < kTileVectors<A> ? vectors - n : kTileVectors<A>;
-      const int64_t at = n * Vec<T>::kLanes;
-      pick_product<A, Turned>(int(end - begin), some, uniform, terms)(
-          a + begin * (Turned ? kDepth<A> : stride), stride, panel + at * kDepth<A>, panel_stride, depth,
-          bias ? bias + at : nullptr, sums + at, vectors);
-    }
-    body(begin, int(end - begin), static_cast<const T*>(sums));
+  constexpr bool kMatrix = !Turned && kDepth<A> == 2;
+  alignas(64) T sums[(kMatrix ? 2 * kMatrixRows : 8) * kMaxVectors * Vec<T>::kLanes];
+  const bool matrix = kMatrix && by_matrix_unit<A>(depth);
+  const int most = max_rows<A>(vectors);
+  const TileRows rows(count, matrix ? 2 * kMatrixRows : most);
+  for (int64_t i = 0; i < rows.tiles; ++i) {
+    const int64_t begin = rows.begin(i), end = rows.begin(i + 1);
+    multiply_tile<A, Turned>(matrix, int(end - begin), a + begin * (Turned ? kDepth<A> : stride), stride, panel,
+                             panel_stride, depth, vectors, bias, sums, uniform, terms);
+    for (int64_t first = begin; first < end; first += most)
+      body(first, int(end - first < most ? end - first : most),
+           static_cast<const T*>(sums + (first - begin) * vectors * Vec<T>::kLanes));
   }
 }
 
@@ -160,6 +223,7 @@ FASTRNN_HD void for_each_deep_tile(int64_t count, const A* a, int64_t stride, co
   using T = typename Compute<A>::type;
   constexpr int L = Vec<T>::kLanes;
   constexpr int64_t kPart = (256 << 10) / (kMaxVectors * FASTRNN_VECTOR_BYTES), kCopiedPart = 128, kCached = 1 << 20;
+  constexpr int kStep = kDepth<A> == 1 ? 1 : kMatrixDepth;
   const T* none = nullptr;
   const int64_t row = vectors * L;
   const bool copies = kDepth<A> == 1 && panel_stride != row && depth * panel_stride * int64_t(sizeof(A)) > kCached &&
@@ -168,7 +232,7 @@ FASTRNN_HD void for_each_deep_tile(int64_t count, const A* a, int64_t stride, co
     return for_each_tile(count, a, stride, panel, panel_stride, depth, vectors, none, body, false, terms);
   alignas(64) A copied[kCopiedPart * kMaxVectors * L];
   const int64_t parts = copies ? ceil_div(depth, kCopiedPart) : depth / kPart;
-  const auto first_of_part = [&](int64_t i) { return i >= parts ? depth : depth * i / parts / kDepth<A> * kDepth<A>; };
+  const auto first_of_part = [&](int64_t i) { return i >= parts ? depth : depth * i / parts / kStep * kStep; };
   for (int64_t i = 0; i < parts; ++i) {
     const int64_t k = first_of_part(i), end = first_of_part(i + 1), next = first_of_part(i + 2) - end;
     const A* part = panel + k * panel_stride;

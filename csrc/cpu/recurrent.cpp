@@ -1,6 +1,11 @@
 // The CPU recurrence from the outside: choose the instruction set once, plan a call, run it.
 #if defined(__linux__)
 #include <sys/mman.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(_WIN32)
 #include <malloc.h>
 #endif
@@ -23,6 +28,19 @@
 namespace fastrnn::cpu {
 namespace {
 
+// AMX, of bfloat16. Linux keeps its registers for a process that has asked for them, and for all of its threads.
+bool may_use_amx() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr unsigned kBFloat16 = 1 << 22, kTiles = 1 << 24;  // of leaf 7's EDX
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBFloat16) && (d & kTiles) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 bool supported(const std::string& name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -30,6 +48,7 @@ bool supported(const std::string& name) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
   if (name == "avx512bf16") return supported("avx512") && __builtin_cpu_supports("avx512bf16");
+  if (name == "amx") return supported("avx512bf16") && may_use_amx();
   if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                              __builtin_cpu_supports("f16c");
 #endif
@@ -37,19 +56,26 @@ bool supported(const std::string& name) {
 }
 
 struct Choice {
+  const char* name;
   const Kernels *all, *of_bfloat16;
 };
 
+// By the environment, which need not say anything.
+bool wanted(const std::string& name) {
+  const char* one = std::getenv("FASTRNN_ISA");
+  return !one || name == one;
+}
+
 Choice choose() {
-  const char* wanted = std::getenv("FASTRNN_ISA");
-  for (const Choice& choice : {Choice{avx512_kernels(), avx512bf16_kernels()}, {avx512_kernels(), avx512_kernels()},
-                               {avx2_kernels(), avx2_kernels()}, {baseline_kernels(), baseline_kernels()}}) {
-    const Kernels* newest = choice.of_bfloat16;
-    if (choice.all && newest && (!wanted || std::string(wanted) == newest->name) && supported(newest->name))
-      return choice;
-  }
-  throw std::invalid_argument("FASTRNN_ISA: expected avx512bf16, avx512, avx2 or baseline, as this CPU and build have "
-                              "them, got " + std::string(wanted ? wanted : ""));
+  for (const Choice& choice : {Choice{"amx", avx512_kernels(), avx512bf16_kernels()},
+                               {"avx512bf16", avx512_kernels(), avx512bf16_kernels()},
+                               {"avx512", avx512_kernels(), avx512_kernels()},
+                               {"avx2", avx2_kernels(), avx2_kernels()},
+                               {"baseline", baseline_kernels(), baseline_kernels()}})
+    if (choice.all && choice.of_bfloat16 && wanted(choice.name) && supported(choice.name)) return choice;
+  const char* one = std::getenv("FASTRNN_ISA");
+  throw std::invalid_argument("FASTRNN_ISA: expected amx, avx512bf16, avx512, avx2 or baseline, as this CPU and build "
+                              "have them, got " + std::string(one ? one : ""));
 }
 
 const Choice& choice() {
@@ -141,7 +167,16 @@ void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes)
 #endif
 }
 
-const char* instruction_set() { return choice().of_bfloat16->name; }
+const char* instruction_set() { return choice().name; }
+
+bool has_matrix_unit() {
+#if defined(FASTRNN_SOFTWARE_MATRIX)
+  return true;
+#else
+  static const bool has = wanted("amx") && supported("amx");
+  return has;
+#endif
+}
 
 void recurrent_forward(const ForwardParams& params, int threads) { run_forward(params, nullptr, threads); }
 

@@ -84,7 +84,7 @@ struct ForwardBuffers {
     }
     if (!layer) return;
     chunk_rows = plan.chunk * p.batch;
-    input_stride = round_up(layer->size, L) + L;
+    input_stride = round_up(layer->size, L * kDepth<A>) + L * kDepth<A>;
     panels_ih = plan.pack_ih ? panels(layer->size, plan.ih_late) : nullptr;
     bias_ih = arena.take<T>(unit_vectors * cell.gates * L);
     if (layer->weight_dtype == DType::kInt8) {
@@ -158,7 +158,7 @@ struct BackwardBuffers {
     const CellInfo& cell = cell_info(p);
     stride = ((unit_vectors > width_vectors ? unit_vectors : width_vectors) + kMaxVectors) * L;
     gates_padded = unit_vectors * L;
-    gates_stride = gates_padded * cell.gates + L;
+    gates_stride = round_up(gates_padded * cell.gates, L * kDepth<A>) + L * kDepth<A>;
     packed = plan.pack_hh || !std::is_same_v<S, T> || p.hidden % L != 0 || p.width % L != 0;
     const bool multiplied = cell.late_gates || backward_steps(p) > 1;
     const int64_t vectors = plan.hh_late ? plan.team_size * kMaxVectors : width_vectors;

@@ -39,7 +39,8 @@ def compile_and_run(source: Path, out: Path, *flags: str, machine=HERE, argument
 
 
 def runnable(isa: str) -> bool:
-    return ISAS.index(isa) >= ISAS.index(fastrnn.instruction_set())
+    here = fastrnn.instruction_set()
+    return ISAS.index(isa) >= (0 if here == "amx" else ISAS.index(here))
 
 
 def chosen(isa: str) -> list[str]:
@@ -64,10 +65,13 @@ def test_simd_accuracy(isa, tmp_path):
 
 @pytest.mark.parametrize("isa", ["baseline", "avx512bf16"])
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_cpu_kernels_under_a_sanitizer(sanitizer, isa, tmp_path):
+def test_cpu_kernels_under_a_sanitizer(sanitizer, isa, tmp_path, monkeypatch):
     """Memory, races, reads before writes; the baseline's kernels stand for all whose text they share. Those that
-    multiply pairs have some of their own.
+    multiply pairs have some of their own. Where it is memory that is looked at, 32 and more products are made by a
+    matrix unit in C++: no sanitizer sees what the processor's reads.
     """
+    matrix = sanitizer == "address" and isa == "avx512bf16"
+    monkeypatch.setenv("FASTRNN_ISA", isa)
     if not runnable(isa):
         pytest.skip(f"this CPU has no {isa}")
     empty = tmp_path / "empty.cpp"
@@ -77,7 +81,7 @@ def test_cpu_kernels_under_a_sanitizer(sanitizer, isa, tmp_path):
         pytest.skip("no program of this sanitizer starts here (some kernels place memory where it cannot be)")
     sources = [str(CSRC / f"cpu/{name}.cpp") for name in (*AROUND_KERNELS, f"isa_{isa}")]
     flags = ["-fopenmp", f"-fsanitize={sanitizer}", *QUICKLY, WITH_MORE_CELLS, only(*KINDS_OF_CELLS), *sources]
-    flags += [f"-DFASTRNN_TEST_{isa.upper()}"]
+    flags += [f"-DFASTRNN_TEST_{isa.upper()}", *(["-DFASTRNN_SOFTWARE_MATRIX"] if matrix else [])]
     if sanitizer == "address":
         # It would look at every variable of a block else: half as long again to compile. And its check of an access is
         # called, not written out at each.

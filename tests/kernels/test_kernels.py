@@ -14,7 +14,7 @@ from fastrnn import ops, reference
 from tests.helpers import as_c
 
 ROOT = Path(__file__).resolve().parents[2]
-ISAS = ("avx512bf16", "avx512", "avx2", "baseline")
+ISAS = ("amx", "avx512bf16", "avx512", "avx2", "baseline")
 SIZES = (1, 3, 17, 129)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 FORWARD_NAMES = ("output", "h_n", "c_n", "saved")
@@ -381,7 +381,7 @@ def test_unknown_instruction_set_is_refused():
         capture_output=True,
         text=True,
     )
-    assert done.returncode != 0 and "FASTRNN_ISA: expected avx512bf16, avx512, avx2 or baseline" in done.stderr
+    assert done.returncode != 0 and "FASTRNN_ISA: expected amx, avx512bf16, avx512, avx2 or baseline" in done.stderr
 
 
 def test_long_sequence_offsets():

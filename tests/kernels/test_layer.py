@@ -407,6 +407,28 @@ def test_gradients_of_half_types(cell, projected, noise, dtype, roads):
     assert set(roads) == {"fused"}
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("cell", "projected"), cells_with_projection())
+def test_bfloat16_at_the_sizes_of_a_matrix_unit(cell, projected, threads, roads):
+    """Its registers have 16 rows and are 32 products deep: as many rows and inputs, fewer and more."""
+    torch.set_num_threads(threads)
+    sizes = [(40, 1, 32, 64), (3, 16, 64, 31), (2, 33, 33, 96), (3, 17, 40, 100), (9, 47, 96, 32), (1, 70, 64, 65)]
+    for T, B, h, size in sizes:
+        for masks in (("", ""), ("rows", "state")):
+            case = Case(cell, T, B, 1, h, projected, *masks, dtype=torch.bfloat16)
+            check(case, size)
+            if cell not in ("rnn_relu", "ligru", "slstm"):  # as above
+                check_gradients(case, size)
+    assert set(roads) <= {"fused"}
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_gradients_of_bfloat16_in_deep_products(cell, roads):
+    """Of more gate gradients than are multiplied at once."""
+    check_gradients(Case(cell, 3, 18, 1, 720, dtype=torch.bfloat16), 33)
+    assert set(roads) == {"fused"}
+
+
 @pytest.mark.parametrize("masks", [("", ""), ("rows", "state"), ("short", ""), ("none", "")], ids=str)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_gradients_of_half_types_are_rounded_once(dtype, masks):

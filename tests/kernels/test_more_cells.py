@@ -40,7 +40,7 @@ class Library:
     """The CPU's kernels compiled with the cells of more_cells.h alone."""
 
     def __init__(self, path: Path, isa: str) -> None:
-        isas = [isa, "avx512"] if isa == "avx512bf16" else [isa]
+        isas = ["avx512bf16", "avx512"] if isa in ("amx", "avx512bf16") else [isa]
         names = [*AROUND_KERNELS, *(f"isa_{name}" for name in isas)]
         sources = [ROOT / "csrc/cpu" / f"{name}.cpp" for name in names] + [ROOT / "tests/cpp/cpu_api.cpp"]
         command = ["g++", "-std=c++20", *QUICKLY, "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]

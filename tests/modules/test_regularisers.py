@@ -340,7 +340,7 @@ def check_draws_are_of_split_mix() -> None:
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_draws_on_every_instruction_set(isa: str) -> None:
-    names = ("baseline", "avx2", "avx512", "avx512bf16")
+    names = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
     if names.index(isa) > names.index(fastrnn.instruction_set()):
         pytest.skip(f"this CPU has no {isa}")
     code = "from tests.modules.test_regularisers import *; check_draws_are_of_split_mix()"
