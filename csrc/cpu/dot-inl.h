@@ -1,8 +1,10 @@
 // The product of a few rows with weights that are not packed, for calls too short to repay the packing. Outputs are
-// rows of the weights, so vectors run along k, and at the end the lanes of each are summed.
+// rows of the weights. Of few rows vectors run along k, and at the end the lanes of each are summed. As many rows as a
+// vector has lanes are packed themselves, which takes little beside the weights: then they are the panel, weights its rows.
 #pragma once
 #include "isa-inl.h"
 
+#include "panels-inl.h"
 #include "product-inl.h"
 #include "scalar.h"
 #include "simd-inl.h"
@@ -143,12 +145,68 @@ FASTRNN_ONE_COPY void dot_panel(int rows, const A* a, int64_t stride, const W* w
     }
 }
 
-// for_each_tile without packing; the tiles are of kDotBlock rows.
+// The same for rows that are a panel, [depth][panel_stride].
+template <class T>
+FASTRNN_ONE_COPY void turned_panel(int rows, const T* panel, int64_t panel_stride, const T* w, int64_t ld,
+                                   int64_t gate_stride, int gates, int unit_vectors, int64_t valid, int64_t depth,
+                                   const T* bias, T* out) {
+  constexpr int L = Vec<T>::kLanes;
+  const int out_stride = gates * unit_vectors * L, vectors = int(ceil_div(rows, L));
+  alignas(64) T sums[L * kMaxVectors * L];  // [outputs][vectors][rows in a vector]
+  const T* none = nullptr;
+  for (int v = 0; v < unit_vectors; ++v)
+    for (int g = 0; g < gates; ++g, out += L) {
+      const int lanes = valid_lanes<T>(valid, v * L);
+      const int64_t at = g * gate_stride + v * L;
+      multiply_rows(lanes, w + at * ld, ld, panel, panel_stride, depth, vectors, none, sums, false, Terms::kAll);
+      const Vec<T> last = bias ? load(bias + at, lanes) : Vec<T>(0);
+      for (int q = 0; q < vectors; ++q) {
+        Vec<T> square[L];
+        FASTRNN_UNROLL for (int i = 0; i < L; ++i)
+          square[i] = i < lanes ? load(sums + (i * vectors + q) * L) : Vec<T>(0);
+        transpose(square);
+        FASTRNN_UNROLL for (int i = 0; i < L; ++i)
+          if (q * L + i < rows) store(out + (q * L + i) * out_stride, square[i] + last);
+      }
+    }
+}
+
+// Rows as a panel, [depth][stride]; null where they are multiplied as they are.
+template <class A>
+struct Turned {
+  const A* panel = nullptr;
+  int64_t stride = 0;
+};
+// May that be, of operands A and weights W?
+template <class A, class W>
+inline constexpr bool kTurns = std::is_floating_point_v<A> && std::is_same_v<A, W>;
+// `memory`, [depth][round_up(count, lanes)], null where there is none.
+template <class A>
+Turned<A> turned_rows(int64_t count, const A* a, int64_t stride, int64_t depth, A* memory) {
+  constexpr int L = Vec<typename Compute<A>::type>::kLanes;
+  if (!memory || count < L) return {};
+  pack_rows(a, stride, 0, 1, int(ceil_div(count, L)), count, depth, memory);
+  return {memory, round_up(count, L)};
+}
+
+// for_each_tile without packing the weights; the tiles are of kDotBlock rows, or of kMaxVectors vectors of them.
 template <class A, class W, class S, class Body>
-void for_each_dot_tile(int64_t count, const A* a, int64_t stride, const W* w, int64_t ld, int64_t gate_stride,
-                       int gates, int unit_vectors, int64_t valid, int64_t depth, const S* bias, Body body) {
+void for_each_dot_tile(int64_t count, const A* a, int64_t stride, Turned<A> turned, const W* w, int64_t ld,
+                       int64_t gate_stride, int gates, int unit_vectors, int64_t valid, int64_t depth, const S* bias,
+                       Body body) {
   using T = typename Compute<A>::type;
-  alignas(64) T sums[kDotBlock * kMaxVectors * Vec<T>::kLanes];
+  constexpr int L = Vec<T>::kLanes, kTurnedBlock = kMaxVectors * L;
+  alignas(64) T sums[(kTurns<A, W> ? kTurnedBlock : kDotBlock) * kMaxVectors * L];
+  if constexpr (kTurns<A, W>)
+    if (turned.panel) {
+      for (int64_t first = 0; first < count; first += kTurnedBlock) {
+        const int rows = int(count - first < kTurnedBlock ? count - first : kTurnedBlock);
+        turned_panel(rows, turned.panel + first, turned.stride, w, ld, gate_stride, gates, unit_vectors, valid, depth, bias,
+                     sums);
+        body(first, rows, static_cast<const T*>(sums));
+      }
+      return;
+    }
   for (int64_t first = 0; first < count; first += kDotBlock) {
     const int rows = int(count - first < kDotBlock ? count - first : kDotBlock);
     dot_panel(rows, a + first * stride, stride, w, ld, gate_stride, gates, unit_vectors, valid, depth, bias, sums);

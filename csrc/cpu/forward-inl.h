@@ -39,13 +39,16 @@ class ForwardWorker {
           if (plan.follows) co_yield kInput;
           w.gates.gather(s);
           if (units_split) co_yield kMeet;
+          w.gates.turn();
           if (!w.in_one_pass()) w.gates.project(w.units);
         }
         w.enter_step(s);
+        w.turn(w.step.multiplied, p.width);
         if (w.in_one_pass()) w.project_and_multiply();
         else w.multiply(s, w.units);
         if constexpr (kHasLate<Cell>) {
           if (units_split) co_yield kMeet;
+          w.turn(w.step.late, p.width);
           w.multiply_late(s);
         }
         if constexpr (kWholeRows<Cell>) {
@@ -55,6 +58,7 @@ class ForwardWorker {
         if constexpr (kTakesProjection<Cell>)
           if (p.weight_hr) {
             if (units_split) co_yield kMeet;
+            w.turn(w.step.hidden, p.hidden);
             w.project_hidden(s);
           }
         if (units_split && s + 1 < p.steps) co_yield kMeet;
@@ -131,6 +135,13 @@ class ForwardWorker {
     if (layer) chunk_at = gates.row_of(s);
   }
 
+  // The rows of the next product, [.., stride], as a panel, where weights are read as they are stored.
+  void turn(const A* rows, int64_t depth) {
+    if constexpr (kTurns<A, W>)
+      turned = turned_rows<A>(step.rows->active(step.t), rows, b.stride, depth,
+                              b.turned_h ? b.turned_h + member * b.turned_h_size : nullptr);
+  }
+
   // A single step meets all weights once, those of a panel of units together. So the whole call is one pass over them, and
   // where calls take turns at its direction (Plan::from_the_end) each begins with what the one before left in the caches.
   // (Rows of int8 are made once for all panels of a pass.)
@@ -199,7 +210,7 @@ class ForwardWorker {
                       vectors * count, bias_hh ? panel_bias<first, count>(v) : nullptr, cells, plan.uniform,
                       terms_of_weights(p));
       } else
-        for_each_dot_tile(active, x, b.stride, weight_hh + (row + v * L) * p.width, p.width, p.hidden, count, vectors,
+        for_each_dot_tile(active, x, b.stride, turned, weight_hh + (row + v * L) * p.width, p.width, p.hidden, count, vectors,
                           p.hidden - v * L, p.width, bias_hh ? bias_hh + row + v * L : nullptr, cells);
     });
   }
@@ -228,7 +239,7 @@ class ForwardWorker {
         for_each_tile(active, hidden, b.stride, static_cast<const A*>(panel_hr(v)), vectors * L, p.hidden, vectors,
                       nullptr, states, plan.uniform, terms_of_weights(p));
       else
-        for_each_dot_tile(active, hidden, b.stride, weight_hr + v * L * p.hidden, p.hidden, 0, 1, vectors,
+        for_each_dot_tile(active, hidden, b.stride, turned, weight_hr + v * L * p.hidden, p.hidden, 0, 1, vectors,
                           p.width - v * L, p.hidden, static_cast<const S*>(nullptr), states);
     });
   }
@@ -244,6 +255,7 @@ class ForwardWorker {
   LayerGates<S, W> gates;     // of a layer's call
 
   int64_t chunk_at;    // where the step's rows start in its chunk
+  Turned<A> turned;    // the rows of the next product
   const W* weight_hh;  // the group's, like the rest
   Int8Weights int8_hh;
   const WeightHr* weight_hr;

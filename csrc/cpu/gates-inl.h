@@ -75,8 +75,15 @@ class LayerGates {
     }
   }
 
-  // gates_ih of the gathered steps, of this member's rows and of `units`. No step may be under way that still reads the
-  // last chunk's gates.
+  // The gathered chunk's rows as a panel, where weights are read as they are stored.
+  void turn() {
+    if constexpr (kTurns<A, W>)
+      turned = turned_rows<A>(chunk_count, b.input + plan.chunk * walk.rows->first * b.input_stride, b.input_stride,
+                              layer->size, b.turned_input ? b.turned_input + member * b.turned_input_size : nullptr);
+  }
+
+  // gates_ih of the gathered and turned steps, of this member's rows and of `units`. No step may be under way that still
+  // reads the last chunk's gates.
   void project(Range units) {
     const int64_t I = layer->size, mine = plan.chunk * walk.rows->first, count = chunk_count;
     const A* input = kInt8 ? nullptr : b.input + mine * b.input_stride;
@@ -96,8 +103,8 @@ class LayerGates {
         multiply_rows(count, input, b.input_stride, static_cast<const A*>(weights), N * L, I, N,
                       bias_ih ? b.bias_ih + v * G * L : nullptr, out, plan.uniform, terms_of_weights(p));
       } else
-        for_each_dot_tile(count, input, b.input_stride, weight_ih + v * L * I, I, p.hidden, G,
-                          vectors, p.hidden - v * L, I, bias_ih ? bias_ih + v * L : nullptr, keep);
+        for_each_dot_tile(count, input, b.input_stride, turned, weight_ih + v * L * I, I, p.hidden, G, vectors,
+                          p.hidden - v * L, I, bias_ih ? bias_ih + v * L : nullptr, keep);
     });
   }
 
@@ -125,6 +132,7 @@ class LayerGates {
   const int panel_units, G;
 
   int64_t chunk_count;  // rows of the gathered chunk
+  Turned<A> turned;     // those rows
   const W* weight_ih;   // the group's, like the rest
   Int8Weights int8_ih;
   const S* bias_ih;

@@ -40,8 +40,8 @@ struct GemmBuffers {
   }
 };
 
-// rows[m * stride + k] = a[k * a_stride + m], of pairs, with zeros up to a multiple of kMatrixDepth; rows beyond the last
-// are written up to a multiple of the lanes.
+// rows[m * stride + k] = a[k * a_stride + m], of pairs, a square of the lanes at a time: so zeros are written beyond the last
+// k and the last m.
 template <class A>
 FASTRNN_ONE_COPY void turn(const A* a, int64_t a_stride, int64_t depth, int64_t count, A* rows, int64_t stride) {
   using T = typename Compute<A>::type;

@@ -103,14 +103,20 @@ template <class S, class A>
 FASTRNN_ONE_COPY void pack_columns(const S* w, int64_t ld, int vectors, int64_t valid, int blocks, int64_t rows,
                                    int64_t padded, A* panel) {
   constexpr int L = Vec<typename Compute<A>::type>::kLanes, D = kDepth<A>;
+  const int whole = int(valid / L < vectors ? valid / L : vectors);  // vectors
   for (int block = 0; block < blocks; ++block)
-    for (int64_t k = 0; k < padded; k += D)
-      for (int n = 0; n < vectors; ++n, panel += L * D) {
+    for (int64_t k = 0; k < padded; k += D) {
+      int n = 0;
+      if (k + D <= rows)
+        for (const S* from = w + (block * rows + k) * ld; n < whole; ++n, panel += L * D)
+          store_operands(panel, load_across<A>(from + n * L, ld, D, L));
+      for (; n < vectors; ++n, panel += L * D) {
         const int64_t left = valid - n * L;
         const int there = int(left <= 0 || k >= rows ? 0 : rows - k < D ? rows - k : D);
         const S* from = there > 0 ? w + (block * rows + k) * ld + n * L : w;
         store_operands(panel, load_across<A>(from, ld, there, int(left < L ? left : L)));
       }
+    }
 }
 
 }  // namespace fastrnn::cpu::FASTRNN_ISA

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <utility>
 
@@ -57,7 +58,8 @@ int64_t work_of(const ForwardParams& p, const LayerParams* layer) {
   return p.steps * p.groups * p.batch * kCells[p.cell].gates * p.hidden * (p.width + (layer ? layer->size : 0));
 }
 
-// rows_worth_packing(depth): from how many rows (steps times batch) on weights of so many inputs are packed.
+// rows_worth_packing(depth, rows): from how many rows (steps times batch) on weights of so many inputs are packed, where a
+// member has so many rows of a step.
 template <class RowsWorthPacking>
 Plan plan_for(const ForwardParams& p, const LayerParams* layer, int threads, const RowsWorthPacking& rows_worth_packing) {
   Plan plan;
@@ -85,13 +87,15 @@ Plan plan_for(const ForwardParams& p, const LayerParams* layer, int threads, con
   // Packed and unpacked products sum in different orders: where plan.uniform, the steps have no say in which it is.
   plan.uniform = uniform;
   const int64_t pack_rows = (uniform ? 1 : p.steps) * p.batch;
-  const auto pack = [&](int64_t depth) { return weight_dtype != DType::kInt8 && pack_rows >= rows_worth_packing(depth); };
+  const int64_t rows = std::max<int64_t>(ceil_div(p.batch, plan.split_rows ? plan.team_size : 1), 1);
+  const auto pack = [&](int64_t depth) {
+    return weight_dtype != DType::kInt8 && pack_rows >= rows_worth_packing(depth, rows);
+  };
   plan.pack_ih = layer && pack(layer->size);
   plan.pack_hh = pack(p.width) && !(narrow && p.batch <= 4);
 
   // A chunk has enough rows to fill the register tiles many times over while its gates stay in the second-level cache
   // beside the weights; more where weight_ih, read once a chunk, does not fit there itself.
-  const int64_t rows = std::max<int64_t>(ceil_div(p.batch, plan.split_rows ? plan.team_size : 1), 1);
   const int64_t weight_ih = projected / std::max<int64_t>(p.batch, 1) * element / (plan.split_rows ? 1 : plan.team_size);
   constexpr int64_t kSecondLevel = 1 << 20;
   const int64_t chunk_rows = weight_ih <= kSecondLevel ? 96 : weight_ih <= 4 * kSecondLevel ? 256 : 512;
@@ -109,24 +113,25 @@ Plan plan_for(const ForwardParams& p, const LayerParams* layer, int threads, con
 
 // Packing costs about as much as the products with 32 rows. Without it each product is summed over its lanes at the end,
 // which is the less beside it the deeper it is; and where rows of the weights begin anywhere in a cache line, nearly every
-// load takes two. Several steps pack all of weight_hh before the first one; of a single step a panel's memory stays in the
-// cache. A backward pass packs more, some of it once a chunk.
+// load takes two. A single step's rows, if they are a few vectors, are packed in the weights' place (dot-inl.h). A backward
+// pass packs more, some of it once a chunk.
 Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
-  constexpr int64_t kRowsWorthPacking = 32, kDepthOfARow = 6, kMostRows = 84, kMostRowsOfAStep = 48;
-  constexpr int64_t kRowsAcrossLines = 14, kLine = 64;
-  const int64_t most = p.steps == 1 && !uniform ? kMostRowsOfAStep : kMostRows;
+  constexpr int64_t kRowsWorthPacking = 32, kDepthOfARow = 6, kMostRows = 84;
+  constexpr int64_t kRowsAcrossLines = 14, kLine = 64, kNever = std::numeric_limits<int64_t>::max();
+  constexpr int64_t kLeastTurned = 16, kMostTurned = 64;
   // Narrower types are widened, unpacked ones once for every tile of rows.
   const bool as_stored = (p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64) &&
                          (!layer || layer->weight_dtype == p.dtype);
-  return plan_for(p, layer, threads, [&](int64_t depth) {
+  return plan_for(p, layer, threads, [&](int64_t depth, int64_t rows) {
+    if (as_stored && p.steps == 1 && rows >= kLeastTurned && rows <= kMostTurned && !uniform) return kNever;
     if (as_stored && depth * computed_bytes(p.dtype) % kLine != 0) return kRowsAcrossLines;
-    return as_stored ? std::clamp(depth / kDepthOfARow, kRowsWorthPacking, most) : kRowsWorthPacking;
+    return as_stored ? std::clamp(depth / kDepthOfARow, kRowsWorthPacking, kMostRows) : kRowsWorthPacking;
   });
 }
 
 Plan make_backward_plan(const BackwardParams& p, const LayerBackwardParams* layer, int threads) {
   constexpr int64_t kRowsWorthPacking = 96;
-  const auto rows_worth_packing = [](int64_t) { return kRowsWorthPacking; };
+  const auto rows_worth_packing = [](int64_t, int64_t) { return kRowsWorthPacking; };
   if (!layer) return plan_for(p, nullptr, threads, rows_worth_packing);
   LayerParams alike{};
   alike.size = layer->size;

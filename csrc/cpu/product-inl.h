@@ -126,15 +126,16 @@ Product<A> pick_product(int rows, int vectors, bool uniform, Terms terms) {
   return pick_product<A, Turned, Terms::kAll>(rows, vectors, uniform);
 }
 
-// Does the matrix unit make sums of so many products? However few rows they are of: so it does not depend on those which
-// sums are rounded where.
+// Does the matrix unit make sums of so many products with a panel? Their number alone decides, and not that of the rows, so
+// a sum is the same whatever other rows there are.
 template <class A>
 bool by_matrix_unit([[maybe_unused]] int64_t depth) {
   if constexpr (kDepth<A> == 2) return depth >= kMatrixDepth && has_matrix_unit();
   else return false;
 }
 
-// The same for 1..2 kMatrixRows rows by that unit. What a panel is deeper than whole registers is added by product().
+// The product of 1..2 kMatrixRows rows with a panel by that unit. The products beyond the last multiple of kMatrixDepth, which
+// would fill no register, are added by product().
 template <class A>
 void multiply_by_matrix_unit(int rows, const A* a, int64_t stride, const A* panel, int64_t panel_stride, int64_t depth,
                              int vectors, const float* bias, float* sums, bool uniform) {

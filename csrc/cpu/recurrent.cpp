@@ -28,7 +28,8 @@
 namespace fastrnn::cpu {
 namespace {
 
-// AMX, of bfloat16. Linux keeps its registers for a process that has asked for them, and for all of its threads.
+// AMX, of bfloat16. Linux keeps its registers for a process that has asked for them, and for all of its threads. It refuses
+// where it does not know them, or where a thread's stack for signals is too small for them.
 bool may_use_amx() {
 #if defined(__linux__) && defined(__x86_64__)
   constexpr unsigned kBFloat16 = 1 << 22, kTiles = 1 << 24;  // of leaf 7's EDX

@@ -8,6 +8,7 @@
 #include "isa-inl.h"
 
 #include "../cells/registry.h"
+#include "dot-inl.h"
 #include "gemm-inl.h"
 #include "int8-inl.h"
 #include "operands-inl.h"
@@ -45,6 +46,10 @@ struct ForwardBuffers {
   T *gates_hh, *row_scratch;
   A* late;
   int64_t row_scratch_size;
+  // Rows that meet weights as they are stored, as a panel of each member's own (dot-inl.h): those of h, and of a chunk's
+  // input. Null where none is made of them.
+  A *turned_h, *turned_input;
+  int64_t turned_h_size, turned_input_size;
 
   // The rest is of a layer's call, whose gates_ih are made here, for a chunk of steps at a time. In arrays of
   // chunk_rows a member's part starts at chunk * Rows::first, and a step's rows follow those of the step before.
@@ -82,8 +87,15 @@ struct ForwardBuffers {
       row_scratch_size = unit_vectors * (cell.gates + cell.forward_work) * L;
       row_scratch = arena.take<T>(plan.team_size * row_scratch_size);
     }
+    const bool turns = kTurns<A, S> && !plan.uniform && (!layer || layer->weight_dtype == p.dtype);
+    const auto turned = [&](bool packed, int64_t rows, int64_t depth, int64_t& size) {
+      size = turns && !packed && rows >= L ? round_up(rows, L) * depth : 0;
+      return size > 0 ? arena.take<A>(plan.team_size * size) : nullptr;
+    };
+    turned_h = turned(plan.pack_hh, p.batch, p.width > p.hidden ? p.width : p.hidden, turned_h_size);
     if (!layer) return;
     chunk_rows = plan.chunk * p.batch;
+    turned_input = turned(plan.pack_ih, chunk_rows, layer->size, turned_input_size);
     input_stride = round_up(layer->size, L * kDepth<A>) + L * kDepth<A>;
     panels_ih = plan.pack_ih ? panels(layer->size, plan.ih_late) : nullptr;
     bias_ih = arena.take<T>(unit_vectors * cell.gates * L);

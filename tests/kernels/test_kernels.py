@@ -1,5 +1,7 @@
 """The ops' kernels against reference.py in float64: every result and every gradient, on fresh random inputs."""
 
+import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastrnn
 from fastrnn import ops, reference
 from tests.helpers import as_c
 
@@ -355,10 +358,53 @@ def test_every_instruction_set(isa):
         "    if projected < h:\n"
         "        check(Case(cell, 3, B, 2, h, projected, 'rows', 'state', dtype=dtype), seed=B + h)\n"
         "        check(Case(cell, 3, B, 2, h, projected, 'rows', 'state', dtype=dtype, noise='all'), seed=B + h)\n"
+        "    if projected < h and dtype in (torch.float32, torch.float64):\n"
+        "        check(Case(cell, 1, B, 2, h, projected, dtype=dtype), seed=B + h)\n"
         "    if projected < h and dtype == torch.float64:\n"
         "        check_gradients(Case(cell, 3, B, 2, h, projected, 'rows', 'state'), 5)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env=os.environ | {"FASTRNN_ISA": isa})
+
+
+MATRIX = pytest.mark.skipif(ops._C.instruction_set() != "amx", reason="this CPU has no matrix unit")
+
+
+@MATRIX
+def test_the_matrix_unit_is_used():
+    """Its sums begin at the bias, and those of pairs end with it: a large one takes more from the first."""
+    script = (
+        "import torch, fastrnn\n"
+        "torch.manual_seed(0)\n"
+        "m, x = fastrnn.LSTM(64, 64, dtype=torch.bfloat16), torch.randn(9, 33, 64, dtype=torch.bfloat16)\n"
+        "m.bias_ih_l0.data.fill_(2.0**17), m.bias_hh_l0.data.fill_(-(2.0**17))\n"
+        "print(m(x)[0].float().abs().sum().item())\n"
+    )
+    amx, pairs = (
+        subprocess.check_output(
+            [sys.executable, "-c", script], text=True, cwd=ROOT, env=os.environ | {"FASTRNN_ISA": isa}
+        )
+        for isa in ("amx", "avx512bf16")
+    )
+    assert float(amx) == pytest.approx(float(pairs), rel=0.1) and amx != pairs
+
+
+@MATRIX
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_matrix_unit_is_left(threads):
+    """After a call the system has none of its registers to save."""
+    code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    code.write(bytes.fromhex("b901000000 0f01d0 c3"))  # mov ecx, 1; xgetbv: what is in use; ret
+    in_use = ctypes.CFUNCTYPE(ctypes.c_uint32)(ctypes.addressof(ctypes.c_char.from_buffer(code)))
+    torch.set_num_threads(threads)
+    module = fastrnn.LSTM(64, 96, num_layers=2, dtype=torch.bfloat16)
+    x = torch.randn(5, 33, 64, dtype=torch.bfloat16, requires_grad=True)
+    output = module(x)[0]
+    assert in_use() >> 17 & 3 == 0
+    output.float().sum().backward()
+    assert in_use() >> 17 & 3 == 0
+    with torch.no_grad():
+        module(x[:1])
+    assert in_use() >> 17 & 3 == 0
 
 
 def test_fewer_threads_than_asked_for():
