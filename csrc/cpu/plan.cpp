@@ -111,21 +111,23 @@ Plan plan_for(const ForwardParams& p, const LayerParams* layer, int threads, con
 
 }  // namespace
 
-// Packing costs about as much as the products with 32 rows. Without it each product is summed over its lanes at the end,
-// which is the less beside it the deeper it is; and where rows of the weights begin anywhere in a cache line, nearly every
-// load takes two. A single step's rows, if they are a few vectors, are packed in the weights' place (dot-inl.h). A backward
-// pass packs more, some of it once a chunk.
+// Packing costs about as much as the products with 32 rows. Without it each product of few rows is summed over its lanes at
+// the end, which is the less beside it the deeper it is; and where rows of the weights begin anywhere in a cache line, nearly
+// every load takes two. A single step's rows are packed in the weights' place (dot-inl.h) if they are one to four vectors;
+// of more rows of a single step a panel's memory stays in the cache. A backward pass packs more, some of it once a chunk.
 Plan make_plan(const ForwardParams& p, const LayerParams* layer, int threads) {
-  constexpr int64_t kRowsWorthPacking = 32, kDepthOfARow = 6, kMostRows = 84;
+  constexpr int64_t kRowsWorthPacking = 32, kDepthOfARow = 6, kMostRows = 84, kMostRowsOfAStep = 48;
   constexpr int64_t kRowsAcrossLines = 14, kLine = 64, kNever = std::numeric_limits<int64_t>::max();
-  constexpr int64_t kLeastTurned = 16, kMostTurned = 64;
+  const bool one_step = p.steps == 1 && !uniform;
+  const int64_t least_turned = 16, most_turned = 4 * vector_bytes() / computed_bytes(p.dtype);
+  const int64_t most = one_step ? kMostRowsOfAStep : kMostRows;
   // Narrower types are widened, unpacked ones once for every tile of rows.
   const bool as_stored = (p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64) &&
                          (!layer || layer->weight_dtype == p.dtype);
   return plan_for(p, layer, threads, [&](int64_t depth, int64_t rows) {
-    if (as_stored && p.steps == 1 && rows >= kLeastTurned && rows <= kMostTurned && !uniform) return kNever;
+    if (as_stored && one_step && rows >= least_turned && rows <= most_turned) return kNever;
     if (as_stored && depth * computed_bytes(p.dtype) % kLine != 0) return kRowsAcrossLines;
-    return as_stored ? std::clamp(depth / kDepthOfARow, kRowsWorthPacking, kMostRows) : kRowsWorthPacking;
+    return as_stored ? std::clamp(depth / kDepthOfARow, kRowsWorthPacking, most) : kRowsWorthPacking;
   });
 }
 

@@ -170,6 +170,15 @@ void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes)
 
 const char* instruction_set() { return choice().name; }
 
+int vector_bytes() {
+  static const int bytes = [] {
+    const char* one = std::getenv("FASTRNN_ISA");
+    const std::string name = one ? one : supported("avx512") ? "avx512" : supported("avx2") ? "avx2" : "baseline";
+    return name == "baseline" ? 16 : name == "avx2" ? 32 : 64;
+  }();
+  return bytes;
+}
+
 bool has_matrix_unit() {
 #if defined(FASTRNN_SOFTWARE_MATRIX)
   return true;

@@ -88,14 +88,15 @@ struct ForwardBuffers {
       row_scratch = arena.take<T>(plan.team_size * row_scratch_size);
     }
     const bool turns = kTurns<A, S> && !plan.uniform && (!layer || layer->weight_dtype == p.dtype);
+    const int64_t own_rows = ceil_div(p.batch, plan.split_rows ? plan.team_size : 1);  // of a member, at most
     const auto turned = [&](bool packed, int64_t rows, int64_t depth, int64_t& size) {
       size = turns && !packed && rows >= L ? round_up(rows, L) * depth : 0;
       return size > 0 ? arena.take<A>(plan.team_size * size) : nullptr;
     };
-    turned_h = turned(plan.pack_hh, p.batch, p.width > p.hidden ? p.width : p.hidden, turned_h_size);
+    turned_h = turned(plan.pack_hh, own_rows, p.width > p.hidden ? p.width : p.hidden, turned_h_size);
     if (!layer) return;
     chunk_rows = plan.chunk * p.batch;
-    turned_input = turned(plan.pack_ih, chunk_rows, layer->size, turned_input_size);
+    turned_input = turned(plan.pack_ih, plan.chunk * own_rows, layer->size, turned_input_size);
     input_stride = round_up(layer->size, L * kDepth<A>) + L * kDepth<A>;
     panels_ih = plan.pack_ih ? panels(layer->size, plan.ih_late) : nullptr;
     bias_ih = arena.take<T>(unit_vectors * cell.gates * L);

@@ -391,7 +391,7 @@ def test_the_matrix_unit_is_used():
 @MATRIX
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_matrix_unit_is_left(threads):
-    """After a call the system has none of its registers to save."""
+    """After a call the system has none of its registers to save for the caller's thread."""
     code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     code.write(bytes.fromhex("b901000000 0f01d0 c3"))  # mov ecx, 1; xgetbv: what is in use; ret
     in_use = ctypes.CFUNCTYPE(ctypes.c_uint32)(ctypes.addressof(ctypes.c_char.from_buffer(code)))

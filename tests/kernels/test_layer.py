@@ -377,6 +377,8 @@ def test_gradients_of_one_step(cell, projected, threads, roads):
         if projected < h:
             check_gradients(Case(cell, 1, B, P, h, projected), size)
     check_gradients(Case(cell, 1, 17, 1, 33, projected, "rows", "state"), 16)
+    for T, B in ((1, 20), (1, 64), (1, 70), (2, 20)):  # rows as a panel; several steps of it; more rows than that
+        check(Case(cell, T, B, 1, 256, projected, dtype=torch.float32), 192)
     assert set(roads) == {"fused"}
 
 
