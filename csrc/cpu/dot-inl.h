@@ -171,16 +171,17 @@ FASTRNN_ONE_COPY void turned_panel(int rows, const T* panel, int64_t panel_strid
     }
 }
 
-// Rows as a panel, [depth][stride]; null where they are multiplied as they are.
+// Rows packed as a panel, [depth][stride]; null where they are multiplied as they lie.
 template <class A>
 struct Turned {
   const A* panel = nullptr;
   int64_t stride = 0;
 };
-// May that be, of operands A and weights W?
+// Are rows of such operands packed for such weights? The micro-kernel multiplies one type with itself, and products of dual
+// numbers are not the same with their factors exchanged.
 template <class A, class W>
 inline constexpr bool kTurns = std::is_floating_point_v<A> && std::is_same_v<A, W>;
-// `memory`, [depth][round_up(count, lanes)], null where there is none.
+// Packs them into `memory`, [depth][round_up(count, lanes)], if there is some and they fill a vector.
 template <class A>
 Turned<A> turned_rows(int64_t count, const A* a, int64_t stride, int64_t depth, A* memory) {
   constexpr int L = Vec<typename Compute<A>::type>::kLanes;

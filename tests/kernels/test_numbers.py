@@ -60,11 +60,8 @@ def assert_alike(module: nn.Module, other: nn.Module, *given: Any) -> None:
 
     actual = results_of(module)
     # Where a CPU multiplies by a matrix unit, oneDNN's products of bfloat16 take a NaN of one row into another.
-    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, given[0].dtype != torch.bfloat16
-    try:
+    with torch.backends.mkldnn.flags(enabled=given[0].dtype != torch.bfloat16, allow_tf32=None):
         expected = results_of(other)
-    finally:
-        torch.backends.mkldnn.enabled = before
     assert list(actual) == list(expected)
     for name, want in expected.items():
         got, finite = actual[name], want.isfinite()
