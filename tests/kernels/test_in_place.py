@@ -43,7 +43,7 @@ def by_products(request):
 
 
 def module_and_input(kind, dtype, **options):
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     return build(fastrnn, kind, I, H, dtype=dtype, **options), torch.randn(T, B, I).to(dtype).requires_grad_()
 
 
@@ -71,12 +71,10 @@ def test_the_gradients_are_those_of_a_graph_that_is_kept(kind, variant, options,
     exact.load_state_dict(module.state_dict())
     wide = x.detach().double().requires_grad_()
     want = torch.autograd.grad(loss(exact(wide, **given)), [wide, *exact.parameters()])
-    # Processors that multiply bfloat16 round the gates' gradients to it once more; a small deviation magnifies that.
-    rounded = dtype == torch.bfloat16 and fastrnn.instruction_set() in ("amx", "avx512bf16")
     for first, second, third, right in zip(*kept, last, want, strict=True):
         assert torch.equal(first, second) and torch.equal(first, third)
         error = (third.double() - right).abs().max() / right.abs().max().clamp(min=1)
-        assert error < ((0.12 if rounded else 0.06) if "layer_norm" in variant else 0.03), float(error)
+        assert error < (0.06 if "layer_norm" in variant else 0.03), float(error)
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
