@@ -6,8 +6,8 @@
 # make fuzz    50,000 random calls (CASES=) of modules and ops, against the reference or with wrong arguments
 # make soak    100,000 calls (CALLS=) that leave no memory behind, an hour (MINUTES=) of 16 threads with flat memory, and
 #              training steps with outputs of 2^31 elements (11 GB)
-# make sanitize         the kernels under valgrind, if there is one; the tests of the ops and of threads on a build with
-#                       AddressSanitizer and UBSan, and on one with ThreadSanitizer (build/sanitized-*)
+# make sanitize         the kernels under valgrind, if there is one; one in four (ONE_IN=) cases of the tests of the ops and of
+#                       threads on a build with AddressSanitizer and UBSan, and on one with ThreadSanitizer (build/sanitized-*)
 # make test-portable    the CPU's kernels for AArch64 and for x86-64 without AVX and without AVX-512, under an emulator,
 #                       and for macOS' compiler (needs Debian's packages g++-aarch64-linux-gnu, qemu-user and a clang++);
 #                       the whole extension built for AArch64 and macOS, and what can be for Windows (1.5 GB)

@@ -1,13 +1,34 @@
 """Every test starts from the same seed, with one thread (a test about threads asks for more), and exact float32."""
 
 import gc
+import random
 import signal
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
 
 from .helpers import allow_cudnn_tf32
+
+
+def pytest_addoption(parser):
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="run one in N of each test's cases, drawn by lot")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keeps the cases of --one-in: the same ones each time, and of every test at least one."""
+    one_in = config.getoption("one_in")
+    if one_in == 1:
+        return
+    cases = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    kept = set()
+    for test, of_test in cases.items():
+        kept.update(random.Random(test).sample(of_test, -(-len(of_test) // one_in)))
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def pytest_configure():

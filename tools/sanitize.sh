@@ -7,6 +7,7 @@
 #   tools/sanitize.sh [pytest arguments]      default: valgrind's, tests/kernels, tests/modules/test_concurrency.py, tests/fuzz
 #
 #   SANITIZERS  builds, each in build/sanitized-NAME; default "address,undefined thread"
+#   ONE_IN      of a test's cases (sizes, cells, dtypes) one in so many runs, default 4; 1: all, some hours
 #   PYTHON      an interpreter with torch and the packages of requirements-dev.txt, default .venv/bin/python
 set -eu
 cd "$(dirname "$0")/.."
@@ -24,13 +25,14 @@ fi
 # A process with red zones before the sanitizer does not start, one without memory is ended by it, and what a call takes
 # is not what it would take elsewhere: three tests cannot run.
 [ $# -gt 0 ] || set -- tests/kernels tests/modules/test_concurrency.py tests/fuzz -n "${MAX_JOBS:-$(nproc)}" \
+  --one-in "${ONE_IN:-4}" \
   --deselect tests/fuzz/test_fuzz.py::test_runner --deselect tests/fuzz/test_memory.py::test_failed_allocations \
   --deselect tests/kernels/test_in_place.py::test_memory_at_most
 
 # torch and Python never free some of what they allocate, and torch throws through libraries that no sanitizer sees.
 address=allocator_may_return_null=1:detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0
 # torch and OpenMP's library are not built for ThreadSanitizer: what they do to memory says nothing, that they lock does.
-thread=ignore_noninstrumented_modules=1
+thread=ignore_noninstrumented_modules=1:allocator_may_return_null=1
 
 under() { # SANITIZERS, pytest arguments
   tree=$root/build/sanitized-${1%%,*}
