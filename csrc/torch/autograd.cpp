@@ -11,6 +11,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
+
 #include "call_tensors.h"
 #include "check.h"
 #include "second_derivative.h"
@@ -96,20 +98,37 @@ bool is_transformed(const variable_list& tensors) {
   return false;
 }
 
-// The node. Saved: batch_sizes, offsets, input, all weights but the biases, the states, output and saved.
+// A cell's single step, whose input and states are [B, n], as a layer of one step.
+LayerCall as_layer(LayerCall call) {
+  if (call.input.defined()) call.input = call.input.unsqueeze(0);
+  if (call.states.h_0) call.states.h_0 = call.states.h_0->unsqueeze(0);
+  if (call.states.c_0) call.states.c_0 = call.states.c_0->unsqueeze(0);
+  return call;
+}
+// Such a step's results: its states are [B, n].
+LayerResults of_step(LayerResults out) {
+  out.h_n = out.h_n.squeeze(0);
+  if (out.c_n.dim() == 3) out.c_n = out.c_n.squeeze(0);
+  return out;
+}
+
+// The node. Saved: batch_sizes, offsets, input, all weights but the biases, the states, output and saved. A cell's step is
+// reshaped within: views around the node would be nodes of their own, and take half as long as it again.
 struct LayerFunction : torch::autograd::Function<LayerFunction> {
   static constexpr bool is_traceable = true;  // by compiled autograd: backward reads what ctx has, and calls ops
 
   // tensors: what for_each_differentiable visits.
-  static variable_list forward(AutogradContext* ctx, const LayerCall& call, bool all_states, bool plain,
+  static variable_list forward(AutogradContext* ctx, const LayerCall& call, bool all_states, bool plain, bool step,
                                at::TensorList tensors) {
     LayerResults out;
     if (plain) {
-      const LayerCall own = held_call(call);
+      LayerCall own = held_call(call);
       const py::gil_scoped_release released;
       const at::AutoDispatchBelowADInplaceOrView below;
+      if (step) own = as_layer(std::move(own));
       RECORD_FUNCTION("fastrnn::layer_forward", {});
       out = layer_forward(own, /*save=*/true, all_states);
+      if (step) out = of_step(std::move(out));
     } else {
       const at::AutoDispatchBelowADInplaceOrView below;
       out = by_dispatcher(call, /*save=*/true, all_states);
@@ -133,10 +152,12 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     kept.push_back(out.output);
     kept.push_back(out.saved);
     ctx->save_for_backward(std::move(kept));
+    ctx->saved_data.reserve(16);  // for all that follows, at once
     LeftOut::put(call, looked_at, *ctx);
     ctx->saved_data["cell"] = call.cell;
     ctx->saved_data["reverse"] = list_of(call.reverse);
     ctx->saved_data["grad_clip"] = call.grad_clip;
+    ctx->saved_data["step"] = step;
     ctx->saved_data["hooked"] = at::SavedTensorDefaultHooks::get_hooks().has_value();
     ctx->saved_data["counts"] = c10::IValue(c10::IntArrayRef(counts));
     return {out.output, out.h_n, out.c_n, out.cells, out.saved};
@@ -148,7 +169,7 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     std::copy(saved_counts.begin(), saved_counts.end(), counts.begin());
     int64_t all = 0;
     for (const int64_t count : counts) all += count;
-    size_t at = 3;  // behind call, all_states and plain, which have no gradient
+    size_t at = 4;  // behind call, all_states, plain and step, which have no gradient
     variable_list result(at + all);
     bool any = false;
     for (Tensor& grad : grads) {
@@ -172,26 +193,33 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     take_tensors(next, call);
     given.output = *next++;
     given.saved = *next++;
+    const bool again = at::GradMode::is_enabled();  // is a derivative of this one asked for?
+    const bool composed = grads[4].defined() || is_transformed(grads);
+    const bool ordinary = is_plain_thread() && are_ordinary(kept) && are_ordinary(grads);
+    const bool by_kernel = ordinary && !again && !composed;
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below;  // nobody asks what is a view of what
+    if (by_kernel) below.emplace();
+    const bool step = ctx->saved_data["step"].toBool();
+    if (step) {
+      call = as_layer(std::move(call));
+      for (const int i : {1, 2})
+        if (grads[i].defined()) grads[i] = grads[i].unsqueeze(0);
+    }
     given.grad_output = or_none(grads[0]);
     given.grad_h_n = or_none(grads[1]);
     given.grad_c_n = or_none(grads[2]);
     given.grad_cells = or_none(grads[3]);
-    const Tensor& grad_saved = grads[4];
 
     LayerGradients found;
-    const bool again = at::GradMode::is_enabled();  // is a derivative of this one asked for?
-    const bool composed = grad_saved.defined() || is_transformed(grads);
-    const bool ordinary = is_plain_thread() && are_ordinary(kept) && are_ordinary(grads);
-    if (again && !composed && ordinary && LeftOut::take(*ctx, counts, call) && has_second_derivative(call)) {
-      found = differentiable_backward(call, given, needed);
-    } else if (again || composed) {
-      found = composed_backward(call, given, grad_saved, needed);
-    } else if (ordinary) {
+    if (by_kernel) {
       const LayerCall own = held_under_lock(call);
       given.may_overwrite = !ctx->saved_data["hooked"].toBool() && is_last_look(given.saved);
-      const at::AutoDispatchBelowADInplaceOrView below;
       RECORD_FUNCTION("fastrnn::layer_backward", {});
       found = layer_backward(own, given, needed);
+    } else if (again && !composed && ordinary && LeftOut::take(*ctx, counts, call) && has_second_derivative(call)) {
+      found = differentiable_backward(call, given, needed);
+    } else if (again || composed) {
+      found = composed_backward(call, given, grads[4], needed);
     } else {
       found = by_dispatcher(call, given, needed);
     }
@@ -200,7 +228,7 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     for (int of = 0; of < kGradients; ++of)
       for (int64_t i = 0; i < counts[of]; ++i, ++at, ++edge) {
         if (!ctx->needs_input_grad(edge) || !found[of].defined()) continue;
-        result[at] = is_weight(of) ? found[of].select(0, i) : found[of];
+        result[at] = is_weight(of) ? found[of].select(0, i) : step ? found[of].squeeze(0) : found[of];
       }
     return result;
   }
@@ -240,7 +268,8 @@ void layer_forward_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet k
     needed |= x.requires_grad();
   }
   if (!needed || !at::GradMode::is_enabled()) return op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
-  const variable_list out = LayerFunction::apply(args.call, args.all_states, /*plain=*/false, at::TensorList(tensors));
+  const variable_list out = LayerFunction::apply(args.call, args.all_states, /*plain=*/false, /*step=*/false,
+                                                   at::TensorList(tensors));
   torch::jit::drop(*stack, count);
   for (const Tensor& x : out) stack->emplace_back(x);
 }
@@ -315,17 +344,19 @@ variable_list composed_second_derivative(const LayerCall& call, const LayerGiven
   });
 }
 
-LayerResults differentiable_layer(const LayerCall& call, bool all_states) {
+LayerResults differentiable_layer(const LayerCall& call, bool step) {
   const variable_list tensors = differentiables(call);
   if (!at::GradMode::is_enabled() || !torch::autograd::any_variable_requires_grad(tensors)) {
-    const LayerCall own = held_call(call);
+    LayerCall own = held_call(call);
     const py::gil_scoped_release released;
     const at::AutoDispatchBelowADInplaceOrView below;
+    if (step) own = as_layer(std::move(own));
     RECORD_FUNCTION("fastrnn::layer_forward", {});
-    return layer_forward(own, /*save=*/false, all_states);
+    LayerResults out = layer_forward(own, /*save=*/false, /*all_states=*/false);
+    return step ? of_step(std::move(out)) : out;
   }
   const variable_list out =
-      LayerFunction::apply(call, all_states, /*plain=*/true, at::TensorList(tensors));
+      LayerFunction::apply(call, /*all_states=*/false, /*plain=*/true, step, at::TensorList(tensors));
   return {out[0], out[1], out[2], out[3], out[4]};
 }
 

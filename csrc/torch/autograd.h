@@ -10,8 +10,9 @@ namespace fastrnn {
 // The kernel of layer_forward at the Autograd key.
 void layer_forward_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack);
 
-// A layer of ordinary tensors (plain_thread.h) where a derivative is asked for, past the dispatcher. The GIL is held.
-LayerResults differentiable_layer(const LayerCall& call, bool all_states = false);
+// A layer of ordinary tensors (plain_thread.h) where a derivative is asked for, past the dispatcher. The GIL is held. With
+// `step` input, h_0 and c_0 are [B, n], and so are h_n and c_n.
+LayerResults differentiable_layer(const LayerCall& call, bool step);
 
 // The call on tensors of its own (plain_thread.h), for a node: what it has saved of parameters is them, whose memory another
 // thread may exchange.

@@ -383,7 +383,7 @@ void draw_masks(PyObject* masks, const ModuleCall& found, States& states) {
 }
 
 // A call that has been found to be good, layer by layer; where a derivative is asked for, as nodes of autograd: output
-// [T, B, D*R], h_n [L*D, B, R], c_n [L*D, B, H].
+// [T, B, D*R], h_n [L*D, B, R], c_n [L*D, B, H]; of a cell's step h_n [B, R], c_n [B, H].
 std::array<Tensor, 3> run_layers(const ModuleCall& found, PyObject* tensors, PyObject* names, bool batch_first,
                                  PyObject* input, PyObject* hx, PyObject* resets, double grad_clip, PyObject* masks) {
   const bool second = kCells[found.cell].states > 1;
@@ -393,7 +393,8 @@ std::array<Tensor, 3> run_layers(const ModuleCall& found, PyObject* tensors, PyO
   const Tensor h_0 = given(pair ? PyTuple_GET_ITEM(hx, 0) : hx), c_0 = pair ? given(PyTuple_GET_ITEM(hx, 1)) : Tensor();
   const auto of_layer = [&](const Tensor& x, int64_t i) -> OptionalTensor {
     if (!x.defined()) return std::nullopt;
-    const Tensor own = found.step ? x.unsqueeze(0) : L == 1 ? x : x.narrow(0, i * D, D);
+    if (found.step) return x;
+    const Tensor own = L == 1 ? x : x.narrow(0, i * D, D);
     return N == 1 ? own : states_by_head(own, N);
   };
   // All layers' weights, before the first of them runs: another thread may have the lock then, and take some away.
@@ -403,7 +404,6 @@ std::array<Tensor, 3> run_layers(const ModuleCall& found, PyObject* tensors, PyO
   for (int64_t k = 0; k < D * N; ++k) call.reverse.push_back(k >= N);
   call.grad_clip = grad_clip;
   call.input = given(input);
-  if (found.step) call.input = call.input.unsqueeze(0);
   if (batch_first) call.input = call.input.transpose(0, 1);
   if (resets != Py_None) call.states.resets = batch_first ? given(resets).transpose(0, 1) : given(resets);
   std::vector<Tensor> h_n, c_n;
@@ -412,14 +412,13 @@ std::array<Tensor, 3> run_layers(const ModuleCall& found, PyObject* tensors, PyO
     call.states.h_0 = of_layer(h_0, i);
     call.states.c_0 = of_layer(c_0, i);
     if (masks != Py_None) draw_masks(masks, found, call.states);
-    const LayerResults out = differentiable_layer(call);
+    const LayerResults out = differentiable_layer(call, found.step);
     call.input = out.output;
     h_n.push_back(N == 1 ? out.h_n : states_of_heads(out.h_n, N));
     if (second) c_n.push_back(N == 1 ? out.c_n : states_of_heads(out.c_n, N));
   }
   const auto joined = [&](const std::vector<Tensor>& x) {
     if (x.empty()) return Tensor();
-    if (found.step) return unviewed(x[0].squeeze(0));
     return L == 1 ? unviewed(x[0]) : at::cat(x);
   };
   return {call.input, joined(h_n), joined(c_n)};
@@ -440,10 +439,10 @@ PyObject* module_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   call.directions = PyLong_AsLongLong(args[3]);
   call.heads = PyLong_AsLongLong(args[4]);
   if (PyErr_Occurred()) throw python_error();
-  if (call.directions < 1 || call.heads < 1) Py_RETURN_NONE;
+  call.step = args[5] == Py_None;
+  if (call.directions < 1 || call.heads < 1 || (call.step && call.heads > 1)) Py_RETURN_NONE;
   call.cell = find_cell(text_of(args[2]));
   if (!input || call.cell < 0 || kCells[call.cell].states > 2) Py_RETURN_NONE;
-  call.step = args[5] == Py_None;
   if (input->dim() != (call.step ? 2 : 3) || (input->stride(-1) != 1 && input->size(-1) != 1)) Py_RETURN_NONE;
   call.dtype = input->scalar_type();
   call.input = Held(*input);

@@ -204,6 +204,46 @@ def test_training_gives_what_torch_expects(by_network):
     torch.testing.assert_close(batched[0][3], torch.autograd.grad(module(x)[0][1, 1].sum(), x)[0])
 
 
+@pytest.mark.parametrize("kind", CELL_KINDS)
+def test_a_cells_step_is_one_node(kind, by_network):
+    """And that does all that views around a node did: every order, batched, hooked, and it sees what was changed."""
+    module, x = build(fastrnn, kind, 3, 5), normal(2, 3).requires_grad_()
+    hx = map_state(torch.Tensor.requires_grad_, make_state(kind, 2, hidden=5, dtype=torch.float32))
+    leaves = [x, *tensors(hx), *module.parameters()]
+
+    def loss():
+        return sum(y.sin().sum() for y in tensors(module(x, hx)))
+
+    after = tensors(module(x, hx))
+    assert len({y.grad_fn for y in after}) == 1
+    edges = [node for node, _ in after[0].grad_fn.next_functions if node is not None]
+    assert all(node.variable is of for node, of in zip(edges, [x, *module.parameters(), *tensors(hx)], strict=True))
+    assert not any(y._is_view() for y in after)
+
+    def penalty():
+        first = torch.autograd.grad(loss(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves, create_graph=True)
+        return [*second, *torch.autograd.grad(sum(g.square().sum() for g in second), leaves)]
+
+    torch.testing.assert_close(penalty(), by_network(penalty))
+    plain = torch.autograd.grad(loss(), leaves)
+    with torch.autograd.graph.save_on_cpu():
+        hooked = loss()
+    assert_same_bits(torch.autograd.grad(hooked, leaves), plain)
+    checked = torch.utils.checkpoint.checkpoint(loss, use_reentrant=False)
+    assert_same_bits(torch.autograd.grad(checked, leaves), plain)
+    rows = torch.eye(10).view(10, 2, 5)
+    batched = torch.autograd.grad(after[-1], leaves, rows, is_grads_batched=True, retain_graph=True)
+    for row, *each in zip(rows, *batched, strict=True):
+        torch.testing.assert_close(each, list(torch.autograd.grad(after[-1], leaves, row, retain_graph=True)))
+    for changed in (x, *tensors(hx)):
+        y = loss()
+        with torch.no_grad():
+            changed.mul_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", CELL_KINDS)
 def test_same_bits_of_cells(kind, bias, by_network, calls):
