@@ -8,13 +8,18 @@
 // A cell is a struct with
 //   kGates   gate pre-activations per unit, in torch.nn's order
 //   kStates  states per unit; state 0 is h, the one that recurs through weight_hh. The others are what calls name c: one,
-//            or several side by side, and then there is no projection and no zoneout
+//            or several side by side, and then there is no projection and no zoneout. A cell that has others does not look
+//            at h: in.state[0] and in.state_prev[0] are none of its
 //   kSaved   values that forward hands to backward, besides the states themselves
 //   kParams  vectors of one number per unit beside the weights, as peepholes are (0 for every cell of torch.nn)
 //   forward, backward
 // and a line in registry.h.
 //
 // forward sets every member of ForwardOut, backward every member of BackwardOut.
+//
+// Where an activation waits for others, a cell has begin and end in the place of forward, which is one after the other:
+// begin sets some members of `out`, and end the rest. A CPU's kernel begins several rows before it ends one, since a
+// processor does not look far enough ahead to find other work for the time of that activation.
 //
 // Under zoneout the state that forward made is not the one that was stored. Where backward reads the last of its states, it
 // has to know that one: a cell may have
@@ -162,6 +167,21 @@ struct ForwardOut {
   Pack<V, Cell::kStates> state;  // after the step
   Pack<V, Cell::kSaved> saved;
 };
+
+template <class Cell, class = void>
+inline constexpr bool kHasEnd = false;
+template <class Cell>
+inline constexpr bool kHasEnd<Cell, std::void_t<decltype(&Cell::template end<float>)>> = true;
+
+template <class Cell, class V>
+FASTRNN_HD void cell_forward(const ForwardIn<Cell, V>& in, ForwardOut<Cell, V>& out) {
+  if constexpr (kHasEnd<Cell>) {
+    Cell::begin(in, out);
+    Cell::end(in, out);
+  } else {
+    Cell::forward(in, out);
+  }
+}
 
 template <class Cell, class V>
 struct BackwardIn {

@@ -13,10 +13,13 @@ struct GRUCell {
   static constexpr bool kReadsState = false;
 
   template <class V>
-  static FASTRNN_HD void forward(const ForwardIn<GRUCell, V>& in, ForwardOut<GRUCell, V>& out) {
-    const V r = sigmoid(in.gates_ih[0] + in.gates_hh[0]);
-    const V z = sigmoid(in.gates_ih[1] + in.gates_hh[1]);
-    const V n_hh = in.gates_hh[2];
+  static FASTRNN_HD void begin(const ForwardIn<GRUCell, V>& in, ForwardOut<GRUCell, V>& out) {
+    out.saved[0] = sigmoid(in.gates_ih[0] + in.gates_hh[0]);
+    out.saved[1] = sigmoid(in.gates_ih[1] + in.gates_hh[1]);
+  }
+  template <class V>
+  static FASTRNN_HD void end(const ForwardIn<GRUCell, V>& in, ForwardOut<GRUCell, V>& out) {
+    const V r = out.saved[0], z = out.saved[1], n_hh = in.gates_hh[2];
     const V n = tanh(in.gates_ih[2] + r * n_hh);
     out.state = {{n + z * (in.state[0] - n)}};
     out.saved = {{r, z, n, n_hh}};

@@ -12,14 +12,17 @@ struct LSTMCell {
   static constexpr int kParams = 0;
 
   template <class V>
-  static FASTRNN_HD void forward(const ForwardIn<LSTMCell, V>& in, ForwardOut<LSTMCell, V>& out) {
+  static FASTRNN_HD void begin(const ForwardIn<LSTMCell, V>& in, ForwardOut<LSTMCell, V>& out) {
     const V i = sigmoid(in.gates_ih[0] + in.gates_hh[0]);
     const V f = sigmoid(in.gates_ih[1] + in.gates_hh[1]);
     const V g = tanh(in.gates_ih[2] + in.gates_hh[2]);
     const V o = sigmoid(in.gates_ih[3] + in.gates_hh[3]);
-    const V c = f * in.state[1] + i * g;
-    out.state = {{o * tanh(c), c}};
+    out.state[1] = f * in.state[1] + i * g;
     out.saved = {{i, f, g, o}};
+  }
+  template <class V>
+  static FASTRNN_HD void end(const ForwardIn<LSTMCell, V>&, ForwardOut<LSTMCell, V>& out) {
+    out.state[0] = out.saved[3] * tanh(out.state[1]);
   }
 
   template <class V>

@@ -12,14 +12,18 @@ struct PeepholeLSTMCell {
   static constexpr int kParams = 3;  // p of i, f, o
 
   template <class V>
-  static FASTRNN_HD void forward(const ForwardIn<PeepholeLSTMCell, V>& in, ForwardOut<PeepholeLSTMCell, V>& out) {
+  static FASTRNN_HD void begin(const ForwardIn<PeepholeLSTMCell, V>& in, ForwardOut<PeepholeLSTMCell, V>& out) {
     const V i = sigmoid(in.gates_ih[0] + in.gates_hh[0] + in.params[0] * in.state[1]);
     const V f = sigmoid(in.gates_ih[1] + in.gates_hh[1] + in.params[1] * in.state[1]);
     const V g = tanh(in.gates_ih[2] + in.gates_hh[2]);
-    const V c = f * in.state[1] + i * g;
-    const V o = sigmoid(in.gates_ih[3] + in.gates_hh[3] + in.params[2] * c);
-    out.state = {{o * tanh(c), c}};
-    out.saved = {{i, f, g, o}};
+    out.state[1] = f * in.state[1] + i * g;
+    out.saved = {{i, f, g, V(0)}};
+  }
+  template <class V>
+  static FASTRNN_HD void end(const ForwardIn<PeepholeLSTMCell, V>& in, ForwardOut<PeepholeLSTMCell, V>& out) {
+    const V c = out.state[1], o = sigmoid(in.gates_ih[3] + in.gates_hh[3] + in.params[2] * c);
+    out.state[0] = o * tanh(c);
+    out.saved[3] = o;
   }
 
   template <class V>

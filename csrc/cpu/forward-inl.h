@@ -70,7 +70,7 @@ class ForwardWorker {
  private:
   ForwardWorker(const ForwardParams& params, const LayerParams* layer, const Plan& plan, char* workspace, int member)
       : p(params), layer(layer), plan(plan), team(member / plan.team_size), member(member % plan.team_size),
-        arena(workspace), b(params, layer, plan, arena), step(params, b),
+        arena(workspace), b(params, layer, plan, arena), step(params, b, this->member),
         units(own_part(plan, b.unit_vectors, this->member)), widths(own_part(plan, b.width_vectors, this->member)),
         gates(params, layer, plan, this->member, b, step, units, kUnits) {}
   ForwardWorker(const ForwardWorker&) = delete;
@@ -191,6 +191,10 @@ class ForwardWorker {
       const T* gates_ih = layer ? gates.panel(v, vectors * G) + chunk_at * vectors * G * L : nullptr;
       constexpr int kMade = kInt8 ? G : count, kSkip = kInt8 ? first : 0;  // int8 tiles have all gates
       const auto cells = [&](int64_t first_of_tile, int rows_in_tile, const T* product) {
+        static_assert(!kHasEnd<Cell> || kUnits == 1);
+        if constexpr (kHasEnd<Cell>)
+          return step.cells(first_of_tile, rows_in_tile, v * L, product, kMade * L,
+                            gates_ih ? gates_ih + first_of_tile * G * L : nullptr, G * L);
         for (int m = 0; m < rows_in_tile; ++m)
           for (int n = 0; n < vectors; ++n) {
             const int64_t i = first_of_tile + m;

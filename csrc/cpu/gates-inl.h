@@ -68,7 +68,7 @@ class LayerGates {
           b.input_scale[at] = quantize_row(from, I, b.quantized_input + at * b.quads_ih * kInt8Depth);
         } else {
           A* to = input + (chunk_count + i) * b.input_stride;
-          for (int64_t k = 0; k < I; k += L) store(to + k, V(load(from + k, valid_lanes<T>(I, k))));
+          for_each_vector<T>(I, [&](int64_t k, int n) FASTRNN_INLINE_BODY { store(to + k, V(load(from + k, n))); });
         }
       }
       chunk_count += active;

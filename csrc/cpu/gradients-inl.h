@@ -201,8 +201,9 @@ class LayerGradients {
     // Which row of the weight the i-th value belongs to; -1: it is padding.
     int64_t row_of_weight(int64_t i) const {
       if (padded == size) return i;
-      const int64_t unit = i % padded;
-      return unit < size ? i / padded * size + unit : -1;
+      int64_t before = 0;  // rows of the blocks before i's; a division would take as long as to store the row
+      for (; i >= padded; i -= padded) before += size;
+      return i < size ? before + i : -1;
     }
   };
 

@@ -163,12 +163,33 @@ FASTRNN_HD void sum_lanes(const Vec<T> (&x)[N], T* out) {
   if constexpr (first + count < N) sum_lanes<first + count>(x, out);
 }
 
-// To [-limit, limit]; NaN stays.
+// x, but `most` where it is above that, or `least` where it is below; NaN stays. The instructions for it give the second
+// operand where one is NaN, which compilers know of AVX2 and not of AVX-512. (With a mask of all lanes, since GCC warns of the
+// lanes that the plain function leaves undefined where there are none.)
+template <class T, class Native = typename Vec<T>::Native>
+FASTRNN_HD Native at_most(Native x, T most) {
+  const Native bound = Native{} + most;
+#if FASTRNN_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) return (Native)_mm512_maskz_min_ps(0xffff, (__m512)bound, (__m512)x);
+  else return (Native)_mm512_maskz_min_pd(0xff, (__m512d)bound, (__m512d)x);
+#else
+  return bound < x ? bound : x;
+#endif
+}
+template <class T, class Native = typename Vec<T>::Native>
+FASTRNN_HD Native at_least(Native x, T least) {
+  const Native bound = Native{} + least;
+#if FASTRNN_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) return (Native)_mm512_maskz_max_ps(0xffff, (__m512)bound, (__m512)x);
+  else return (Native)_mm512_maskz_max_pd(0xff, (__m512d)bound, (__m512d)x);
+#else
+  return bound > x ? bound : x;
+#endif
+}
+// To [-limit, limit].
 template <class T>
 FASTRNN_HD Vec<T> clamp(Vec<T> a, T limit) {
-  const typename Vec<T>::Native high = typename Vec<T>::Native{} + limit, low = -high;
-  const typename Vec<T>::Native x = a.v > high ? high : a.v;
-  return x < low ? low : x;
+  return at_least<T>(at_most<T>(a.v, limit), -limit);
 }
 
 // exp(x) = 2^n (1 + m) with integer n and m = e^r - 1, |r| <= ln2 / 2, by r's Taylor series, whose first neglected
@@ -196,10 +217,8 @@ FASTRNN_HD void exp_parts(typename Vec<T>::Native x, typename Vec<T>::Native& sc
 template <class T>
 FASTRNN_HD Vec<T> exp(Vec<T> a) {
   using C = Traits<T>;
-  typename Vec<T>::Native x = a.v, scale, m;
-  x = x > C::kHigh ? typename Vec<T>::Native{} + C::kHigh : x;
-  x = x < C::kLow ? typename Vec<T>::Native{} + C::kLow : x;
-  exp_parts<T>(x, scale, m);
+  typename Vec<T>::Native scale, m;
+  exp_parts<T>(at_least<T>(at_most<T>(a.v, C::kHigh), C::kLow), scale, m);
   return scale * m + scale;
 }
 
@@ -212,9 +231,8 @@ FASTRNN_HD Vec<T> tanh(Vec<T> a) {
   const Bits sign = (Bits)a.v & (Bits)(-Native{});
   Native y = (Native)((Bits)a.v ^ sign);
   y = y + y;
-  y = y > C::kTanhHigh * T(2) ? Native{} + C::kTanhHigh * T(2) : y;
   Native scale, m;
-  exp_parts<T>(y, scale, m);
+  exp_parts<T>(at_most<T>(y, C::kTanhHigh * T(2)), scale, m);
   const Native e = scale * m + (scale - T(1));
   return (Native)((Bits)(e / (e + T(2))) | sign);
 }

@@ -85,26 +85,25 @@ FASTRNN_ONE_COPY void start_rows(const ForwardWalk& walk, const ForwardBuffers<S
   using V = Vec<T>;
   constexpr int L = V::kLanes;
   const ForwardParams& p = walk.p;
-  const auto start = [&](int64_t i, int64_t at, const void* initial, void* last, const void* restart, int n) {
-    const int64_t length = walk.rows->length[i];
-    const V state = load_or_zero<T>(static_cast<const S*>(initial), at, n);
-    if (length == 0) store(static_cast<S*>(last) + at, state, n);
-    const bool reset = length > 0 && walk.reset_before(i, walk.reverse ? length - 1 : 0);
-    return reset ? load_or_zero<T>(static_cast<const S*>(restart), at, n) : state;
-  };
   const int in_c = cell_info(p).in_c();
   for (int64_t i = 0; i < walk.rows->size(); ++i) {
-    const int64_t row = (walk.rows->first + i) * b.stride;
+    const int64_t row = (walk.rows->first + i) * b.stride, length = walk.rows->length[i];
+    const bool reset = length > 0 && walk.reset_before(i, walk.reverse ? length - 1 : 0);
+    const auto start = [&](int64_t at, const void* initial, void* last, const void* restart, int n) {
+      if (length == 0) store(static_cast<S*>(last) + at, load_or_zero<T>(static_cast<const S*>(initial), at, n), n);
+      return load_or_zero<T>(static_cast<const S*>(reset ? restart : initial), at, n);
+    };
     for (int64_t j = widths.begin * L; j < widths.end * L; j += L) {
-      const V h = start(i, walk.place(i) * p.width + j, p.h_0, p.h_n, p.reset_h, valid_lanes<T>(p.width, j));
-      for (T* x : b.h) store(x + row + j, h);
+      const V h = start(walk.place(i) * p.width + j, p.h_0, p.h_n, p.reset_h, valid_lanes<T>(p.width, j));
+      store(b.h[0] + row + j, h);
+      if (p.steps > 1) store(b.h[1] + row + j, h);  // of rows that begin later
       if (b.multiplied[0])
         for (A* x : b.multiplied) store(x + row + j, p.mask_h ? walk.masked<S>(i, j, h) : h);
     }
     for (int k = 0; k < in_c; ++k)
       for (int64_t j = units.begin * L; j < units.end * L; j += L)
         store(b.c + k * p.batch * b.stride + row + j,
-              start(i, walk.in_c(i, in_c, k, j), p.c_0, p.c_n, p.reset_c, valid_lanes<T>(p.hidden, j)));
+              start(walk.in_c(i, in_c, k, j), p.c_0, p.c_n, p.reset_c, valid_lanes<T>(p.hidden, j)));
   }
 }
 
@@ -113,10 +112,12 @@ struct ForwardStep : ForwardWalk {
   using T = typename Compute<S>::type;
   using A = typename Operand<S>::type;
   using V = Vec<T>;
+  using Place = typename ForwardBuffers<S>::Place;
   static constexpr int L = V::kLanes, G = Cell::kGates;
   static constexpr int C = kInC<Cell>;
 
   const ForwardBuffers<S>& b;
+  Place* const places;   // of this member's rows in the step
   const int64_t stride;  // the buffers'
   const T* h_prev = nullptr;      // state 0 before the step
   const A* multiplied = nullptr;  // as the product reads it
@@ -124,8 +125,8 @@ struct ForwardStep : ForwardWalk {
   T *h_next = nullptr, *c = nullptr;
   A *multiplied_next = nullptr, *hidden = nullptr, *late = nullptr;
 
-  ForwardStep(const ForwardParams& params, const ForwardBuffers<S>& buffers)
-      : ForwardWalk(params), b(buffers), stride(b.stride) {}
+  ForwardStep(const ForwardParams& params, const ForwardBuffers<S>& buffers, int member)
+      : ForwardWalk(params), b(buffers), places(b.places + member * params.batch), stride(b.stride) {}
 
   // The group's s-th step.
   void enter_step(int64_t s) {
@@ -141,6 +142,7 @@ struct ForwardStep : ForwardWalk {
     c = b.c + rows->first * stride;
     hidden = b.hidden ? b.hidden + rows->first * stride : nullptr;
     if constexpr (kHasLate<Cell>) late = b.late + rows->first * stride;
+    for (int64_t i = 0; i < rows->active(t); ++i) places[i] = place_of(i);
   }
 
   // The cell of units j .., given their recurrent product with its bias, [G][L]. gates_ih: likewise, or null where the
@@ -151,8 +153,31 @@ struct ForwardStep : ForwardWalk {
     in.gates_ih = gates_ih_of(i, j, gates_ih);
     const int n = valid_lanes<T>(p.hidden, j);
     load_unit(i, j, n, gates_hh, in);
-    Cell::forward(in, out);
+    cell_forward<Cell>(in, out);
     finish(i, j, n, out);
+  }
+
+  // The same of rows first .. of a cell that begins and ends; from row to row their products are hh_stride and ih_stride
+  // apart.
+  FASTRNN_HD void cells(int64_t first, int rows, int64_t j, const T* gates_hh, int64_t hh_stride, const T* gates_ih,
+                        int64_t ih_stride) {
+    constexpr int kAtOnce = 6;
+    const int n = valid_lanes<T>(p.hidden, j);
+    const auto load_row = [&](int i) FASTRNN_INLINE_BODY {
+      ForwardIn<Cell, V> in;
+      in.gates_ih = gates_ih_of(first + i, j, gates_ih ? gates_ih + i * ih_stride : nullptr);
+      load_unit(first + i, j, n, gates_hh + i * hh_stride, in);
+      return in;
+    };
+    for (int begin = 0; begin < rows; begin += kAtOnce) {
+      const int end = rows - begin < kAtOnce ? rows : begin + kAtOnce;
+      ForwardOut<Cell, V> out[kAtOnce];
+      for (int i = begin; i < end; ++i) Cell::begin(load_row(i), out[i - begin]);
+      for (int i = begin; i < end; ++i) {
+        Cell::end(load_row(i), out[i - begin]);
+        finish(first + i, j, n, out[i - begin]);
+      }
+    }
   }
 
   // What the product of the late gates is with, units j .. gates_hh and gates_ih: as of cell(), where those of the late
@@ -194,13 +219,13 @@ struct ForwardStep : ForwardWalk {
     for_each_vector<T>(h, [&](int64_t j, int n) FASTRNN_INLINE_BODY {
       ForwardOut<Cell, V> out;
       load_in(j, n, in, std::bool_constant<(W > 0)>());
-      Cell::forward(in, out);
+      cell_forward<Cell>(in, out);
       finish(i, j, n, out);
     });
   }
 
   // State 0 after the step, columns j .., as the cell or the projection made it.
-  void store_h(int64_t i, int64_t j, V h) { store_h(i, j, valid_lanes<T>(p.width, j), h); }
+  void store_h(int64_t i, int64_t j, V h) { store_h(Place(places[i]), i, j, valid_lanes<T>(p.width, j), h); }
 
  private:
   FASTRNN_HD Pack<V, G> gates_ih_of(int64_t i, int64_t j, const T* made) const {
@@ -219,22 +244,43 @@ struct ForwardStep : ForwardWalk {
   // n: how many of units j .. there are; likewise below.
   FASTRNN_HD void load_unit(int64_t i, int64_t j, int n, const T* gates_hh, ForwardIn<Cell, V>& in) const {
     for (int k = 0; k < G; ++k) in.gates_hh[k] = load(gates_hh + k * L);
-    in.state[0] = load(h_prev + i * stride + j);
+    in.state[0] = C == 0 ? V(load(h_prev + i * stride + j)) : V(0);  // no cell with a second state reads h
     FASTRNN_UNROLL for (int k = 0; k < C; ++k) in.state[1 + k] = load(c + (k * p.batch + i) * stride + j);
     in.params = load_params<Cell, S>(p, group, j, n);
   }
 
+  Place place_of(int64_t i) const {
+    const int64_t h = p.hidden, row = place(i), here = place(i, t);
+    const auto at = []<class X>(X* tensor, int64_t offset) { return tensor ? tensor + offset : nullptr; };
+    const auto given = [&](const void* tensor, int64_t offset) { return at(static_cast<const S*>(tensor), offset); };
+    const auto made = [&](void* tensor, int64_t offset) { return at(static_cast<S*>(tensor), offset); };
+    Place x{};
+    x.last = is_last(i, t);
+    x.restarts = !x.last && p.resets && reset_before(i, next_time(t));
+    x.output = made(p.output, here * p.width);
+    x.saved = made(p.saved, here * saved_values<Cell>(p) * h);
+    x.h_n = made(p.h_n, row * p.width);
+    x.c_n = made(p.c_n, row * C * h);
+    x.reset_h = given(p.reset_h, row * p.width);
+    x.reset_c = given(p.reset_c, row * C * h);
+    x.mask_h = given(p.mask_h, row * p.width);
+    x.gates_ih = given(p.gates_ih, offset(i, t, p.gates_ih_stride_t, p.gates_ih_stride_b) + group * p.gates_ih_stride_p);
+    if (p.keep_h) x.keep_h = keep_h_at(i, t, 0);
+    if (p.keep_c) x.keep_c = keep_c_at(i, t, 0);
+    return x;
+  }
+
   // Stores what a step gave units j ..
   FASTRNN_HD void finish(int64_t i, int64_t j, int n, const ForwardOut<Cell, V>& out) {
+    const Place place = places[i];  // by itself: for all that the compiler knows, what is stored may change it there
     const int64_t h = p.hidden;
     V after[C + 1];
     FASTRNN_UNROLL for (int k = 0; k < C; ++k) after[k] = out.state[1 + k];
     if constexpr (C == 1)
       if (p.keep_c)
-        after[0] = zoned_out(load_keep<S>(p, p.keep_c, keep_c_at(i, t, j), n), V(load(c + i * stride + j)),
-                             after[0]);
-    if (p.saved) {
-      S* saved = static_cast<S*>(p.saved) + place(i, t) * saved_values<Cell>(p) * h + j;
+        after[0] = zoned_out(load_keep<S>(p, p.keep_c, place.keep_c + j, n), V(load(c + i * stride + j)), after[0]);
+    if (place.saved) {
+      S* saved = place.saved + j;
       if constexpr (Cell::kSaved > 0)
         FASTRNN_UNROLL for (int k = 0; k < Cell::kSaved; ++k) store(saved + k * h, out.saved[k], n);
       const int64_t states = saved_states<Cell>(p);
@@ -243,28 +289,27 @@ struct ForwardStep : ForwardWalk {
       FASTRNN_UNROLL for (int k = 0; k < C; ++k) store(saved + (states + k) * h, after[k], n);
     }
     for (int k = 0; k < C; ++k)
-      store(c + (k * p.batch + i) * stride + j, carry(i, in_c(i, C, k, j), after[k], p.c_n, p.reset_c, n));
+      store(c + (k * p.batch + i) * stride + j, carry(place, place.c_n, place.reset_c, k * h + j, after[k], n));
     if (projects<Cell>(p))
       store(hidden + i * stride + j, out.state[0]);
     else
-      store_h(i, j, n, out.state[0]);
+      store_h(place, i, j, n, out.state[0]);
   }
-  FASTRNN_HD void store_h(int64_t i, int64_t j, int n, V h) {
+  FASTRNN_HD void store_h(const Place& place, int64_t i, int64_t j, int n, V h) {
     if (p.keep_h)
-      h = zoned_out(load_keep<S>(p, p.keep_h, keep_h_at(i, t, j), n), V(load(h_prev + i * stride + j)), h);
-    store(static_cast<S*>(p.output) + place(i, t) * p.width + j, h, n);
-    const V next = carry(i, place(i) * p.width + j, h, p.h_n, p.reset_h, n);
-    store(h_next + i * stride + j, next);
-    if (multiplied_next) store(multiplied_next + i * stride + j, p.mask_h ? masked<S>(i, j, next) : next);
+      h = zoned_out(load_keep<S>(p, p.keep_h, place.keep_h + j, n), V(load(h_prev + i * stride + j)), h);
+    store(place.output + j, h, n);
+    const V next = carry(place, place.h_n, place.reset_h, j, h, n);
+    // What reads h itself: cells without a second state, products that have no copy of their own, and zoneout.
+    if (C == 0 || !multiplied_next || p.keep_h) store(h_next + i * stride + j, next);
+    if (multiplied_next)
+      store(multiplied_next + i * stride + j, place.mask_h ? next * V(load(place.mask_h + j, n)) : next);
   }
 
   // What the next step starts from, where this one ended in `state`; a row's last state is its result.
-  FASTRNN_HD V carry(int64_t i, int64_t at, V state, void* last, const void* restart, int n) const {
-    if (is_last(i, t)) {
-      store(static_cast<S*>(last) + at, state, n);
-      return state;
-    }
-    if (p.resets && reset_before(i, next_time(t))) return load_or_zero<T>(static_cast<const S*>(restart), at, n);
+  FASTRNN_HD static V carry(const Place& place, S* last, const S* restart, int64_t at, V state, int n) {
+    if (place.last) store(last + at, state, n);
+    else if (place.restarts) return load_or_zero<T>(restart, at, n);
     return state;
   }
 };

@@ -37,6 +37,15 @@ struct ForwardBuffers {
   int64_t stride;                       // elements from row to row
   A *panels_hh, *panels_hr;             // weight_hh and weight_hr, packed (panels-inl.h); if late, a panel a member
   T* bias;                              // bias_hh, likewise
+  // Where a row's values are in the call's tensors, for one step: made once for all of its units, of which a few take no
+  // longer than this does. Null where there is no such tensor.
+  struct Place {
+    S *output, *saved, *h_n, *c_n;
+    const S *reset_h, *reset_c, *mask_h, *gates_ih;
+    int64_t keep_h, keep_c;  // elements from where keep_h and keep_c begin
+    bool last, restarts;     // is it the row's last step; does a reset come after it?
+  };
+  Place* places;     // [team_size, B]: each member's own
   T* h[2];           // [B, stride]: state 0 before and after a step, in turn
   A* multiplied[2];  // [B, stride]: the same as the product reads it, where that differs: times mask_h, or as operands
   T* c;              // [C, B, stride]: the states besides h
@@ -75,6 +84,7 @@ struct ForwardBuffers {
     panels_hh = plan.pack_hh ? panels(p.width, plan.hh_late) : nullptr;
     bias = arena.take<T>(unit_vectors * cell.gates * L);
     panels_hr = p.weight_hr && plan.pack_hh ? arena.take<A>(width_vectors * L * padded_depth<A>(p.hidden)) : nullptr;
+    places = arena.take<Place>(plan.team_size * p.batch);
     for (T*& x : h) x = arena.take<T>(p.batch * stride);
     const bool differs = p.mask_h || !std::is_same_v<A, T>;
     for (A*& x : multiplied) x = differs ? arena.take<A>(p.batch * stride) : nullptr;

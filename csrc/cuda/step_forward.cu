@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
     ForwardIn<Cell, Wide<S>> in;
     ForwardOut<Cell, Wide<S>> out;
     step_forward_in<Cell, S>(p, b, r, k, j, in);
-    Cell::forward(in, out);
+    cell_forward<Cell>(in, out);
     step_forward_store<Cell, S>(p, b, r, k, j, out);
   });
 }
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(tiles::kStepThreads)
     const auto row = run_passes<V, Passes>(p, shared.parts, load_in, keep);
     for_each_unit(p, [&](int j) {
       ForwardOut<Cell, V> out;
-      Cell::forward(load_in(j, row, std::bool_constant<(Passes::kWork > 0)>()), out);
+      cell_forward<Cell>(load_in(j, row, std::bool_constant<(Passes::kWork > 0)>()), out);
       step_forward_store<Cell, S>(p, b, r, k, j, out);
     });
   });

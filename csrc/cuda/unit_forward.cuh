@@ -101,7 +101,7 @@ FASTRNN_INLINE void run_cell(const ForwardParams& p, const RowWalk& r, int j, co
                              ForwardOut<Cell, Wide<S>>& out) {
   ForwardIn<Cell, Wide<S>> in;
   make_forward_in<Cell, S>(p, r, j, gates_ih, gates_hh, carried, in);
-  Cell::forward(in, out);
+  cell_forward<Cell>(in, out);
 }
 
 // Stores what step k of a running row gave unit j < h besides state 0: saved and c_n. carried: before the step, then

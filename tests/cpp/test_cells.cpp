@@ -75,7 +75,7 @@ void forward(std::vector<ForwardIn<Cell, double>>& in, std::vector<ForwardOut<Ce
       const double late = Cell::late_input(x);
       for (int k = kEarlyGates<Cell>; k < Cell::kGates; ++k) x.gates_hh[k] += kLateWeight * late;
     }
-    Cell::forward(x, out[unit]);
+    cell_forward<Cell>(x, out[unit]);
   }
 }
 
