@@ -19,6 +19,7 @@ LIKE_GRU = ("LiGRU", "MGU")  # kinds that torch.nn lacks
 # Cells that have between them what kernels tell apart in one, for what takes long with each.
 KINDS_OF_CELLS = ("lstm", "gru", "rnn_tanh", "lstm_norm", "gru_reset_before", "slstm")
 CELL_KINDS = ("LSTMCell", "GRUCell", "RNNCell_TANH", "RNNCell_RELU")
+ISAS = ("amx", "avx512bf16", "avx512", "avx2", "baseline")  # a processor that has one has those behind it
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # of the larger of 1 and the largest expected value
 
 Results = dict[str, Tensor]

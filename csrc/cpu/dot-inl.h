@@ -197,7 +197,8 @@ void for_each_dot_tile(int64_t count, const A* a, int64_t stride, Turned<A> turn
                        Body body) {
   using T = typename Compute<A>::type;
   constexpr int L = Vec<T>::kLanes, kTurnedBlock = kMaxVectors * L;
-  alignas(64) T sums[(kTurns<A, W> ? kTurnedBlock : kDotBlock) * kMaxVectors * L];
+  constexpr int kBlock = kTurns<A, W> && kTurnedBlock > kDotBlock ? kTurnedBlock : kDotBlock;  // vectors may be short
+  alignas(64) T sums[kBlock * kMaxVectors * L];
   if constexpr (kTurns<A, W>)
     if (turned.panel) {
       for (int64_t first = 0; first < count; first += kTurnedBlock) {

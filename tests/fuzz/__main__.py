@@ -3,6 +3,8 @@
     python -m tests.fuzz --cases 50000 --processes 2
     python -m tests.fuzz --case '{"op": "gemm", ..}'      # one again, as a failure has told it
 
+Chunks of cases take the instruction sets of this processor in turn; FASTRNN_ISA holds all of them to one.
+
 Every process writes a case down before it runs it, so a crash and a hang have a name, too. Allocations have red zones
 (guard.c), and little more memory than is in use can be had, so that huge sizes fail at once.
 """
@@ -77,6 +79,7 @@ class Worker:
         self.kind, self.seed, self.cases = kind, seed, cases
         self.record, self.log = folder / f"{kind}-{seed}.json", folder / f"{kind}-{seed}.log"
         self.record.touch()
+        self.isa = environment["FASTRNN_ISA"]
         command = [sys.executable, "-m", "tests.fuzz", "--work", kind, str(seed), str(cases), str(self.record)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -96,19 +99,31 @@ class Worker:
         log = self.log.read_text(errors="replace")[-3000:]
         return (
             f"{log}\nexit status {self.process.returncode}; the case again:\n"
-            f"python -m tests.fuzz --case '{self.record.read_text()}'\n"
+            f"FASTRNN_ISA={self.isa} python -m tests.fuzz --case '{self.record.read_text()}'\n"
         )
+
+
+def instruction_sets() -> list[str]:
+    from fastrnn import _C
+    from tests.helpers import ISAS
+
+    if one := os.environ.get("FASTRNN_ISA"):
+        return [one]
+    return list(ISAS[ISAS.index(_C.instruction_set()) :])
 
 
 def run_all(cases: int, seed: int, processes: int, kinds: list[str], folder: Path) -> int:
     """Returns how many chunks have failed."""
+    isas = instruction_sets()
     environment = {**os.environ, "LD_PRELOAD": str(guard(folder)), "OMP_NUM_THREADS": "2"}
     chunks = [(kinds[i % len(kinds)], seed + i, min(CHUNK, cases - i * CHUNK)) for i in range(-(-cases // CHUNK))]
     running: list[Worker] = []
     counts, failed, begin = dict.fromkeys(kinds, 0), 0, time.time()
     while chunks or running:
         while chunks and len(running) < processes:
-            running.append(Worker(*chunks.pop(0), folder, environment))
+            kind, first, some = chunks.pop(0)
+            isa = isas[(first - seed) // len(kinds) % len(isas)]
+            running.append(Worker(kind, first, some, folder, environment | {"FASTRNN_ISA": isa}))
         time.sleep(0.2)
         for worker in [w for w in running if w.ended()]:
             running.remove(worker)

@@ -14,10 +14,9 @@ import torch
 
 import fastrnn
 from fastrnn import ops, reference
-from tests.helpers import as_c
+from tests.helpers import ISAS, as_c
 
 ROOT = Path(__file__).resolve().parents[2]
-ISAS = ("amx", "avx512bf16", "avx512", "avx2", "baseline")
 SIZES = (1, 3, 17, 129)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 FORWARD_NAMES = ("output", "h_n", "c_n", "saved")
@@ -362,6 +361,32 @@ def test_every_instruction_set(isa):
         "        check(Case(cell, 1, B, 2, h, projected, dtype=dtype), seed=B + h)\n"
         "    if projected < h and dtype == torch.float64:\n"
         "        check_gradients(Case(cell, 3, B, 2, h, projected, 'rows', 'state'), 5)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env=os.environ | {"FASTRNN_ISA": isa})
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_blocks_of_rows_that_are_not_packed(isa):
+    """Rows that meet stored weights as they lie: of no inputs there is nothing to pack, and streaming packs none."""
+    if ISAS.index(isa) < ISAS.index(ops._C.instruction_set()):
+        pytest.skip(f"this CPU has no {isa}")
+    script = (
+        "from itertools import product\n"
+        "import fastrnn, torch\n"
+        "from torch import nn\n"
+        "from torch.testing import assert_close\n"
+        "torch.manual_seed(0)\n"
+        "torch.set_grad_enabled(False)\n"
+        "for dtype, B in product((torch.float32, torch.float64), (9, 12, 16, 17, 33)):\n"
+        "    for kind, I in product(('LSTMCell', 'GRUCell', 'RNNCell'), (0, 3)):\n"
+        "        cell = getattr(nn, kind)(I, 7, dtype=dtype)\n"
+        "        x = torch.randn(B, I, dtype=dtype)\n"
+        "        assert_close(fastrnn.convert(cell)(x), cell(x))\n"
+        "    for kind, T in product(('LSTM', 'GRU', 'RNN'), (1, 2)):\n"
+        "        layer = getattr(nn, kind)(3, 7, dtype=dtype)\n"
+        "        x = torch.randn(T, B, 3, dtype=dtype)\n"
+        "        with fastrnn.streaming():\n"
+        "            assert_close(fastrnn.convert(layer)(x), layer(x))\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env=os.environ | {"FASTRNN_ISA": isa})
 
