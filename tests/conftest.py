@@ -13,12 +13,15 @@ from .helpers import allow_cudnn_tf32
 
 
 def pytest_addoption(parser):
-    parser.addoption("--one-in", type=int, default=1, metavar="N", help="run one in N of each test's cases, drawn by lot")
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="run one in N of each test's cases")
 
 
+@pytest.hookimpl(trylast=True)  # of what -k and --deselect leave
 def pytest_collection_modifyitems(config, items):
-    """Keeps the cases of --one-in: the same ones each time, and of every test at least one."""
+    """Keeps the cases of --one-in, drawn at random: the same ones each time, and of every test at least one."""
     one_in = config.getoption("one_in")
+    if one_in < 1:
+        raise pytest.UsageError(f"--one-in: expected 1 or more, got {one_in}")
     if one_in == 1:
         return
     cases = defaultdict(list)

@@ -191,7 +191,7 @@ class ForwardWorker {
       const T* gates_ih = layer ? gates.panel(v, vectors * G) + chunk_at * vectors * G * L : nullptr;
       constexpr int kMade = kInt8 ? G : count, kSkip = kInt8 ? first : 0;  // int8 tiles have all gates
       const auto cells = [&](int64_t first_of_tile, int rows_in_tile, const T* product) {
-        static_assert(!kHasEnd<Cell> || kUnits == 1);
+        static_assert(!kHasEnd<Cell> || (kUnits == 1 && !kHasLate<Cell> && !kWholeRows<Cell>));
         if constexpr (kHasEnd<Cell>)
           return step.cells(first_of_tile, rows_in_tile, v * L, product, kMade * L,
                             gates_ih ? gates_ih + first_of_tile * G * L : nullptr, G * L);

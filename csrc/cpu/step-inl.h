@@ -235,9 +235,7 @@ struct ForwardStep : ForwardWalk {
       return gates;
     }
     const int n = valid_lanes<T>(p.hidden, j);
-    const S* given = static_cast<const S*>(p.gates_ih) + offset(i, t, p.gates_ih_stride_t, p.gates_ih_stride_b) +
-                     group * p.gates_ih_stride_p + j;
-    for (int k = 0; k < G; ++k) gates[k] = load(given + k * p.hidden, n);
+    for (int k = 0; k < G; ++k) gates[k] = load(places[i].gates_ih + k * p.hidden + j, n);
     return gates;
   }
 
