@@ -18,8 +18,8 @@
 // forward sets every member of ForwardOut, backward every member of BackwardOut.
 //
 // Where an activation waits for others, a cell without Row or late gates may have begin and end in the place of forward,
-// which is one after the other: begin sets some members of `out`, and end the rest. A CPU's kernel begins several rows before it ends one, since a
-// processor does not look far enough ahead to find other work for the time of that activation.
+// which is one after the other: begin sets some members of `out`, and end the rest. A CPU's kernel begins several rows
+// before it ends one, since a processor does not look far enough ahead to find other work for the time of that activation.
 //
 // Under zoneout the state that forward made is not the one that was stored. Where backward reads the last of its states, it
 // has to know that one: a cell may have

@@ -3,7 +3,7 @@
     python -m tests.fuzz --cases 50000 --processes 2
     python -m tests.fuzz --case '{"op": "gemm", ..}'      # one again, as a failure has told it
 
-Chunks of cases take the instruction sets of this processor in turn; FASTRNN_ISA holds all of them to one.
+Chunks of cases take the instruction sets of this processor in turn; --isa, or FASTRNN_ISA, holds all of them to one.
 
 Every process writes a case down before it runs it, so a crash and a hang have a name, too. Allocations have red zones
 (guard.c), and little more memory than is in use can be had, so that huge sizes fail at once.
@@ -99,7 +99,7 @@ class Worker:
         log = self.log.read_text(errors="replace")[-3000:]
         return (
             f"{log}\nexit status {self.process.returncode}; the case again:\n"
-            f"FASTRNN_ISA={self.isa} python -m tests.fuzz --case '{self.record.read_text()}'\n"
+            f"python -m tests.fuzz --case '{self.record.read_text()}' --isa {self.isa}\n"
         )
 
 
@@ -145,8 +145,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--case", help="run this one, in this process")
+    parser.add_argument("--isa", help="by this instruction set alone")
     parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.isa:
+        os.environ["FASTRNN_ISA"] = given.isa
     faulthandler.enable()
     if given.work:
         kind, seed, cases, record = given.work

@@ -121,6 +121,7 @@ def test_runner(tmp_path: Path) -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "exit status -11; the case again:\npython -m tests.fuzz --case '{" in done.stdout
+    assert "}' --isa " in done.stdout
 
 
 CRASH = """
