@@ -22,7 +22,8 @@ struct GRUCell {
     const V r = out.saved[0], z = out.saved[1], n_hh = in.gates_hh[2];
     const V n = tanh(in.gates_ih[2] + r * n_hh);
     out.state = {{n + z * (in.state[0] - n)}};
-    out.saved = {{r, z, n, n_hh}};
+    out.saved[2] = n;
+    out.saved[3] = n_hh;
   }
 
   template <class V>
