@@ -127,6 +127,7 @@ def network(
         all_layers,
         locked_dropout and training,
         noise.is_on(),
+        CELLS[cell].is_wide(weights[0][0].weight_hh.dtype),
     )
     every = 0 if any(others) else wavefront.chunk_steps(input, L, D)
     if every and is_fused():

@@ -100,6 +100,12 @@ class CellInfo(NamedTuple):
         """Of h and, where there is one, c."""
         return (R, self.in_c * H)[: self.tensors]
 
+    def is_wide(self, dtype: torch.dtype) -> bool:
+        """Has all that goes from one op to another to be in float32 where a call is in this dtype? Where a state is the
+        logarithm of what others are divided by, as an sLSTM's m, a half type's rounding of it, and of the gates that it
+        comes from, is a factor to those."""
+        return self.states > 2 and dtype.itemsize == 2
+
     def saved_values(self, keep_h: Any, keep_c: Any) -> int:
         """Values of a unit and step in a call's ``saved``; the states besides h are the last of them."""
         return self.saved + (self.keeps_made and (keep_c if self.states > 1 else keep_h) is not None)

@@ -8,7 +8,7 @@ D directions, G gates, S saved values, K parameters of a unit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,6 +125,19 @@ class LayerCall(NamedTuple):
     def batch(self) -> int:
         return rows_of(self.input, self.batch_sizes, self.offsets)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights[0].weight_hh.dtype
+
+    def widened(self) -> LayerCall:
+        """The call with those of its tensors in float32 that are of its dtype."""
+
+        def wide(x: Any) -> Any:
+            return x.float() if x is not None and x.dtype == self.dtype else x
+
+        weights = [LayerWeights(*map(wide, w)) for w in self.weights]
+        return self._replace(input=wide(self.input), weights=weights, states=LayerStates(*map(wide, self.states)))
+
     def by_field(self) -> list[list[Tensor]]:
         """Of each of the weights' fields what there is, as the ops take it."""
         return [[x for x in of_directions if x is not None] for of_directions in zip(*self.weights, strict=True)]
@@ -138,6 +151,9 @@ class LayerResults(NamedTuple):
     c_n: Tensor  # [D, B, C*H]
     cells: Tensor  # [T, B, D*C*H]: c after every step, where all_states
     saved: Tensor  # [T, B, D*S*H]: where backward may follow; S: CellInfo.saved_values
+
+    def to(self, dtype: torch.dtype) -> LayerResults:
+        return LayerResults(*(x.to(dtype) for x in self))
 
 
 # What a layer's gradients are of, in the order of layer_backward's results.

@@ -18,7 +18,7 @@ from .autograd import Grads, keep, kept
 from .layer import fused
 from .ops import CELLS, layer_backward
 from .records import GRADIENTS, LayerCall, LayerResults, LayerStates, LayerWeights, Masks, States, layer_states
-from .transforms import is_transformed, is_unbatched
+from .transforms import is_transformed, is_unbatched, without_autocast
 
 _FIELDS = len(LayerWeights._fields)
 
@@ -103,6 +103,9 @@ def layer(call: LayerCall, every: int) -> LayerResults:
     flat = [x for w in call.weights for x in w]
     if call.batch == 0 or not torch._C._any_requires_grad(call.input, *call.states, *flat):
         return fused(call)
+    if CELLS[call.cell].is_wide(call.dtype):
+        with without_autocast(call.input):
+            return layer(call.widened(), every).to(call.dtype)
     started = call.states
     if started.h_0 is None:
         w, D = call.weights[0], len(call.weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -102,6 +103,14 @@ def is_vmapped_call(*tensors: Tensor | None) -> bool:
         and all(map(is_plain, tensors))
         and {x.dtype for x in tensors if x is not None} in ({torch.float32}, {torch.float64})
     )
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside, no op casts what is on the tensor's device."""
+    kind = x.device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def in_autocast_dtype(x: Any) -> Any:

@@ -10,7 +10,8 @@ smaller ones, and each chunk is a call: a graph hides that, an eager call of few
 
 Results are those of the chunks one after the other, bit for bit, whatever runs beside what. Against layers as a whole,
 the gradients of weights are sums of the chunks' (in float32 for half types), and half types are rounded where a chunk
-ends. Dropout's masks are drawn in the order of the layers, as they would be without this.
+ends: cells that lose by that (CellInfo.is_wide) do not come here. Dropout's masks are drawn in the order of the layers,
+as they would be without this.
 """
 
 from __future__ import annotations

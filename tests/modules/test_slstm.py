@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn import functional
+from fastrnn import fallback, functional
 from fastrnn.records import LayerWeights
 from tests.helpers import (
     assert_equal,
@@ -205,6 +205,44 @@ def test_dtypes(dtype: torch.dtype, name: str) -> None:
     for key, y in want.items():
         assert got[key].dtype == dtype
         assert ((got[key].double() - y).abs() <= tolerance * (1 + y.abs().max())).all(), key
+
+
+@pytest.mark.parametrize("form", ["segments", "vmap", "jvp", "reference"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_large_gates_of_half_types(dtype: torch.dtype, autocast: bool, form: str, monkeypatch: Any) -> None:
+    """m and the gates of half types are nowhere rounded on the way from one op to another: that would be a factor to
+    what inputs count, e to the power of what is rounded away. Each form's error is the whole call's."""
+    torch.manual_seed(2)
+    module = make(bidirectional=True).to(dtype)
+    x = (torch.randn(20, B, I) * 100).to(dtype)
+    want = expected(copy.deepcopy(module).double(), x.double())
+    if autocast:
+        module, x = module.float(), x.float()
+    if form == "segments":
+        module.recompute = 1
+    if form == "reference":
+        monkeypatch.setattr(fallback, "has_kernels", lambda *tensors: False)
+    weights = dict(module.named_parameters())
+
+    def run(bias: Tensor) -> Any:
+        output, finals = torch.func.functional_call(module, {**weights, "bias_ih_l0": bias}, (x,))
+        return output, *finals
+
+    bias = weights["bias_ih_l0"]
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        if form == "vmap":
+            found = tuple(y[1] for y in torch.func.vmap(run)(torch.stack([bias, bias])))
+        elif form == "jvp":
+            found = torch.func.jvp(run, (bias,), (bias,))[0]
+        else:
+            found = run(bias)
+    got = dict(zip(want, found, strict=False))
+    if form == "segments":
+        weighted(found).backward()
+        got |= {f"grad of {name}": p.grad for name, p in weights.items()}
+    for key, y in got.items():
+        assert (y.double() - want[key]).abs().max() <= torch.finfo(dtype).eps * 2 * want[key].abs().max(), key
 
 
 def test_derivatives() -> None:
