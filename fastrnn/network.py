@@ -127,10 +127,9 @@ def network(
         all_layers,
         locked_dropout and training,
         noise.is_on(),
-        CELLS[cell].is_wide(weights[0][0].weight_hh.dtype),
     )
     every = 0 if any(others) else wavefront.chunk_steps(input, L, D)
-    if every and is_fused():
+    if every and is_fused() and not CELLS[cell].is_wide(weights[0][0].weight_hh.dtype):
         given = [layer_states(of_layer(states, i), lengths, resets, of_layer(reset_states, i)) for i in range(L)]
         calls = [LayerCall(cell, input, *of, grad_clip=grad_clip) for of in zip(weights, given, strict=True)]
         calls[-1] = calls[-1]._replace(all_states=all_states)
