@@ -1,13 +1,13 @@
 // The CPU recurrence from the outside: choose the instruction set once, plan a call, run it.
 #if defined(__linux__)
 #include <sys/mman.h>
-#if defined(__x86_64__)
-#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 #elif defined(_WIN32)
 #include <malloc.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 #include <algorithm>
@@ -28,10 +28,11 @@
 namespace fastrnn::cpu {
 namespace {
 
+#if defined(__x86_64__)
 // AMX, of bfloat16. Linux keeps its registers for a process that has asked for them, and for all of its threads. It refuses
 // where it does not know them, or where a thread's stack for signals is too small for them.
 bool may_use_amx() {
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__linux__)
   constexpr unsigned kBFloat16 = 1 << 22, kTiles = 1 << 24;  // of leaf 7's EDX
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA
   unsigned a, b, c, d;
@@ -41,6 +42,11 @@ bool may_use_amx() {
   return false;
 #endif
 }
+bool has_f16c() {  // which clang 14's __builtin_cpu_supports does not know
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 bool supported(const std::string& name) {
 #if defined(__x86_64__)
@@ -50,8 +56,7 @@ bool supported(const std::string& name) {
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
   if (name == "avx512bf16") return supported("avx512") && __builtin_cpu_supports("avx512bf16");
   if (name == "amx") return supported("avx512bf16") && may_use_amx();
-  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                             __builtin_cpu_supports("f16c");
+  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #endif
   return name == "baseline";
 }
