@@ -18,14 +18,13 @@ from .ops import BACKWARD_WEIGHTS, CELLS, FORWARD_WEIGHTS, recurrent_forward
 from .packing import layout_of, without_padding
 from .products import linear, product, transposed_product
 from .records import GRADIENTS, LayerCall, LayerResults, LayerStates, LayerWeights
-from .transforms import without_autocast
+from .transforms import wide_dtype
 
 
 def layer(call: LayerCall, by_reference: bool = False) -> LayerResults:
     """A layer of ordinary ops. by_reference: with the recurrence of reference.py, where no kernel is to be had."""
-    if CELLS[call.cell].is_wide(call.dtype):
-        with without_autocast(call.input):
-            return layer(call.widened(), by_reference).to(call.dtype)
+    if CELLS[call.cell].is_wide(call.dtype) and call.has_one_dtype:
+        return layer(call.widened(wide_dtype(call.input)), by_reference).to(call.dtype)
     weights, input, lengths = call.weights, call.input, call.states.lengths
     if lengths is not None:
         input = without_padding(input, lengths)

@@ -101,7 +101,7 @@ class CellInfo(NamedTuple):
         return (R, self.in_c * H)[: self.tensors]
 
     def is_wide(self, dtype: torch.dtype) -> bool:
-        """Has all that goes from one op to another to be in float32 where a call is in this dtype? Where a state is the
+        """Has what goes from one op to another to be in a wider dtype than this one, a call's? Where a state is the
         logarithm of what others are divided by, as an sLSTM's m, a half type's rounding of it, and of the gates that it
         comes from, is a factor to those."""
         return self.states > 2 and dtype.itemsize == 2

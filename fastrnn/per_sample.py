@@ -28,7 +28,7 @@ from .ops import BACKWARD_WEIGHTS, CELLS, FORWARD_WEIGHTS, recurrent_backward, r
 from .packing import without_padding
 from .products import grouped_outer, outer_by_aten
 from .records import LayerCall, LayerResults, LayerStates, LayerWeights
-from .transforms import is_plain, is_plain_call
+from .transforms import in_autocast_dtype, is_plain, is_plain_call, wide_dtype
 
 _FIELDS, _STATES = len(LayerWeights._fields), len(LayerStates._fields)
 
@@ -87,16 +87,31 @@ _KINDS[_Masked] = _of_masked
 def layer(call: LayerCall) -> LayerResults:
     """A layer of marked weights."""
     pairs = [_unmarked(x, call.batch) for w in call.weights for x in w]
-    flat = [x for x, _ in pairs]
-    directions = [LayerWeights(*flat[i : i + _FIELDS]) for i in range(0, len(flat), _FIELDS)]
-    input, lengths = call.input, call.states.lengths
+    flat, samplers = [x for x, _ in pairs], [sampler for _, sampler in pairs]
+    call = call._replace(weights=[LayerWeights(*flat[i : i + _FIELDS]) for i in range(0, len(flat), _FIELDS)])
+    dtype = in_autocast_dtype(call.weights[0].weight_hh).dtype
+    if CELLS[call.cell].is_wide(dtype):
+        cast = call.mapped(in_autocast_dtype)
+        if cast.has_one_dtype:
+            samplers = [None if take is None else _in_dtype(take, call.dtype) for take in samplers]
+            return _layer(cast.widened(wide_dtype(call.input)), samplers).to(dtype)
+    return _layer(call, samplers)
+
+
+def _in_dtype(take: Sampler, dtype: torch.dtype) -> Sampler:
+    return lambda of_samples: take(of_samples.to(dtype))
+
+
+def _layer(call: LayerCall, samplers: list[Sampler | None]) -> LayerResults:
+    input, lengths, directions = call.input, call.states.lengths, call.weights
     if lengths is not None:
         input = without_padding(input, lengths)
     with torch.no_grad():
         gates_ih = composed.project(input, directions)
     weight_hh = torch.stack([w.weight_hh for w in directions])
     states = composed.folded(call.states, call.cell, weight_hh, call.batch)
-    options = call._replace(weights=[], states=None, input=None), [sampler for _, sampler in pairs]  # type: ignore[arg-type]
+    options = call._replace(weights=[], states=None, input=None), samplers  # type: ignore[arg-type]
+    flat = [x for w in directions for x in w]
     output, h_n, c_n, cells = _SampledLayer.apply(options, gates_ih, input, *states, *flat)
     D = len(directions)
     c_n = composed.unfold(c_n, D) if CELLS[call.cell].states > 1 else c_n

@@ -7,7 +7,7 @@ D directions, G gates, S saved values, K parameters of a unit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -129,14 +129,21 @@ class LayerCall(NamedTuple):
     def dtype(self) -> torch.dtype:
         return self.weights[0].weight_hh.dtype
 
-    def widened(self) -> LayerCall:
-        """The call with those of its tensors in float32 that are of its dtype."""
+    @property
+    def has_one_dtype(self) -> bool:
+        """As it has to: what runs refuses others, and names them."""
+        given = self.input, *self.states, *(x for w in self.weights for x in w)
+        return all(x.dtype == self.dtype for x in given if x is not None and x.is_floating_point())
 
-        def wide(x: Any) -> Any:
-            return x.float() if x is not None and x.dtype == self.dtype else x
+    def mapped(self, function: Callable[[Any], Any]) -> LayerCall:
+        """Of each tensor, or None, what the function gives."""
+        weights = [LayerWeights(*map(function, w)) for w in self.weights]
+        states = LayerStates(*map(function, self.states))
+        return self._replace(input=function(self.input), weights=weights, states=states)
 
-        weights = [LayerWeights(*map(wide, w)) for w in self.weights]
-        return self._replace(input=wide(self.input), weights=weights, states=LayerStates(*map(wide, self.states)))
+    def widened(self, dtype: torch.dtype) -> LayerCall:
+        """The call with those of its tensors in this dtype that are of its own."""
+        return self.mapped(lambda x: x.to(dtype) if x is not None and x.dtype == self.dtype else x)
 
     def by_field(self) -> list[list[Tensor]]:
         """Of each of the weights' fields what there is, as the ops take it."""

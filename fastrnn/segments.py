@@ -42,14 +42,19 @@ class Walk:
     def __init__(self, call: LayerCall, direction: int, every: int) -> None:
         self.call, self.direction, self.reverse, self.every = call, direction, call.reverse[direction], every
         given = call.states
+        self.wide = CELLS[call.cell].is_wide(call.dtype)  # then states are float32, and so is all of a segment's call
         self.steps = len(call.input) if call.batch_sizes is None else len(call.batch_sizes)
 
         def own(states: Sequence[Tensor | None]) -> States:
             return tuple(x[direction] for x in states if x is not None)
 
         # Written over from segment to segment: the heap of a long sequence keeps few holes.
-        self.states: States = tuple(x.clone() for x in own((given.h_0, given.c_0)))
-        self.fresh: States | None = own((given.reset_h, given.reset_c)) or None
+        self.states: States = tuple(self.state(x, copy=True) for x in own((given.h_0, given.c_0)))
+        self.fresh: States | None = tuple(map(self.state, own((given.reset_h, given.reset_c)))) or None
+
+    def state(self, x: Tensor, copy: bool = False) -> Tensor:
+        """A state, or a gradient of one, as it goes from segment to segment."""
+        return x.to(torch.float32 if self.wide else x.dtype, copy=copy)
 
     def __iter__(self) -> Iterator[Segment]:
         given, batch_sizes = self.call.states, self.call.batch_sizes
@@ -87,10 +92,11 @@ class Walk:
         mask_h = None if given.mask_h is None else given.mask_h[self.direction, : s.batch][None]
         keeps = (None if x is None else x[s.rows].chunk(D, -1)[self.direction] for x in (given.keep_h, given.keep_c))
         masks = Masks(mask_h, *keeps)
-        return self.call._replace(
+        part = self.call._replace(
             input=self.call.input[s.rows], weights=[self.call.weights[self.direction]], reverse=(self.reverse,),
             states=layer_states(entry, s.lengths, s.resets, fresh, masks), batch_sizes=s.batch_sizes,
         )  # fmt: skip
+        return part.widened(torch.float32) if self.wide else part
 
 
 def can_recompute() -> bool:
@@ -103,9 +109,8 @@ def layer(call: LayerCall, every: int) -> LayerResults:
     flat = [x for w in call.weights for x in w]
     if call.batch == 0 or not torch._C._any_requires_grad(call.input, *call.states, *flat):
         return fused(call)
-    if CELLS[call.cell].is_wide(call.dtype):
-        with without_autocast(call.input):
-            return layer(call.widened(), every).to(call.dtype)
+    if CELLS[call.cell].is_wide(call.dtype) and not call.has_one_dtype:
+        return fused(call)  # which says what does not fit
     started = call.states
     if started.h_0 is None:
         w, D = call.weights[0], len(call.weights)
@@ -137,7 +142,7 @@ class _Segments(torch.autograd.Function):
         entries = [[x.new_empty(-(-walk.steps // every), *x.shape) for x in walk.states] for walk in walks]
         D, R = len(walks), walks[0].states[0].shape[1]
         steps = call.input.shape[: 1 if call.batch_sizes is not None else 2]
-        output = walks[0].states[0].new_empty(*steps, D * R)
+        output = call.weights[0].weight_hh.new_empty(*steps, D * R)
 
         def run(walk: Walk, s: Segment) -> None:
             for to, x in zip(entries[walk.direction], s.entry, strict=True):
@@ -146,13 +151,14 @@ class _Segments(torch.autograd.Function):
             output[s.rows].chunk(D, -1)[walk.direction].copy_(found.output)
             walk.leave([x[0] for x in (found.h_n, found.c_n)[: len(walk.states)]])
 
-        for walk in walks:
-            for s in walk:
-                run(walk, s)
+        with without_autocast(call.input):
+            for walk in walks:
+                for s in walk:
+                    run(walk, s)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.arguments = options, len(tensors)
         keep(ctx, [*tensors, *(x for of_direction in entries for x in of_direction)])
-        h_n, *c_n = (torch.stack(each) for each in zip(*(walk.states for walk in walks), strict=True))
+        h_n, *c_n = (torch.stack(each).to(output.dtype) for each in zip(*(walk.states for walk in walks), strict=True))
         return output, h_n, c_n[0] if c_n else h_n.new_empty(0)
 
     @staticmethod
@@ -165,7 +171,8 @@ class _Segments(torch.autograd.Function):
         if torch.is_grad_enabled() or is_transformed(*grads, *arguments) or not all(map(is_unbatched, grads)):
             return (None, *_differentiable(ctx.options[0], arguments, needs, grads))
         call, every = _call(ctx.options[0], arguments), ctx.options[1]
-        return (None, *_by_segments(call, every, entries, needs, grads))
+        with without_autocast(call.input):
+            return (None, *_by_segments(call, every, entries, needs, grads))
 
 
 def _by_segments(call: LayerCall, every: int, entries: Sequence[Tensor], needs: Sequence[bool], grads: Grads) -> Grads:
@@ -185,7 +192,7 @@ def _by_segments(call: LayerCall, every: int, entries: Sequence[Tensor], needs: 
         grad_output = None if grads[0] is None else grads[0].chunk(D, -1)[direction]
         # Written over from segment to segment: of what a segment allocates nothing outlives it but the first sums.
         later = [
-            torch.zeros_like(x) if g is None else g[direction].clone()
+            torch.zeros_like(x) if g is None else walk.state(g[direction], copy=True)
             for g, x in zip(grads[1 : 1 + count], walk.states, strict=True)
         ]
         totals: dict[str, Tensor | None] = dict.fromkeys(LayerWeights._fields)
@@ -196,9 +203,9 @@ def _by_segments(call: LayerCall, every: int, entries: Sequence[Tensor], needs: 
             made = fused(part, save=True)
             of_finals = [g[: s.batch][None] for g in later] + [None] * (2 - count)
             found = layer_backward(
-                part.cell, None if grad_output is None else grad_output[s.rows], *of_finals, None, part.input,
-                *part.by_field(), *part.states, part.batch_sizes, part.directions, made.output, made.saved, flags,
-                part.grad_clip,
+                part.cell, None if grad_output is None else walk.state(grad_output[s.rows]), *of_finals, None,
+                part.input, *part.by_field(), *part.states, part.batch_sizes, part.directions, made.output, made.saved,
+                flags, part.grad_clip,
             )  # fmt: skip
             of = dict(zip(GRADIENTS, found, strict=True))
             if grad_input is not None:
@@ -221,10 +228,10 @@ def _by_segments(call: LayerCall, every: int, entries: Sequence[Tensor], needs: 
         own = entries[direction * count_entries : (direction + 1) * count_entries]
         for s in reversed(list(walk)):
             back(s._replace(entry=tuple(x[s.begin // every, : s.batch] for x in own)))
-        dtype, absent = walk.states[0].dtype, [None] * (2 - count)
+        dtype, absent = call.dtype, [None] * (2 - count)
         of_weights.extend(None if x is None else x[0].to(dtype) for x in totals.values())
         restarts = [None if x is None else x.to(dtype) for x in fresh]
-        of_states.append((*later, *absent, *restarts, *absent))  # type: ignore[arg-type]
+        of_states.append((*(x.to(dtype) for x in later), *absent, *restarts, *absent))  # type: ignore[arg-type]
 
     for direction in range(D):
         through(Walk(call, direction, every))

@@ -62,12 +62,12 @@ class SLSTM(_Recurrent):
     is at most 1. So n is 1 after the first step and never below 1 from then on, and no h' is 0 / 0 whatever the gates
     are. An n that a caller passes is 0 or above. Gradients go through the maximum as through ``torch.maximum``. m makes
     no difference to h' but for rounding: where a state of a half type is handed to another call, m is rounded, and with
-    it what that call's inputs count beside the past. (Within a call nothing is lost so: with ``recompute``, under
-    torch.func and forward-mode AD a half type's steps run in float32.) The paper's other forget gate, exp, is not in
-    it, and neither are its convolution and its block around the cell. With ``learn_initial_state`` n_0 is 1, and h_0,
-    c_0 and m_0 are learned: c_0 is then what the memory holds, and m_0 how much that counts beside the input. (A
-    learned n would say nothing more, and c / n has a pole where it is 0.) With ``num_heads`` the recurrence is the
-    paper's block-diagonal one. Parameters are named and shaped as an LSTM's.
+    it what that call's inputs count beside the past. (Within a call nothing is lost so: with ``recompute`` a half
+    type's steps run in float32; under torch.func, forward-mode AD and for the gradient of every sample, in float64.)
+    The paper's other forget gate, exp, is not in it, and neither are its convolution and its block around the cell.
+    With ``learn_initial_state`` n_0 is 1, and h_0, c_0 and m_0 are learned: c_0 is then what the memory holds, and m_0
+    how much that counts beside the input. (A learned n would say nothing more, and c / n has a pole where it is 0.)
+    With ``num_heads`` the recurrence is the paper's block-diagonal one. Parameters are named and shaped as an LSTM's.
     """
 
     mode = "SLSTM"

@@ -105,6 +105,11 @@ def is_vmapped_call(*tensors: Tensor | None) -> bool:
     )
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """A wider one for what is of a half type. No autocast casts it, nor one that a graph of the call runs under."""
+    return torch.float32 if x.device.type == "mps" else torch.float64  # there is no other there
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Inside, no op casts what is on the tensor's device."""
     kind = x.device.type

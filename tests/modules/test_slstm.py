@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
@@ -207,7 +208,7 @@ def test_dtypes(dtype: torch.dtype, name: str) -> None:
         assert ((got[key].double() - y).abs() <= tolerance * (1 + y.abs().max())).all(), key
 
 
-@pytest.mark.parametrize("form", ["segments", "vmap", "jvp", "reference"])
+@pytest.mark.parametrize("form", ["segments", "vmap", "jvp", "linearize", "reference", "samples"])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_large_gates_of_half_types(dtype: torch.dtype, autocast: bool, form: str, monkeypatch: Any) -> None:
@@ -235,14 +236,32 @@ def test_large_gates_of_half_types(dtype: torch.dtype, autocast: bool, form: str
             found = tuple(y[1] for y in torch.func.vmap(run)(torch.stack([bias, bias])))
         elif form == "jvp":
             found = torch.func.jvp(run, (bias,), (bias,))[0]
+        elif form == "linearize":  # the graph of it runs under autocast, too
+            found, tangent = torch.func.linearize(run, bias)
+            torch.testing.assert_close(tangent(bias), torch.func.jvp(run, (bias,), (bias,))[1])
+        elif form == "samples":
+            module.batch_first = True
+            output, finals = call_for_per_sample_grads(module)(x.transpose(0, 1))
+            found = output.transpose(0, 1), *finals
         else:
             found = run(bias)
     got = dict(zip(want, found, strict=False))
-    if form == "segments":
+    if form in ("segments", "samples"):
         weighted(found).backward()
-        got |= {f"grad of {name}": p.grad for name, p in weights.items()}
+        got |= {
+            f"grad of {name}": p.grad if form == "segments" else p.grad_sample.sum(0) for name, p in weights.items()
+        }
+        assert all(got[f"grad of {name}"].dtype == p.dtype for name, p in weights.items())
     for key, y in got.items():
         assert (y.double() - want[key]).abs().max() <= torch.finfo(dtype).eps * 2 * want[key].abs().max(), key
+
+
+@pytest.mark.parametrize("form", ["segments", "vmap"])
+def test_two_dtypes_are_refused(form: str) -> None:
+    module, x = make(recompute=2 if form == "segments" else 0).bfloat16(), randn(T, B, I).bfloat16()
+    module.bias_hh_l0 = torch.nn.Parameter(module.bias_hh_l0.detach().float())
+    with pytest.raises(RuntimeError, match=r"bias_hh.*expected torch\.bfloat16.*got torch\.float32"):
+        module(x) if form == "segments" else torch.func.vmap(module, 1, randomness="different")(x[:, :, None])
 
 
 def test_derivatives() -> None:
