@@ -17,7 +17,7 @@ from .masks import NO_NOISE, Noise
 from .ops import CELLS
 from .products import linear
 from .records import LayerCall, LayerStates, LayerWeights, Masks, States, layer_states, rows_of
-from .transforms import in_autocast_dtype, is_plain
+from .transforms import in_autocast_dtype, is_plain, without_autocast
 
 
 def own(x: Any) -> Any:
@@ -196,7 +196,7 @@ def _step_under_autocast(call: LayerCall, states: States) -> States:
     gates_ih = (F.linear if input.is_cuda else linear)(input, w.weight_ih, w.bias_ih)[None]
     if call.cell in ("lstm", "gru") and torch.is_autocast_enabled("cpu") and input.is_cpu:
         dtype = torch.promote_types(gates_ih.dtype, states[-1].dtype)
-        with torch.autocast("cpu", enabled=False):
+        with without_autocast(input):
             cast = LayerWeights(*(None if x is None else x.to(dtype) for x in w))  # type: ignore[arg-type]
             started = LayerStates(*(None if x is None else x.to(dtype) for x in call.states))
             found = composed.recurrence(call._replace(weights=[cast], states=started), gates_ih.to(dtype))

@@ -14,7 +14,7 @@ from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn import fallback, functional
+from fastrnn import fallback, functional, wavefront
 from fastrnn.records import LayerWeights
 from tests.helpers import (
     assert_equal,
@@ -208,18 +208,22 @@ def test_dtypes(dtype: torch.dtype, name: str) -> None:
         assert ((got[key].double() - y).abs() <= tolerance * (1 + y.abs().max())).all(), key
 
 
-@pytest.mark.parametrize("form", ["segments", "vmap", "jvp", "linearize", "reference", "samples"])
+@pytest.mark.parametrize("form", ["segments", "vmap", "jvp", "linearize", "grad", "reference", "samples"])
+@pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_large_gates_of_half_types(dtype: torch.dtype, autocast: bool, form: str, monkeypatch: Any) -> None:
+def test_large_gates_of_half_types(
+    dtype: torch.dtype, autocast: bool, with_state: bool, form: str, monkeypatch: Any
+) -> None:
     """m and the gates of half types are nowhere rounded on the way from one op to another: that would be a factor to
     what inputs count, e to the power of what is rounded away. Each form's error is the whole call's."""
     torch.manual_seed(2)
     module = make(bidirectional=True).to(dtype)
     x = (torch.randn(20, B, I) * 100).to(dtype)
-    want = expected(copy.deepcopy(module).double(), x.double())
+    hx = tuple(s.to(dtype) for s in make_states(module)) if with_state else None
+    want = expected(copy.deepcopy(module).double(), x.double(), hx and tuple(s.double() for s in hx))
     if autocast:
-        module, x = module.float(), x.float()
+        module, x, hx = module.float(), x.float(), hx and tuple(s.float() for s in hx)
     if form == "segments":
         module.recompute = 1
     if form == "reference":
@@ -227,7 +231,7 @@ def test_large_gates_of_half_types(dtype: torch.dtype, autocast: bool, form: str
     weights = dict(module.named_parameters())
 
     def run(bias: Tensor) -> Any:
-        output, finals = torch.func.functional_call(module, {**weights, "bias_ih_l0": bias}, (x,))
+        output, finals = torch.func.functional_call(module, {**weights, "bias_ih_l0": bias}, (x, hx))
         return output, *finals
 
     bias = weights["bias_ih_l0"]
@@ -241,11 +245,14 @@ def test_large_gates_of_half_types(dtype: torch.dtype, autocast: bool, form: str
             torch.testing.assert_close(tangent(bias), torch.func.jvp(run, (bias,), (bias,))[1])
         elif form == "samples":
             module.batch_first = True
-            output, finals = call_for_per_sample_grads(module)(x.transpose(0, 1))
+            output, finals = call_for_per_sample_grads(module, batch_size=B)(x.transpose(0, 1), hx)
             found = output.transpose(0, 1), *finals
         else:
             found = run(bias)
+        of_bias = torch.func.grad(lambda b: weighted(run(b)))(bias) if form == "grad" else None
     got = dict(zip(want, found, strict=False))
+    if of_bias is not None:
+        got["grad of bias_ih_l0"] = of_bias
     if form in ("segments", "samples"):
         weighted(found).backward()
         got |= {
@@ -256,12 +263,28 @@ def test_large_gates_of_half_types(dtype: torch.dtype, autocast: bool, form: str
         assert (y.double() - want[key]).abs().max() <= torch.finfo(dtype).eps * 2 * want[key].abs().max(), key
 
 
+@pytest.mark.parametrize("name", ["bias_ih_l0", "bias_hh_l0", "weight_hh_l0"])
 @pytest.mark.parametrize("form", ["segments", "vmap"])
-def test_two_dtypes_are_refused(form: str) -> None:
+def test_two_dtypes_are_refused(form: str, name: str) -> None:
     module, x = make(recompute=2 if form == "segments" else 0).bfloat16(), randn(T, B, I).bfloat16()
-    module.bias_hh_l0 = torch.nn.Parameter(module.bias_hh_l0.detach().float())
-    with pytest.raises(RuntimeError, match=r"bias_hh.*expected torch\.bfloat16.*got torch\.float32"):
+    setattr(module, name, torch.nn.Parameter(getattr(module, name).detach().float()))
+    with pytest.raises(RuntimeError, match=rf"{name}: expected torch\.bfloat16.*got torch\.float32"):
         module(x) if form == "segments" else torch.func.vmap(module, 1, randomness="different")(x[:, :, None])
+
+
+def test_a_wavefront_takes_no_half_types(monkeypatch: Any) -> None:
+    """Its chunks hand states on."""
+
+    def refuse(*args: Any) -> Any:
+        raise NotImplementedError
+
+    monkeypatch.setattr(wavefront, "chunk_steps", lambda *args: 2)
+    monkeypatch.setattr(wavefront, "network", refuse)
+    module, x = make(num_layers=2), randn(T, B, I)
+    with pytest.raises(NotImplementedError):
+        module(x, make_states(module))
+    module = module.bfloat16()
+    module(x.bfloat16(), tuple(s.bfloat16() for s in make_states(module)))
 
 
 def test_derivatives() -> None:
